@@ -1,0 +1,73 @@
+"""The LLaMA that all roles share: where it comes from and how it is loaded.
+
+Safe loading only: safetensors, no pickles, no remote code unless the user allows it. Building one
+from text (`backbone.from_scratch`) is training, so it lives in trainers/pretrain.py.
+"""
+
+from typing import cast
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from chatllama.config import BackboneSection, Config
+from chatllama.run_folder import RunFolder
+
+
+def backbone_path(section: BackboneSection, run: RunFolder) -> str:
+    """Folder or hub id of the original backbone; RUN/backbone when it was built here."""
+    return section.path if section.path is not None else str(run.backbone)
+
+
+def base_path(cfg: Config, run: RunFolder) -> str:
+    """Folder or hub id of the base of the reward and PPO stages.
+
+    The original backbone, or with `lora: null` the fully trained result of SFT.
+    """
+    return backbone_path(cfg.backbone, run) if cfg.lora is not None else str(run.full_model)
+
+
+def load_backbone(
+    section: BackboneSection, path: str, dtype: torch.dtype | None = None
+) -> LlamaForCausalLM:
+    """The causal LLaMA at `path`, frozen, in eval mode, on the CPU or partitioned under ZeRO-3.
+
+    Args:
+        section: type, attention, revision, remote code.
+        path: local folder or hub id (`backbone_path` or `base_path`).
+        dtype: overrides `section.dtype` (full fine-tuning trains float32 weights).
+
+    Raises:
+        ValueError: not a LLaMA, or no safetensors weights.
+    """
+    revision = section.revision if path == section.path else None
+    common = {"revision": revision, "trust_remote_code": section.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(path, **common)
+    except OSError as error:
+        raise ValueError(
+            f"backbone.path: no model at {path!r}. Give a local Hugging Face folder (with "
+            f"config.json and model.safetensors) or a hub id. {_first_line(error)}"
+        ) from error
+    if not isinstance(config, LlamaConfig):
+        raise ValueError(
+            f"backbone.path: {path!r} is a {config.model_type!r} model; chatllama trains LLaMAs"
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype or getattr(torch, section.dtype),
+            attn_implementation=section.attn_implementation,
+            use_safetensors=True,
+            **common,
+        )
+    except OSError as error:
+        raise ValueError(
+            f"backbone.path: {path!r} holds no safetensors weights (pickled checkpoints are not "
+            f"loaded). {_first_line(error)}"
+        ) from error
+    model.requires_grad_(False)
+    return cast(LlamaForCausalLM, model.eval())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

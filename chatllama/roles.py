@@ -1,0 +1,337 @@
+"""Four roles on one backbone: which adapter and which head act, and what they compute.
+
+The only module that knows PEFT adapter names. Everything else says `with acting_as(model, role):`
+or calls the functions here. It never trains, samples or writes files.
+
+Shapes: B sequences, P prompt, R response, T = P + R, H hidden. Tokens are laid out as left-padded
+prompts followed by right-padded responses, so response token t stands in column P + t.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from chatllama.config import LoraSection
+
+Role = Literal["base", "reference", "policy", "reward", "value"]
+HEADS: tuple[Role, ...] = ("reward", "value")
+
+
+class ScalarHead(nn.Linear):
+    """One float32 number per position, whatever the type of the backbone.
+
+    Weights start from N(0, 1 / sqrt(H + 1)) (Stiennon 2020; Huang 2024, arXiv 2403.17031). A
+    reward head has no bias, so that it loads as the `score` of a classification model.
+    """
+
+    def __init__(self, hidden_size: int, bias: bool) -> None:
+        super().__init__(hidden_size, 1, bias=bias, dtype=torch.float32)
+        nn.init.normal_(self.weight, std=(hidden_size + 1) ** -0.5)
+        if bias:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Scores of hidden states: (..., H) any float -> (...) float32."""
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float()).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a role starts from: an adapter's shape and, if it continues another, its tensors."""
+
+    lora: LoraSection
+    state: Mapping[str, torch.Tensor] | None = None
+    """PEFT names -> tensors; None: a new adapter, which changes nothing yet (B = 0)."""
+    trainable: bool = False
+
+
+class RoleModel(nn.Module):
+    """A frozen LLaMA, one LoRA adapter per role and the scalar heads.
+
+    Args:
+        backbone: the LLaMA; its weights are frozen here.
+        adapters: role -> adapter, in the order in which they are made. A role left out acts
+            without adapter (`base` always; `reference` after full fine-tuning).
+        heads: roles that get a scalar head.
+        shared: role -> role whose adapter it uses (value head on the policy's trunk).
+        dropout: whether the adapters keep their dropout (SFT and reward training only).
+    """
+
+    def __init__(
+        self,
+        backbone: LlamaForCausalLM,
+        adapters: Mapping[Role, Adapter],
+        heads: tuple[Role, ...] = (),
+        shared: Mapping[Role, Role] | None = None,
+        dropout: bool = False,
+    ) -> None:
+        super().__init__()
+        self.adapter_names: dict[Role, str | None] = {"base": None, "reference": None}
+        peft_model: PeftModel | None = None
+        for role, adapter in adapters.items():
+            config = lora_config(adapter.lora, role, dropout)
+            if peft_model is None:
+                backbone.requires_grad_(False)
+                peft_model = cast(PeftModel, get_peft_model(backbone, config, adapter_name=role))
+            else:
+                peft_model.add_adapter(role, config)
+            self.adapter_names[role] = role
+        if peft_model is None:
+            raise ValueError("a RoleModel needs at least one adapter")
+        self.peft_model = peft_model
+        self.heads = nn.ModuleDict(
+            {role: ScalarHead(backbone.config.hidden_size, role == "value") for role in heads}
+        )
+        for role, source in (shared or {}).items():
+            self.adapter_names[role] = self.adapter_names[source]
+        self._lora_layers = [m for m in self.peft_model.modules() if isinstance(m, LoraLayer)]
+        self.trainable_roles = tuple(r for r, a in adapters.items() if a.trainable)
+        for role, adapter in adapters.items():
+            if adapter.state is not None:
+                _load_state(self, role, adapter.state)
+            for parameter in adapter_parameters(self, role):
+                parameter.requires_grad_(adapter.trainable)
+        trains_head = {r: r in self.trainable_roles or r in (shared or {}) for r in heads}
+        for role, head in self.heads.items():
+            head.requires_grad_(trains_head[cast(Role, role)])
+        self._acting: Role = "base"
+        _activate(self, "base")
+
+    @property
+    def llama(self) -> LlamaForCausalLM:
+        """The LLaMA with its adapters in place."""
+        return cast(LlamaForCausalLM, self.peft_model.get_base_model())
+
+    @property
+    def acting(self) -> Role:
+        """The role whose adapter is in force."""
+        return self._acting
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trades time for memory; the recomputation runs under the role of its forward pass."""
+
+        def contexts() -> tuple:
+            return nullcontext(), acting_as(self, self._acting)
+
+        self.llama.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
+        )
+
+    def forward(self, function: str, *args: object) -> object:
+        """Runs one of the functions below inside the training engine's forward pass.
+
+        Args:
+            function: `policy_and_value` or `scores`.
+            *args: its arguments after the model.
+        """
+        functions = {"policy_and_value": policy_and_value, "scores": score_sequences}
+        return functions[function](self, *args)  # type: ignore[operator]
+
+
+@contextmanager
+def acting_as(model: RoleModel, role: Role) -> Iterator[None]:
+    """The model computes as `role` inside; the role before comes back at the end.
+
+    Only names switch: no parameter's requires_grad changes (that would break ZeRO).
+
+    Raises:
+        ValueError: the model holds no such role.
+    """
+    if role not in model.adapter_names:
+        raise ValueError(f"role {role!r} is not loaded; loaded: {sorted(model.adapter_names)}")
+    before = model.acting
+    _activate(model, role)
+    try:
+        yield
+    finally:
+        _activate(model, before)
+
+
+def _activate(model: RoleModel, role: Role) -> None:
+    name = model.adapter_names[role]
+    for layer in model._lora_layers:
+        # PEFT's public set_adapter flips requires_grad; a test pins these private names.
+        layer._disable_adapters = name is None
+        if name is not None:
+            layer._active_adapter = [name]
+    model._acting = role
+
+
+def lora_config(lora: LoraSection, role: Role, dropout: bool = False) -> LoraConfig:
+    """The PEFT configuration of a role's adapter, in memory: plain LoRA, no extras."""
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=cast(int, lora.alpha),
+        lora_dropout=lora.dropout if dropout else 0.0,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+        bias="none",
+    )
+
+
+def adapter_parameters(model: RoleModel, role: Role) -> list[nn.Parameter]:
+    """Parameters of the role's own adapter, without its head."""
+    marks = (f".lora_A.{role}.", f".lora_B.{role}.")
+    return [p for n, p in model.peft_model.named_parameters() if any(m in n for m in marks)]
+
+
+def adapter_state(model: RoleModel, role: Role) -> dict[str, torch.Tensor]:
+    """PEFT's names -> tensors of the role's adapter (not copied). Gather first under ZeRO-3."""
+    marks = (f".lora_A.{role}.", f".lora_B.{role}.")
+    return {
+        name.replace(f".{role}.weight", ".weight"): parameter.detach()
+        for name, parameter in model.peft_model.named_parameters()
+        if any(mark in name for mark in marks)
+    }
+
+
+def _load_state(model: RoleModel, role: Role, state: Mapping[str, torch.Tensor]) -> None:
+    own = adapter_state(model, role)
+    if own.keys() != state.keys():
+        missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        raise ValueError(
+            f"adapter for role {role} does not fit the backbone: missing {missing[:3]}, "
+            f"not expected {extra[:3]} ({len(missing)} and {len(extra)} in all)"
+        )
+    for name, tensor in state.items():
+        if own[name].shape != tensor.shape:
+            raise ValueError(
+                f"adapter for role {role}: {name} has shape {tuple(tensor.shape)}, "
+                f"the backbone needs {tuple(own[name].shape)}"
+            )
+        own[name].copy_(tensor)
+
+
+def hidden_states(
+    model: RoleModel, role: Role, tokens: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Last hidden states of `role`: (B, T, H) in the backbone's type.
+
+    Args:
+        model: holds the role.
+        role: whose adapter computes.
+        tokens: (B, T) int64.
+        mask: (B, T) bool, True at real tokens; padding may stand on either side.
+    """
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    with acting_as(model, role), autocast(model):
+        output = model.llama.model(
+            input_ids=tokens,
+            attention_mask=mask.long(),
+            position_ids=positions,
+            use_cache=False,
+        )
+    return output.last_hidden_state
+
+
+def autocast(model: RoleModel) -> torch.autocast:
+    """Matrix products in the backbone's type: adapters and heads themselves stay float32."""
+    weight_type = model.llama.dtype
+    device_type = model.llama.device.type
+    return torch.autocast(device_type, torch.bfloat16, enabled=weight_type == torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What one pass says about the sampled tokens; zeros outside the response mask."""
+
+    logprobs: torch.Tensor
+    """(B, R) float32, of the sampled tokens."""
+    entropy: torch.Tensor
+    """(B, R) float32, nats, without gradient."""
+
+
+def response_logprobs(
+    model: RoleModel,
+    role: Role,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    response_mask: torch.Tensor,
+    temperature: float,
+) -> TokenScores:
+    """Log-probabilities of the response tokens under softmax(logits / temperature).
+
+    Only response positions go through the LM head, since it is most of a small model's work.
+
+    Args:
+        model: holds the role.
+        role: whose distribution scores.
+        tokens: (B, T) int64.
+        mask: (B, T) bool, real tokens.
+        response_mask: (B, R) bool, True up to and including the first EOS.
+        temperature: the sampling temperature.
+    """
+    response_length = response_mask.shape[1]
+    hidden = hidden_states(model, role, tokens, mask)[:, -response_length - 1 : -1]
+    chosen = hidden[response_mask]
+    with acting_as(model, role), autocast(model):
+        logits = model.llama.lm_head(chosen)
+    logits = logits.float() / temperature
+    targets = tokens[:, -response_length:][response_mask]
+    normalizer = logits.logsumexp(-1)
+    picked = logits.gather(-1, targets[:, None]).squeeze(-1) - normalizer
+    with torch.no_grad():
+        logprobs = logits.detach() - normalizer.detach()[:, None]
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+    zeros = torch.zeros(response_mask.shape, device=tokens.device)
+    return TokenScores(
+        logprobs=zeros.masked_scatter(response_mask, picked),
+        entropy=zeros.masked_scatter(response_mask, entropy),
+    )
+
+
+def response_values(
+    model: RoleModel, tokens: torch.Tensor, mask: torch.Tensor, response_mask: torch.Tensor
+) -> torch.Tensor:
+    """Values of the states BEFORE each response token: (B, R) float32, 0 outside the mask."""
+    response_length = response_mask.shape[1]
+    hidden = hidden_states(model, "value", tokens, mask)[:, -response_length - 1 : -1]
+    values = model.heads["value"](hidden)
+    return torch.where(response_mask, values, torch.zeros_like(values))
+
+
+def policy_and_value(
+    model: RoleModel,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    response_mask: torch.Tensor,
+    temperature: float,
+) -> tuple[TokenScores, torch.Tensor | None]:
+    """Policy log-probabilities and values in one call, as the one engine needs them.
+
+    Values are None where the model holds no value head (advantages without a critic).
+    """
+    scores = response_logprobs(model, "policy", tokens, mask, response_mask, temperature)
+    if "value" not in model.heads:
+        return scores, None
+    return scores, response_values(model, tokens, mask, response_mask)
+
+
+def last_token_index(mask: torch.Tensor) -> torch.Tensor:
+    """Column of each row's last real token: (B,) int64, for padding on either side.
+
+    Args:
+        mask: (B, T) bool with at least one True in every row.
+    """
+    return mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
+
+
+def score_sequences(model: RoleModel, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Reward of whole sequences, read at the last real token: (B,) float32.
+
+    Args:
+        model: holds the reward role.
+        tokens: (B, T) int64, prompt and answer with its end-of-turn.
+        mask: (B, T) bool, real tokens.
+    """
+    hidden = hidden_states(model, "reward", tokens, mask)
+    rows = torch.arange(len(tokens), device=tokens.device)
+    return model.heads["reward"](hidden[rows, last_token_index(mask)])

@@ -1,0 +1,101 @@
+"""The layout of a run folder: every path that one part writes and another reads."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Stage = Literal["sft", "reward", "ppo"]
+STAGES: tuple[Stage, ...] = ("sft", "reward", "ppo")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths below `run_dir`; nothing is created by naming a path."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved YAML, loadable as it is."""
+        return self.root / "config.yaml"
+
+    @property
+    def lineage(self) -> Path:
+        """What each stage was made from."""
+        return self.root / "lineage.json"
+
+    @property
+    def summary(self) -> Path:
+        """The numbers of the finished run."""
+        return self.root / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        """The page that shows them."""
+        return self.root / "report.html"
+
+    @property
+    def backbone(self) -> Path:
+        """Plain Hugging Face folder, only when the backbone was built or imported here."""
+        return self.root / "backbone"
+
+    @property
+    def full_model(self) -> Path:
+        """Plain Hugging Face folder: the result of SFT with `lora: null`, base of later stages."""
+        return self.root / "sft" / "model"
+
+    @property
+    def sft_adapter(self) -> Path:
+        """PEFT folder of the SFT stage."""
+        return self.root / "sft" / "adapter"
+
+    @property
+    def reward_adapter(self) -> Path:
+        """PEFT folder of the reward stage, score head included."""
+        return self.root / "reward" / "adapter"
+
+    @property
+    def policy_adapter(self) -> Path:
+        """PEFT folder of the PPO policy."""
+        return self.root / "ppo" / "policy"
+
+    @property
+    def value_adapter(self) -> Path:
+        """PEFT folder of the PPO value model, head included."""
+        return self.root / "ppo" / "value"
+
+    def stage(self, stage: Stage) -> Path:
+        """Folder of one stage."""
+        return self.root / stage
+
+    def metrics(self, stage: Stage) -> Path:
+        """One JSON object a line, one line a logged step."""
+        return self.root / stage / "metrics.jsonl"
+
+    def checkpoints(self, stage: Stage) -> Path:
+        """Folder of `step-N` folders."""
+        return self.root / stage / "checkpoints"
+
+    def result(self, stage: Stage) -> Path:
+        """Written last by a stage: its closing numbers. Its presence means: finished."""
+        return self.root / stage / "result.json"
+
+    def read_result(self, stage: Stage) -> dict[str, float]:
+        """Closing numbers of a finished stage.
+
+        Raises:
+            ValueError: the stage has not finished.
+        """
+        path = self.result(stage)
+        if not path.is_file():
+            raise ValueError(f"stage {stage} of {self.root} has not finished: {path} is missing")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, content: object) -> None:
+    """Replaces `path` by `content` as JSON in one step, so that no reader sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(path)

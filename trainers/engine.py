@@ -1,0 +1,258 @@
+"""One optimiser over a model's trainable parameters, in one process or under DeepSpeed ZeRO.
+
+The only module that imports deepspeed, and only when a launcher started the process. Weights keep
+their own types (frozen base in its own, trainable float32): DeepSpeed's bf16 and fp16 modes are
+not used. Both engines give the same gradients, so the loops above do not know which one runs.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from chatllama.config import DeepSpeedSection
+from chatllama.distributed import device, is_launched, world_size
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW as the stage's section describes it."""
+
+    betas: Sequence[float]
+    eps: float
+    weight_decay: float
+    max_grad_norm: float
+    """Global norm over all ranks."""
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a peak learning rate."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    learning_rate: float
+
+
+def initialise() -> None:
+    """Joins the other ranks; must come before any model or Trainer is made. One process: no-op."""
+    if not is_launched():
+        return
+    import deepspeed
+
+    # The shared-memory op wants a C++ compiler and 40 s at first use; gloo serves as well.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+    deepspeed.init_distributed(verbose=False)
+    assert torch.distributed.get_world_size() == world_size()
+
+
+def zero_settings(
+    section: DeepSpeedSection, *, microbatch_size: int, accumulation_steps: int, max_grad_norm: float
+) -> dict[str, Any]:
+    """DeepSpeed's own configuration for a section of ours.
+
+    Args:
+        section: ZeRO stage and offloading.
+        microbatch_size: sequences per forward pass, on one rank.
+        accumulation_steps: backward passes per optimizer step.
+        max_grad_norm: global norm to which gradients are scaled down.
+    """
+    zero: dict[str, Any] = {"stage": section.stage}
+    if section.stage == 3:
+        zero["stage3_param_persistence_threshold"] = section.stage3_param_persistence_threshold
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    for key, place in (
+        ("offload_optimizer", section.offload_optimizer),
+        ("offload_param", section.offload_param),
+    ):
+        if place != "none":
+            zero[key] = {"device": place, "pin_memory": device().type == "cuda"}
+    return {
+        "train_batch_size": microbatch_size * accumulation_steps * world_size(),
+        "train_micro_batch_size_per_gpu": microbatch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": max_grad_norm,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+
+
+@contextmanager
+def partitioned_loading(section: DeepSpeedSection, dtype: str) -> Iterator[None]:
+    """Models loaded inside are split over the ranks as they are read (ZeRO-3 only).
+
+    Args:
+        section: only stage 3 splits.
+        dtype: of the weights, `float32` or `bfloat16`.
+    """
+    if not (is_launched() and section.stage == 3):
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    settings = zero_settings(section, microbatch_size=1, accumulation_steps=1, max_grad_norm=1.0)
+    settings["bf16"] = {"enabled": dtype == "bfloat16"}  # else zero.Init makes float32 of all
+    keep = HfDeepSpeedConfig(settings)
+    try:
+        yield
+    finally:
+        del keep
+        unset_hf_deepspeed_config()
+
+
+@contextmanager
+def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Parameters are whole inside, on every rank (a no-op but under ZeRO-3)."""
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
+
+
+class Engine:
+    """Forward, backward, step, save and load of one model.
+
+    Args:
+        model: its parameters with requires_grad are trained; moved to this rank's device.
+        groups: every trainable parameter, once.
+        settings: AdamW and clipping.
+        section: ZeRO settings, used when a launcher started the process.
+        microbatch_size: sequences per forward pass, on one rank.
+        accumulation_steps: backward passes per optimizer step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[ParameterGroup],
+        settings: OptimizerSettings,
+        section: DeepSpeedSection,
+        *,
+        microbatch_size: int,
+        accumulation_steps: int,
+    ) -> None:
+        grouped = {id(p) for group in groups for p in group.parameters}
+        assert grouped == {id(p) for p in model.parameters() if p.requires_grad}
+        self.model = model
+        self.learning_rates = [group.learning_rate for group in groups]
+        self.max_grad_norm = settings.max_grad_norm
+        self.accumulation_steps = accumulation_steps
+        self._backwards = 0
+        self._deepspeed: Any = None
+        if not is_launched():
+            model.to(device())
+        optimizer = torch.optim.AdamW(
+            [{"params": g.parameters, "lr": g.learning_rate} for g in groups],
+            betas=(settings.betas[0], settings.betas[1]),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
+        self.optimizer: torch.optim.Optimizer = optimizer
+        if is_launched():
+            import deepspeed
+
+            self._deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=zero_settings(
+                    section,
+                    microbatch_size=microbatch_size,
+                    accumulation_steps=accumulation_steps,
+                    max_grad_norm=settings.max_grad_norm,
+                ),
+            )
+
+    def __call__(self, *args: object) -> Any:
+        """The model's forward pass; every pass with gradient must come through here."""
+        return (self._deepspeed or self.model)(*args)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient of `loss`, whose sum over ranks and microbatches is the step's loss."""
+        self._backwards += 1
+        if self._deepspeed is None:
+            loss.backward()
+        else:
+            # DeepSpeed divides by accumulation steps and averages over ranks: undo both.
+            self._deepspeed.backward(loss * (self.accumulation_steps * world_size()))
+            if self._backwards < self.accumulation_steps:
+                self._deepspeed.step()  # closes the microbatch; weights move only at the last
+
+    def step(self, lr_factor: float) -> float:
+        """Moves the weights once all microbatches are in; returns the gradient norm before clipping.
+
+        Args:
+            lr_factor: multiplies every group's peak learning rate.
+        """
+        assert self._backwards == self.accumulation_steps, self._backwards
+        self._backwards = 0
+        for group, peak in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
+            group["lr"] = peak * lr_factor
+        if self._deepspeed is not None and self._deepspeed.zero_optimization():
+            self._deepspeed.step()
+            return float(self._deepspeed.get_global_grad_norm())
+        # Stage 0 reports no norm; its gradients are already averaged over ranks by now.
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(trained, self.max_grad_norm)
+        (self._deepspeed or self.optimizer).step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def save(self, folder: Path, state: dict[str, Any]) -> None:
+        """Writes trainable weights, optimizer and `state` below `folder`; every rank must call.
+
+        Frozen weights are not in it: they are rebuilt from the adapters that the stage started from.
+        """
+        if self._deepspeed is not None:
+            self._deepspeed.save_checkpoint(
+                str(folder), tag="engine", client_state=state, exclude_frozen_parameters=True
+            )
+            return
+        weights = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        torch.save(
+            {"weights": weights, "optimizer": self.optimizer.state_dict(), "state": state},
+            folder / "engine.pt",
+        )
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Restores what `save` wrote and returns its `state`.
+
+        Raises:
+            ValueError: the checkpoint came from the other kind of start (launcher or not) or
+                from another number of ranks.
+        """
+        plain = folder / "engine.pt"
+        if (self._deepspeed is None) != plain.is_file():
+            raise ValueError(
+                f"{folder} was written {'without' if plain.is_file() else 'by'} the deepspeed "
+                "launcher: resume it the same way"
+            )
+        if self._deepspeed is None:
+            saved = torch.load(plain, map_location="cpu", weights_only=True)
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.data.copy_(saved["weights"][name])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            return saved["state"]
+        path, state = self._deepspeed.load_checkpoint(
+            str(folder), tag="engine", load_module_strict=False
+        )
+        if path is None:
+            raise ValueError(f"{folder}: DeepSpeed found no checkpoint it can load")
+        return state
+
+    def partitions(self) -> bool:
+        """True under ZeRO-3, where parameters are whole only inside `gathered`."""
+        return self._deepspeed is not None and self._deepspeed.zero_optimization_stage() == 3
+
