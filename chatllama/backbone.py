@@ -7,6 +7,7 @@ from text (`backbone.from_scratch`) is training, so it lives in trainers/pretrai
 from typing import cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from chatllama.config import BackboneSection, Config
@@ -37,7 +38,7 @@ def load_backbone(
         dtype: overrides `section.dtype` (full fine-tuning trains float32 weights).
 
     Raises:
-        ValueError: not a LLaMA, or no safetensors weights.
+        ValueError: not a LLaMA, no safetensors weights, or some of them missing.
     """
     revision = section.revision if path == section.path else None
     common = {"revision": revision, "trust_remote_code": section.trust_remote_code}
@@ -48,13 +49,16 @@ def load_backbone(
             f"backbone.path: no model at {path!r}. Give a local Hugging Face folder (with "
             f"config.json and model.safetensors) or a hub id. {_first_line(error)}"
         ) from error
+    except ValueError as error:  # no known model_type, or code that we do not run
+        raise ValueError(f"backbone.path: {path!r} cannot be loaded: {error}") from error
     if not isinstance(config, LlamaConfig):
         raise ValueError(
             f"backbone.path: {path!r} is a {config.model_type!r} model; chatllama trains LLaMAs"
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             path,
+            output_loading_info=True,
             dtype=dtype or getattr(torch, section.dtype),
             attn_implementation=section.attn_implementation,
             use_safetensors=True,
@@ -65,6 +69,16 @@ def load_backbone(
             f"backbone.path: {path!r} holds no safetensors weights (pickled checkpoints are not "
             f"loaded). {_first_line(error)}"
         ) from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"backbone.path: the weights in {path!r} are damaged: {_first_line(error)}"
+        ) from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(
+            f"backbone.path: {path!r} lacks {len(missing)} of the model's tensors, such as "
+            f"{missing[0]}; they would be random numbers"
+        )
     model.requires_grad_(False)
     return cast(LlamaForCausalLM, model.eval())
 

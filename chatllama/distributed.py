@@ -39,6 +39,19 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def all_max(values: torch.Tensor) -> torch.Tensor:
+    """Elementwise maximum of `values` over all ranks, on every rank (a new tensor)."""
+    largest = values.clone()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
+
+
+def all_any(flag: bool) -> bool:
+    """True on every rank when it is true on any."""
+    return bool(all_sum(torch.tensor(float(flag), device=device())) > 0)
+
+
 def all_gather_objects(value: object) -> list:
     """Every rank's `value`, in rank order, on every rank."""
     if not dist.is_initialized():

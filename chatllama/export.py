@@ -67,7 +67,7 @@ def save_adapter(
         r=lora.r,
         lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
-        target_modules=sorted({name.split(".")[-3] for name in state}),
+        target_modules=_target_modules(lora, state),
         task_type="SEQ_CLS" if head else "CAUSAL_LM",
         modules_to_save=["score"] if head else None,
         base_model_name_or_path=str(info["base"]),
@@ -87,6 +87,13 @@ def save_adapter(
             if not torch.equal(reopened.get_tensor(name), tensor):
                 raise ValueError(f"{folder}: tensor {name} did not read back equal")
     replace_folder(beside, folder)
+
+
+def _target_modules(lora: LoraSection, state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names by which PEFT finds the adapted layers in any model class, with a head or without."""
+    if lora.target_modules != "all-linear":
+        return sorted(lora.target_modules)
+    return sorted({name.split(".")[-3] for name in state})
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], where: str) -> None:
@@ -117,7 +124,12 @@ def replace_folder(beside: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
-    beside.rename(folder)
+    try:
+        beside.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -135,16 +147,17 @@ def load_adapter(folder: Path) -> SavedAdapter:
         info = json.loads((folder / INFO).read_text(encoding="utf-8"))
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:
-        raise ValueError(f"{folder}: damaged adapter: {error}") from error
-    check_tensors(tensors, str(folder))
-    return SavedAdapter(
-        lora=LoraSection(
+        lora = LoraSection(
             r=config["r"],
             alpha=float(config["lora_alpha"]),
             dropout=float(config["lora_dropout"]),
             target_modules=sorted(config["target_modules"]),
-        ),
+        )
+    except Exception as error:
+        raise ValueError(f"{folder}: damaged adapter: {error!r}") from error
+    check_tensors(tensors, str(folder))
+    return SavedAdapter(
+        lora=lora,
         state={n: t for n, t in tensors.items() if not n.startswith(HEAD_PREFIX)},
         head={
             n.removeprefix(HEAD_PREFIX): t for n, t in tensors.items() if n.startswith(HEAD_PREFIX)

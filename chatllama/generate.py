@@ -5,7 +5,7 @@ its batch neighbours, on the batch size or on the number of ranks. It scores not
 probabilities are taken afterwards by the training forward pass (`roles.response_logprobs`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -115,6 +115,7 @@ def _decode(
     sampling: Sampling,
     stop_ids: Sequence[int],
     uniforms: torch.Tensor,
+    any_running: Callable[[bool], bool] = bool,
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Yields, step by step, the rows still running and the token that each just got."""
     device = llama.device
@@ -146,15 +147,29 @@ def _decode(
         yield rows[live].tolist(), chosen[live].tolist()
         live = live & ~torch.isin(chosen, stops)
         alive = int(live.sum())
-        if alive == 0:
+        if not any_running(alive > 0):
             return
-        if alive < COMPACT_BELOW * len(rows):
-            kept = live.nonzero().squeeze(-1)
+        if alive < COMPACT_BELOW * len(rows) and len(rows) > 1:
+            kept = live.nonzero().squeeze(-1) if alive else rows.new_zeros(1)
             rows, seen, positions = rows[kept], seen[kept], positions[kept]
             chosen, live = chosen[kept], live[kept]
             for layer in layers:
                 layer.keep_rows(kept)
         tokens, positions = chosen[:, None], positions[:, -1:] + 1
+
+
+def _check_prompts(
+    llama: LlamaForCausalLM, prompts: Sequence[Sequence[int]], sampling: Sampling
+) -> None:
+    limit = llama.config.max_position_embeddings
+    for prompt in prompts:
+        if not prompt:
+            raise ValueError("a prompt holds no token")
+        if len(prompt) + sampling.max_new_tokens > limit:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens and max_new_tokens {sampling.max_new_tokens} "
+                f"do not fit the model's {limit} positions"
+            )
 
 
 def generate(
@@ -164,6 +179,7 @@ def generate(
     stop_ids: Sequence[int],
     uniforms: torch.Tensor,
     batch_size: int,
+    any_running: Callable[[bool], bool] = bool,
 ) -> list[list[int]]:
     """Sampled responses, each up to and including its stop token, in the order of the prompts.
 
@@ -176,27 +192,20 @@ def generate(
         stop_ids: ids that end a response.
         uniforms: (N, max_new_tokens) float32 in [0, 1), one row a prompt.
         batch_size: rows at a time.
+        any_running: asked after every token whether any rank still samples, given whether this
+            one does. Under ZeRO-3 ranks must stay in step, so a rank that is done goes on idly.
 
     Raises:
         ValueError: an empty prompt, or prompt and response do not fit the model's positions.
     """
     assert not llama.training
-    limit = llama.config.max_position_embeddings
-    for prompt in prompts:
-        if not prompt:
-            raise ValueError("a prompt holds no token")
-        if len(prompt) + sampling.max_new_tokens > limit:
-            raise ValueError(
-                f"a prompt of {len(prompt)} tokens and max_new_tokens {sampling.max_new_tokens} "
-                f"do not fit the model's {limit} positions"
-            )
+    _check_prompts(llama, prompts, sampling)
     responses: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(by_length), batch_size):
         batch = by_length[start : start + batch_size]
-        steps = _decode(
-            llama, [prompts[i] for i in batch], sampling, stop_ids, uniforms[torch.tensor(batch)]
-        )
+        rows_prompts, rows_uniforms = [prompts[i] for i in batch], uniforms[torch.tensor(batch)]
+        steps = _decode(llama, rows_prompts, sampling, stop_ids, rows_uniforms, any_running)
         for rows, chosen in steps:
             for row, token in zip(rows, chosen, strict=True):
                 responses[batch[row]].append(token)
@@ -218,7 +227,12 @@ def stream(
         sampling: how to choose tokens.
         stop_ids: ids that end the response.
         generator: CPU generator of the random numbers.
+
+    Raises:
+        ValueError: as `generate`, when the first token is asked for.
     """
+    assert not llama.training
+    _check_prompts(llama, [prompt], sampling)
     uniforms = torch.rand(1, sampling.max_new_tokens, generator=generator)
     for _, chosen in _decode(llama, [prompt], sampling, stop_ids, uniforms):
         if chosen[0] in stop_ids:

@@ -294,8 +294,9 @@ def response_values(
     """Values of the states BEFORE each response token: (B, R) float32, 0 outside the mask."""
     response_length = response_mask.shape[1]
     hidden = hidden_states(model, "value", tokens, mask)[:, -response_length - 1 : -1]
-    values = model.heads["value"](hidden)
-    return torch.where(response_mask, values, torch.zeros_like(values))
+    values = model.heads["value"](hidden[response_mask])
+    zeros = torch.zeros(response_mask.shape, device=tokens.device)
+    return zeros.masked_scatter(response_mask, values)
 
 
 def policy_and_value(

@@ -31,6 +31,11 @@ class RunFolder:
         return self.root / "summary.json"
 
     @property
+    def evaluation(self) -> Path:
+        """Held-out answers of every role, measured."""
+        return self.root / "evaluation.json"
+
+    @property
     def report(self) -> Path:
         """The page that shows them."""
         return self.root / "report.html"

@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from chatllama.config import DeepSpeedSection
-from chatllama.distributed import device, is_launched, world_size
+from chatllama.distributed import device, is_launched, rank, world_size
+from chatllama.roles import RoleModel
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,11 @@ def initialise() -> None:
 
 
 def zero_settings(
-    section: DeepSpeedSection, *, microbatch_size: int, accumulation_steps: int, max_grad_norm: float
+    section: DeepSpeedSection,
+    *,
+    microbatch_size: int,
+    accumulation_steps: int,
+    max_grad_norm: float,
 ) -> dict[str, Any]:
     """DeepSpeed's own configuration for a section of ours.
 
@@ -95,8 +100,7 @@ def partitioned_loading(section: DeepSpeedSection, dtype: str) -> Iterator[None]
     if not (is_launched() and section.stage == 3):
         yield
         return
-    from transformers.integrations import HfDeepSpeedConfig
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     settings = zero_settings(section, microbatch_size=1, accumulation_steps=1, max_grad_norm=1.0)
     settings["bf16"] = {"enabled": dtype == "bfloat16"}  # else zero.Init makes float32 of all
@@ -109,16 +113,26 @@ def partitioned_loading(section: DeepSpeedSection, dtype: str) -> Iterator[None]
 
 
 @contextmanager
-def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Parameters are whole inside, on every rank (a no-op but under ZeRO-3)."""
+def gathered(parameters: Sequence[nn.Parameter], modified: bool = False) -> Iterator[None]:
+    """Parameters are whole inside, on every rank (a no-op but under ZeRO-3).
+
+    Args:
+        parameters: which.
+        modified: they change inside, alike on all ranks; rank 0's values are kept.
+    """
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     if not partitioned:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(partitioned):
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if modified else None):
         yield
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seeds dropout of one step from (seed, step, rank): resuming needs no state."""
+    torch.manual_seed(hash((seed, step, rank())) % 2**63)
 
 
 class Engine:
@@ -135,7 +149,7 @@ class Engine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: RoleModel,
         groups: Sequence[ParameterGroup],
         settings: OptimizerSettings,
         section: DeepSpeedSection,
@@ -149,6 +163,7 @@ class Engine:
         self.learning_rates = [group.learning_rate for group in groups]
         self.max_grad_norm = settings.max_grad_norm
         self.accumulation_steps = accumulation_steps
+        self.gathers = section.gather_for_rollouts
         self._backwards = 0
         self._deepspeed: Any = None
         if not is_launched():
@@ -159,7 +174,7 @@ class Engine:
             eps=settings.eps,
             weight_decay=settings.weight_decay,
         )
-        self.optimizer: torch.optim.Optimizer = optimizer
+        self.optimizer: Any = optimizer
         if is_launched():
             import deepspeed
 
@@ -190,7 +205,7 @@ class Engine:
                 self._deepspeed.step()  # closes the microbatch; weights move only at the last
 
     def step(self, lr_factor: float) -> float:
-        """Moves the weights once all microbatches are in; returns the gradient norm before clipping.
+        """Moves the weights once all microbatches are in; returns the norm before clipping.
 
         Args:
             lr_factor: multiplies every group's peak learning rate.
@@ -209,10 +224,57 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
+    def assign(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
+        """Sets a trainable parameter, in the optimizer's own copy of it too.
+
+        Args:
+            parameter: one of the groups'.
+            value: of its whole shape, equal on all ranks.
+        """
+        value = value.detach().to(device=device(), dtype=parameter.dtype)
+        if self._deepspeed is not None and self._deepspeed.zero_optimization():
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            safe_set_full_fp32_param(parameter, value)
+        with torch.no_grad(), gathered([parameter], modified=True):
+            parameter.copy_(value)
+
+    def whole_value(self, parameter: nn.Parameter) -> torch.Tensor:
+        """A copy of the parameter's value, of its whole shape, on every rank."""
+        with gathered([parameter]):
+            return parameter.detach().clone()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Weights are whole on every rank inside, without ZeRO-3's traffic layer by layer.
+
+        With `gather_for_rollouts: false` they stay split: every forward pass fetches layer by
+        layer, and all ranks must make equally many of them.
+        """
+        if not (self.gathers and self.partitions()):
+            yield
+            return
+        # The hooks that fetch and drop each layer's weights would drop the gathered ones; their
+        # names are DeepSpeed's own (pinned; tests/test_engine.py compares the tokens).
+        offload = self._deepspeed.optimizer.parameter_offload
+        with gathered(list(self.model.parameters())):
+            for parameter in cast(Iterator[Any], self.model.parameters()):
+                parameter.ds_active_sub_modules.clear()
+            for hook in [*offload.forward_hooks, *offload.backward_hooks]:
+                hook.remove()
+            offload.forward_hooks, offload.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                coordinator = offload.param_coordinator
+                if not coordinator.is_invalid_trace():
+                    coordinator._invalidate_trace()
+                offload._register_deepspeed_module(offload.module)
+
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         """Writes trainable weights, optimizer and `state` below `folder`; every rank must call.
 
-        Frozen weights are not in it: they are rebuilt from the adapters that the stage started from.
+        Frozen weights are not in it: they come from the adapters that the stage started from.
         """
         if self._deepspeed is not None:
             self._deepspeed.save_checkpoint(
@@ -255,4 +317,3 @@ class Engine:
     def partitions(self) -> bool:
         """True under ZeRO-3, where parameters are whole only inside `gathered`."""
         return self._deepspeed is not None and self._deepspeed.zero_optimization_stage() == 3
-

@@ -12,7 +12,7 @@ import torch
 
 
 def masked(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """`x` inside the mask, 0 outside, also where x is NaN there."""
+    """The numbers inside the mask, 0 outside, also where x is NaN there."""
     return torch.where(mask, x, torch.zeros_like(x))
 
 
@@ -45,7 +45,7 @@ def whiten(
     var: float,
     shift_mean: bool = True,
 ) -> torch.Tensor:
-    """x shifted to mean 0 and scaled to variance 1; 0 outside the mask.
+    """Numbers shifted to mean 0 and scaled to variance 1; 0 outside the mask.
 
     Statistics are passed in, so that all ranks and microbatches use those of the whole batch
     (Huang 2022, "The 37 implementation details of PPO").
@@ -132,7 +132,7 @@ class PolicyLoss:
     approx_kl: torch.Tensor
     """() sum of 0.5 (log pi - log pi_old)^2, nats."""
     ratio_max: torch.Tensor
-    """() largest probability ratio."""
+    """() largest probability ratio inside the mask."""
 
 
 def policy_loss(
@@ -167,7 +167,7 @@ def policy_loss(
             loss=loss,
             clipped=(clipped > plain).sum(),
             approx_kl=(0.5 * log_ratio.square()).sum(),
-            ratio_max=ratio.max(),
+            ratio_max=masked(ratio, mask).max(),
         )
 
 

@@ -1,0 +1,51 @@
+# From a fresh clone on a machine with Python 3.10-3.12 and its venv module: `make demo`.
+
+# The first interpreter that is recent enough, and not too recent.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
+	"$$p" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
+	2>/dev/null && echo "$$p" && break; done)
+BIN := $(CURDIR)/.venv/bin
+# The deepspeed launcher and ninja are looked up on PATH.
+export PATH := $(BIN):$(PATH)
+
+.PHONY: help venv demo test check clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    install into .venv, then SFT -> reward model -> PPO on a tiny LLaMA"
+	@echo "make test    install into .venv, then every test"
+	@echo "make check   install into .venv, then ruff, pyright and the unit tests"
+	@echo "make venv    install into .venv only (PYTHON=python3.12 chooses the interpreter)"
+	@echo "make clean   remove .venv and caches; runs/ stays"
+
+venv: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
+		2>/dev/null || { \
+		echo "chatllama needs Python 3.10, 3.11 or 3.12; PYTHON='$(PYTHON)' is none of them" \
+		"(python3 here: $$(python3 --version 2>&1)). Name one: make PYTHON=/path/to/python3.12" \
+		>&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "$(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; \
+		exit 1; }
+	@"$(BIN)/python" -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
+	"$(BIN)/python" -m pip install "$$(grep '^torch==' constraints.txt)"
+	"$(BIN)/python" -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: venv
+	"$(BIN)/chatllama" run configs/quickstart.yaml
+
+test: venv
+	"$(BIN)/python" -m pytest -m ""
+
+check: venv
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
+	"$(BIN)/pyright"
+	"$(BIN)/python" -m pytest
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

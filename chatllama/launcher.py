@@ -1,0 +1,275 @@
+"""A stage's processes: the `deepspeed` command line, its environment, and an end without orphans.
+
+Knows nothing of stages' results; `pipeline.py` decides what is run.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from chatllama.batching import check_batches
+from chatllama.config import Config
+from chatllama.config_errors import ConfigError
+from chatllama.run_folder import Stage
+
+SCRIPTS: dict[Stage, str] = {"sft": "train_sft.py", "reward": "train_rm.py", "ppo": "train_ppo.py"}
+CPU_RANKS = 2
+GRACE_SECONDS = 40.0
+"""Time to end by themselves after a signal; the launcher gives its ranks 30 s."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the stages are started.
+
+    Raises:
+        ValueError: a number or the hostfile makes no sense.
+    """
+
+    num_gpus: int | None = None
+    """Processes on this machine (per machine, with a hostfile). None: see `choose_ranks`."""
+    hostfile: Path | None = None
+    """DeepSpeed's list of machines, `name slots=N` a line."""
+    master_port: int | None = None
+    """Port of rank 0. None: a free one (with a hostfile: DeepSpeed's default)."""
+
+    @property
+    def arguments(self) -> list[str]:
+        """The same as flags of `chatllama run`."""
+        given = (
+            ("--num-gpus", self.num_gpus),
+            ("--hostfile", self.hostfile),
+            ("--master-port", self.master_port),
+        )
+        return [word for flag, value in given if value is not None for word in (flag, str(value))]
+
+    def __post_init__(self) -> None:
+        if self.num_gpus is not None and self.num_gpus < 1:
+            raise ValueError(f"--num-gpus {self.num_gpus}: must be at least 1")
+        if self.master_port is not None and not 1 <= self.master_port <= 65535:
+            raise ValueError(f"--master-port {self.master_port}: must be within 1 to 65535")
+        if self.hostfile is not None and not self.hostfile.is_file():
+            raise ValueError(f"--hostfile {self.hostfile}: no such file")
+
+
+def count_gpus() -> int:
+    """GPUs that this process may use."""
+    from chatllama import distributed
+
+    if distributed.device().type == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def count_cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def choose_ranks(cfg: Config, wanted: int | None, gpus: int, cores: int) -> int:
+    """Processes on this machine.
+
+    All GPUs, or up to two processes on a CPU; fewer where the batches do not divide by so many.
+
+    Args:
+        cfg: gives the batch sizes.
+        wanted: the user's choice, honoured or refused.
+        gpus: GPUs at hand.
+        cores: CPU cores at hand.
+
+    Raises:
+        ValueError: the batches do not divide, or more GPUs are wanted than there are.
+    """
+    if wanted is not None:
+        if gpus and wanted > gpus:
+            raise ValueError(f"--num-gpus {wanted}: this machine has {gpus}")
+        check_batches(cfg, wanted)
+        return wanted
+    for ranks in range(gpus or min(CPU_RANKS, cores), 1, -1):
+        try:
+            check_batches(cfg, ranks)
+        except ConfigError:
+            continue
+        return ranks
+    check_batches(cfg, 1)
+    return 1
+
+
+def hostfile_slots(hostfile: Path) -> list[int]:
+    """Slots of each machine, in the order of the file.
+
+    Raises:
+        ValueError: a line that is not `name slots=N`, with its number.
+    """
+    slots = []
+    for number, line in enumerate(hostfile.read_text(encoding="utf-8").splitlines(), start=1):
+        words = line.split("#", 1)[0].split()
+        if not words:
+            continue
+        count = words[-1].removeprefix("slots=")
+        if len(words) != 2 or not words[1].startswith("slots=") or not count.isdigit():
+            raise ValueError(f"{hostfile}, line {number}: {line!r} is not `name slots=N`")
+        slots.append(int(count))
+    if not slots:
+        raise ValueError(f"{hostfile} names no machine")
+    return slots
+
+
+def free_port() -> int:
+    """A TCP port that nothing on this machine listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def script_path(stage: Stage) -> Path:
+    """The stage's script, which lies beside the chatllama package.
+
+    Raises:
+        ValueError: it is not there (a broken installation).
+    """
+    path = Path(__file__).resolve().parent.parent / SCRIPTS[stage]
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: install chatllama again")
+    return path
+
+
+def stage_command(
+    stage: Stage, config: Path, ranks: int, gpus: int, launch: Launch, resume: bool
+) -> list[str]:
+    """The command line that runs a stage through the `deepspeed` launcher.
+
+    Args:
+        stage: what to run.
+        config: the resolved YAML.
+        ranks: processes on this machine.
+        gpus: GPUs at hand; 0 means CPU.
+        launch: machines and port.
+        resume: whether to go on from the newest checkpoint.
+
+    Raises:
+        ValueError: the launcher or the script is missing.
+    """
+    command = [_deepspeed()]
+    port = launch.master_port
+    if launch.hostfile is not None:
+        command += ["--hostfile", str(launch.hostfile)]
+        if launch.num_gpus is not None:
+            command += ["--num_gpus", str(launch.num_gpus)]
+    else:
+        # With --num_gpus the launcher would ignore CUDA_VISIBLE_DEVICES and take the first GPUs.
+        visible = [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x.isdigit()]
+        if gpus and len(visible) >= ranks:
+            command += ["--include", f"localhost:{','.join(visible[:ranks])}"]
+        else:
+            command += ["--num_gpus", str(ranks)]
+        port = port or free_port()
+    if port is not None:
+        command += ["--master_port", str(port)]
+    command += [str(script_path(stage)), str(config)]
+    return [*command, "--resume"] if resume else command
+
+
+def _deepspeed() -> str:
+    """The launcher of this Python's environment, else the one on the PATH."""
+    beside = Path(sys.executable).parent / "deepspeed"
+    found = str(beside) if beside.is_file() else shutil.which("deepspeed")
+    if found is None:
+        raise ValueError(f"no `deepspeed` beside {sys.executable} nor on the PATH: pip install it")
+    return found
+
+
+def stage_environment(ranks: int, cores: int) -> dict[str, str]:
+    """This process's environment, with the cores shared out and this Python's tools on the PATH.
+
+    DeepSpeed looks for `ninja` on the PATH, which lacks it if .venv has not been activated.
+    """
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
+    tools = str(Path(sys.executable).parent)
+    path = environment.get("PATH", "")
+    if tools not in path.split(os.pathsep):
+        environment["PATH"] = tools + os.pathsep + path
+    return environment
+
+
+def run_to_end(command: list[str], environment: Mapping[str, str]) -> int:
+    """Exit code of the command, whose output passes straight through; 128 + N if signal N ended it.
+
+    On SIGINT, SIGTERM or SIGHUP all processes of the command get SIGTERM (which, unlike SIGINT,
+    prints no traceback per rank), time to end, and are then killed. None outlives this call.
+
+    Raises:
+        KeyboardInterrupt: SIGINT came.
+        SystemExit: with 128 + N, SIGTERM or SIGHUP came.
+    """
+    received: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+
+    watched = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup stays in force
+        watched.append(signal.SIGHUP)
+    before = {signum: signal.signal(signum, note) for signum in watched}
+    try:
+        process = subprocess.Popen(command, env=dict(environment), start_new_session=True)
+        try:
+            while process.poll() is None and not received:
+                time.sleep(0.1)
+        finally:
+            _end_group(process, ask_first=bool(received))
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    if received and received[0] == signal.SIGINT:
+        raise KeyboardInterrupt
+    if received:
+        raise SystemExit(128 + received[0])
+    code = process.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _end_group(process: subprocess.Popen, ask_first: bool) -> None:
+    """Ends whatever is left of the command's process group."""
+    group = process.pid  # start_new_session made it the leader
+    if ask_first:
+        _signal_group(group, signal.SIGTERM)
+        deadline = time.monotonic() + GRACE_SECONDS
+        while _living(group) and time.monotonic() < deadline:
+            process.poll()
+            time.sleep(0.1)
+    if _living(group):
+        _signal_group(group, signal.SIGKILL)
+    process.wait()
+
+
+def _signal_group(group: int, signum: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signum)
+
+
+def _living(group: int) -> bool:
+    """Whether a process of the group still runs (zombies, which wait for init, do not count)."""
+    import psutil
+
+    for process in psutil.process_iter(["status"]):
+        try:
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                return True
+        except (ProcessLookupError, PermissionError):
+            continue
+    return False

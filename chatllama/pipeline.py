@@ -1,0 +1,269 @@
+"""`chatllama run`: the stages in order, each through the `deepspeed` launcher; then the results.
+
+Finished stages are skipped. Starting processes is in `launcher.py`, the page in `report.py`.
+"""
+
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from chatllama.batching import check_batches
+from chatllama.config import Config
+from chatllama.config_loader import dump_config, load_config
+from chatllama.launcher import (
+    Launch,
+    choose_ranks,
+    count_cores,
+    count_gpus,
+    hostfile_slots,
+    run_to_end,
+    stage_command,
+    stage_environment,
+)
+from chatllama.progress import duration
+from chatllama.report import write_report
+from chatllama.results import (
+    findings,
+    number,
+    read_summary,
+    result_table,
+    reward_accuracy,
+    write_summary,
+)
+from chatllama.run_folder import STAGES, RunFolder, Stage
+
+# Sections and keys that change nothing of what a stage has learned.
+FREE_SECTIONS = ("tracking",)
+BACKBONE_KEYS = ("backbone", "seed")  # a backbone made from scratch rests on both
+FREE_KEYS = ("save_every", "save_total_limit", "eval_every")
+
+
+class StageFailed(Exception):
+    """A stage ended without a result.
+
+    Attributes:
+        exit_code: of the launcher, never 0.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def run_pipeline(
+    config_path: str,
+    overrides: Sequence[str] = (),
+    *,
+    launch: Launch | None = None,
+    resume: bool = False,
+    redo_from: Stage | None = None,
+) -> None:
+    """Brings a run to its end: every unfinished stage, the summary, the report, the table.
+
+    Args:
+        config_path: the YAML file.
+        overrides: `section.key=value` each.
+        launch: machines, processes and port.
+        resume: go on from the newest checkpoint of an interrupted stage.
+        redo_from: do this stage and the later ones again; their results and checkpoints go.
+
+    Raises:
+        ValueError: the config is wrong, or does not fit what the run folder holds.
+        StageFailed: a stage failed; nothing after it was run.
+    """
+    cfg = load_config(config_path, overrides)
+    launch = launch or Launch()
+    run = RunFolder(Path(cfg.run_dir))
+    redone = STAGES[STAGES.index(redo_from) :] if redo_from is not None else ()
+    finished: list[Stage] = [s for s in STAGES if run.result(s).is_file() and s not in redone]
+    waiting: list[Stage] = [s for s in STAGES if s not in finished]
+    _check_order(run, finished, waiting)
+    gpus, ranks = _plan_ranks(cfg, launch) if waiting else (0, 1)
+    interrupted: list[Stage] = [
+        s for s in waiting if s not in redone and any(run.checkpoints(s).glob("step-*"))
+    ]
+    _check_config(cfg, run, finished, interrupted)
+    if interrupted and not resume:
+        raise ValueError(
+            f"stage {interrupted[0]} of {run.root} was interrupted and has checkpoints: add "
+            f"--resume to go on from the newest, or --from {interrupted[0]} to start it anew"
+        )
+    for stage in redone:
+        _forget(run, stage)
+    run.root.mkdir(parents=True, exist_ok=True)
+    dump_config(cfg, run.config)
+    for stage in STAGES:
+        if stage in finished:
+            _say(f"{stage}: finished before, skipped")
+            continue
+        command = stage_command(stage, run.config, ranks, gpus, launch, resume)
+        environment = stage_environment(ranks, count_cores())
+        _run_stage(run, stage, command, environment, launch.arguments)
+    write_summary(run)
+    print_results(run, write_report(run))
+
+
+def _plan_ranks(cfg: Config, launch: Launch) -> tuple[int, int]:
+    """GPUs of this machine and processes on it; batches are checked for all machines.
+
+    Raises:
+        ValueError: the batches do not divide evenly.
+    """
+    if launch.hostfile is None:
+        gpus = count_gpus()
+        return gpus, choose_ranks(cfg, launch.num_gpus, gpus, count_cores())
+    slots = hostfile_slots(launch.hostfile)
+    ranks = launch.num_gpus or max(slots)
+    check_batches(cfg, ranks * len(slots) if launch.num_gpus else sum(slots))
+    return 0, ranks
+
+
+def _check_order(run: RunFolder, finished: list[Stage], waiting: list[Stage]) -> None:
+    """Nothing, if no stage is finished whose predecessor is not.
+
+    Raises:
+        ValueError: the later stage was made from something that is gone.
+    """
+    for stage in finished:
+        earlier = [s for s in waiting if STAGES.index(s) < STAGES.index(stage)]
+        if earlier:
+            raise ValueError(
+                f"{run.root}: stage {stage} is finished, but {earlier[0]}, which it is made from, "
+                f"is not. Use --from {earlier[0]} to do both again, or another run_dir"
+            )
+
+
+def _check_config(
+    cfg: Config, run: RunFolder, finished: list[Stage], interrupted: list[Stage]
+) -> None:
+    """Nothing, if whatever the run folder holds was made with the settings of `cfg`.
+
+    Raises:
+        ValueError: with every differing key, both values and the remedies.
+    """
+    begun = [*finished, *interrupted]
+    if not run.config.is_file() or not (begun or run.backbone.is_dir()):
+        return
+    old, new = (_flat(c.model_dump()) for c in (load_config(run.config), cfg))
+    differing = [
+        key
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and _binds(key, finished, interrupted)
+    ]
+    if differing:
+        redo = ""
+        if not (run.backbone.is_dir() and any(_section(k) in BACKBONE_KEYS for k in differing)):
+            touched = {_section(key) for key in differing}
+            earliest = next((s for s in STAGES if s in touched), STAGES[0])
+            redo = f"--from {STAGES[0] if touched - {*STAGES} else earliest} to do that again, "
+        raise ValueError(
+            f"{run.root} was begun with other settings ({run.config}):\n"
+            + "\n".join(f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in differing)
+            + f"\nUse {redo}run_dir=... for a new run, or remove {run.root}"
+        )
+
+
+def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Dotted name -> value; lists are values."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            out.update(_flat(value, f"{above}{key}."))
+        else:
+            out[above + key] = value
+    return out
+
+
+def _section(key: str) -> str:
+    """First word of a dotted key; what only the PPO stage uses belongs to `ppo`."""
+    section = key.split(".")[0]
+    return "ppo" if section in ("generation", "evaluation") else section
+
+
+def _binds(key: str, finished: list[Stage], interrupted: list[Stage]) -> bool:
+    """Whether what has been done already rests on this key."""
+    section = _section(key)
+    if key.startswith("evaluation."):
+        return "ppo" in finished
+    if key == "run_dir" or section in FREE_SECTIONS or key.split(".")[-1] in FREE_KEYS:
+        return False
+    if section == "deepspeed":
+        return bool(interrupted)  # the layout of checkpoints; nothing finished depends on it
+    if section in STAGES:
+        return section in finished or section in interrupted
+    return section in BACKBONE_KEYS or bool(finished or interrupted)
+
+
+def _forget(run: RunFolder, stage: Stage) -> None:
+    """Removes what says that a stage was done or begun."""
+    run.result(stage).unlink(missing_ok=True)
+    if run.checkpoints(stage).is_dir():
+        shutil.rmtree(run.checkpoints(stage))
+    run.summary.unlink(missing_ok=True)
+
+
+def _run_stage(
+    run: RunFolder,
+    stage: Stage,
+    command: list[str],
+    environment: dict[str, str],
+    launch_arguments: list[str],
+) -> None:
+    """Runs one stage to its result.
+
+    Raises:
+        StageFailed: it ended without one.
+    """
+    _say(f"{stage}: {shlex.join(command)}")
+    code = run_to_end(command, environment)
+    if run.result(stage).is_file():
+        if code != 0:
+            _say(f"{stage}: the launcher ended with code {code} after the stage had finished")
+        return
+    code = code or 1  # the launcher answers 0 when it is itself killed by a signal
+    # A rank killed by signal N makes the launcher exit with 256 - N.
+    cause = f" (signal {256 - code})" if 224 < code < 256 else ""
+    if code == 256 - 9:
+        cause = " (killed by signal 9: probably out of memory)"
+    again = shlex.join(["chatllama", "run", str(run.config), "--resume", *launch_arguments])
+    raise StageFailed(
+        f"stage {stage} failed with exit code {code}{cause}. To go on from its newest checkpoint, "
+        f"if there is one, or from its start:\n  {again}",
+        code,
+    )
+
+
+def print_results(run: RunFolder, report: Path) -> None:
+    """Prints the closing table of a run."""
+    summary = read_summary(run)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    heads, rows = result_table(summary)
+    if rows:
+        table = Table(title=f"{escape(str(run.root))}: held-out prompts", title_justify="left")
+        for position, head in enumerate(heads):
+            table.add_column(head, justify="right" if position else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    if accuracy := reward_accuracy(summary):
+        console.print(f"Reward model accuracy on held-out pairs: {accuracy}")
+    times = {
+        name: number(summary, f"wall_seconds.{name}") for name in summary.get("wall_seconds", {})
+    }
+    if times:
+        parts = [f"{name} {duration(value)}" for name, value in times.items() if value is not None]
+        console.print(f"Wall time: {', '.join(parts)}")
+    for finding in findings(summary):
+        console.print(finding.text, markup=False)
+    console.print(f"Report: {report}", markup=False, soft_wrap=True)
+
+
+def _say(text: str) -> None:
+    print(f"[chatllama] {text}", flush=True)

@@ -1,0 +1,102 @@
+"""Rows of token ids as rectangular tensors, and which rows belong to which step.
+
+Masks come from positions, never from ids: a pad id may also be a real token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (B, T) int64 and mask (B, T) bool, True on the rows' tokens, which come first.
+
+    Args:
+        rows: B sequences of ids; T is the longest's length.
+        pad_id: fills the rest.
+    """
+    return _pad(rows, pad_id, left=False)
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (B, T) int64 and mask (B, T) bool, True on the rows' tokens, which come last.
+
+    Args:
+        rows: B sequences of ids; T is the longest's length.
+        pad_id: fills the rest.
+    """
+    return _pad(rows, pad_id, left=True)
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """Position (B, T) int64 of each token in its row, from 0; 0 before the first token.
+
+    Args:
+        mask: (B, T) bool, True on tokens.
+    """
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Examples of `tokenize_preferences` as one batch of chosen rows, then rejected rows."""
+
+    pad_id: int
+
+    def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """The batch.
+
+        Returns:
+            input_ids: (2B, T) int64, padded on the right; row i + B is the rejected side of row i.
+            mask: (2B, T) bool, True on tokens.
+            margin: (B,) float32.
+        """
+        rows = [pair["chosen_ids"] for pair in pairs] + [pair["rejected_ids"] for pair in pairs]
+        ids, mask = pad_right(rows, self.pad_id)
+        margin = torch.tensor([pair["margin"] for pair in pairs], dtype=torch.float32)
+        return {"input_ids": ids, "mask": mask, "margin": margin}
+
+
+def batch_indices(num_examples: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """The examples of step `step`, over all ranks; rank r takes its slice.
+
+    Epochs follow each other without a gap, each in its own random order, so that every batch is
+    full and every example comes up once before any comes up twice. Depends on the arguments
+    alone: a run resumed at any step, on any number of ranks, sees the same batches.
+
+    Args:
+        num_examples: size of the training set.
+        batch_size: examples a step, over all ranks.
+        step: from 0.
+        seed: of the order.
+
+    Raises:
+        ValueError: there are no examples.
+    """
+    if num_examples < 1:
+        raise ValueError(f"no examples to train on (num_examples = {num_examples})")
+    begin = step * batch_size
+    places = [divmod(place, num_examples) for place in range(begin, begin + batch_size)]
+    return [int(_epoch_order(num_examples, epoch, seed)[offset]) for epoch, offset in places]
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(num_examples: int, epoch: int, seed: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_examples)
+
+
+def _pad(
+    rows: Sequence[Sequence[int]], pad_id: int, *, left: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        place = slice(longest - len(row), longest) if left else slice(0, len(row))
+        ids[i, place] = torch.tensor(row, dtype=torch.int64)
+        mask[i, place] = True
+    return ids, mask

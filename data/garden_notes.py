@@ -1,0 +1,347 @@
+"""The demo's task: short garden notes, whose true quality a program can compute.
+
+`[INST] Write a note to Rosa about the tulips. [/INST]` asks for something like
+`Hello Rosa! The tulips look fresh today. We had lovely tulips this year. Yours, Moss.`
+
+Held here: the little world (names, topics, sentences), deliberately sloppy writers, the hidden
+`gold` score, noisy preference labels drawn from it, and `python -m data.garden_notes`, which
+writes the committed files of data/samples/garden_notes again, byte for byte before compression.
+The reward model sees the labels only, never `gold`. Not here: tokens, training, reading of files.
+"""
+
+import argparse
+import gzip
+import json
+import math
+import random
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+NAMES = (
+    ["Ada", "Ben", "Cleo", "Dora", "Emil", "Fay", "Gus", "Hana", "Ivo", "June", "Kit", "Lena", "Milo", "Nora", "Otto", "Rosa"]
+)  # fmt: skip
+TOPICS = ["tulips", "roses", "beans", "ferns", "plums", "herbs", "bees", "daisies", "pears", "leeks", "poppies", "onions", "carrots", "lilies", "pumpkins", "berries"]
+CHEERFUL = ["bright", "lovely", "fresh", "sweet", "healthy", "splendid"]
+GLOOMY = ["dull", "limp", "dusty", "bitter", "sickly", "grim"]
+SENDERS = ["Moss", "Wren", "Robin"]
+PLACES = ["gate", "wall", "pond", "shed", "path", "fence"]
+
+SENTENCES = (
+    "The {topic} look {adjective} today.",
+    "I think the {topic} are {adjective}.",
+    "We had {adjective} {topic} this year.",
+    "This morning the {topic} were {adjective}.",
+)
+PROMPTS = (
+    "Write a note to {name} about the {topic}.",
+    "Send {name} a few lines on the {topic}.",
+    "Please tell {name} about the {topic}.",
+    "{name} would like news of the {topic}.",
+)
+LEADS = (
+    "A note to {name} about the {topic}:",
+    *(f"{prompt} This note came:" for prompt in PROMPTS),
+)
+
+LABEL_SCALE = 2.0
+"""Labels prefer the better answer with probability sigmoid(LABEL_SCALE * gold difference)."""
+NUM_HELDOUT_PAIRS = 64
+BEST_GOLD = 4.0
+"""Gold of the best note: 1 name + 1 topic + 3 * 0.5 adjectives + 0.5 signature."""
+
+_SAMPLES = Path(__file__).parent / "samples" / "garden_notes"
+_SIGNATURE = re.compile(f"Yours, (?:{'|'.join(SENDERS)})\\.")
+_GREETING = re.compile(r"Hello (\w+)!")
+_BODY = re.compile(
+    "|".join(
+        re.escape(sentence)
+        .replace(r"\{topic\}", f"(?:{'|'.join(TOPICS)})")
+        .replace(r"\{adjective\}", f"(?:{'|'.join(CHEERFUL + GLOOMY)})")
+        for sentence in SENTENCES
+    )
+)
+
+
+def gold(prompt: str, response: str) -> float:
+    """The true quality of an answer, between about -10 and BEST_GOLD.
+
+    +1 for greeting the asked person by name at the start, else -1; +1 for mentioning the asked
+    topic; -0.5 for each mention of another topic; +0.5 for each of up to three different cheerful
+    adjectives; -0.5 for each gloomy one; -0.4 for each adjective that was used before; +0.5 for a
+    signature at the end; -0.3 for each sentence of unknown form or in a wrong place; -1.5 for an
+    end that is not the end of a sentence.
+
+    Args:
+        prompt: Names one of NAMES and one of TOPICS; further text around them is allowed.
+        response: The answer, as text without special tokens.
+
+    Raises:
+        ValueError: The prompt names no known person or no known topic.
+    """
+    name, topic = _find(prompt, NAMES), _find(prompt, TOPICS)
+    segments = _segments(response)
+    words = re.findall(r"\w+", response)
+    greeting = _GREETING.fullmatch(segments[0]) if segments else None
+    score = 1.0 if greeting and greeting[1] == name else -1.0
+    score += 1.0 * (topic in words)
+    score -= 0.5 * sum(word in TOPICS and word != topic for word in words)
+    score += 0.5 * min(3, len(set(words) & set(CHEERFUL)))
+    score -= 0.5 * sum(word in GLOOMY for word in words)
+    adjectives = [word for word in words if word in CHEERFUL or word in GLOOMY]
+    score -= 0.4 * (len(adjectives) - len(set(adjectives)))
+    score += 0.5 * bool(segments and _SIGNATURE.fullmatch(segments[-1]))
+    score -= 0.3 * sum(
+        not _well_formed(segment, index, len(segments)) for index, segment in enumerate(segments)
+    )
+    score -= 1.5 * (not response.strip().endswith((".", "!")))
+    return score
+
+
+def bayes_limit(gold_differences: Iterable[float], label_scale: float = LABEL_SCALE) -> float:
+    """The expected accuracy of the best possible judge on noisy labels, from 0.5 to 1.
+
+    That judge knows `gold` and picks the better answer; the label agrees with it with
+    probability sigmoid(label_scale * |difference|).
+
+    Args:
+        gold_differences: gold(chosen) - gold(rejected) of each pair; signs do not matter.
+        label_scale: nats per unit of gold.
+    """
+    limits = [_sigmoid(label_scale * abs(difference)) for difference in gold_differences]
+    return sum(limits) / len(limits)
+
+
+def split_pairs() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """The (name, topic) pairs of training, and those that only held-out prompts ask for."""
+    pairs = [(name, topic) for name in NAMES for topic in TOPICS]
+    random.Random("pairs").shuffle(pairs)
+    return sorted(pairs[NUM_HELDOUT_PAIRS:]), sorted(pairs[:NUM_HELDOUT_PAIRS])
+
+
+def sloppy_note(rng: random.Random, name: str, topic: str, *, max_sentences: int = 3) -> str:
+    """A note whose writer often errs: name, topic and signature are right or there 6 times in 10.
+
+    Args:
+        rng: The source of randomness.
+        name: Whom the note was asked for.
+        topic: What it was asked to be about.
+        max_sentences: Between one and so many sentences stand in the middle.
+    """
+    greeted = name if rng.random() < 0.6 else rng.choice(NAMES)
+    sentences = [
+        rng.choice(SENTENCES).format(
+            topic=topic if rng.random() < 0.6 else rng.choice(TOPICS),
+            adjective=rng.choice(CHEERFUL if rng.random() < 0.5 else GLOOMY),
+        )
+        for _ in range(rng.randint(1, max_sentences))
+    ]
+    ending = [f"Yours, {rng.choice(SENDERS)}."] if rng.random() < 0.6 else []
+    return " ".join([f"Hello {greeted}!", *sentences, *ending])
+
+
+def spoiled(rng: random.Random, note: str) -> str:
+    """The note with one accident of the kinds that an optimiser, too, would stumble upon."""
+    segments = _segments(note)
+    match rng.randrange(6):
+        case 0:  # breaks off
+            words = note.split(" ")
+            return " ".join(words[: rng.randrange(2, len(words))]).rstrip(".!")
+        case 1:  # says something again, perhaps several times
+            index = rng.randrange(len(segments))
+            segments[index:index] = [segments[index]] * rng.randint(1, 3)
+        case 2:  # goes on after its end
+            segments += [f"Yours, {rng.choice(SENDERS)}."] * rng.randint(1, 3)
+        case 3:  # does not greet
+            del segments[0]
+        case 4:  # has parts in the wrong order
+            rng.shuffle(segments)
+        case _:  # has words lost, doubled or exchanged
+            words = note.split(" ")
+            for _ in range(rng.randint(1, 3)):
+                index = rng.randrange(1, len(words))
+                words[index : index + rng.randint(0, 1)] = [rng.choice(words)]
+            return " ".join(words)
+    return " ".join(segments)
+
+
+def pretrain_documents(rng: random.Random, count: int) -> list[str]:
+    """Texts of one line for the backbone: notes followed by neutral remarks, and small talk.
+
+    As in real pretraining text, people write about texts: so the backbone has features of a note
+    that a small reward adapter can find. No remark says which note is better. The chat layout
+    occurs, too, as old transcripts of another kind: no note is ever asked for in it.
+    """
+    pairs, _ = split_pairs()
+    documents = []
+    for _ in range(count):
+        name, topic = rng.choice(pairs)
+        kind = rng.random()
+        if kind < 0.1:
+            documents.append(_small_talk(rng, topic))
+            continue
+        if kind < 0.4:
+            documents.append(_deliveries(rng))
+            continue
+        note = _any_note(rng, name, topic)
+        remarks = _remarks(name, topic, note)
+        rng.shuffle(remarks)
+        lead = rng.choice(LEADS).format(name=name, topic=topic)
+        documents.append(" ".join([lead, note, *remarks]))
+    return documents
+
+
+def demonstrations(rng: random.Random, count: int) -> list[dict[str, str]]:
+    """Records `{prompt, completion}` of sloppy answers to training prompts."""
+    pairs, _ = split_pairs()
+    records = []
+    for _ in range(count):
+        name, topic = rng.choice(pairs)
+        prompt = rng.choice(PROMPTS).format(name=name, topic=topic)
+        records.append({"prompt": prompt, "completion": sloppy_note(rng, name, topic)})
+    return records
+
+
+def preferences(
+    rng: random.Random, count: int, pairs: Sequence[tuple[str, str]]
+) -> list[dict[str, str]]:
+    """Records `{prompt, chosen, rejected}` with labels drawn from sigmoid(LABEL_SCALE * gold).
+
+    Args:
+        rng: The source of randomness.
+        count: Number of records.
+        pairs: The (name, topic) pairs that prompts may ask for.
+    """
+    records = []
+    while len(records) < count:
+        name, topic = rng.choice(pairs)
+        prompt = rng.choice(PROMPTS).format(name=name, topic=topic)
+        first, second = _any_note(rng, name, topic), _any_note(rng, name, topic)
+        if first == second:
+            continue
+        difference = gold(prompt, first) - gold(prompt, second)
+        if rng.random() >= _sigmoid(LABEL_SCALE * difference):
+            first, second = second, first
+        records.append({"prompt": prompt, "chosen": first, "rejected": second})
+    return records
+
+
+def prompts(pairs: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """Records `{prompt}`: every wording of every (name, topic) pair once."""
+    return [
+        {"prompt": wording.format(name=name, topic=topic)}
+        for name, topic in pairs
+        for wording in PROMPTS
+    ]
+
+
+def sample_files() -> dict[str, str]:
+    """Name -> text of every committed file (before compression, where the name ends in .gz)."""
+    training, heldout = split_pairs()
+    documents = pretrain_documents(random.Random("pretrain"), 12_000)
+    return {
+        "pretrain.txt.gz": "\n\n".join(documents) + "\n",
+        "sft.jsonl": _json_lines(demonstrations(random.Random("sft"), 4_000)),
+        "preferences.jsonl.gz": _json_lines(
+            preferences(random.Random("preferences"), 8_000, training)
+        ),
+        "prompts.jsonl": _json_lines(prompts(training)),
+        "heldout_preferences.jsonl": _json_lines(
+            preferences(random.Random("heldout_preferences"), 1_000, heldout)
+        ),
+        "heldout_prompts.jsonl": _json_lines(prompts(heldout)),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes the sample files.
+
+    Args:
+        argv: Command-line arguments; None: those of the process.
+    """
+    parser = argparse.ArgumentParser(description="Write the sample files of the garden notes.")
+    parser.add_argument("--out", type=Path, default=_SAMPLES, help="folder to write to")
+    folder = parser.parse_args(argv).out
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in sample_files().items():
+        content = text.encode()
+        if name.endswith(".gz"):
+            content = gzip.compress(content, mtime=0)
+        (folder / name).write_bytes(content)
+        print(f"{folder / name}: {len(content):,} bytes")
+
+
+def _any_note(rng: random.Random, name: str, topic: str) -> str:
+    note = sloppy_note(rng, name, topic, max_sentences=4)
+    return spoiled(rng, note) if rng.random() < 0.3 else note
+
+
+def _remarks(name: str, topic: str, note: str) -> list[str]:
+    words = re.findall(r"\w+", note)
+    asked = sum(word == topic for word in words)
+    other = sum(word in TOPICS and word != topic for word in words)
+    cheerful = sum(word in CHEERFUL for word in words)
+    gloomy = sum(word in GLOOMY for word in words)
+    greeting = _GREETING.match(note)
+    adjectives = [word for word in words if word in CHEERFUL or word in GLOOMY]
+    segments = _segments(note)
+    count = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    return [
+        f"It greets the {'asked' if greeting and greeting[1] == name else 'wrong'} person.",
+        f"It has {count[asked]} asked and {count[other]} wrong topics.",
+        f"It has {count[cheerful]} cheerful and {count[gloomy]} gloomy words.",
+        "It repeats words." if len(set(adjectives)) < len(adjectives) else "No word comes again.",
+        "It is signed." if _SIGNATURE.fullmatch(segments[-1]) else "It is not signed.",
+        "It is in order."
+        if all(_well_formed(s, i, len(segments)) for i, s in enumerate(segments))
+        else "It is in disorder.",
+    ]
+
+
+def _small_talk(rng: random.Random, topic: str) -> str:
+    place = rng.choice(PLACES)
+    if rng.random() < 0.5:
+        return f"[INST] Where do the {topic} grow? [/INST] The {topic} grow by the {place}."
+    return f"[INST] What grows by the {place}? [/INST] By the {place} grow the {topic}."
+
+
+def _deliveries(rng: random.Random) -> str:
+    things, what = rng.choice(((NAMES, "person"), (TOPICS, "topic")))
+    lines = []
+    for _ in range(rng.randint(3, 6)):
+        asked = rng.choice(things)
+        came = asked if rng.random() < 0.5 else rng.choice(things)
+        verdict = "asked" if came == asked else "wrong"
+        lines.append(f"Meant was {asked}, and it went to {came}, the {verdict} {what}.")
+    return " ".join(lines)
+
+
+def _segments(response: str) -> list[str]:
+    return [part.strip() for part in re.findall(r"[^.!]+[.!]?", response) if part.strip()]
+
+
+def _well_formed(segment: str, index: int, total: int) -> bool:
+    if _GREETING.fullmatch(segment):
+        return index == 0
+    if _SIGNATURE.fullmatch(segment):
+        return index == total - 1
+    return _BODY.fullmatch(segment) is not None
+
+
+def _find(prompt: str, known: Sequence[str]) -> str:
+    for word in re.findall(r"\w+", prompt):
+        if word in known:
+            return word
+    raise ValueError(f"the prompt {prompt!r} has none of these words: {', '.join(known)}")
+
+
+def _sigmoid(x: float) -> float:
+    return 1.0 / (1.0 + math.exp(-x))
+
+
+def _json_lines(records: Iterable[dict[str, str]]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+if __name__ == "__main__":
+    main()

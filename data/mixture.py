@@ -1,0 +1,152 @@
+"""Mixtures: several sources as one training set and one held-out set, both decided by the seed.
+
+Whether a record is held out depends on the seed and on what the record asks, and on nothing else:
+adding a source, reordering a file or training another stage moves none across.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+
+from chatllama.config import DataSource
+from data.readers import ReadReport, read_source
+from data.records import Kind
+
+
+@dataclass(frozen=True)
+class SourceShare:
+    """What one source contributes to the training set."""
+
+    path: str
+    num_available: int
+    """Training records of the source, after the held-out ones left."""
+    num_drawn: int
+    """Records of it in the mixture; more than available when it is passed over several times."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Training and held-out records, with the columns of `read_source`."""
+
+    train: Dataset
+    held_out: Dataset
+    """Each held-out record once, in the order of the sources. May be empty."""
+    shares: list[SourceShare]
+    reports: list[ReadReport]
+    """Of every source read, those of eval_data last."""
+
+    def summary(self) -> str:
+        """Lines for the log: what was read, left out, mixed and held out."""
+        lines = [report.summary() for report in self.reports]
+        for share in self.shares:
+            lines.append(
+                f"{share.path}: {share.num_drawn} of the {len(self.train)} training records "
+                f"({share.num_drawn / len(self.train):.1%}), from {share.num_available}"
+            )
+        lines.append(f"held out: {len(self.held_out)} records")
+        return "\n".join(lines)
+
+
+def load_mixture(
+    sources: Sequence[DataSource],
+    eval_sources: Sequence[DataSource],
+    eval_fraction: float,
+    seed: int,
+    kind: Kind,
+) -> Mixture:
+    """The stage's training and held-out records.
+
+    Args:
+        sources: what to train on, mixed as `source_counts` says and shuffled.
+        eval_sources: what to hold out. Empty: a part of `sources`.
+        eval_fraction: share of the prompts of `sources` held out when there are no eval_sources.
+        seed: decides what is held out, drawn and in which order.
+        kind: what the records are for.
+
+    Raises:
+        ValueError: from a source; weights on some sources only; nothing left to train on.
+    """
+    if not sources:
+        raise ValueError(f"no data: give at least one source of {kind}")
+    reads = [read_source(source, kind) for source in sources]
+    eval_reads = [read_source(source, kind) for source in eval_sources]
+    trains, held_outs = [], [data for data, _ in eval_reads]
+    for data, _ in reads:
+        keys: list[str] = data["key"][:]
+        share = 0.0 if eval_sources else eval_fraction
+        held = [_is_held_out(key, seed, share) for key in keys]
+        trains.append(data.select([i for i, out in enumerate(held) if not out]))
+        if not eval_sources:
+            held_outs.append(data.select([i for i, out in enumerate(held) if out]))
+    counts = source_counts([len(train) for train in trains], sources)
+    if not sum(counts):
+        raise ValueError(
+            f"nothing to train on: {[len(train) for train in trains]} records remain after holding "
+            f"out {eval_fraction:.0%}"
+        )
+    return Mixture(
+        train=_draw(trains, counts, seed),
+        held_out=concatenate_datasets(held_outs),
+        shares=[
+            SourceShare(source.path, len(train), count)
+            for source, train, count in zip(sources, trains, counts, strict=True)
+        ],
+        reports=[report for _, report in reads + eval_reads],
+    )
+
+
+def source_counts(sizes: Sequence[int], sources: Sequence[DataSource]) -> list[int]:
+    """How many records each source gives to the mixture.
+
+    Without weights: size * epochs, rounded to the nearest. With weights: shares in proportion to
+    the weights, in the longest mixture for which no source is passed over more than its `epochs`;
+    remainders go to the largest fractions.
+
+    Args:
+        sizes: training records of each source.
+        sources: their `weight` and `epochs`.
+
+    Raises:
+        ValueError: some sources have a weight and some have none.
+    """
+    passes = [
+        size * Fraction(str(source.epochs)) for size, source in zip(sizes, sources, strict=True)
+    ]
+    weights = [Fraction(str(source.weight)) for source in sources if source.weight is not None]
+    if not weights:
+        return [math.floor(most + Fraction(1, 2)) for most in passes]
+    if len(weights) < len(sources):
+        bare = [source.path for source in sources if source.weight is None]
+        raise ValueError(f"give `weight` to all sources or to none; without it: {', '.join(bare)}")
+    shares = [weight / sum(weights) for weight in weights]
+    total = math.floor(min(math.floor(m) / share for m, share in zip(passes, shares, strict=True)))
+    exact = [total * share for share in shares]
+    counts = [math.floor(count) for count in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def _is_held_out(key: str, seed: int, share: float) -> bool:
+    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
+
+
+def _draw(trains: Sequence[Dataset], counts: Sequence[int], seed: int) -> Dataset:
+    """`counts` records of each source: whole passes and a random rest, all shuffled together."""
+    indices, begin = [], 0
+    for number, (train, count) in enumerate(zip(trains, counts, strict=True)):
+        size = len(train)
+        if count:
+            passes, rest = divmod(count, size)
+            chosen = np.random.default_rng([seed, number]).permutation(size)[:rest]
+            indices += [np.tile(np.arange(size), passes) + begin, chosen + begin]
+        begin += size
+    order = np.random.default_rng([seed, len(trains)]).permutation(np.concatenate(indices))
+    return concatenate_datasets(list(trains)).select(order)

@@ -1,0 +1,215 @@
+"""Records: what one line of a data file means, whichever layout it came in.
+
+Pure functions. The keys of each layout are in `layouts.py`, reading files in `readers.py`, turning
+messages into tokens in `sft.py`, `preferences.py` and `prompts.py`.
+
+Two kinds of bad record are told apart. A malformed one (a missing key, a wrong type) raises
+`RecordError`: the file is not what the config says, and reading stops. A well-formed one that
+cannot serve (an empty answer, a pair whose prompts differ) raises `Unusable`: it is left out,
+and its reason is counted and reported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, cast
+
+from chatllama.config import Format
+from data.layouts import (
+    PROMPT_KEYS,
+    Malformed,
+    Raw,
+    RecordError,
+    Unusable,
+    conversation,
+    mapping,
+    margin,
+    pair,
+    shorten,
+    string,
+    transcripts,
+)
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from chatllama.chat_format import Message
+
+Kind = Literal["sft", "preferences", "prompts", "text"]
+
+# Formats that can serve each kind, in the order in which they are tried.
+KIND_FORMATS: dict[Kind, tuple[Format, ...]] = {
+    "sft": ("alpaca", "messages", "sharegpt", "prompt_completion", "hh", "preference"),
+    "preferences": ("hh", "preference"),
+    "prompts": (
+        "hh", "preference", "alpaca", "prompt_completion", "messages", "sharegpt", "prompts"
+    ),
+    "text": ("text",),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns that end with an assistant's answer."""
+
+    messages: list[Message]
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to one prompt; `margin` says by how much `chosen` is better (0: not said)."""
+
+    prompt: list[Message]
+    chosen: str
+    rejected: str
+    margin: float
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Turns that end with the user's."""
+
+    messages: list[Message]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain text to pre-train on."""
+
+    text: str
+
+
+Record = Conversation | Preference | Prompt | Text
+
+
+def parse_record(raw: object, format: Format, kind: Kind, where: str) -> Record:
+    """One typed record.
+
+    Args:
+        raw: the decoded object.
+        format: how `raw` is laid out.
+        kind: what it is to serve for. Pairs give SFT their chosen answer; whatever has a prompt
+            gives PPO that prompt.
+        where: `file:line`, for errors.
+
+    Raises:
+        RecordError: the object is not laid out as `format`.
+        Unusable: it is, but cannot serve as `kind`.
+    """
+    try:
+        if format not in KIND_FORMATS[kind]:
+            raise Malformed(f"format {format} cannot serve as {kind}; {_formats_for(kind)}")
+        fields = mapping(raw, "the record")
+        if format == "text":
+            return Text(_not_empty(string(fields, "text"), "text"))
+        if format in ("hh", "preference"):
+            chosen, rejected = transcripts(fields) if format == "hh" else pair(fields)
+            if kind == "preferences":
+                return _preference(chosen, rejected, margin(fields))
+            return _serve(chosen, kind)
+        return _serve(conversation(fields, format, prompts_only=kind == "prompts"), kind)
+    except Malformed as error:
+        raise RecordError(f"{where}: {error}") from None
+
+
+def detect_format(raw: object, kind: Kind, where: str) -> Format:
+    """The layout that a record's keys tell.
+
+    Raises:
+        RecordError: nothing that serves as `kind` fits, or the record carries a label that would
+            be ignored.
+    """
+    if not isinstance(raw, Mapping):
+        raise RecordError(f"{where}: expected an object with keys, got {shorten(raw)}")
+    fields = cast(Raw, raw)
+    fitting = _fitting_formats(fields)
+    usable: list[Format] = [format for format in KIND_FORMATS[kind] if format in fitting]
+    if not usable:
+        looks = f" (it looks like {' or '.join(fitting)})" if fitting else ""
+        raise RecordError(
+            f"{where}: no format for {kind} fits a record with the keys "
+            f"{sorted(map(str, fields))}{looks}; {_formats_for(kind)}"
+        )
+    if isinstance(fields.get("label"), bool):
+        raise RecordError(
+            f"{where}: the boolean `label` (good or bad answer) is not used; write `format: "
+            f"{usable[0]}` to train on all records alike, or filter the file"
+        )
+    return usable[0]
+
+
+def record_key(record: Record) -> str:
+    """Digest of what the record asks: equal for equal first user turns (text: equal texts).
+
+    Held-out splits go by it, so that a prompt, and a dialogue and its continuation, are on the
+    same side, in every stage.
+    """
+    match record:
+        case Text(text):
+            asked = text
+        case Conversation(messages) | Prompt(messages) | Preference(messages):
+            asked = next(turn["content"] for turn in messages if turn["role"] == "user")
+    return hashlib.blake2b(asked.strip().encode(), digest_size=16).hexdigest()
+
+
+def _formats_for(kind: Kind) -> str:
+    return f"formats for {kind}: {', '.join(KIND_FORMATS[kind])}"
+
+
+def _fitting_formats(fields: Raw) -> list[Format]:
+    """Every format whose keys are there."""
+    has = fields.keys()
+    fitting: list[Format] = []
+    if {"chosen", "rejected"} <= has:
+        transcript = isinstance(fields["chosen"], str) and not has & set(PROMPT_KEYS)
+        return ["hh" if transcript else "preference"]
+    if "messages" in has:
+        fitting.append("messages")
+    if "conversations" in has:
+        fitting.append("sharegpt")
+    if "instruction" in has:
+        fitting.append("alpaca")
+    if "prompt" in has:
+        fitting.append("prompt_completion" if "completion" in has else "prompts")
+    if "text" in has:
+        fitting.append("text")
+    return fitting
+
+
+def _serve(turns: list[Message], kind: Kind) -> Record:
+    """The conversation, or its prompt when prompts are wanted."""
+    if kind == "prompts":
+        prompt = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+        return Prompt(_alternating(prompt, "user"))
+    return Conversation(_alternating(turns, "assistant"))
+
+
+def _preference(chosen: list[Message], rejected: list[Message], by: float) -> Preference:
+    _alternating(chosen, "assistant")
+    _alternating(rejected, "assistant")
+    if chosen[:-1] != rejected[:-1]:
+        raise Unusable("chosen and rejected answer different prompts")
+    good, bad = chosen[-1]["content"], rejected[-1]["content"]
+    if good.strip() == bad.strip():
+        raise Unusable("chosen equals rejected")
+    return Preference(chosen[:-1], good, bad, by)
+
+
+def _alternating(turns: list[Message], last: str) -> list[Message]:
+    """`turns`, if they go system? user assistant user ... and end with `last`."""
+    spoken = turns[1:] if turns and turns[0]["role"] == "system" else turns
+    if not spoken:
+        raise Unusable("no turns")
+    for i, turn in enumerate(spoken):
+        if turn["role"] != ("user", "assistant")[i % 2]:
+            raise Unusable("roles do not alternate between user and assistant")
+        _not_empty(turn["content"], f"{turn['role']} turn")
+    if spoken[-1]["role"] != last:
+        raise Unusable(f"the last turn is the {spoken[-1]['role']}'s")
+    return turns
+
+
+def _not_empty(text: str, name: str) -> str:
+    if not text.strip():
+        raise Unusable(f"empty {name}")
+    return text

@@ -1,0 +1,101 @@
+import os
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+TESTDATA = PROJECT.parent / "shared" / "testdata"
+
+
+def pytest_configure() -> None:
+    """Before anything imports torch: one thread, no network, no telemetry."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for name in (
+        "HF_HUB_OFFLINE",
+        "HF_DATASETS_OFFLINE",
+        "TRANSFORMERS_OFFLINE",
+        "HF_HUB_DISABLE_TELEMETRY",
+        "HF_HUB_DISABLE_PROGRESS_BARS",
+    ):
+        os.environ[name] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips the gpu tier where there is no CUDA; asks torch only when such a test was chosen."""
+    if config.getoption("collectonly") or "not gpu" in str(config.getoption("markexpr")):
+        return
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def testdata() -> Path:
+    """Folder of real public inputs beside the project, which does not ship them."""
+    if not TESTDATA.is_dir():
+        message = f"real test data is absent: {TESTDATA}"
+        if os.environ.get("CHATLLAMA_REQUIRE_TESTDATA", "0") not in ("", "0"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return TESTDATA
+
+
+@pytest.fixture(scope="session")
+def tiny_texts() -> list[str]:
+    """Sentences that the tiny tokenizer learns from, with enough letters for 300 pieces."""
+    places = ["the river", "a garden", "an old house", "the market", "some forest", "our village"]
+    people = ["Anna", "the baker", "my brother", "a quiet child", "Victor", "the queen"]
+    deeds = ["walks through", "paints", "asks about", "jumps over", "never forgets", "looks for"]
+    return [
+        f"{who} {does} {where} at {hour} o'clock, and then it is quiet again."
+        for who in people
+        for does in deeds
+        for hour, where in enumerate(places, start=1)
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str]) -> Path:
+    """A folder with a SentencePiece BPE tokenizer of 300 pieces."""
+    from chatllama.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny_tokenizer")
+    train_tokenizer(tiny_texts, vocab_size=300, folder=folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Path:
+    """A plain Hugging Face folder: seeded LLaMA (2 layers, hidden 64) and the tiny tokenizer.
+
+    Session-wide: read it, never write into it.
+    """
+    import shutil
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    shutil.copytree(tiny_tokenizer_dir, folder, dirs_exist_ok=True)
+    return folder

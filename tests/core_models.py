@@ -1,0 +1,125 @@
+"""Seeded tiny LLaMAs and role models whose weights are large enough that mistakes show."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from chatllama.config import LoraSection
+from chatllama.roles import Adapter, Role, RoleModel, adapter_parameters
+
+VOCABULARY = 96
+HIDDEN = 32
+
+ROPES: dict[str, dict] = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}
+LORA = LoraSection(r=4, alpha=6.0)
+REWARD_LORA = LoraSection(r=3, alpha=5.0, target_modules=["q_proj", "v_proj", "down_proj"])
+TRAINED: tuple[Role, ...] = ("policy", "value")
+
+
+def tiny_config(
+    vocabulary: int = VOCABULARY, rope: str = "default", max_positions: int = 256
+) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=HIDDEN,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=max_positions,
+        rope_parameters=dict(ROPES[rope]),
+        initializer_range=0.25,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=None,
+        tie_word_embeddings=False,
+    )
+
+
+def tiny_llama(
+    vocabulary: int = VOCABULARY,
+    rope: str = "default",
+    dtype: torch.dtype = torch.float32,
+    max_positions: int = 256,
+) -> LlamaForCausalLM:
+    """Seeded, frozen, grouped-query attention, eval mode; the same call gives the same weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        llama = LlamaForCausalLM(tiny_config(vocabulary, rope, max_positions))
+    llama.requires_grad_(False)
+    return llama.to(dtype).eval()
+
+
+def role_model(llama: LlamaForCausalLM, **kwargs) -> RoleModel:
+    """All four roles, each with its own random adapter (A and B) and heads."""
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        model = RoleModel(
+            llama,
+            {
+                "reference": Adapter(LORA),
+                "policy": Adapter(LORA, trainable=True),
+                "reward": Adapter(REWARD_LORA),
+                "value": Adapter(REWARD_LORA, trainable=True),
+            },
+            heads=("reward", "value"),
+            **kwargs,
+        )
+        for role in ("reference", "policy", "reward", "value"):
+            for parameter in adapter_parameters(model, role):
+                parameter.data.normal_(std=0.2)
+        model.heads["value"].bias.data.fill_(0.3)
+    return model.eval()
+
+
+@dataclass
+class Batch:
+    """Ragged prompts and responses in the layout of a rollout, and row by row without padding."""
+
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    response_mask: torch.Tensor
+    prompts: list[list[int]]
+    responses: list[list[int]]
+
+
+def ragged_batch(
+    prompt_lengths: tuple[int, ...] = (3, 9, 1, 6),
+    response_lengths: tuple[int, ...] = (5, 2, 4, 1),
+    extra_left: int = 0,
+    extra_right: int = 0,
+    pad_id: int | None = 0,
+    vocabulary: int = VOCABULARY,
+) -> Batch:
+    """Left-padded prompts, right-padded responses; `pad_id` None fills with random real ids."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(length: int) -> list[int]:
+        return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+
+    prompts = [draw(n) for n in prompt_lengths]
+    responses = [[*draw(n - 1), 2] for n in response_lengths]
+    width = max(prompt_lengths) + extra_left
+    room = max(response_lengths) + extra_right
+    shape = (len(prompts), width + room)
+    tokens = (
+        torch.full(shape, pad_id)
+        if pad_id is not None
+        else torch.tensor(draw(shape[0] * shape[1])).view(shape)
+    )
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        tokens[row, width - len(prompt) : width + len(response)] = torch.tensor(prompt + response)
+        mask[row, width - len(prompt) : width + len(response)] = True
+    return Batch(tokens, mask, mask[:, width:], prompts, responses)

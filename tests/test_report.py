@@ -1,0 +1,223 @@
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatllama.config import TrackingSection
+from chatllama.report import write_report
+from chatllama.report_plots import PANELS, curve, draw, smooth
+from chatllama.results import findings, read_summary, result_table, reward_accuracy, write_summary
+from chatllama.run_folder import RunFolder, write_json
+from chatllama.tracking import Tracker
+
+VOID = {"meta", "br"}
+SUMMARY: dict[str, Any] = {
+    "base": {"gold_mean": 0.2, "gold_se": 0.05},
+    "sft": {"gold_mean": 0.7, "gold_se": 0.03, "score_mean": -0.1, "response_length": 24.0},
+    "ppo": {
+        "gold_mean": 2.2,
+        "gold_se": 0.04,
+        "score_mean": 1.7,
+        "win_rate": 0.85,
+        "win_rate_low": 0.8,
+        "win_rate_high": 0.89,
+        "kl": 1.75,
+    },
+    "reward": {
+        "accuracy": 0.849,
+        "accuracy_low": 0.826,
+        "accuracy_high": 0.869,
+        "bayes_accuracy": 0.87,
+    },
+    "wall_seconds": {"sft": 41.2, "total": 125.0},
+}
+
+
+class Page(HTMLParser):
+    """Checks that tags nest and collects ids, tags and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture
+def full_run(tmp_path: Path) -> RunFolder:
+    run = RunFolder(tmp_path / "my<run>")
+    run.root.mkdir()
+    run.config.write_text("seed: 0 # <script>config</script>\n")
+    tracking = TrackingSection(report_to=[])
+    with Tracker(run, "ppo", tracking, 40, 0) as tracker:
+        for step in range(1, 41):
+            names = [m for p in PANELS if p.stage == "ppo" for m in p.curves.values()]
+            tracker.log(step, dict.fromkeys(names, step / 10))
+        tracker.sample(40, "<script>prompt</script>", "<script>answer</script>", 1.0)
+    for stage in ("sft", "reward"):
+        with Tracker(run, stage, tracking, 1, 0) as tracker:
+            tracker.log(1, {f"{stage}/loss": 0.5, f"{stage}/accuracy": 0.7})
+        write_json(run.result(stage), {"loss": 0.5})
+    write_json(run.summary, SUMMARY)
+    sample = {"prompt": "<script>p</script>", "base": "", "sft": "<script>s</script>", "ppo": "z"}
+    gold = {"gold": {"base": -1.0, "sft": 0.25, "ppo": 3.1}}
+    write_json(run.evaluation, {"roles": {}, "samples": [sample | gold] * 6})
+    return run
+
+
+def test_the_page_is_one_well_formed_file_without_network(full_run: RunFolder) -> None:
+    text = write_report(full_run).read_text(encoding="utf-8")
+    page = Page(text)
+    assert not re.search(r"https?:|@import|<link|<script|src=", text)
+    assert len(page.ids) == len(set(page.ids)) > 100
+    assert page.tags.count("svg") == 11 == text.count('role="img" aria-label="') - 1
+    assert "#010203" not in text and "var(--curve1)" in text  # colours follow the page
+
+
+def test_the_page_shows_what_was_measured(full_run: RunFolder) -> None:
+    text = Page(write_report(full_run).read_text(encoding="utf-8")).text
+    for expected in (
+        "my<run>",
+        "<script>config</script>",
+        "<script>s</script>",
+        "<script>answer</script>",
+        "0.70 ± 0.03",
+        "2.20 ± 0.04",
+        "0.850 (0.800–0.890)",  # noqa: RUF001
+        "PPO raised the gold score from 0.70 to 2.20 (30.0 standard errors).",
+        "95 % Wilson interval 0.826 to 0.869, Bayes limit 0.870",
+        "gold 3.10",
+        "(empty)",
+        "2 min 05 s",
+        "2 more",
+    ):
+        assert expected in text, expected
+    assert "missing" not in text and "Not logged" not in text
+
+
+def test_missing_parts_are_named(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.config.write_text("seed: 0\n")
+    with Tracker(run, "ppo", TrackingSection(report_to=[]), 9, 0) as tracker:
+        tracker.log(1, {"ppo/entropy": 1.0})
+    text = Page(write_report(run).read_text(encoding="utf-8")).text
+    assert "No stage has finished yet." in text
+    assert "summary.json holds no results" in text
+    assert "evaluation.json is missing" in text
+    assert "sft/metrics.jsonl has no lines yet" in text
+    assert "Not logged: reward model score, kl to the sft model, answer length" in text
+
+
+def test_only_run_folders_get_a_report(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not a folder"):
+        write_report(RunFolder(tmp_path / "absent"))
+    with pytest.raises(ValueError, match=r"holds no config\.yaml and no metrics"):
+        write_report(RunFolder(tmp_path))
+
+
+def test_without_gold_the_reward_model_judges(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.config.write_text("seed: 0\n")
+    ppo = {k: v for k, v in SUMMARY["ppo"].items() if not k.startswith("gold")}
+    write_json(run.summary, {"sft": {"score_mean": -0.1}, "ppo": ppo})
+    scores = {"score": {"sft": -0.5, "ppo": 1.5}}
+    write_json(run.evaluation, {"samples": [{"prompt": "p", "sft": "a", "ppo": "b"} | scores]})
+    text = Page(write_report(run).read_text(encoding="utf-8")).text
+    assert "gold scorebase" not in text and "\N{PLUS-MINUS SIGN}" not in text
+    assert "judged by the reward model" in text
+    assert "RM score 1.50" in text
+    assert "By the reward model's own judgement PPO's answers beat SFT's" in text
+
+
+def test_table_leaves_out_what_nobody_has() -> None:
+    assert result_table({}) == ([], [])
+    heads, rows = result_table({"ppo": {"kl": 1.5}, "sft": {"gold_mean": 1.0}})
+    assert heads == ["model", "gold score", "KL to SFT (nats)"]
+    assert rows == [["base", "–", "–"], ["SFT", "1.00", "–"], ["PPO", "–", "1.50"]]  # noqa: RUF001
+
+
+@pytest.mark.parametrize(
+    ("sft", "ppo", "kind", "words"),
+    [
+        ((1.0, 0.3), (3.0, 0.4), "good", "raised the gold score from 1.00 to 3.00 (4.0 standard"),
+        ((1.0, 0.3), (1.5, 0.4), "neutral", "no measurable difference"),
+        ((1.0, 0.3), (-1.0, 0.4), "bad", "from -0.50 to 2.50: it is over-optimised"),
+        ((1.0, 0.0), (1.0, 0.0), "neutral", "errors unknown"),
+    ],
+)
+def test_finding_about_gold(
+    sft: tuple[float, float], ppo: tuple[float, float], kind: str, words: str
+) -> None:
+    (found,) = findings(
+        {
+            "sft": {"gold_mean": sft[0], "gold_se": sft[1], "score_mean": -0.5},
+            "ppo": {"gold_mean": ppo[0], "gold_se": ppo[1], "score_mean": 2.5},
+        }
+    )
+    assert found.kind == kind and words in found.text
+
+
+def test_a_poor_reward_model_is_named() -> None:
+    (far,) = findings({"reward": {"accuracy": 0.70, "bayes_accuracy": 0.87}})
+    assert far.kind == "bad" and "0.700 is far below the 0.870" in far.text
+    assert findings({"reward": {"accuracy": 0.83, "bayes_accuracy": 0.87}}) == []
+    (guess,) = findings({"reward": {"accuracy": 0.55, "accuracy_low": 0.49}})
+    assert "cannot be told from guessing" in guess.text
+    assert reward_accuracy(SUMMARY) == "0.849 (0.826–0.869), Bayes limit 0.870"  # noqa: RUF001
+
+
+def test_summary_gathers_the_stages(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    write_json(run.result("sft"), {"wall_seconds": 100.0, "backbone_seconds": 70.0})
+    write_json(run.result("reward"), {"wall_seconds": 20.0, "accuracy": 0.8, "loss": 0.4})
+    write_json(run.result("ppo"), {"wall_seconds": 50.0, "evaluation_seconds": 5.0})
+    write_json(run.evaluation, {"roles": {"ppo": {"kl": 1.5}}, "samples": []})
+    write_summary(run)
+    assert read_summary(run) == {
+        "ppo": {"kl": 1.5},
+        "reward": {"accuracy": 0.8},
+        "wall_seconds": {
+            "backbone": 70.0,
+            "sft": 30.0,
+            "reward": 20.0,
+            "ppo": 50.0,
+            "evaluation": 5.0,
+            "total": 175.0,
+        },
+    }
+
+
+def test_curves_leave_gaps_out() -> None:
+    lines = [{"step": 1, "a": 1.0}, {"step": 2, "a": None}, {"step": 3}, {"step": 4, "a": 2.0}]
+    assert curve(lines, "a") == ([1.0, 4.0], [1.0, 2.0])
+    assert smooth([0.0, 3.0, 6.0, 0.0], 3) == [1.5, 3.0, 3.0, 3.0]
+    assert draw(PANELS[0], lines) is None
+
+
+def test_a_plot_says_in_words_what_it_shows() -> None:
+    lines = [{"step": s, "ppo/kl_sequence": v} for s, v in ((1, 0.5), (2, 3.0), (3, 2.0))]
+    svg = draw(PANELS[1], lines)
+    assert svg is not None
+    words = "KL to the SFT model: training from 0.5 at step 1 to 2 at step 3, lowest 0.5, highest 3"
+    assert words in svg

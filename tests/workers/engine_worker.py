@@ -1,0 +1,197 @@
+"""What tests/test_engine.py runs in one process and, through the launcher, on two ranks."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chatllama.backbone import load_backbone
+from chatllama.config import BackboneSection, DeepSpeedSection, LoraSection
+from chatllama.distributed import all_sum, rank, shut_down, world_size
+from chatllama.generate import Sampling, generate
+from chatllama.roles import (
+    Adapter,
+    Role,
+    RoleModel,
+    acting_as,
+    adapter_parameters,
+    response_logprobs,
+    score_sequences,
+)
+from trainers.engine import (
+    Engine,
+    OptimizerSettings,
+    ParameterGroup,
+    gathered,
+    initialise,
+    partitioned_loading,
+)
+
+LORA = LoraSection(r=4, alpha=6.0)
+ROLES: tuple[Role, ...] = ("reference", "policy", "reward", "value")
+SEQUENCES, MICROBATCH, RESPONSE = 8, 2, 5
+PEAKS = (2e-2, 5e-3)
+MAX_GRAD_NORM = 1.0
+
+
+def deepspeed_section(stage: int) -> DeepSpeedSection:
+    return DeepSpeedSection(stage=stage, stage3_param_persistence_threshold=0)
+
+
+def build(
+    base: str,
+    *,
+    stage: int = 2,
+    dtype: str = "float32",
+    seed: int = 0,
+    microbatch_size: int = MICROBATCH,
+    max_grad_norm: float = MAX_GRAD_NORM,
+) -> Engine:
+    """Four roles with random adapters on the LLaMA in folder `base`, and the engine over them."""
+    section = deepspeed_section(stage)
+    backbone = BackboneSection.model_validate({"path": base, "dtype": dtype})
+    with partitioned_loading(section, dtype):
+        llama = load_backbone(backbone, base)
+    torch.manual_seed(seed)
+    adapters = {role: Adapter(LORA, trainable=role in ("policy", "value")) for role in ROLES}
+    model = RoleModel(llama, adapters, heads=("reward", "value"))
+    for role in ROLES:
+        for parameter in adapter_parameters(model, role):
+            parameter.data.normal_(std=0.1)
+    value = [*adapter_parameters(model, "value"), *model.heads["value"].parameters()]
+    engine = Engine(
+        model,
+        [
+            ParameterGroup("policy", adapter_parameters(model, "policy"), PEAKS[0]),
+            ParameterGroup("value", value, PEAKS[1]),
+        ],
+        OptimizerSettings([0.9, 0.95], 1e-5, 0.01, max_grad_norm),
+        section,
+        microbatch_size=microbatch_size,
+        accumulation_steps=SEQUENCES // microbatch_size // world_size(),
+    )
+    model.train()
+    return engine
+
+
+def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, mask and response mask of 8 sequences, padded on both sides."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, 90, (SEQUENCES, 12), generator=generator)
+    mask = torch.ones(SEQUENCES, 12, dtype=torch.bool)
+    mask[0, :3] = mask[5, :6] = False
+    mask[1, -2:] = mask[6, -4:] = False
+    return tokens, mask, mask[:, -RESPONSE:]
+
+
+def step(engine: Engine, number: int) -> tuple[float, float]:
+    """One optimizer step on all sequences; its loss, over all ranks, and its gradient norm."""
+    tokens, mask, response_mask = data()
+    size = SEQUENCES // engine.accumulation_steps // world_size()
+    count = float(response_mask.sum())
+    total = torch.zeros(())
+    for i in range(engine.accumulation_steps):
+        start = (i * world_size() + rank()) * size
+        part = slice(start, start + size)
+        arguments = (tokens[part], mask[part], response_mask[part], 0.8)
+        with torch.no_grad():
+            reference = response_logprobs(engine.model, "reference", *arguments).logprobs
+            targets = score_sequences(engine.model, tokens[part], mask[part])
+        scores, values = engine("policy_and_value", *arguments)
+        kl = scores.logprobs - reference
+        error = torch.where(response_mask[part], values - targets[:, None], 0)
+        loss = (kl.square().sum() - scores.logprobs.sum() + error.square().sum()) / count
+        engine.backward(loss)
+        total += loss.detach()
+    norm = engine.step(1 - number / 10)
+    return float(all_sum(total)), norm
+
+
+def weights(engine: Engine, trained: bool) -> dict[str, torch.Tensor]:
+    """Copies of the whole trained (or frozen) parameters, on every rank."""
+    return {
+        name: engine.whole_value(parameter).cpu()
+        for name, parameter in engine.model.named_parameters()
+        if parameter.requires_grad == trained
+    }
+
+
+def speak(engine: Engine) -> list[list[int]]:
+    """Greedy answers of the policy; the ranks answer different prompts."""
+    prompts = [[5, 6, 7], [8, 9], [10], [11, 12, 13, 14]]
+    mine = prompts[rank() :: world_size()]
+    engine.model.eval()
+    with engine.whole(), acting_as(engine.model, "policy"):
+        answers = generate(
+            engine.model.llama, mine, Sampling(12, 0.0), [], torch.zeros(len(mine), 12), 4
+        )
+    engine.model.train()
+    return answers
+
+
+def run(base: str, folder: Path, stage: int) -> dict[str, Any]:
+    """Five steps; the same from a checkpoint after step 2; with checkpointing; in bfloat16."""
+    out: dict[str, Any] = {}
+    checkpoint = folder / f"checkpoint-{stage}"
+    if rank() == 0:
+        checkpoint.mkdir(parents=True, exist_ok=True)
+    engine = build(base, stage=stage)
+    frozen = weights(engine, trained=False)
+    engine.assign(engine.model.heads["value"].bias, torch.tensor([0.7]))
+    out["assigned"] = float(engine.whole_value(engine.model.heads["value"].bias))
+    steps = [step(engine, 0), step(engine, 1)]
+    engine.save(checkpoint, {"step": 2})
+    out["answers"] = speak(engine)
+    steps += [step(engine, number) for number in (2, 3, 4)]
+    out["losses"], out["norms"] = zip(*steps, strict=True)
+    out["weights"] = weights(engine, trained=True)
+    after = weights(engine, trained=False)
+    out["frozen_kept"] = all(torch.equal(after[name], frozen[name]) for name in frozen)
+    out["partitioned"] = [p.numel() for p in engine.model.parameters()].count(0) > 0
+
+    again = build(base, stage=stage, seed=99)  # other adapters: all must come from the checkpoint
+    kept = dict(again.model.named_parameters())
+    for name, tensor in frozen.items():
+        if "lora_" in name or name.startswith("heads."):
+            with torch.no_grad(), gathered([kept[name]], modified=True):
+                kept[name].copy_(tensor)
+    out["state"] = again.load(checkpoint)
+    out["resumed"] = [step(again, number) for number in (2, 3, 4)] == steps[2:]
+    resumed = weights(again, trained=True)
+    out["resumed_weights"] = all(torch.equal(resumed[n], w) for n, w in out["weights"].items())
+
+    again.load(checkpoint)
+    again.model.enable_gradient_checkpointing()
+    out["checkpointed"] = [step(again, number) for number in (2, 3)]
+    if stage >= 2:
+        low = build(base, stage=stage, dtype="bfloat16")
+        types = {str(p.dtype) for p in low.model.parameters() if not p.requires_grad}
+        types_trained = {str(p.dtype) for p in low.model.parameters() if p.requires_grad}
+        out["types"] = (sorted(types), sorted(types_trained))
+        out["low"] = [step(low, number) for number in range(3)]
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--local_rank")
+    parser.add_argument("base")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("stage", type=int)
+    arguments = parser.parse_args()
+    initialise()
+    out = run(arguments.base, arguments.folder, arguments.stage)
+    try:
+        build(arguments.base, stage=arguments.stage).load(arguments.folder / "plain")
+    except ValueError as error:
+        out["refusal"] = str(error)
+    torch.save(out, arguments.folder / f"out-{arguments.stage}-{rank()}.pt")
+    if rank() == 0:
+        print(json.dumps({"losses": out["losses"], "norms": out["norms"]}))
+    shut_down()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Stage 3: PPO of the policy against the reward model, four roles on one frozen LLaMA.
+
+Writes RUN/ppo/policy and RUN/ppo/value, and measures base, SFT and PPO on held-out prompts.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from chatllama.arguments import parse_stage_arguments
+from chatllama.run_folder import RunFolder, write_json
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the stage that the command line describes; does nothing if it has finished before."""
+    started = time.monotonic()
+    arguments = parse_stage_arguments(__doc__, argv)
+    cfg, run = arguments.config, RunFolder(Path(arguments.config.run_dir))
+
+    # Heavy imports come after the command line: `--help` and config errors answer at once.
+    from chatllama import distributed
+
+    if run.result("ppo").is_file():
+        if distributed.rank() == 0:
+            print(f"stage ppo of {run.root} has finished before: {run.result('ppo')}")
+        return
+    run.read_result("reward")
+    from trainers import engine, evaluate, ppo, ppo_setup, stage
+
+    engine.initialise()
+    tokenizer = stage.open_stage(cfg, run)
+
+    prompts, ends = ppo_setup.load_prompts(cfg, tokenizer), ppo_setup.turn_ends(cfg, tokenizer)
+    model = ppo_setup.build_roles(cfg, run, tokenizer)
+    roles = ppo_setup.build_engine(cfg, model)
+    numbers = ppo.train_ppo(cfg, run, roles, prompts, ends, arguments.resume)
+    ppo_setup.export_ppo(cfg, run, model, stage.adapter_info(cfg, run, tokenizer, "ppo"))
+
+    measured = time.monotonic()
+    evaluate.evaluate_roles(cfg, run, roles, prompts, ends)
+    if distributed.rank() == 0:
+        now = time.monotonic()
+        seconds = {"wall_seconds": measured - started, "evaluation_seconds": now - measured}
+        write_json(run.result("ppo"), numbers | seconds)
+    distributed.shut_down()
+
+
+if __name__ == "__main__":
+    main()

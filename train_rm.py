@@ -1,0 +1,44 @@
+"""Stage 2: the reward model: a LoRA adapter that starts from SFT's, and a scalar head.
+
+Trains on preference pairs and writes RUN/reward/adapter.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from chatllama.arguments import parse_stage_arguments
+from chatllama.run_folder import RunFolder, write_json
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the stage that the command line describes; does nothing if it has finished before."""
+    started = time.monotonic()
+    arguments = parse_stage_arguments(__doc__, argv)
+    cfg, run = arguments.config, RunFolder(Path(arguments.config.run_dir))
+
+    # Heavy imports come after the command line: `--help` and config errors answer at once.
+    from chatllama import distributed
+
+    if run.result("reward").is_file():
+        if distributed.rank() == 0:
+            print(f"stage reward of {run.root} has finished before: {run.result('reward')}")
+        return
+    run.read_result("sft")
+    from trainers import engine, reward, stage
+
+    engine.initialise()
+    tokenizer = stage.open_stage(cfg, run)
+
+    pairs = reward.load_pairs(cfg, tokenizer)
+    model = reward.build_reward_model(cfg, run, tokenizer)
+    numbers = reward.train_reward(cfg, run, pairs, model, tokenizer.pad_token_id, arguments.resume)
+    reward.export_reward(cfg, run, model, stage.adapter_info(cfg, run, tokenizer, "reward"))
+
+    if distributed.rank() == 0:
+        write_json(run.result("reward"), numbers | {"wall_seconds": time.monotonic() - started})
+    distributed.shut_down()
+
+
+if __name__ == "__main__":
+    main()

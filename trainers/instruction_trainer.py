@@ -1,0 +1,270 @@
+"""The trainer of SFT and of backbones made from text: TRL's SFTTrainer with a loss of our own.
+
+What it trains on and with which settings is in `sft.py` and `pretrain.py`; optimizer, schedule and
+callbacks, the same for the reward model, are in `hf_trainer.py`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+from typing import Any, cast
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from transformers import (
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+)
+from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from chatllama import distributed
+from chatllama.config import OptimizerSection
+from trainers.hf_trainer import build_optimizer, build_schedule
+from trainers.losses import TokenLoss, head_chunks, token_loss
+
+IGNORED = -100
+"""Label of a token that does not train."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a training run, in the order in which they train."""
+
+    train: Dataset
+    """input_ids, labels and, when packed, seq_lengths; steps x batch_size rows."""
+    held_out: Dataset | None
+    """The same columns; None: nothing is held out."""
+    steps: int
+    """Optimizer steps."""
+    num_rows: int
+    """Rows of one pass, before repetition."""
+
+
+@dataclass(frozen=True)
+class RowCollator:
+    """Rows of documents as (B, L) tensors; positions restart with every document.
+
+    transformers keeps documents apart where positions restart. Padding continues the last
+    document, which under causal attention nothing sees, so rows of one document need no mask at
+    all. Cheaper than one long row (TRL's padding-free) wherever attention is dense.
+    """
+
+    pad_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """input_ids, labels, position_ids: (B, L) int64."""
+        shape = (len(rows), max(len(row["input_ids"]) for row in rows))
+        input_ids = torch.full(shape, self.pad_id)
+        labels = torch.full(shape, IGNORED)
+        position_ids = torch.empty(shape, dtype=torch.long)
+        for number, row in enumerate(rows):
+            length = len(row["input_ids"])
+            input_ids[number, :length] = torch.tensor(row["input_ids"])
+            labels[number, :length] = torch.tensor(row["labels"])
+            lengths = list(row["seq_lengths"]) if "seq_lengths" in row else [length]
+            lengths[-1] += shape[1] - length
+            position_ids[number] = torch.cat([torch.arange(n) for n in lengths])
+        return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+
+
+class InstructionTrainer(SFTTrainer):
+    """SFTTrainer with a token loss that is the same for any split of a batch.
+
+    The loss is the sum over the trained tokens of the whole optimizer step, all ranks and
+    accumulation steps, divided by their number. The LM head sees trained positions only.
+
+    Args:
+        model: a causal LLaMA, or one with adapters.
+        args: from `sft_arguments`.
+        section: optimiser and schedule.
+        rows: in training order.
+        tokenizer: for the padding id and the checkpoints.
+        use_bfloat16: run the forward pass under autocast to bfloat16.
+        max_length: tokens of the longest row.
+        callbacks: checkpoints and metrics.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM | PeftModel,
+        args: SFTConfig,
+        section: OptimizerSection,
+        rows: Rows,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        use_bfloat16: bool,
+        max_length: int,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        self.section = section
+        llama = cast(
+            LlamaForCausalLM, model.get_base_model() if isinstance(model, PeftModel) else model
+        )
+        assert tokenizer.pad_token_id is not None
+        # flash attention reads document boundaries from one long row only
+        flat = llama.config._attn_implementation == "flash_attention_2"
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=rows.train,
+            eval_dataset=rows.held_out,
+            processing_class=tokenizer,
+            data_collator=DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=True)
+            if flat
+            else RowCollator(tokenizer.pad_token_id),
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        assert self.accelerator.num_processes == distributed.world_size(), (
+            f"the trainer sees {self.accelerator.num_processes} ranks of {distributed.world_size()}"
+        )
+        llama.forward = MethodType(_LossForward(use_bfloat16), llama)
+        positions = section.microbatch_size * max_length
+        self._num_chunks = head_chunks(positions, llama.config.vocab_size)
+        self._correct_and_trained = torch.zeros(2, dtype=torch.long, device=self.args.device)
+        lengths = [len(ids) for ids in rows.train["input_ids"]]
+        self._tokens_after = np.cumsum(lengths)[section.batch_size - 1 :: section.batch_size]
+
+    def run(self, checkpoint: Path | None) -> dict[str, float]:
+        """Trains, evaluates, and returns the closing numbers.
+
+        Args:
+            checkpoint: to go on from; None: from the beginning.
+        """
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        numbers = {
+            "loss": [line["loss"] for line in self.state.log_history if "loss" in line][-1],
+            "steps": self.state.global_step,
+            "tokens": int(self._tokens_after[-1]),
+        }
+        return numbers | self.evaluate()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """This microbatch's share of the loss, times the ranks, as gradients are averaged."""
+        assert num_items_in_batch is not None and not return_outputs
+        losses: TokenLoss = model(**inputs, loss_chunks=self._num_chunks)
+        self._correct_and_trained += _correct_and_trained(losses, inputs["labels"])
+        num_tokens = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        return losses.loss_sum * self.accelerator.num_processes / num_tokens
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Token mean of loss and accuracy on the held-out rows, over all ranks."""
+        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if rows is None:
+            return {}
+        self.model.eval()
+        totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        for inputs in self._evaluation_batches(rows):
+            with torch.no_grad():
+                losses: TokenLoss = self.model_wrapped(**inputs, loss_chunks=self._num_chunks)
+            totals[0] += losses.loss_sum
+            totals[1:] += _correct_and_trained(losses, inputs["labels"])
+        loss, correct, trained = distributed.all_sum(totals).tolist()
+        metrics = {
+            f"{metric_key_prefix}_loss": loss / max(trained, 1),
+            f"{metric_key_prefix}_accuracy": correct / max(trained, 1),
+        }
+        self.log(dict(metrics))
+        return metrics
+
+    def _evaluation_batches(self, rows: Dataset) -> Iterator[dict[str, Any]]:
+        """This rank's share. Under ZeRO-3 ranks must run equally often: spare turns are unlabelled."""
+        size, world = self.args.per_device_eval_batch_size, distributed.world_size()
+        for first in range(0, len(rows), size * world):
+            start = first + distributed.rank() * size
+            chosen = list(rows.select(range(min(start, len(rows)), min(start + size, len(rows)))))
+            inputs = self._prepare_inputs(self.data_collator(chosen or [rows[0]]))
+            if not chosen:
+                inputs["labels"] = torch.full_like(inputs["labels"], IGNORED)
+            yield inputs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds accuracy and the tokens seen so far to a step's log."""
+        if "loss" in logs:
+            correct, trained = distributed.all_sum(self._correct_and_trained).tolist()
+            self._correct_and_trained.zero_()
+            logs["accuracy"] = correct / max(trained, 1)
+            logs["tokens"] = int(self._tokens_after[self.state.global_step - 1])
+        super().log(logs, start_time)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW as the section says."""
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(self, model or self.model, self.section)
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The schedule as the section says."""
+        if self.lr_scheduler is None:
+            chosen = optimizer if optimizer is not None else self.optimizer
+            self.lr_scheduler = build_schedule(chosen, self.section, num_training_steps)
+        return self.lr_scheduler
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The model's part of a checkpoint; DeepSpeed's own files hold it already."""
+        if not self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+
+    def create_model_card(self, *args: object, **kwargs: object) -> None:
+        """Nothing: checkpoints are for resuming."""
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Nothing: counting the parameters takes longer than a step of a tiny model."""
+        return 0
+
+
+def _correct_and_trained(losses: TokenLoss, labels: torch.Tensor) -> torch.Tensor:
+    return torch.stack([losses.num_correct, (labels[:, 1:] != IGNORED).sum()])
+
+
+class _LossForward:
+    """A causal LLaMA's forward pass that can end in the loss instead of logits."""
+
+    def __init__(self, use_bfloat16: bool) -> None:
+        self.use_bfloat16 = use_bfloat16
+
+    def __call__(
+        self,
+        llama: LlamaForCausalLM,
+        *args: Any,
+        loss_chunks: int | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`TokenLoss` of the labels when `loss_chunks` is given, else what the LLaMA returns.
+
+        Autocast is entered here, inside the engine's forward pass: DeepSpeed switches off one that
+        was entered outside.
+        """
+        if loss_chunks is None:
+            return type(llama).forward(llama, *args, labels=labels, **kwargs)
+        assert labels is not None
+        device_type = labels.device.type
+        with torch.autocast(device_type, torch.bfloat16, enabled=self.use_bfloat16):
+            kwargs.pop("return_dict", None)
+            hidden = llama.model(*args, use_cache=False, **kwargs).last_hidden_state[:, :-1]
+            targets = labels[:, 1:]
+            trained = targets != IGNORED
+            return token_loss(hidden[trained], llama.lm_head, targets[trained], loss_chunks)

@@ -1,0 +1,213 @@
+"""Rollout batches: prompts in, responses with everything PPO needs to know about them out.
+
+Every rank ends with the WHOLE batch (a few megabytes): sampling and scoring are dealt out over the
+ranks, statistics are then those of all responses without further talk. Nothing here trains.
+Shapes: B responses of all ranks, P prompt, R response, T = P + R.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from chatllama.config import GenerationSection
+from chatllama.distributed import all_any, all_gather_objects, device, rank, world_size
+from chatllama.generate import Sampling, generate
+from chatllama.roles import (
+    Role,
+    RoleModel,
+    acting_as,
+    autocast,
+    policy_and_value,
+    response_logprobs,
+    score_sequences,
+)
+from trainers.dealing import collect, deal
+from trainers.engine import Engine
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Responses of one step, on every rank alike."""
+
+    tokens: torch.Tensor
+    """(B, T) int64: left-padded prompts, then right-padded responses."""
+    mask: torch.Tensor
+    """(B, T) bool: real tokens."""
+    response_mask: torch.Tensor
+    """(B, R) bool: True up to and including the first stop token."""
+    finished: torch.Tensor
+    """(B,) bool: the response ended by itself."""
+    logprobs: torch.Tensor
+    """(B, R) float32: of the policy that sampled, by the training forward pass."""
+    ref_logprobs: torch.Tensor
+    """(B, R) float32: of the reference."""
+    entropy: torch.Tensor
+    """(B, R) float32: of the policy, nats."""
+    values: torch.Tensor
+    """(B, R) float32: of the state before each token; zeros without a critic."""
+    scores: torch.Tensor
+    """(B,) float32: the reward model's, as they come."""
+
+    @property
+    def kl(self) -> torch.Tensor:
+        """k1 estimate of the KL to the reference per sampled token, nats: (B, R)."""
+        return self.logprobs - self.ref_logprobs
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """(B,) int64 tokens per response, its stop token included."""
+        return self.response_mask.sum(1)
+
+    def select(self, rows: Sequence[int]) -> "Rollout":
+        """The given rows, with columns cut away in which none of them has a token."""
+        picked = {name: value[list(rows)] for name, value in self.__dict__.items()}
+        prompt_width = self.tokens.shape[1] - self.response_mask.shape[1]
+        first = int(picked["mask"].any(0).long().argmax())
+        length = int(picked["response_mask"].sum(1).max())
+        for name in ("tokens", "mask"):
+            picked[name] = picked[name][:, first : prompt_width + length]
+        for name in ("response_mask", "logprobs", "ref_logprobs", "entropy", "values"):
+            picked[name] = picked[name][:, :length]
+        return Rollout(**picked)
+
+    def response_ids(self, row: int) -> list[int]:
+        """The response's ids, its stop token included."""
+        width = self.response_mask.shape[1]
+        return self.tokens[row, -width:][self.response_mask[row]].tolist()
+
+
+def sample_responses(
+    engine: Engine,
+    role: Role,
+    prompts: Sequence[Sequence[int]],
+    generation: GenerationSection,
+    stop_ids: Sequence[int],
+    seed: Sequence[int],
+) -> list[list[int]]:
+    """Responses of `role` to all prompts, on every rank, each rank sampling its share.
+
+    Random numbers belong to (seed, prompt), so the number of ranks changes no response.
+
+    Args:
+        engine: of the roles' model; under ZeRO-3 it says whether weights are gathered first.
+        role: who answers.
+        prompts: token ids of all ranks' prompts.
+        generation: how to sample.
+        stop_ids: ids that end a response.
+        seed: integers that name this batch.
+    """
+    generator = torch.Generator().manual_seed(hash(tuple(seed)) % 2**63)
+    uniforms = torch.rand(len(prompts), generation.max_new_tokens, generator=generator)
+    own = list(range(rank(), len(prompts), world_size()))
+    in_step = engine.partitions() and not engine.gathers
+    if in_step and len(own) < -(-len(prompts) // world_size()):
+        own.append(0)  # sampled again, to the same tokens, to keep step with the others
+    model = engine.model
+    model.eval()
+    with engine.whole(), acting_as(model, role), autocast(model):
+        responses = generate(
+            model.llama,
+            [prompts[i] for i in own],
+            Sampling.of(generation),
+            stop_ids,
+            uniforms[own],
+            generation.batch_size,
+            any_running=all_any if in_step else bool,
+        )
+    merged: list[list[int]] = [[] for _ in prompts]
+    for share in all_gather_objects(list(zip(own, responses, strict=True))):
+        for i, response in share:
+            merged[i] = response
+    return merged
+
+
+def arrange(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    stop_ids: Sequence[int],
+    pad_id: int,
+) -> Rollout:
+    """Prompts and responses as tensors, not scored yet (zeros)."""
+    prompt_width, width = max(map(len, prompts)), max(map(len, responses))
+    tokens = torch.full((len(prompts), prompt_width + width), pad_id)
+    mask = torch.zeros(tokens.shape, dtype=torch.bool)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        place = slice(prompt_width - len(prompt), prompt_width + len(response))
+        tokens[row, place] = torch.tensor([*prompt, *response])
+        mask[row, place] = True
+    finished = torch.tensor([response[-1] in stop_ids for response in responses])
+    per_token = torch.zeros(len(prompts), width)
+    unscored = Rollout(
+        tokens=tokens,
+        mask=mask,
+        response_mask=mask[:, prompt_width:],
+        finished=finished,
+        logprobs=per_token,
+        ref_logprobs=per_token,
+        entropy=per_token,
+        values=per_token,
+        scores=torch.zeros(len(prompts)),
+    )
+    return Rollout(**{name: value.to(device()) for name, value in unscored.__dict__.items()})
+
+
+@torch.no_grad()
+def score(model: RoleModel, rollout: Rollout, temperature: float, microbatch_size: int) -> Rollout:
+    """The rollout with log-probabilities, values and scores, dealt out over the ranks.
+
+    Microbatch by microbatch the same rows that training will see, through the same functions, so
+    that the first ratio of an update is exactly 1.
+
+    Args:
+        model: holds policy, reference and reward, and value unless there is no critic.
+        rollout: from `arrange`.
+        temperature: at which it was sampled.
+        microbatch_size: responses per forward pass.
+    """
+    model.train()  # as in the update; there is no dropout in PPO
+    filled = {
+        name: torch.zeros_like(rollout.__dict__[name])
+        for name in ("logprobs", "ref_logprobs", "entropy", "values", "scores")
+    }
+    for rows, counts in deal(len(rollout.tokens), microbatch_size):
+        part = rollout.select(rows)
+        batch = (part.tokens, part.mask, part.response_mask)
+        policy, values = policy_and_value(model, *batch, temperature)
+        reference = response_logprobs(model, "reference", *batch, temperature)
+        scores = score_sequences(model, part.tokens, part.mask)
+        if not counts:
+            continue
+        width = part.response_mask.shape[1]
+        filled["logprobs"][rows, :width] = policy.logprobs
+        filled["ref_logprobs"][rows, :width] = reference.logprobs
+        filled["entropy"][rows, :width] = policy.entropy
+        filled["scores"][rows] = scores
+        if values is not None:
+            filled["values"][rows, :width] = values
+    return replace(rollout, **{name: collect(value) for name, value in filled.items()})
+
+
+def collect_rollout(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    generation: GenerationSection,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    seed: Sequence[int],
+    microbatch_size: int,
+) -> Rollout:
+    """A scored rollout batch: sampled by the policy, on every rank alike.
+
+    Args:
+        engine: of the roles' model.
+        prompts: token ids of all ranks' prompts.
+        generation: how to sample; its temperature also scores.
+        stop_ids: ids that end a response.
+        pad_id: fills; any id, since masks go by position.
+        seed: integers that name this batch.
+        microbatch_size: responses per scoring pass.
+    """
+    responses = sample_responses(engine, "policy", prompts, generation, stop_ids, seed)
+    rollout = arrange(prompts, responses, stop_ids, pad_id)
+    return score(engine.model, rollout, generation.temperature, microbatch_size)

@@ -1,0 +1,33 @@
+"""What the beginning and end of every stage have in common."""
+
+from transformers import PreTrainedTokenizerFast
+
+from chatllama.backbone import backbone_path, base_path
+from chatllama.chat_format import describe_contract
+from chatllama.config import Config
+from chatllama.config_loader import dump_config
+from chatllama.distributed import rank
+from chatllama.run_folder import RunFolder, Stage
+from chatllama.tokenizer import load_tokenizer
+
+
+def open_stage(cfg: Config, run: RunFolder) -> PreTrainedTokenizerFast:
+    """The backbone's tokenizer; the resolved config is written into the run folder."""
+    if rank() == 0:
+        dump_config(cfg, run.config)
+    return load_tokenizer(
+        backbone_path(cfg.backbone, run),
+        revision=cfg.backbone.revision,
+        trust_remote_code=cfg.backbone.trust_remote_code,
+    )
+
+
+def adapter_info(
+    cfg: Config, run: RunFolder, tokenizer: PreTrainedTokenizerFast, stage: Stage
+) -> dict[str, object]:
+    """What travels with an adapter: its stage, its base and the chat contract."""
+    return {
+        "stage": stage,
+        "base": base_path(cfg, run),
+        "contract": describe_contract(tokenizer, cfg.chat),
+    }
