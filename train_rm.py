@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from chatllama.arguments import parse_stage_arguments
+from chatllama.arguments import parse_stage_arguments, run_stage
 from chatllama.run_folder import RunFolder, write_json
 
 
@@ -41,4 +41,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -6,8 +6,9 @@ Imports nothing heavy: `--help` and config errors must come at once.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 from chatllama.batching import check_batches
@@ -82,6 +83,25 @@ def parse_stage_arguments(description: str, argv: Sequence[str] | None = None) -
             print(error, file=sys.stderr)
         raise SystemExit(2) from error
     return StageArguments(config=config, resume=arguments.resume)
+
+
+def run_stage(main: Callable[[], None]) -> None:
+    """Runs a script's `main`; a mistake of the user's ends it with one message and exit code 2.
+
+    The message comes from the rank that met the mistake, without the traceback that only a
+    programmer could use (CHATLLAMA_DEBUG=1 shows it). The launcher then stops the other ranks.
+    """
+    try:
+        main()
+    except ValueError as error:
+        if os.environ.get("CHATLLAMA_DEBUG") == "1":
+            raise
+        where = "" if _is_rank_zero() else f" (rank {os.environ['RANK']})"
+        script = Path(sys.argv[0]).name
+        sys.stdout.flush()
+        print(f"{script}{where}: error: {error}", file=sys.stderr)
+        print("(CHATLLAMA_DEBUG=1 shows where it happened)", file=sys.stderr, flush=True)
+        os._exit(2)  # other ranks may be waiting for us inside a collective
 
 
 def _is_rank_zero() -> bool:

@@ -248,13 +248,18 @@ def _end_group(process: subprocess.Popen, ask_first: bool) -> None:
     group = process.pid  # start_new_session made it the leader
     if ask_first:
         _signal_group(group, signal.SIGTERM)
-        deadline = time.monotonic() + GRACE_SECONDS
-        while _living(group) and time.monotonic() < deadline:
-            process.poll()
-            time.sleep(0.1)
+        _wait_for_group(process, GRACE_SECONDS)
     if _living(group):
         _signal_group(group, signal.SIGKILL)
+        _wait_for_group(process, GRACE_SECONDS)
     process.wait()
+
+
+def _wait_for_group(process: subprocess.Popen, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while _living(process.pid) and time.monotonic() < deadline:
+        process.poll()
+        time.sleep(0.05)
 
 
 def _signal_group(group: int, signum: int) -> None:

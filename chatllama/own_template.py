@@ -49,7 +49,7 @@ def own_template(
             opening = _write(tokenizer, escaped[:index], True)
             spans.append(_answer_span(text, opening, message["content"], index, controls))
     if spans and messages[-1]["role"] == "assistant":
-        pass
+        text = text[: spans[-1][1]]
     names = sorted(control_tokens(tokenizer), key=len, reverse=True)
     bare = not prefixes_every_segment(tokenizer)
     return [

@@ -288,8 +288,8 @@ def _remarks(name: str, topic: str, note: str) -> list[str]:
     count = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     return [
         f"It greets the {'asked' if greeting and greeting[1] == name else 'wrong'} person.",
-        f"It has {count[asked]} asked and {count[other]} wrong topics.",
-        f"It has {count[cheerful]} cheerful and {count[gloomy]} gloomy words.",
+        f"Its topics are {count[asked]} asked and {count[other]} wrong.",
+        f"Its words are {count[cheerful]} cheerful and {count[gloomy]} gloomy.",
         "It repeats words." if len(set(adjectives)) < len(adjectives) else "No word comes again.",
         "It is signed." if _SIGNATURE.fullmatch(segments[-1]) else "It is not signed.",
         "It is in order."

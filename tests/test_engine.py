@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from core_models import tiny_llama
-from workers.engine_worker import MAX_GRAD_NORM, PEAKS, SEQUENCES, build, data, run, step, weights
+from workers.engine_worker import MAX_GRAD_NORM, PEAKS, build, data, run, step, weights
 
 from chatllama.config import DeepSpeedSection
 from chatllama.roles import RoleModel, adapter_parameters

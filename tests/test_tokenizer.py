@@ -153,6 +153,7 @@ def test_saved_files_reload_plainly(
         (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 300}')
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["padding"] is None
     model = (tmp_path / "tokenizer.model").read_bytes()
     assert model == (tiny_tokenizer_dir / "tokenizer.model").read_bytes()
     plain, ours = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
@@ -314,6 +315,12 @@ def test_sentencepiece_with_other_settings(tmp_path: Path, options: dict[str, An
     )
 
 
+def test_control_pieces_take_no_part_in_merges(tmp_path: Path) -> None:
+    """`at` is a control piece here: letters in text must not become it."""
+    folder = sentencepiece_folder(tmp_path, control_symbols="at", add_dummy_prefix=False)
+    assert_equal_to_sentencepiece(folder, ["cat", "the cat sat", "at cats"])
+
+
 def test_what_cannot_be_exact_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer\.model: this SentencePiece model cannot be"):
         load_tokenizer(sentencepiece_folder(tmp_path, treat_whitespace_as_suffix=True))
@@ -328,6 +335,16 @@ def test_metaspace_first_prefixes_only_the_start(tmp_path: Path) -> None:
     assert encode(tokenizer, "a") == [2, 3]
     assert encode(tokenizer, "a", continues=True) == [3]
     assert not prefixes_every_segment(tokenizer)
+
+
+def test_byte_level_prefix_space_is_only_for_the_start() -> None:
+    pipeline = Tokenizer(models.BPE(vocab={"</s>": 0, "Ġ": 1, "a": 2}, merges=[]))
+    pipeline.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=True)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pipeline, eos_token="</s>")
+    assert encode(tokenizer, "a") == [1, 2]
+    assert encode(tokenizer, "a", continues=True) == [2]
 
 
 def test_nothing_there_is_an_error(tmp_path: Path) -> None:

@@ -233,9 +233,17 @@ class Engine:
         """
         value = value.detach().to(device=device(), dtype=parameter.dtype)
         if self._deepspeed is not None and self._deepspeed.zero_optimization():
-            from deepspeed.utils import safe_set_full_fp32_param
+            from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-            safe_set_full_fp32_param(parameter, value)
+            if self.partitions():
+                # The call for whole tensors fails where the ranks do not divide the elements.
+                share = cast(Any, parameter).ds_tensor.numel()
+                padded = torch.nn.functional.pad(
+                    value.flatten(), (0, share * world_size() - value.numel())
+                )
+                safe_set_local_fp32_param(parameter, padded[share * rank() : share * (rank() + 1)])
+            else:
+                safe_set_full_fp32_param(parameter, value)
         with torch.no_grad(), gathered([parameter], modified=True):
             parameter.copy_(value)
 

@@ -4,17 +4,14 @@ Runs at the end of the PPO stage, on the roles that are loaded already and with 
 reward is a Python function of the user's, where the true reward is known (`evaluation.gold`).
 """
 
-import importlib
-import os
-import sys
 from collections.abc import Callable
-from typing import Any
 
 from chatllama.config import Config
 from chatllama.distributed import rank
 from chatllama.roles import Role
 from chatllama.run_folder import RunFolder, write_json
 from chatllama.statistics import mean_and_error, wilson_interval
+from chatllama.user_functions import load_function
 from trainers.engine import Engine
 from trainers.ppo_math import masked
 from trainers.ppo_setup import Prompts, TurnEnds
@@ -23,27 +20,6 @@ from trainers.rollout import Rollout, arrange, sample_responses, score
 Gold = Callable[[str, str], float]
 NUM_SHOWN = 24
 EVALUATION_SEED = 2**31 - 1
-
-
-def load_function(name: str, key: str) -> Callable[..., Any]:
-    """The function named `module:function`; modules of the current folder are found too.
-
-    Args:
-        name: as the config has it.
-        key: of the config, for the message.
-
-    Raises:
-        ValueError: no such module or function.
-    """
-    module_name, _, function_name = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        return vars(importlib.import_module(module_name))[function_name]
-    except (ImportError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{key}: {name!r} is not `module:function` of an importable module: {error!r}"
-        ) from error
 
 
 def evaluate_roles(

@@ -11,6 +11,8 @@ from types import MethodType
 from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -109,7 +111,9 @@ class InstructionTrainer(SFTTrainer):
         llama = cast(
             LlamaForCausalLM, model.get_base_model() if isinstance(model, PeftModel) else model
         )
-        assert tokenizer.pad_token_id is not None
+        pad_id = cast(int, tokenizer.pad_token_id)
+        for config in (llama.config, llama.generation_config):
+            config.update({"pad_token_id": pad_id})  # else the Trainer does, with a warning
         # flash attention reads document boundaries from one long row only
         flat = llama.config._attn_implementation == "flash_attention_2"
         super().__init__(
@@ -118,9 +122,9 @@ class InstructionTrainer(SFTTrainer):
             train_dataset=rows.train,
             eval_dataset=rows.held_out,
             processing_class=tokenizer,
-            data_collator=DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=True)
+            data_collator=DataCollatorForLanguageModeling(pad_id, padding_free=True)
             if flat
-            else RowCollator(tokenizer.pad_token_id),
+            else RowCollator(pad_id),
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
@@ -131,8 +135,8 @@ class InstructionTrainer(SFTTrainer):
         positions = section.microbatch_size * max_length
         self._num_chunks = head_chunks(positions, llama.config.vocab_size)
         self._correct_and_trained = torch.zeros(2, dtype=torch.long, device=self.args.device)
-        lengths = [len(ids) for ids in rows.train["input_ids"]]
-        self._tokens_after = np.cumsum(lengths)[section.batch_size - 1 :: section.batch_size]
+        ends = slice(section.batch_size - 1, None, section.batch_size)
+        self._tokens_after = np.cumsum(_row_lengths(rows.train))[ends]
 
     def run(self, checkpoint: Path | None) -> dict[str, float]:
         """Trains, evaluates, and returns the closing numbers.
@@ -172,11 +176,12 @@ class InstructionTrainer(SFTTrainer):
         rows = eval_dataset if eval_dataset is not None else self.eval_dataset
         if rows is None:
             return {}
-        self.model.eval()
+        model = cast(nn.Module, self.model_wrapped)
+        model.eval()  # DeepSpeed's returns nothing
         totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
-        for inputs in self._evaluation_batches(rows):
+        for inputs in self._evaluation_batches(cast(Dataset, rows)):
             with torch.no_grad():
-                losses: TokenLoss = self.model_wrapped(**inputs, loss_chunks=self._num_chunks)
+                losses: TokenLoss = model(**inputs, loss_chunks=self._num_chunks)
             totals[0] += losses.loss_sum
             totals[1:] += _correct_and_trained(losses, inputs["labels"])
         loss, correct, trained = distributed.all_sum(totals).tolist()
@@ -188,13 +193,14 @@ class InstructionTrainer(SFTTrainer):
         return metrics
 
     def _evaluation_batches(self, rows: Dataset) -> Iterator[dict[str, Any]]:
-        """This rank's share. Under ZeRO-3 ranks must run equally often: spare turns are unlabelled."""
+        """This rank's share; ranks run equally often (ZeRO-3), in spare turns without labels."""
         size, world = self.args.per_device_eval_batch_size, distributed.world_size()
         for first in range(0, len(rows), size * world):
             start = first + distributed.rank() * size
-            chosen = list(rows.select(range(min(start, len(rows)), min(start + size, len(rows)))))
-            inputs = self._prepare_inputs(self.data_collator(chosen or [rows[0]]))
-            if not chosen:
+            turn = range(min(start, len(rows)), min(start + size, len(rows)))
+            batch = list(rows.select(turn or [0]))
+            inputs = self._prepare_inputs(self.data_collator(cast(list[dict[str, Any]], batch)))
+            if not turn:
                 inputs["labels"] = torch.full_like(inputs["labels"], IGNORED)
             yield inputs
 
@@ -210,7 +216,9 @@ class InstructionTrainer(SFTTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW as the section says."""
         if self.optimizer is None:
-            self.optimizer = build_optimizer(self, model or self.model, self.section)
+            self.optimizer = build_optimizer(
+                self, cast(nn.Module, model or self.model), self.section
+            )
         return self.optimizer
 
     def create_scheduler(
@@ -233,6 +241,14 @@ class InstructionTrainer(SFTTrainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Nothing: counting the parameters takes longer than a step of a tiny model."""
         return 0
+
+
+def _row_lengths(rows: Dataset) -> np.ndarray:
+    """Tokens of each row, read without making Python lists of them."""
+    batches = rows.select_columns("input_ids").with_format("arrow").iter(1000)
+    columns = [cast(pa.Table, batch)["input_ids"] for batch in batches]
+    lengths = [pc.call_function("list_value_length", [column]).to_numpy() for column in columns]
+    return np.concatenate(lengths)
 
 
 def _correct_and_trained(losses: TokenLoss, labels: torch.Tensor) -> torch.Tensor:
@@ -259,7 +275,8 @@ class _LossForward:
         was entered outside.
         """
         if loss_chunks is None:
-            return type(llama).forward(llama, *args, labels=labels, **kwargs)
+            kwargs["labels"] = labels
+            return type(llama).forward(llama, *args, **kwargs)
         assert labels is not None
         device_type = labels.device.type
         with torch.autocast(device_type, torch.bfloat16, enabled=self.use_bfloat16):

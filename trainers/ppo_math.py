@@ -33,7 +33,7 @@ def mean_and_variance(summed: torch.Tensor) -> tuple[float, float]:
     Args:
         summed: (3,) float64: count, sum, sum of squares.
     """
-    count, total, squares = summed.tolist()
+    count, total, squares = (float(number) for number in summed)
     mean = total / count
     return mean, max(squares / count - mean**2, 0.0)
 

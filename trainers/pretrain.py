@@ -7,6 +7,7 @@ RUN/backbone, which everything after treats like any other backbone.
 import json
 import shutil
 import time
+from typing import cast
 
 import torch
 from transformers import (
@@ -75,7 +76,7 @@ def ensure_backbone(cfg: Config, run: RunFolder) -> None:
         info = {"stage": "backbone", **numbers, "wall_seconds": time.monotonic() - started}
         save_model(run.backbone, llama, tokenizer, info)
         shutil.rmtree(tokenizer_folder)
-        shutil.rmtree(args.output_dir, ignore_errors=True)
+        shutil.rmtree(cast(str, args.output_dir), ignore_errors=True)
     distributed.barrier()
 
 
@@ -112,9 +113,9 @@ def _new_llama(
         num_key_value_heads=section.num_kv_heads,
         max_position_embeddings=section.max_positions,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=cast(int, tokenizer.bos_token_id),
+        eos_token_id=cast(int, tokenizer.eos_token_id),
+        pad_token_id=cast(int, tokenizer.pad_token_id),
     )
     torch.manual_seed(cfg.seed)
     return AutoModelForCausalLM.from_config(

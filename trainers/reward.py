@@ -4,8 +4,11 @@ The loss is in `losses.py`. Scores are read at the last token, which is the end 
 from `data/preferences.py`.
 """
 
+import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -15,13 +18,14 @@ from chatllama.backbone import base_path, load_backbone
 from chatllama.batching import lr_factor, microbatches_per_step, optimizer_steps
 from chatllama.chat_format import check_contract
 from chatllama.checkpoint import checkpoint_to_resume, save_step
-from chatllama.config import Config
+from chatllama.config import Config, EvaluationSection
 from chatllama.distributed import all_sum, barrier, device, rank, world_size
 from chatllama.export import load_adapter, save_adapter
 from chatllama.roles import Adapter, RoleModel, adapter_parameters, adapter_state, score_sequences
 from chatllama.run_folder import RunFolder
 from chatllama.statistics import wilson_interval
 from chatllama.tracking import Tracker
+from chatllama.user_functions import load_function
 from data.collate import PairCollator, batch_indices
 from data.mixture import load_mixture
 from data.preferences import tokenize_preferences
@@ -43,6 +47,8 @@ class Pairs:
 
     train: Dataset
     held_out: Dataset
+    bayes_accuracy: float | None
+    """The best accuracy on held-out pairs that any model can have, where gold is known."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,25 @@ def load_pairs(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Pairs:
         if rank() == 0:
             print(f"{name} pairs: {report.summary()}")
         parts.append(tokens)
-    return Pairs(*parts)
+    return Pairs(parts[0], parts[1], bayes_accuracy(cfg.evaluation, mixture.held_out))
+
+
+def bayes_accuracy(evaluation: EvaluationSection, pairs: Dataset) -> float | None:
+    """Mean of max(p, 1 - p) over the pairs, p the probability of the label that gold gives.
+
+    Args:
+        evaluation: names gold and the scale of the labels' noise; without them there is no limit.
+        pairs: records with prompt, chosen and rejected texts.
+    """
+    if evaluation.gold is None or evaluation.label_scale is None:
+        return None
+    gold = load_function(evaluation.gold, "evaluation.gold")
+    total = 0.0
+    for pair in cast(Iterable[dict[str, Any]], pairs):
+        prompt = pair["prompt"][-1]["content"]
+        gap = gold(prompt, pair["chosen"]) - gold(prompt, pair["rejected"])
+        total += 1 / (1 + math.exp(-evaluation.label_scale * abs(gap)))
+    return total / len(pairs)
 
 
 def build_reward_model(
@@ -160,6 +184,7 @@ def train_reward(
         "accuracy": held_out.accuracy,
         "accuracy_low": low,
         "accuracy_high": high,
+        **({} if pairs.bayes_accuracy is None else {"bayes_accuracy": pairs.bayes_accuracy}),
         "eval_loss": held_out.loss,
         "num_eval_pairs": held_out.num_pairs,
         "loss": metrics.get("reward/loss", float("nan")),

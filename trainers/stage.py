@@ -1,6 +1,11 @@
 """What the beginning and end of every stage have in common."""
 
+import warnings
+
+import datasets
+import huggingface_hub.constants
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from chatllama.backbone import backbone_path, base_path
 from chatllama.chat_format import describe_contract
@@ -11,8 +16,17 @@ from chatllama.run_folder import RunFolder, Stage
 from chatllama.tokenizer import load_tokenizer
 
 
+def quiet_libraries() -> None:
+    """No progress bars, usage telemetry or notes to library authors; warnings to users stay."""
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL counts its uses at start
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
 def open_stage(cfg: Config, run: RunFolder) -> PreTrainedTokenizerFast:
     """The backbone's tokenizer; the resolved config is written into the run folder."""
+    quiet_libraries()
     if rank() == 0:
         dump_config(cfg, run.config)
     return load_tokenizer(

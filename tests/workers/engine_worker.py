@@ -32,7 +32,7 @@ from trainers.engine import (
 LORA = LoraSection(r=4, alpha=6.0)
 ROLES: tuple[Role, ...] = ("reference", "policy", "reward", "value")
 SEQUENCES, MICROBATCH, RESPONSE = 8, 2, 5
-PEAKS = (2e-2, 5e-3)
+PEAKS = (3e-3, 1e-3)
 MAX_GRAD_NORM = 1.0
 
 

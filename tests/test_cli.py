@@ -1,0 +1,109 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatllama import chat, cli, pipeline, report
+from chatllama.launcher import Launch
+from chatllama.pipeline import StageFailed
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple, dict[str, Any]]]:
+    seen: list[tuple[tuple, dict[str, Any]]] = []
+
+    def note(*args: object, **kwargs: object) -> None:
+        seen.append((args, kwargs))
+
+    monkeypatch.setattr(pipeline, "run_pipeline", note)
+    monkeypatch.setattr(chat, "chat", note)
+    return seen
+
+
+def test_run_takes_overrides_before_and_after_options(calls: list) -> None:
+    words = "run a.yaml seed=1 --num-gpus 2 ppo.steps=3 --resume sft.steps=4 --from reward"
+    assert cli.main(words.split()) == 0
+    (((config, overrides), options),) = calls
+    assert (config, overrides) == ("a.yaml", ["seed=1", "ppo.steps=3", "sft.steps=4"])
+    assert options == {"launch": Launch(num_gpus=2), "resume": True, "redo_from": "reward"}
+
+
+def test_chat_passes_its_settings(calls: list) -> None:
+    words = "chat RUN --role sft --temperature 0 --top-p 0.5 --seed 3"
+    assert cli.main(words.split()) == 0
+    (((run,), options),) = calls
+    assert run == Path("RUN")
+    assert options["role"] == "sft" and options["temperature"] == 0.0 and options["top_p"] == 0.5
+    assert options["seed"] == 3 and options["system"] is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "runs x",
+        "run",
+        "run a.yaml --resum",
+        "run a.yaml --num-gpus x",
+        "report a b",
+        "chat a=1 b",
+    ],
+)
+def test_wrong_words_give_usage_and_code_2(
+    words: str, calls: list, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words.split())
+    assert caught.value.code == 2 and "usage:" in capsys.readouterr().err and calls == []
+
+
+def test_mistakes_are_one_message_without_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text("run_dir: x\nbackbone: {path: y}\nsead: 1\n")
+    assert cli.main(["run", str(config)]) == 2
+    error = capsys.readouterr().err
+    assert "sead" in error and "seed" in error and "Traceback" not in error
+    assert cli.main(["run", str(config), "--num-gpus", "0"]) == 2
+    assert "--num-gpus 0: must be at least 1" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="sead"):
+        cli.main(["run", str(config), "--debug"])
+
+
+def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(run: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "write_report", interrupt)
+    assert cli.main(["report", "x"]) == 130
+
+
+def test_a_failed_stage_gives_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise StageFailed("stage sft failed", 7)
+
+    monkeypatch.setattr(pipeline, "run_pipeline", fail)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["run", "x"])
+    assert caught.value.code == 7
+    assert capsys.readouterr().err == "chatllama: stage sft failed\n"
+
+
+def test_help_needs_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['chatllama', '--help']\n"
+        "from chatllama import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'rich', 'matplotlib', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert time.monotonic() - started < 5

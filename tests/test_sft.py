@@ -1,0 +1,423 @@
+"""SFT: rows, loss, invariance to the split of a batch; slow: whole stages, resume, the launcher."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import MethodType
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
+
+import train_sft
+from chatllama.config import BackboneSection, Config, SftSection
+from chatllama.roles import RoleModel, acting_as, adapter_state
+from chatllama.run_folder import RunFolder
+from chatllama.tokenizer import load_tokenizer
+from trainers.hf_trainer import quiet_libraries
+from trainers.instruction_trainer import IGNORED, InstructionTrainer, RowCollator, _LossForward
+from trainers.sft import arrange_rows, build_policy, sft_arguments
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_llama_dir: Path) -> LlamaForCausalLM:
+    transformers_logging.disable_progress_bar()
+    return LlamaForCausalLM.from_pretrained(tiny_llama_dir).eval()
+
+
+@pytest.fixture
+def loss_llama(tiny_llama_dir: Path) -> LlamaForCausalLM:
+    model = LlamaForCausalLM.from_pretrained(tiny_llama_dir).eval()
+    model.forward = MethodType(_LossForward(False), model)
+    return model
+
+
+def documents(count: int = 24) -> Dataset:
+    generator = torch.Generator().manual_seed(5)
+    rows = []
+    for number in range(count):
+        length = 6 + number % 9
+        ids = [1, *torch.randint(3, 300, (length,), generator=generator).tolist(), 2]
+        rows.append({"input_ids": ids, "mask": [0] * 3 + [1] * (len(ids) - 3)})
+    return Dataset.from_list(rows)
+
+
+# --- rows
+
+
+def test_collator_by_hand():
+    batch = RowCollator(pad_id=9)(
+        [
+            {"input_ids": [1, 5, 1, 6, 2], "labels": [-100, 5, -100, 6, 2], "seq_lengths": [2, 3]},
+            {"input_ids": [1, 7], "labels": [-100, 7], "seq_lengths": [2]},
+        ]
+    )
+    assert batch["input_ids"].tolist() == [[1, 5, 1, 6, 2], [1, 7, 9, 9, 9]]
+    assert batch["labels"].tolist() == [[-100, 5, -100, 6, 2], [-100, 7, -100, -100, -100]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2], [0, 1, 2, 3, 4]]
+
+
+def test_first_token_of_every_packed_document_does_not_train():
+    train = Dataset.from_list([{"input_ids": [1, 5, 2], "mask": [1, 1, 1]}] * 4)
+    section = SftSection(steps=1, batch_size=1, microbatch_size=1)
+    rows = arrange_rows(train, None, section, max_length=6, packing=True, seed=0)
+    assert rows.num_rows == 2
+    assert rows.train[0]["labels"] == [IGNORED, 5, 2, IGNORED, 5, 2]
+
+
+def test_without_a_mask_everything_trains():
+    train = Dataset.from_list([{"input_ids": [1, 0, 5, 2]}])
+    section = SftSection(steps=1, batch_size=1, microbatch_size=1)
+    rows = arrange_rows(train, None, section, max_length=6, packing=False, seed=0)
+    assert rows.train[0]["labels"] == [IGNORED, 0, 5, 2]
+
+
+def test_every_pass_holds_each_row_once_and_the_seed_decides_the_order():
+    train = Dataset.from_list([{"input_ids": [1, n], "mask": [0, 1]} for n in range(6)])
+    section = SftSection(steps=4, batch_size=3, microbatch_size=3)
+
+    def order(seed: int) -> list[int]:
+        rows = arrange_rows(train, None, section, max_length=2, packing=False, seed=seed)
+        return [row["input_ids"][1] for row in rows.train]
+
+    assert sorted(order(0)[:6]) == sorted(order(0)[6:]) == [0, 1, 2, 3, 4, 5]
+    assert order(0)[:6] != order(0)[6:]
+    assert order(0) == order(0) != order(1)
+
+
+# --- loss
+
+
+def test_loss_is_the_cross_entropy_of_the_labels(
+    loss_llama: LlamaForCausalLM, llama: LlamaForCausalLM
+):
+    row = {"input_ids": [1, 20, 30, 40, 2], "labels": [IGNORED, IGNORED, 30, IGNORED, 2]}
+    losses = loss_llama(**RowCollator(0)([row]), loss_chunks=1)
+    with torch.no_grad():
+        logprobs = llama(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+    # token 2 (id 30) is predicted at position 1, token 4 (id 2) at position 3
+    torch.testing.assert_close(losses.loss_sum, -(logprobs[1, 30] + logprobs[3, 2]))
+
+
+def test_packed_documents_do_not_see_each_other(loss_llama: LlamaForCausalLM):
+    lists = [(d["input_ids"], d["mask"]) for d in documents(3)]
+    ids = [i for i, _ in lists]
+    labels = [[IGNORED, *i[1:]] for i in ids]
+    apart = sum(
+        loss_llama(**RowCollator(0)([{"input_ids": i, "labels": w}]), loss_chunks=1).loss_sum
+        for i, w in zip(ids, labels, strict=True)
+    )
+    packed = {
+        "input_ids": [token for each in ids for token in each],
+        "labels": [label for each in labels for label in each],
+        "seq_lengths": [len(i) for i in ids],
+    }
+    short = {"input_ids": [1, 7], "labels": [IGNORED, IGNORED], "seq_lengths": [2]}
+    together = loss_llama(**RowCollator(0)([short, packed]), loss_chunks=2).loss_sum
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=0)
+    joined = {k: v for k, v in packed.items() if k != "seq_lengths"}
+    one_document = loss_llama(**RowCollator(0)([joined]), loss_chunks=1).loss_sum
+    assert not torch.isclose(one_document, apart, atol=1e-3)
+
+
+def test_padding_changes_nothing(loss_llama: LlamaForCausalLM):
+    short = {"input_ids": [1, 20, 2], "labels": [IGNORED, 20, 2]}
+    long = {"input_ids": [1, *range(50, 60)], "labels": [IGNORED] * 11}
+    alone = loss_llama(**RowCollator(0)([short]), loss_chunks=1).loss_sum
+    for pad in (0, 77):
+        beside = loss_llama(**RowCollator(pad)([short, long]), loss_chunks=1).loss_sum
+        torch.testing.assert_close(beside, alone)
+
+
+# --- trainer
+
+
+def sft_config(
+    tiny_llama_dir: Path, folder: Path, microbatch_size: int, **changes: object
+) -> Config:
+    section = SftSection(
+        steps=3,
+        batch_size=8,
+        microbatch_size=microbatch_size,
+        max_length=32,
+        learning_rate=1e-2,
+    )
+    return Config(
+        run_dir=str(folder),
+        backbone=BackboneSection(path=str(tiny_llama_dir), dtype="float32"),
+        sft=section,
+    ).model_copy(update=changes)
+
+
+def make_trainer(cfg: Config) -> tuple[InstructionTrainer, RoleModel]:
+    quiet_libraries()
+    run = RunFolder(Path(cfg.run_dir))
+    data = documents()
+    rows = arrange_rows(
+        data.select(range(20)),
+        data.select(range(20, 24)),
+        cfg.sft,
+        max_length=32,
+        packing=True,
+        seed=0,
+    )
+    model = build_policy(cfg, run)
+    assert isinstance(model, RoleModel)
+    trainer = InstructionTrainer(
+        model.peft_model,  # type: ignore[arg-type]
+        sft_arguments(cfg, cfg.sft, run, rows),
+        cfg.sft,
+        rows,
+        load_tokenizer(str(cfg.backbone.path)),
+        use_bfloat16=False,
+        max_length=32,
+        callbacks=[],
+    )
+    return trainer, model
+
+
+def test_microbatches_change_neither_losses_nor_weights(tiny_llama_dir: Path, tmp_path: Path):
+    results = []
+    for size in (8, 4, 1):
+        trainer, model = make_trainer(sft_config(tiny_llama_dir, tmp_path / str(size), size))
+        with acting_as(model, "policy"):
+            numbers = trainer.run(None)
+        logs = [line for line in trainer.state.log_history if "loss" in line]
+        curves = [[line[key] for line in logs] for key in ("loss", "accuracy", "grad_norm")]
+        results.append((curves, numbers, adapter_state(model, "policy")))
+    for curves, numbers, state in results[1:]:
+        assert torch.tensor(curves).allclose(torch.tensor(results[0][0]), rtol=1e-4)
+        assert numbers == pytest.approx(results[0][1], rel=1e-4)
+        for name, tensor in state.items():
+            torch.testing.assert_close(tensor, results[0][2][name], rtol=1e-3, atol=1e-5)
+
+
+def test_norms_and_biases_do_not_decay(tiny_llama_dir: Path, tmp_path: Path):
+    cfg = sft_config(tiny_llama_dir, tmp_path, 8, lora=None)
+    model = build_policy(cfg, RunFolder(tmp_path))
+    assert isinstance(model, LlamaForCausalLM)
+    trainer, _ = make_trainer(sft_config(tiny_llama_dir, tmp_path, 8))
+    optimizer = trainer.create_optimizer(model)
+    names = {id(p): n for n, p in model.named_parameters()}
+    free = [
+        names[id(p)] for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]
+    ]
+    assert sorted(free) == sorted(n for n, p in model.named_parameters() if p.ndim == 1)
+    assert len(free) == 5  # two per layer and the last
+
+
+def test_no_telemetry_is_sent(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import huggingface_hub.constants
+    import huggingface_hub.utils._telemetry as telemetry
+
+    def send(*args: object, **kwargs: object) -> None:
+        raise AssertionError("telemetry was sent")
+
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    monkeypatch.setattr(huggingface_hub.constants, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(telemetry, "Thread", send)
+    make_trainer(sft_config(tiny_llama_dir, tmp_path, 8))
+
+
+# --- whole stages
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Path:
+    folder = tmp_path_factory.mktemp("sft_config")
+    people = ["Anna", "the baker", "my brother", "Victor", "the queen", "a quiet child"]
+    places = ["the river", "a garden", "an old house", "the market"]
+    records = [
+        {"instruction": f"Who is at {place}, {who}?", "input": "", "output": f"{who} is at {place}."}
+        for who in people
+        for place in places
+    ]
+    (folder / "sft.json").write_text(json.dumps(records))
+    (folder / "text.txt").write_text(
+        "\n\n".join(f"{who} walks to {place} and is quiet." for who in people for place in places)
+    )
+    file = folder / "sft.yaml"
+    file.write_text(
+        f"""
+run_dir: {folder / "run"}
+backbone: {{path: {tiny_llama_dir}, dtype: float32}}
+lora: {{r: 4, dropout: 0.1}}
+tracking: {{report_to: []}}
+sft:
+  data: [{{path: {folder / "sft.json"}}}]
+  eval_fraction: 0.2
+  steps: 6
+  batch_size: 8
+  microbatch_size: 2
+  max_length: 256
+  learning_rate: 1e-2
+"""
+    )
+    return file
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "sft" / "metrics.jsonl").open()]
+    return [line["sft/loss"] for line in lines if "sft/loss" in line]
+
+
+@pytest.mark.slow
+def test_stage_learns_and_its_adapter_loads_with_plain_peft(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run = RunFolder(tmp_path / "run")
+    command = [str(config_file), f"run_dir={run.root}"]
+    train_sft.main(command)
+    result = run.read_result("sft")
+    curve = losses(run.root)
+    assert len(curve) == 6 and curve[-1] < curve[0] - 0.3
+    assert result["loss"] == curve[-1] and result["steps"] == 6
+    assert result["eval_loss"] < curve[0] and result["tokens"] > 0
+    base = AutoModelForCausalLM.from_pretrained(
+        json.loads((run.sft_adapter / "chatllama.json").read_text())["base"]
+    )
+    tokens = torch.tensor([[1, 30, 40, 50]])
+    with torch.no_grad():
+        before = base(tokens).logits
+        adapted = PeftModel.from_pretrained(base, str(run.sft_adapter)).eval()
+        assert not torch.allclose(adapted(tokens).logits, before, atol=1e-2)
+    assert not run.checkpoints("sft").exists() and not (run.root / "sft" / ".unfinished").exists()
+    capsys.readouterr()
+    train_sft.main(command)
+    assert "has finished before" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_resumed_stage_is_bit_equal(config_file: Path, tmp_path: Path):
+    whole, cut = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "cut")
+    train_sft.main([str(config_file), f"run_dir={whole.root}", "sft.save_every=2"])
+    kept = sorted(path.name for path in whole.checkpoints("sft").iterdir())
+    assert kept == ["step-4", "step-6"]  # save_total_limit
+    shutil.copytree(whole.checkpoints("sft") / "step-4", cut.checkpoints("sft") / "step-4")
+    shutil.copy(whole.metrics("sft"), cut.root / "sft")
+    command = [str(config_file), f"run_dir={cut.root}", "sft.save_every=2"]
+    with pytest.raises(ValueError, match=r"step-4 exists .* --resume"):
+        train_sft.main(command)
+    train_sft.main([*command, "--resume"])
+    assert losses(cut.root) == losses(whole.root)
+    for run in (whole, cut):
+        assert (run.sft_adapter / "adapter_model.safetensors").is_file()
+    weights = [(r.sft_adapter / "adapter_model.safetensors").read_bytes() for r in (whole, cut)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_full_fine_tuning_gives_a_plain_model_folder(config_file: Path, tmp_path: Path, dtype: str):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = RunFolder(tmp_path / "run")
+    train_sft.main(
+        [
+            str(config_file),
+            f"run_dir={run.root}",
+            "lora=null",
+            "sft.learning_rate=3e-3",
+            f"backbone.dtype={dtype}",
+        ]
+    )
+    assert losses(run.root)[-1] < losses(run.root)[0] - 0.3
+    model = AutoModelForCausalLM.from_pretrained(run.full_model)
+    assert model.dtype == torch.float32
+    assert len(AutoTokenizer.from_pretrained(run.full_model)) == 300
+
+
+@pytest.mark.slow
+def test_gradient_checkpointing_changes_nothing(config_file: Path, tmp_path: Path):
+    for name in ("false", "true"):
+        train_sft.main(
+            [
+                str(config_file),
+                f"run_dir={tmp_path / name}",
+                "lora.dropout=0.0",
+                f"backbone.gradient_checkpointing={name}",
+            ]
+        )
+    assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), rel=1e-6)
+
+
+def launch(*arguments: str) -> None:
+    """Two ranks through the deepspeed launcher, on the CPU, without a compiler."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [str(launcher), "--num_gpus", "2", "--master_port", str(port), "train_sft.py"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CXX": "/nonexistent",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PATH": f"{launcher.parent}:{os.environ['PATH']}",
+    }
+    done = subprocess.run(
+        [*command, *arguments],
+        cwd=PROJECT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_equal_one_process(config_file: Path, tmp_path: Path, stage: int):
+    common = [str(config_file), "lora.dropout=0.0", "sft.save_every=3"]
+    one, two = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "two")
+    train_sft.main([*common, f"run_dir={one.root}"])
+    zero = [f"deepspeed.stage={stage}", "deepspeed.stage3_param_persistence_threshold=0"]
+    launch(*common, f"run_dir={two.root}", *zero)
+    assert losses(two.root) == pytest.approx(losses(one.root), rel=1e-4)
+    ours, theirs = one.read_result("sft"), two.read_result("sft")
+    assert theirs["eval_loss"] == pytest.approx(ours["eval_loss"], rel=1e-4)
+    # and the launched run resumes from its own step-3 to the same end
+    shutil.rmtree(two.checkpoints("sft") / "step-6")
+    two.result("sft").unlink()
+    curve = losses(two.root)
+    launch(*common, f"run_dir={two.root}", *zero, "--resume")
+    assert losses(two.root) == curve
+
+
+@pytest.mark.slow
+def test_backbone_from_scratch_then_sft_in_one_launch(config_file: Path, tmp_path: Path):
+    from transformers import AutoModelForCausalLM
+
+    text = config_file.parent / "text.txt"
+    scratch = (
+        f"backbone={{dtype: float32, from_scratch: {{data: [{{path: {text}, format: text}}], "
+        "vocab_size: 290, hidden_size: 32, intermediate_size: 64, num_layers: 2, steps: 8, "
+        "batch_size: 8, microbatch_size: 2, max_length: 64, warmup_steps: 2}}"
+    )
+    one, two = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "two")
+    for run in (one, two):
+        command = [str(config_file), scratch, "lora.dropout=0.0", f"run_dir={run.root}"]
+        command += ["deepspeed.stage=2"]
+        train_sft.main(command) if run is one else launch(*command)
+        assert AutoModelForCausalLM.from_pretrained(run.backbone).config.vocab_size == 290
+        assert (run.backbone / "tokenizer.model").is_file()
+        assert run.read_result("sft")["backbone_seconds"] > 0
+        curve = losses(run.root / "pretraining")
+        assert len(curve) == 8 and curve[-1] < curve[0] - 0.1
+    for folder in ("pretraining", "."):
+        assert losses(two.root / folder) == pytest.approx(losses(one.root / folder), rel=1e-4)
