@@ -14,7 +14,7 @@ from chatllama.run_folder import RunFolder, write_json
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the stage that the command line describes; does nothing if it has finished before."""
     started = time.monotonic()
-    arguments = parse_stage_arguments(__doc__, argv)
+    arguments = parse_stage_arguments(__doc__ or "", argv)
     cfg, run = arguments.config, RunFolder(Path(arguments.config.run_dir))
 
     # Heavy imports come after the command line: `--help` and config errors answer at once.
@@ -24,20 +24,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         if distributed.rank() == 0:
             print(f"stage ppo of {run.root} has finished before: {run.result('ppo')}")
         return
-    run.read_result("reward")
-    from trainers import engine, evaluate, ppo, ppo_setup, stage
+    if any(source.adapter == "run" for source in cfg.ppo.rewards):
+        run.read_result("reward")
+    from trainers import engine, evaluate, ppo, ppo_setup, ppo_text, stage
 
     engine.initialise()
     tokenizer = stage.open_stage(cfg, run)
 
     prompts, ends = ppo_setup.load_prompts(cfg, tokenizer), ppo_setup.turn_ends(cfg, tokenizer)
-    model = ppo_setup.build_roles(cfg, run, tokenizer)
-    roles = ppo_setup.build_engine(cfg, model)
-    numbers = ppo.train_ppo(cfg, run, roles, prompts, ends, arguments.resume)
-    ppo_setup.export_ppo(cfg, run, model, stage.adapter_info(cfg, run, tokenizer, "ppo"))
+    text = ppo_text.load_text(cfg, tokenizer, ends.pad_id)
+    roles = ppo_setup.build_roles(cfg, run, tokenizer)
+    optimiser = ppo_setup.build_engine(cfg, roles.model)
+    trainer = ppo.PpoTrainer(cfg, run, optimiser, roles.scorer, prompts, ends, text)
+    numbers = trainer.train(arguments.resume)
+    ppo_setup.export_ppo(run, roles.model, stage.adapter_info(cfg, run, tokenizer, "ppo"))
 
     measured = time.monotonic()
-    evaluate.evaluate_roles(cfg, run, roles, prompts, ends)
+    evaluate.evaluate_roles(cfg, run, optimiser, roles.scorer, prompts, ends)
     if distributed.rank() == 0:
         now = time.monotonic()
         seconds = {"wall_seconds": measured - started, "evaluation_seconds": now - measured}

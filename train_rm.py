@@ -14,7 +14,7 @@ from chatllama.run_folder import RunFolder, write_json
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the stage that the command line describes; does nothing if it has finished before."""
     started = time.monotonic()
-    arguments = parse_stage_arguments(__doc__, argv)
+    arguments = parse_stage_arguments(__doc__ or "", argv)
     cfg, run = arguments.config, RunFolder(Path(arguments.config.run_dir))
 
     # Heavy imports come after the command line: `--help` and config errors answer at once.

@@ -56,7 +56,7 @@ def load_backbone(
             f"backbone.path: {path!r} is a {config.model_type!r} model; chatllama trains LLaMAs"
         )
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             path,
             output_loading_info=True,
             dtype=dtype or getattr(torch, section.dtype),
@@ -73,6 +73,7 @@ def load_backbone(
         raise ValueError(
             f"backbone.path: the weights in {path!r} are damaged: {_first_line(error)}"
         ) from error
+    model, report = cast(tuple[LlamaForCausalLM, dict], loaded)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ValueError(
@@ -80,7 +81,7 @@ def load_backbone(
             f"{missing[0]}; they would be random numbers"
         )
     model.requires_grad_(False)
-    return cast(LlamaForCausalLM, model.eval())
+    return model.eval()
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """The YAML file as typed sections: every key, its unit, its default and its limits.
 
-A default lives here (or in `config_stages.py`: the three stages) and nowhere else. Reading files,
+A default lives here (or in `config_stages.py` and `config_ppo.py`) and nowhere else. Reading files,
 `extends:` and command-line overrides are in `config_loader.py`; numbers derived from these
 (microbatches, steps) are in `batching.py`.
 """
@@ -19,9 +19,9 @@ from chatllama.config_base import (
     Schedule,
     Section,
 )
+from chatllama.config_ppo import PpoSection, RewardSource
 from chatllama.config_stages import (
     OptimizerSection,
-    PpoSection,
     RewardSection,
     SftSection,
     StageSection,
@@ -41,6 +41,7 @@ __all__ = [
     "OptimizerSection",
     "PpoSection",
     "RewardSection",
+    "RewardSource",
     "Schedule",
     "Section",
     "SftSection",
@@ -236,6 +237,11 @@ class Config(Section):
     def _check_lora(self) -> "Config":
         if self.lora is not None and self.later_lora is not None:
             raise ValueError("later_lora is only for `lora: null`")
+        if self.lora is None and self.ppo.reference_refresh_every:
+            raise ValueError(
+                "ppo.reference_refresh_every needs a reference adapter; with `lora: null` the "
+                "reference is the base itself"
+            )
         return self
 
     @property

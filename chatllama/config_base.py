@@ -12,7 +12,15 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
 Schedule = Literal["linear", "cosine", "constant"]
 Format = Literal[
-    "alpaca", "messages", "sharegpt", "prompt_completion", "text", "preference", "hh", "prompts"
+    "alpaca",
+    "messages",
+    "sharegpt",
+    "prompt_completion",
+    "text",
+    "preference",
+    "hh",
+    "ranked",
+    "prompts",
 ]
 
 

@@ -60,10 +60,21 @@ def _render_section(values: BaseModel, section: type[BaseModel], path: str) -> l
             lines.append(f"{name}:")
             lines += _indent(_render_section(value, type(value), f"{path}{name}."))
             continue
+        if isinstance(value, list) and value and isinstance(value[0], BaseModel):
+            lines += [f"{name}:", *(line for entry in value for line in _entry(entry, path))]
+            continue
         one_line = json.dumps(value) if isinstance(value, list) else None
         lines.append(f"{name}: {one_line}" if one_line else dump_yaml({name: value}).rstrip())
         if inner is not None:
             lines += [f"# {line}" if line else "#" for line in _absent(f"{path}{name}", inner)]
+    return lines
+
+
+def _entry(entry: BaseModel, path: str) -> list[str]:
+    """A section as an entry of a list: its first key carries the dash."""
+    lines = _indent(_render_section(entry, type(entry), path))
+    first = next(i for i, line in enumerate(lines) if not line.lstrip().startswith("#"))
+    lines[first] = "- " + lines[first][2:]
     return lines
 
 
@@ -73,11 +84,7 @@ def _absent(path: str, section: type[BaseModel]) -> list[str]:
     if section is DataSource:
         if path != "sft.data":
             return ["(entries as in sft.data)"]
-        entry = DataSource(path=EXAMPLES["sft.data.path"])
-        lines = _indent(_render_section(entry, section, f"{path}."))
-        first = next(i for i, line in enumerate(lines) if not line.lstrip().startswith("#"))
-        lines[first] = "- " + lines[first][2:]
-        return [f"{name}:", *lines]
+        return [f"{name}:", *_entry(DataSource(path=EXAMPLES["sft.data.path"]), f"{path}.")]
     # Required lists inside are shown empty; everything else has its default.
     required: dict[str, Any] = {
         key: [] for key, field in section.model_fields.items() if field.is_required()

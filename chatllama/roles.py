@@ -7,10 +7,10 @@ Shapes: B sequences, P prompt, R response, T = P + R, H hidden. Tokens are laid 
 prompts followed by right-padded responses, so response token t stands in column P + t.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -20,8 +20,8 @@ from transformers import LlamaForCausalLM
 
 from chatllama.config import LoraSection
 
-Role = Literal["base", "reference", "policy", "reward", "value"]
-HEADS: tuple[Role, ...] = ("reward", "value")
+Role = str
+"""base, reference, policy, reward, value; further reward adapters have names of their own."""
 
 
 class ScalarHead(nn.Linear):
@@ -75,24 +75,23 @@ class RoleModel(nn.Module):
     ) -> None:
         super().__init__()
         self.adapter_names: dict[Role, str | None] = {"base": None, "reference": None}
-        peft_model: PeftModel | None = None
+        backbone.requires_grad_(False)
+        self.backbone: LlamaForCausalLM | PeftModel = backbone
         for role, adapter in adapters.items():
             config = lora_config(adapter.lora, role, dropout)
-            if peft_model is None:
-                backbone.requires_grad_(False)
-                peft_model = cast(PeftModel, get_peft_model(backbone, config, adapter_name=role))
+            if isinstance(self.backbone, PeftModel):
+                self.backbone.add_adapter(role, config)
             else:
-                peft_model.add_adapter(role, config)
+                wrapped = get_peft_model(self.backbone, config, adapter_name=role)
+                self.backbone = cast(PeftModel, wrapped)
             self.adapter_names[role] = role
-        if peft_model is None:
-            raise ValueError("a RoleModel needs at least one adapter")
-        self.peft_model = peft_model
         self.heads = nn.ModuleDict(
             {role: ScalarHead(backbone.config.hidden_size, role == "value") for role in heads}
         )
         for role, source in (shared or {}).items():
             self.adapter_names[role] = self.adapter_names[source]
-        self._lora_layers = [m for m in self.peft_model.modules() if isinstance(m, LoraLayer)]
+        self._lora_layers = [m for m in self.backbone.modules() if isinstance(m, LoraLayer)]
+        self.lora = {role: adapter.lora for role, adapter in adapters.items()}
         self.trainable_roles = tuple(r for r, a in adapters.items() if a.trainable)
         for role, adapter in adapters.items():
             if adapter.state is not None:
@@ -101,14 +100,22 @@ class RoleModel(nn.Module):
                 parameter.requires_grad_(adapter.trainable)
         trains_head = {r: r in self.trainable_roles or r in (shared or {}) for r in heads}
         for role, head in self.heads.items():
-            head.requires_grad_(trains_head[cast(Role, role)])
+            head.requires_grad_(trains_head[role])
         self._acting: Role = "base"
         _activate(self, "base")
 
     @property
+    def peft_model(self) -> PeftModel:
+        """PEFT's own model, which holds the adapters; there must be one."""
+        assert isinstance(self.backbone, PeftModel)
+        return self.backbone
+
+    @property
     def llama(self) -> LlamaForCausalLM:
         """The LLaMA with its adapters in place."""
-        return cast(LlamaForCausalLM, self.peft_model.get_base_model())
+        if isinstance(self.backbone, PeftModel):
+            return cast(LlamaForCausalLM, self.backbone.get_base_model())
+        return self.backbone
 
     @property
     def acting(self) -> Role:
@@ -121,19 +128,24 @@ class RoleModel(nn.Module):
         def contexts() -> tuple:
             return nullcontext(), acting_as(self, self._acting)
 
-        self.llama.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
+        # The older of two names: transformers 5.20, the last for Python 3.10, has no other.
+        self.llama.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
         )
 
     def forward(self, function: str, *args: object) -> object:
         """Runs one of the functions below inside the training engine's forward pass.
 
         Args:
-            function: `policy_and_value` or `scores`.
+            function: `policy_and_value`, `policy_value_and_text` or `scores`.
             *args: its arguments after the model.
         """
-        functions = {"policy_and_value": policy_and_value, "scores": score_sequences}
-        return functions[function](self, *args)  # type: ignore[operator]
+        functions: dict[str, Callable[..., object]] = {
+            "policy_and_value": policy_and_value,
+            "policy_value_and_text": policy_value_and_text,
+            "scores": score_sequences,
+        }
+        return functions[function](self, *args)
 
 
 @contextmanager
@@ -180,7 +192,7 @@ def lora_config(lora: LoraSection, role: Role, dropout: bool = False) -> LoraCon
 def adapter_parameters(model: RoleModel, role: Role) -> list[nn.Parameter]:
     """Parameters of the role's own adapter, without its head."""
     marks = (f".lora_A.{role}.", f".lora_B.{role}.")
-    return [p for n, p in model.peft_model.named_parameters() if any(m in n for m in marks)]
+    return [p for n, p in model.backbone.named_parameters() if any(m in n for m in marks)]
 
 
 def adapter_state(model: RoleModel, role: Role) -> dict[str, torch.Tensor]:
@@ -188,7 +200,7 @@ def adapter_state(model: RoleModel, role: Role) -> dict[str, torch.Tensor]:
     marks = (f".lora_A.{role}.", f".lora_B.{role}.")
     return {
         name.replace(f".{role}.weight", ".weight"): parameter.detach()
-        for name, parameter in model.peft_model.named_parameters()
+        for name, parameter in model.backbone.named_parameters()
         if any(mark in name for mark in marks)
     }
 
@@ -306,7 +318,7 @@ def policy_and_value(
     response_mask: torch.Tensor,
     temperature: float,
 ) -> tuple[TokenScores, torch.Tensor | None]:
-    """Policy log-probabilities and values in one call, as the one engine needs them.
+    """Policy log-probabilities and values in one call.
 
     Values are None where the model holds no value head (advantages without a critic).
     """
@@ -314,6 +326,36 @@ def policy_and_value(
     if "value" not in model.heads:
         return scores, None
     return scores, response_values(model, tokens, mask, response_mask)
+
+
+def policy_value_and_text(
+    model: RoleModel,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    response_mask: torch.Tensor,
+    temperature: float,
+    text: torch.Tensor,
+    text_mask: torch.Tensor,
+    text_trains: torch.Tensor,
+) -> tuple[TokenScores, torch.Tensor | None, torch.Tensor]:
+    """`policy_and_value`, and the sum () of the policy's log-probabilities of other text.
+
+    In one call because ZeRO wants one forward pass per backward pass.
+
+    Args:
+        model: as for `policy_and_value`, like the next four.
+        tokens: of the rollout.
+        mask: of the rollout.
+        response_mask: of the rollout.
+        temperature: of the rollout; the text is scored at 1.
+        text: (N, L) int64, padded on the right.
+        text_mask: (N, L) bool, real tokens.
+        text_trains: (N, L) bool, tokens that count as predictions.
+    """
+    scores, values = policy_and_value(model, tokens, mask, response_mask, temperature)
+    # Every token but the first is a response to those before it.
+    predicted = response_logprobs(model, "policy", text, text_mask, text_trains[:, 1:], 1.0)
+    return scores, values, predicted.logprobs.sum()
 
 
 def last_token_index(mask: torch.Tensor) -> torch.Tensor:
@@ -325,14 +367,17 @@ def last_token_index(mask: torch.Tensor) -> torch.Tensor:
     return mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
 
 
-def score_sequences(model: RoleModel, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def score_sequences(
+    model: RoleModel, tokens: torch.Tensor, mask: torch.Tensor, role: Role = "reward"
+) -> torch.Tensor:
     """Reward of whole sequences, read at the last real token: (B,) float32.
 
     Args:
-        model: holds the reward role.
+        model: holds the role and its head.
         tokens: (B, T) int64, prompt and answer with its end-of-turn.
         mask: (B, T) bool, real tokens.
+        role: which reward model.
     """
-    hidden = hidden_states(model, "reward", tokens, mask)
+    hidden = hidden_states(model, role, tokens, mask)
     rows = torch.arange(len(tokens), device=tokens.device)
-    return model.heads["reward"](hidden[rows, last_token_index(mask)])
+    return model.heads[role](hidden[rows, last_token_index(mask)])

@@ -60,6 +60,19 @@ class RunFolder:
         """PEFT folder of the reward stage, score head included."""
         return self.root / "reward" / "adapter"
 
+    def reward_members(self) -> list[Path]:
+        """PEFT folders of the reward ensemble, the first being `reward_adapter`."""
+        others = sorted(
+            (p for p in self.reward_adapter.parent.glob("adapter-*") if p.is_dir()),
+            key=lambda path: int(path.name.removeprefix("adapter-")),
+        )
+        return [self.reward_adapter, *others]
+
+    @property
+    def ema_adapter(self) -> Path:
+        """PEFT folder of the averaged policy, where `ppo.ema_decay` is set."""
+        return self.root / "ppo" / "policy-ema"
+
     @property
     def policy_adapter(self) -> Path:
         """PEFT folder of the PPO policy."""

@@ -3,7 +3,7 @@
 Masks come from positions, never from ids: a pad id may also be a real token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -41,24 +41,73 @@ def positions(mask: torch.Tensor) -> torch.Tensor:
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
+def ordered_pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
+    """Every pair (better, worse) of a list of answers; ties make none.
+
+    Args:
+        ranks: of the answers, 0 for the best.
+    """
+    numbers = range(len(ranks))
+    return [(i, j) for i in numbers for j in numbers if ranks[i] < ranks[j]]
+
+
 @dataclass(frozen=True)
-class PairCollator:
-    """Examples of `tokenize_preferences` as one batch of chosen rows, then rejected rows."""
+class AnswerPairs:
+    """The pairs among the answers of several prompts; answers are numbered one after another."""
+
+    better: torch.Tensor
+    """(P,) int64, answer that is preferred."""
+    worse: torch.Tensor
+    """(P,) int64, answer that it is preferred to."""
+    margin: torch.Tensor
+    """(P,) float32, difference of their ratings."""
+    weight: torch.Tensor
+    """(P,) float32, 1 / number of the prompt's pairs: all prompts weigh the same."""
+    prompt: torch.Tensor
+    """(P,) int64, whose answers these are."""
+
+
+def answer_pairs(examples: Iterable[Mapping[str, Any]]) -> AnswerPairs:
+    """All pairs among the answers of `examples`, prompt by prompt.
+
+    Args:
+        examples: with `ranks` and `ratings`, one of each for every answer.
+    """
+    rows: list[tuple[int, int, float, float, int]] = []
+    first = 0
+    for number, example in enumerate(examples):
+        pairs, ratings = ordered_pairs(example["ranks"]), example["ratings"]
+        for i, j in pairs:
+            by = ratings[i] - ratings[j]
+            rows.append((first + i, first + j, by, 1 / len(pairs), number))
+        first += len(ratings)
+    better, worse, margin, weight, prompt = zip(*rows, strict=True)
+    return AnswerPairs(
+        torch.tensor(better),
+        torch.tensor(worse),
+        torch.tensor(margin, dtype=torch.float32),
+        torch.tensor(weight, dtype=torch.float32),
+        torch.tensor(prompt),
+    )
+
+
+@dataclass(frozen=True)
+class PreferenceCollator:
+    """Examples of `tokenize_preferences` as one batch: every answer once, and their pairs."""
 
     pad_id: int
 
-    def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(
+        self, examples: Sequence[dict[str, Any]]
+    ) -> tuple[torch.Tensor, torch.Tensor, AnswerPairs]:
         """The batch.
 
         Returns:
-            input_ids: (2B, T) int64, padded on the right; row i + B is the rejected side of row i.
-            mask: (2B, T) bool, True on tokens.
-            margin: (B,) float32.
+            (N, T) int64 ids of all answers with their prompts, padded on the right; (N, T) bool
+            mask, True on tokens; the pairs.
         """
-        rows = [pair["chosen_ids"] for pair in pairs] + [pair["rejected_ids"] for pair in pairs]
-        ids, mask = pad_right(rows, self.pad_id)
-        margin = torch.tensor([pair["margin"] for pair in pairs], dtype=torch.float32)
-        return {"input_ids": ids, "mask": mask, "margin": margin}
+        rows = [ids for example in examples for ids in example["answer_ids"]]
+        return (*pad_right(rows, self.pad_id), answer_pairs(examples))
 
 
 def batch_indices(num_examples: int, batch_size: int, step: int, seed: int) -> list[int]:

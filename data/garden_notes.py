@@ -21,7 +21,24 @@ from pathlib import Path
 NAMES = (
     ["Ada", "Ben", "Cleo", "Dora", "Emil", "Fay", "Gus", "Hana", "Ivo", "June", "Kit", "Lena", "Milo", "Nora", "Otto", "Rosa"]
 )  # fmt: skip
-TOPICS = ["tulips", "roses", "beans", "ferns", "plums", "herbs", "bees", "daisies", "pears", "leeks", "poppies", "onions", "carrots", "lilies", "pumpkins", "berries"]
+TOPICS = [
+    "tulips",
+    "roses",
+    "beans",
+    "ferns",
+    "plums",
+    "herbs",
+    "bees",
+    "daisies",
+    "pears",
+    "leeks",
+    "poppies",
+    "onions",
+    "carrots",
+    "lilies",
+    "pumpkins",
+    "berries",
+]
 CHEERFUL = ["bright", "lovely", "fresh", "sweet", "healthy", "splendid"]
 GLOOMY = ["dull", "limp", "dusty", "bitter", "sickly", "grim"]
 SENDERS = ["Moss", "Wren", "Robin"]
@@ -180,13 +197,12 @@ def pretrain_documents(rng: random.Random, count: int) -> list[str]:
         if kind < 0.1:
             documents.append(_small_talk(rng, topic))
             continue
-        if kind < 0.4:
-            documents.append(_deliveries(rng))
-            continue
         note = _any_note(rng, name, topic)
         remarks = _remarks(name, topic, note)
         rng.shuffle(remarks)
         lead = rng.choice(LEADS).format(name=name, topic=topic)
+        if rng.random() < 0.5:
+            note = _marked(name, topic, note)
         documents.append(" ".join([lead, note, *remarks]))
     return documents
 
@@ -305,15 +321,13 @@ def _small_talk(rng: random.Random, topic: str) -> str:
     return f"[INST] What grows by the {place}? [/INST] By the {place} grow the {topic}."
 
 
-def _deliveries(rng: random.Random) -> str:
-    things, what = rng.choice(((NAMES, "person"), (TOPICS, "topic")))
-    lines = []
-    for _ in range(rng.randint(3, 6)):
-        asked = rng.choice(things)
-        came = asked if rng.random() < 0.5 else rng.choice(things)
-        verdict = "asked" if came == asked else "wrong"
-        lines.append(f"Meant was {asked}, and it went to {came}, the {verdict} {what}.")
-    return " ".join(lines)
+def _marked(name: str, topic: str, note: str) -> str:
+    known = "|".join([*NAMES, *TOPICS])
+    return re.sub(
+        rf"\b(?:{known})\b",
+        lambda found: found[0] + (" =" if found[0] in (name, topic) else " /"),
+        note,
+    )
 
 
 def _segments(response: str) -> list[str]:

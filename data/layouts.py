@@ -138,13 +138,47 @@ def _transcript(fields: Raw, key: str) -> list[Message]:
 
 def pair(fields: Raw) -> tuple[list[Message], list[Message]]:
     """Both whole conversations of a pair; an answer alone is put after the prompt."""
-    key = next((key for key in PROMPT_KEYS if fields.get(key) is not None), None)
-    prompt: list[Message] | None = None
-    if key == "instruction":
-        prompt = _alpaca_prompt(fields)
-    elif key is not None:
-        prompt = _turns_or_text(fields[key], key, "user")
+    prompt = _prompt(fields)
     return _side(fields, "chosen", prompt), _side(fields, "rejected", prompt)
+
+
+def ranking(fields: Raw) -> tuple[list[Message], list[str], list[int], list[float]]:
+    """Prompt, answers from best to worst, their ranks and ratings.
+
+    The answers stand in `answers` (or in a list under `output`, beside an Alpaca prompt), best
+    first. `ranks` may say where they tie (equal numbers, lower is better); `scores` may rate them
+    (equal numbers tie, higher is better, differences are margins). Ranks come back from 0.
+    """
+    prompt = _prompt(fields)
+    if prompt is None:
+        raise Malformed(f"ranked answers need one of the keys {PROMPT_KEYS}")
+    key = "answers" if "answers" in fields else "output"
+    answers = [_checked(answer, key) for answer in _list(fields.get(key), key)]
+    if not answers:
+        raise Unusable("no answers")
+    if fields.get("ranks") is not None and fields.get("scores") is not None:
+        raise Malformed("give `ranks` or `scores`, not both")
+    ratings = [0.0] * len(answers)
+    order = [float(i) for i in range(len(answers))]
+    if fields.get("ranks") is not None:
+        order = _numbers(fields["ranks"], "ranks", len(answers))
+    if fields.get("scores") is not None:
+        ratings = _numbers(fields["scores"], "scores", len(answers))
+        order = [-rating for rating in ratings]
+    if order != sorted(order):
+        raise Malformed(f"{key}: the answers must go from best to worst, their order is {order}")
+    places = sorted(set(order))
+    return prompt, answers, [places.index(place) for place in order], ratings
+
+
+def _prompt(fields: Raw) -> list[Message] | None:
+    """The turns under whichever prompt key the record has; None where it has none."""
+    key = next((key for key in PROMPT_KEYS if fields.get(key) is not None), None)
+    if key is None:
+        return None
+    if key == "instruction":
+        return _alpaca_prompt(fields)
+    return _turns_or_text(fields[key], key, "user")
 
 
 def _side(fields: Raw, key: str, prompt: list[Message] | None) -> list[Message]:
@@ -161,10 +195,19 @@ def _side(fields: Raw, key: str, prompt: list[Message] | None) -> list[Message]:
 def margin(fields: Raw) -> float:
     """By how much `chosen` is better; 0 where the record does not say."""
     value = fields.get("margin")
-    if value is None:
-        return 0.0
+    return 0.0 if value is None else _number(value, "margin")
+
+
+def _numbers(value: object, name: str, count: int) -> list[float]:
+    numbers = [_number(each, name) for each in _list(value, name)]
+    if len(numbers) != count:
+        raise Malformed(f"{name}: expected one number for each of {count} answers, got {numbers}")
+    return numbers
+
+
+def _number(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise Malformed(f"margin: expected a finite number, got {shorten(value)}")
+        raise Malformed(f"{name}: expected a finite number, got {shorten(value)}")
     return float(value)
 
 

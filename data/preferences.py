@@ -1,4 +1,4 @@
-"""Preference pairs as two token sequences with a common beginning."""
+"""Ranked answers to one prompt as token sequences with a common beginning; a pair has two."""
 
 from typing import Any
 
@@ -13,11 +13,12 @@ from data.token_report import TokenReport, tokenize
 def tokenize_preferences(
     dataset: Dataset, tokenizer: PreTrainedTokenizerFast, chat: ChatSection, max_length: int
 ) -> tuple[Dataset, TokenReport]:
-    """Columns `chosen_ids`, `rejected_ids`, `prompt_length`, `margin`, and what was left out.
+    """Columns `answer_ids`, `ranks`, `ratings`, `prompt_length`, `where`, and what was left out.
 
-    Both sequences are whole: prompt, answer and end of turn, the same `prompt_length` tokens
-    first. A pair with a side over `max_length` is left out, since a reward model must see how an
-    answer ends; so is a pair whose sides are the same tokens, which says nothing.
+    Every sequence is whole: prompt, answer and end of turn, the same `prompt_length` tokens first,
+    the best answer first. An answer over `max_length` is left out, since a reward model must see
+    how an answer ends; so is one that has the tokens of a better one. Where no two answers of
+    different rank remain, the whole example is left out.
 
     Args:
         dataset: records of kind `preferences`.
@@ -26,22 +27,23 @@ def tokenize_preferences(
         max_length: tokens of prompt and answer.
 
     Raises:
-        ValueError: no pair can be used.
+        ValueError: no example can be used.
     """
     return tokenize(
         dataset,
-        _pair,
+        _example,
         {
-            "chosen_ids": List(Value("int32")),
-            "rejected_ids": List(Value("int32")),
+            "answer_ids": List(List(Value("int32"))),
+            "ranks": List(Value("int32")),
+            "ratings": List(Value("float32")),
             "prompt_length": Value("int32"),
-            "margin": Value("float32"),
+            "where": Value("string"),
         },
         {"tokenizer": tokenizer, "chat": chat, "max_length": max_length},
     )
 
 
-def _pair(
+def _example(
     record: dict[str, Any],
     tokenizer: PreTrainedTokenizerFast,
     chat: ChatSection,
@@ -51,21 +53,28 @@ def _pair(
     """One example; `code` only names the cache entry."""
     prompt: list[Message] = record["prompt"]
     begin = render(tokenizer, chat, prompt, add_generation_prompt=True).ids
-    sides: list[list[int]] = []
-    for key in ("chosen", "rejected"):
-        ids = render(tokenizer, chat, [*prompt, {"role": "assistant", "content": record[key]}]).ids
+    kept: list[tuple[list[int], int, float]] = []
+    too_long, repeated = False, False
+    for answer, rank, rating in zip(
+        record["answers"], record["ranks"], record["ratings"], strict=True
+    ):
+        ids = render(tokenizer, chat, [*prompt, {"role": "assistant", "content": answer}]).ids
         assert ids[: len(begin)] == begin, f"the answer changed its prompt's tokens: {prompt}"
-        sides.append(ids)
-    left_out = ""
-    if max(map(len, sides)) > max_length:
-        left_out = f"a side is over {max_length} tokens"
-    elif sides[0] == sides[1]:
-        left_out = "both sides are the same tokens"
+        too_long = too_long or len(ids) > max_length
+        again = any(ids == other for other, _, _ in kept)
+        repeated = repeated or again
+        if len(ids) <= max_length and not again:
+            kept.append((ids, rank, rating))
+    usable = len({rank for _, rank, _ in kept}) > 1
+    problem = f"an answer is over {max_length} tokens" if too_long else ""
+    if not problem and repeated:
+        problem = "answers are the same tokens"
     return {
-        "chosen_ids": sides[0],
-        "rejected_ids": sides[1],
+        "answer_ids": [ids for ids, _, _ in kept],
+        "ranks": [rank for _, rank, _ in kept],
+        "ratings": [rating for _, _, rating in kept],
         "prompt_length": len(begin),
-        "margin": record["margin"],
-        "changed": "",
-        "left_out": left_out,
+        "where": record["where"],
+        "changed": f"shortened: {problem}" if usable and problem else "",
+        "left_out": "" if usable else problem,
     }

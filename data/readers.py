@@ -40,9 +40,9 @@ COLUMNS: dict[Kind, Features] = {
     "preferences": Features(
         {
             "prompt": MESSAGES,
-            "chosen": Value("string"),
-            "rejected": Value("string"),
-            "margin": Value("float32"),
+            "answers": datasets.List(Value("string")),
+            "ranks": datasets.List(Value("int32")),
+            "ratings": datasets.List(Value("float32")),
             **COMMON,
         }
     ),
@@ -76,7 +76,7 @@ class ReadReport:
 def read_source(source: DataSource, kind: Kind) -> tuple[Dataset, ReadReport]:
     """Every usable record of a source, in the file's order, and the report.
 
-    Columns are the record's fields (`messages`; or `prompt`, `chosen`, `rejected`, `margin`; or
+    Columns are the record's fields (`messages`; or `prompt`, `answers`, `ranks`, `ratings`; or
     `text`), `key` (see `record_key`) and `where` (`file:line`).
 
     Raises:

@@ -27,6 +27,7 @@ from data.layouts import (
     mapping,
     margin,
     pair,
+    ranking,
     shorten,
     string,
     transcripts,
@@ -39,10 +40,11 @@ Kind = Literal["sft", "preferences", "prompts", "text"]
 
 # Formats that can serve each kind, in the order in which they are tried.
 KIND_FORMATS: dict[Kind, tuple[Format, ...]] = {
-    "sft": ("alpaca", "messages", "sharegpt", "prompt_completion", "hh", "preference"),
-    "preferences": ("hh", "preference"),
+    "sft": ("alpaca", "messages", "sharegpt", "prompt_completion", "hh", "preference", "ranked"),
+    "preferences": ("hh", "preference", "ranked"),
     "prompts": (
-        "hh", "preference", "alpaca", "prompt_completion", "messages", "sharegpt", "prompts"
+        "hh", "preference", "ranked", "alpaca", "prompt_completion", "messages", "sharegpt",
+        "prompts",
     ),
     "text": ("text",),
 }  # fmt: skip
@@ -57,12 +59,14 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Preference:
-    """Two answers to one prompt; `margin` says by how much `chosen` is better (0: not said)."""
+    """Answers to one prompt, the best first; a pair has two."""
 
     prompt: list[Message]
-    chosen: str
-    rejected: str
-    margin: float
+    answers: list[str]
+    ranks: list[int]
+    """0 for the best; equal ranks are a tie."""
+    ratings: list[float]
+    """Their differences are the margins of the pairs; all 0 where the record does not say."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,8 @@ def parse_record(raw: object, format: Format, kind: Kind, where: str) -> Record:
     Args:
         raw: the decoded object.
         format: how `raw` is laid out.
-        kind: what it is to serve for. Pairs give SFT their chosen answer; whatever has a prompt
-            gives PPO that prompt.
+        kind: what it is to serve for. Pairs and lists give SFT their best answer; whatever has a
+            prompt gives PPO that prompt.
         where: `file:line`, for errors.
 
     Raises:
@@ -107,6 +111,11 @@ def parse_record(raw: object, format: Format, kind: Kind, where: str) -> Record:
             if kind == "preferences":
                 return _preference(chosen, rejected, margin(fields))
             return _serve(chosen, kind)
+        if format == "ranked":
+            prompt, answers, ranks, ratings = ranking(fields)
+            if kind == "preferences":
+                return _ranked(prompt, answers, ranks, ratings)
+            return _serve([*prompt, {"role": "assistant", "content": answers[0]}], kind)
         return _serve(conversation(fields, format, prompts_only=kind == "prompts"), kind)
     except Malformed as error:
         raise RecordError(f"{where}: {error}") from None
@@ -163,6 +172,8 @@ def _fitting_formats(fields: Raw) -> list[Format]:
     if {"chosen", "rejected"} <= has:
         transcript = isinstance(fields["chosen"], str) and not has & set(PROMPT_KEYS)
         return ["hh" if transcript else "preference"]
+    if isinstance(fields.get("answers"), list) or isinstance(fields.get("output"), list):
+        return ["ranked"]
     if "messages" in has:
         fitting.append("messages")
     if "conversations" in has:
@@ -192,7 +203,22 @@ def _preference(chosen: list[Message], rejected: list[Message], by: float) -> Pr
     good, bad = chosen[-1]["content"], rejected[-1]["content"]
     if good.strip() == bad.strip():
         raise Unusable("chosen equals rejected")
-    return Preference(chosen[:-1], good, bad, by)
+    return Preference(chosen[:-1], [good, bad], [0, 1], [by, 0.0])
+
+
+def _ranked(
+    prompt: list[Message], answers: list[str], ranks: list[int], ratings: list[float]
+) -> Preference:
+    _alternating(prompt, "user")
+    if len(answers) < 2:
+        raise Unusable("fewer than two answers")
+    for answer in answers:
+        _not_empty(answer, "answer")
+    if len({answer.strip() for answer in answers}) == 1:
+        raise Unusable("all answers are equal")
+    if ranks[-1] == 0:
+        raise Unusable("all answers are tied")
+    return Preference(prompt, answers, ranks, ratings)
 
 
 def _alternating(turns: list[Message], last: str) -> list[Message]:

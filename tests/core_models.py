@@ -1,12 +1,14 @@
 """Seeded tiny LLaMAs and role models whose weights are large enough that mistakes show."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from chatllama.config import LoraSection
-from chatllama.roles import Adapter, Role, RoleModel, adapter_parameters
+from chatllama.roles import Adapter, Role, RoleModel, ScalarHead, adapter_parameters
 
 VOCABULARY = 96
 HIDDEN = 32
@@ -58,7 +60,8 @@ def tiny_llama(
         torch.manual_seed(7)
         llama = LlamaForCausalLM(tiny_config(vocabulary, rope, max_positions))
     llama.requires_grad_(False)
-    return llama.to(dtype).eval()
+    nn.Module.to(llama, dtype)
+    return llama.eval()
 
 
 def role_model(llama: LlamaForCausalLM, **kwargs) -> RoleModel:
@@ -79,8 +82,12 @@ def role_model(llama: LlamaForCausalLM, **kwargs) -> RoleModel:
         for role in ("reference", "policy", "reward", "value"):
             for parameter in adapter_parameters(model, role):
                 parameter.data.normal_(std=0.2)
-        model.heads["value"].bias.data.fill_(0.3)
+        head_of(model, "value").bias.data.fill_(0.3)
     return model.eval()
+
+
+def head_of(model: RoleModel, role: Role) -> ScalarHead:
+    return cast(ScalarHead, model.heads[role])
 
 
 @dataclass

@@ -11,7 +11,14 @@ from transformers import PreTrainedTokenizerFast
 from chatllama.chat_format import render
 from chatllama.config import ChatSection, DataSource
 from chatllama.tokenizer import decode, encode, load_tokenizer
-from data.collate import PairCollator, batch_indices, pad_left, pad_right, positions
+from data.collate import (
+    PreferenceCollator,
+    batch_indices,
+    ordered_pairs,
+    pad_left,
+    pad_right,
+    positions,
+)
 from data.mixture import load_mixture
 from data.preferences import tokenize_preferences
 from data.prompts import tokenize_prompts
@@ -105,37 +112,48 @@ def test_text_has_bos_and_eos_once_and_loses_nothing(tokenizer: PreTrainedTokeni
     assert report.changed == {"more examples by cutting long texts": len(pieces) - 2}
 
 
-def pair(chosen: str, rejected: str, margin: float = 0.0, prompt: str = "the river") -> Any:
+def ranked(*answers: str, ranks: Any = None, margin: float = 0.0) -> dict[str, Any]:
     return {
-        "prompt": turns(prompt), "chosen": chosen, "rejected": rejected, "margin": margin
-    }  # fmt: skip
+        "prompt": turns("the river"),
+        "answers": list(answers),
+        "ranks": ranks or list(range(len(answers))),
+        "ratings": [margin, *[0.0] * (len(answers) - 1)],
+        "where": "f:3",
+    }
 
 
-def test_pairs_share_their_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_answers_share_their_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
     examples, _ = tokenize_preferences(
-        records(pair("a garden", "the market", 1.5)), tokenizer, CHAT, 200
+        records(ranked("a garden", "the market", margin=1.5)), tokenizer, CHAT, 200
     )
     row = examples[0]
-    assert set(row) == {"chosen_ids", "rejected_ids", "prompt_length", "margin"}
+    assert set(row) == {"answer_ids", "ranks", "ratings", "prompt_length", "where"}
     prompt = render(tokenizer, CHAT, turns("the river"), add_generation_prompt=True).ids
-    assert row["chosen_ids"] == render(tokenizer, CHAT, turns("the river", "a garden")).ids
-    assert row["rejected_ids"] == render(tokenizer, CHAT, turns("the river", "the market")).ids
-    assert row["prompt_length"] == len(prompt) and row["margin"] == 1.5
-    assert row["chosen_ids"][: len(prompt)] == prompt == row["rejected_ids"][: len(prompt)]
-    assert row["chosen_ids"][-1] == row["rejected_ids"][-1] == EOS
+    better, worse = row["answer_ids"]
+    assert better == render(tokenizer, CHAT, turns("the river", "a garden")).ids
+    assert worse == render(tokenizer, CHAT, turns("the river", "the market")).ids
+    assert row["prompt_length"] == len(prompt) and row["where"] == "f:3"
+    assert row["ranks"] == [0, 1] and row["ratings"] == [1.5, 0.0]
+    assert better[: len(prompt)] == prompt == worse[: len(prompt)]
+    assert better[-1] == worse[-1] == EOS
 
 
-def test_long_and_identical_pairs_are_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_long_and_identical_answers_are_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
     longest = len(render(tokenizer, CHAT, turns("the river", "a garden")).ids)
     data = records(
-        pair("a garden", "a"), pair("a", "a garden."), pair("a ", "a"), pair("a", "a garden")
+        ranked("a garden", "a"),
+        ranked("a", "a garden."),
+        ranked("a ", "a"),
+        ranked("a", "a garden.", "a garden", "a"),  # loses the second and the last
+        ranked("a garden.", "a", "a garden", ranks=[0, 1, 1]),  # a tie remains
     )
     examples, report = tokenize_preferences(data, tokenizer, CHAT, longest)
-    assert len(examples) == 2
+    assert [row["ranks"] for row in examples.to_list()] == [[0, 1], [0, 2]]
     assert report.left_out == {
-        f"a side is over {longest} tokens": 1,
-        "both sides are the same tokens": 1,
+        f"an answer is over {longest} tokens": 2,
+        "answers are the same tokens": 1,
     }
+    assert report.changed == {f"shortened: an answer is over {longest} tokens": 1}
 
 
 def test_prompts_are_open_for_the_answer(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -170,15 +188,27 @@ def test_padding_on_either_side_is_masked_by_position() -> None:
     assert positions(mask).tolist() == [[0, 1, 2], [0, 0, 0], [0, 0, 1]]
 
 
-def test_pair_collator_stacks_chosen_over_rejected() -> None:
-    pairs = [
-        {"chosen_ids": [1, 4, 2], "rejected_ids": [1, 2], "prompt_length": 1, "margin": 0.5},
-        {"chosen_ids": [1, 5], "rejected_ids": [1, 6, 7, 2], "prompt_length": 1, "margin": 0.0},
+def test_every_pair_of_a_list_but_ties() -> None:
+    assert ordered_pairs([0, 1]) == [(0, 1)]
+    assert ordered_pairs([0, 0, 1]) == [(0, 2), (1, 2)]
+    assert len(ordered_pairs(range(9))) == 36  # C(9, 2)
+
+
+def test_collator_holds_every_answer_once_and_weighs_prompts_alike() -> None:
+    examples: list[dict[str, Any]] = [
+        {"answer_ids": [[1, 4, 2], [1, 2]], "ranks": [0, 1], "ratings": [0.5, 0.0]},
+        {
+            "answer_ids": [[1, 5], [1, 6, 7, 2], [1, 8]],
+            "ranks": [0, 0, 2],
+            "ratings": [3.0, 3.0, 1.0],
+        },
     ]
-    batch = PairCollator(pad_id=0)(pairs)
-    assert batch["input_ids"].tolist() == [[1, 4, 2, 0], [1, 5, 0, 0], [1, 2, 0, 0], [1, 6, 7, 2]]
-    assert batch["mask"].sum(dim=1).tolist() == [3, 2, 2, 4]
-    assert batch["margin"].tolist() == [0.5, 0.0] and batch["margin"].dtype == torch.float32
+    ids, mask, pairs = PreferenceCollator(pad_id=0)(examples)
+    assert ids.tolist() == [[1, 4, 2, 0], [1, 2, 0, 0], [1, 5, 0, 0], [1, 6, 7, 2], [1, 8, 0, 0]]
+    assert mask.sum(dim=1).tolist() == [3, 2, 2, 4, 2]
+    assert pairs.better.tolist() == [0, 2, 3] and pairs.worse.tolist() == [1, 4, 4]
+    assert pairs.margin.tolist() == [0.5, 2.0, 2.0] and pairs.margin.dtype == torch.float32
+    assert pairs.weight.tolist() == [1.0, 0.5, 0.5] and pairs.prompt.tolist() == [0, 1, 1]
 
 
 def test_steps_cover_each_epoch_before_the_next() -> None:
@@ -205,6 +235,18 @@ def test_real_pairs_become_tokens(testdata: Path) -> None:
     assert report.num_kept + sum(report.left_out.values()) == 100
     for row in examples.to_list():
         prompt = slice(0, row["prompt_length"])
-        assert max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= 512
-        assert row["chosen_ids"][prompt] == row["rejected_ids"][prompt]
-        assert row["chosen_ids"][-1] == row["rejected_ids"][-1] == EOS
+        better, worse = row["answer_ids"]
+        assert max(len(better), len(worse)) <= 512
+        assert better[prompt] == worse[prompt]
+        assert better[-1] == worse[-1] == EOS
+
+
+def test_real_ranked_lists_become_tokens(testdata: Path) -> None:
+    file = str(testdata / "oasst/oaast_rm_zh.json")
+    mixture = load_mixture([DataSource(path=file)], [], 0.0, 0, "preferences")
+    assert {report.format for report in mixture.reports} == {"ranked"}
+    tokenizer = load_tokenizer(testdata / "stories260k/hf")
+    some = mixture.train.select(range(30))
+    examples, report = tokenize_preferences(some, tokenizer, CHAT, 4096)
+    assert report.num_kept > 20
+    assert max(len(ids) for ids in examples["answer_ids"][:]) > 2

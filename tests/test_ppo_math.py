@@ -245,6 +245,7 @@ def test_at_ratio_one_it_is_reinforce_exactly():
     advantages = torch.randn(4, 6, generator=generator)
     mask = rows("111111", "111000", "100000", "111110")
     policy_loss(logprobs, logprobs.detach(), advantages, mask, 0.2, 16.0).loss.backward()
+    assert logprobs.grad is not None
     assert torch.equal(logprobs.grad, masked(-advantages, mask) / 16.0)
 
 
@@ -259,7 +260,8 @@ def losses(
     kind: str, tensors: list[torch.Tensor], mask: torch.Tensor, num_tokens: float
 ) -> PolicyLoss | ValueLoss:
     function = policy_loss if kind == "policy" else value_loss
-    return function(*tensors, mask, 0.2, num_tokens)
+    first, second, third = tensors
+    return function(first, second, third, mask, 0.2, num_tokens)
 
 
 @pytest.mark.parametrize("kind", ["policy", "value"])

@@ -85,7 +85,10 @@ def test_folder_is_read_as_a_data_set(tmp_path: Path) -> None:
     pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
     write(folder / "train.jsonl", [pair, {**pair, "margin": 2.0}, {**pair, "chosen": "b"}])
     data, report = read(folder, "preferences")
-    assert data["margin"][:] == [0.0, 2.0]  # the null that `datasets` filled in is no margin
+    assert data["ratings"][:] == [
+        [0.0, 0.0],
+        [2.0, 0.0],
+    ]  # the null that `datasets` filled in is no margin
     assert report.left_out == {"chosen equals rejected": 1}
     assert report.examples == [f"{folder}: record 3: chosen equals rejected"]
     write(folder / "train.jsonl", [{"prompt": "q"}, {"prompt": "r", "completion": "s"}])
@@ -193,6 +196,7 @@ REAL: list[tuple[str, Kind, str, int, dict[str, int]]] = [
     ("llama_factory/alpaca_en_demo.json", "prompts", "alpaca", 999, {}),
     ("llama_factory/v1_sft_demo.jsonl", "sft", "messages", 500, {}),
     ("llama_factory/dpo_en_demo.json", "preferences", "preference", 300, {}),
+    ("oasst/oaast_rm_zh.json", "preferences", "ranked", 772, {"all answers are equal": 3}),
     ("llama_factory/c4_demo.jsonl", "text", "text", 300, {}),
     ("sharegpt/dpo_zh_500.jsonl", "preferences", "preference", 500, {}),
     (

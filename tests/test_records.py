@@ -65,7 +65,7 @@ def test_conversation_of_each_layout(format: Any, raw: dict[str, Any], expected:
     assert parse_record(raw, format, "prompts", "f:1") == Prompt(expected[:-1])
 
 
-PAIR = Preference(turns((U, "q")), "good", "bad", 0.0)
+PAIR = Preference(turns((U, "q")), ["good", "bad"], [0, 1], [0.0, 0.0])
 PAIRS: list[tuple[Any, dict[str, Any]]] = [
     ("preference", {"prompt": "q", "chosen": "good", "rejected": "bad"}),
     ("preference", {"prompt": turns((U, "q")), "chosen": turns((A, "good")),
@@ -93,7 +93,27 @@ def test_pair_of_each_layout(format: Any, raw: dict[str, Any]) -> None:
 def test_margin_is_read() -> None:
     raw = {"prompt": "q", "chosen": "a", "rejected": "b", "margin": 2}
     record = parse_record(raw, "preference", "preferences", "f:1")
-    assert isinstance(record, Preference) and record.margin == 2.0
+    assert isinstance(record, Preference) and record.ratings == [2.0, 0.0]
+
+
+RANKED: list[tuple[dict[str, Any], list[int], list[float]]] = [
+    ({"prompt": "q", "answers": ["a", "b", "c"]}, [0, 1, 2], [0.0, 0.0, 0.0]),
+    ({"instruction": "q", "input": "", "output": ["a", "b", "c"]}, [0, 1, 2], [0.0, 0.0, 0.0]),
+    ({"messages": turns((U, "q")), "answers": ["a", "b", "c"], "ranks": [1, 1, 5]},
+     [0, 0, 1], [0.0, 0.0, 0.0]),
+    ({"prompt": "q", "answers": ["a", "b", "c"], "scores": [4, 1.5, 1.5]},
+     [0, 1, 1], [4.0, 1.5, 1.5]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("raw", "ranks", "ratings"), RANKED)
+def test_ranked_answers(raw: dict[str, Any], ranks: list[int], ratings: list[float]) -> None:
+    record = parse_record(raw, "ranked", "preferences", "f:1")
+    assert record == Preference(turns((U, "q")), ["a", "b", "c"], ranks, ratings)
+    for kind in ("preferences", "sft", "prompts"):
+        assert detect_format(raw, kind, "f:1") == "ranked"
+    assert parse_record(raw, "ranked", "sft", "f:1") == Conversation(turns((U, "q"), (A, "a")))
+    assert parse_record(raw, "ranked", "prompts", "f:1") == Prompt(turns((U, "q")))
 
 
 def test_prompts_and_text() -> None:
@@ -133,6 +153,12 @@ UNUSABLE: list[tuple[Any, Any, dict[str, Any], str]] = [
     ("preference", "preferences", {"prompt": "p", "chosen": turns((U, "q"), (A, "a")),
                                    "rejected": turns((U, "q"), (A, "b"))},
      "the conversation does not begin with the prompt"),
+    ("ranked", "preferences", {"prompt": "q", "answers": ["a"]}, "fewer than two answers"),
+    ("ranked", "preferences", {"prompt": "q", "answers": ["a", " "]}, "empty answer"),
+    ("ranked", "preferences", {"prompt": "q", "answers": ["a", "a "]}, "all answers are equal"),
+    ("ranked", "preferences", {"prompt": "q", "answers": ["a", "b"], "ranks": [1, 1]},
+     "all answers are tied"),
+    ("ranked", "sft", {"prompt": "q", "answers": []}, "no answers"),
 ]  # fmt: skip
 
 
@@ -166,6 +192,11 @@ MALFORMED: list[tuple[Any, Any, Any, str]] = [
     ("preference", "preferences",
      {"prompt": "q", "chosen": "a", "rejected": "b", "margin": float("nan")},
      "f:7: margin: expected a finite number, got nan"),
+    ("ranked", "preferences", {"prompt": "q", "answers": ["a", "b"], "ranks": [2, 1]},
+     "f:7: answers: the answers must go from best to worst, their order is [2.0, 1.0]"),
+    ("ranked", "preferences", {"prompt": "q", "answers": ["a", "b"], "scores": [1]},
+     "f:7: scores: expected one number for each of 2 answers, got [1.0]"),
+    ("ranked", "preferences", {"answers": ["a", "b"]}, "f:7: ranked answers need one of the keys"),
     ("alpaca", "preferences", {"instruction": "q", "output": "a"},
      "f:7: format alpaca cannot serve as preferences; formats for preferences: hh, preference"),
 ]  # fmt: skip

@@ -1,6 +1,6 @@
 import copy
 import math
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from core_models import (
     REWARD_LORA,
     TRAINED,
     Batch,
+    head_of,
     ragged_batch,
     role_model,
     tiny_config,
@@ -34,6 +35,7 @@ from chatllama.roles import (
     last_token_index,
     lora_config,
     policy_and_value,
+    policy_value_and_text,
     response_logprobs,
     response_values,
     score_sequences,
@@ -165,9 +167,16 @@ def test_state_is_loaded_and_must_fit(model: RoleModel):
         RoleModel(tiny_llama(), {"reference": Adapter(LORA, wrong)})
 
 
-def test_a_model_without_adapter_is_refused():
-    with pytest.raises(ValueError, match="at least one adapter"):
-        RoleModel(tiny_llama(), {})
+def test_a_model_without_adapter_is_the_frozen_base():
+    tokens = ragged_batch().tokens
+    llama = tiny_llama().requires_grad_(True)
+    model = RoleModel(llama, {})
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    with torch.no_grad():
+        expected = tiny_llama()(input_ids=tokens).logits
+    for role in ("base", "reference"):
+        assert torch.equal(logits_of(model, role, tokens), expected)
+    assert adapter_parameters(model, "policy") == []
 
 
 def test_role_names_that_begin_alike_do_not_mix(model: RoleModel):
@@ -251,7 +260,7 @@ def test_gradient_checkpointing_recomputes_under_the_forward_role(model: RoleMod
     batch = ragged_batch()
     model.train()
     passes: list[Role] = []
-    layer = model.llama.model.layers[0].mlp  # a pre-hook: recomputation stops before the end
+    layer: Any = model.llama.model.layers[0].mlp  # a pre-hook: recomputation stops before the end
     layer.register_forward_pre_hook(lambda *_: passes.append(model.acting))
 
     plain = joint_gradients(model, batch)
@@ -297,7 +306,7 @@ def test_nan_outside_the_response_mask_gets_no_gradient(model: RoleModel, monkey
 
 def test_padding_embedding_gets_no_gradient(model: RoleModel):
     batch = ragged_batch(extra_left=3, extra_right=2, pad_id=0)  # id 0 stands only in padding
-    embedding = model.llama.get_input_embeddings().weight
+    embedding: Any = model.llama.get_input_embeddings().weight
     embedding.requires_grad_(True)
     scores, values = policy_and_value(model, batch.tokens, batch.mask, batch.response_mask, 1.0)
     rewards = score_sequences(model, batch.tokens, batch.mask)
@@ -312,7 +321,7 @@ def test_padding_embedding_gets_no_gradient(model: RoleModel):
 
 
 @torch.no_grad()
-def row_by_row(model: RoleModel, batch: Batch, temperature: float) -> list[dict[str, torch.Tensor]]:
+def row_by_row(model: RoleModel, batch: Batch, temperature: float) -> list[dict[str, Any]]:
     """Each row alone, without padding, from the whole model's logits and hidden states."""
     rows = []
     for prompt, response in zip(batch.prompts, batch.responses, strict=True):
@@ -323,7 +332,7 @@ def row_by_row(model: RoleModel, batch: Batch, temperature: float) -> list[dict[
             before = model.llama.model(input_ids=tokens).last_hidden_state[0, len(prompt) - 1 : -1]
         with acting_as(model, "reward"):
             last = model.llama.model(input_ids=tokens).last_hidden_state[0, -1]
-        head, score = model.heads["value"], model.heads["reward"]
+        head, score = head_of(model, "value"), head_of(model, "reward")
         rows.append(
             {
                 "logprobs": logprobs[torch.arange(len(response)), torch.tensor(response)],
@@ -336,7 +345,7 @@ def row_by_row(model: RoleModel, batch: Batch, temperature: float) -> list[dict[
 
 
 @torch.no_grad()
-def batched(model: RoleModel, batch: Batch, temperature: float) -> list[dict[str, torch.Tensor]]:
+def batched(model: RoleModel, batch: Batch, temperature: float) -> list[dict[str, Any]]:
     scores, values = policy_and_value(
         model, batch.tokens, batch.mask, batch.response_mask, temperature
     )
@@ -408,7 +417,7 @@ def test_scores_are_those_of_a_classification_model(model: RoleModel):
             task_type="SEQ_CLS",
         ),
     )
-    head = {"base_model.model.score.weight": model.heads["reward"].weight.detach()}
+    head = {"base_model.model.score.weight": head_of(model, "reward").weight.detach()}
     set_peft_model_state_dict(wrapped, {**adapter_state(model, "reward"), **head})
     with torch.no_grad():
         expected = wrapped.eval()(input_ids=batch.tokens, attention_mask=batch.mask.long()).logits
@@ -461,6 +470,41 @@ def test_forward_runs_the_named_function(model: RoleModel):
             model, "policy", batch.tokens, batch.mask, batch.response_mask, 0.7
         )
     assert torch.equal(scores.logprobs, direct.logprobs)
+
+
+def test_other_text_is_scored_in_the_same_call(model: RoleModel):
+    batch = ragged_batch()
+    text = torch.tensor([[5, 6, 7, 8, 0], [9, 10, 0, 0, 0]])
+    text_mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]).bool()
+    text_trains = torch.tensor([[0, 0, 1, 1, 0], [0, 1, 0, 0, 0]]).bool()
+    rollout = (batch.tokens, batch.mask, batch.response_mask, 0.7)
+    with torch.no_grad():
+        scores, values, total = policy_value_and_text(model, *rollout, text, text_mask, text_trains)
+        plain, plain_values = policy_and_value(model, *rollout)
+    assert torch.equal(scores.logprobs, plain.logprobs)
+    assert values is not None and plain_values is not None
+    assert torch.equal(values, plain_values)
+    # 7 after 5 6, 8 after 5 6 7, and 10 after 9, at temperature 1.
+    first = logits_of(model, "policy", torch.tensor([[5, 6, 7, 8]]))[0].log_softmax(-1)
+    second = logits_of(model, "policy", torch.tensor([[9, 10]]))[0].log_softmax(-1)
+    expected = first[1, 7] + first[2, 8] + second[0, 10]
+    torch.testing.assert_close(total, expected, rtol=0, atol=1e-5)
+
+
+def test_a_second_reward_model_has_its_own_adapter_and_head():
+    model = RoleModel(
+        tiny_llama(),
+        {"reward": Adapter(REWARD_LORA), "safety": Adapter(REWARD_LORA)},
+        heads=("reward", "safety"),
+    )
+    batch = ragged_batch()
+    first = score_sequences(model, batch.tokens, batch.mask)
+    second = score_sequences(model, batch.tokens, batch.mask, "safety")
+    assert (first - second).abs().min() > 1e-3
+    for parameter in [*adapter_parameters(model, "safety"), head_of(model, "safety").weight]:
+        parameter.data += 1.0
+    assert torch.equal(score_sequences(model, batch.tokens, batch.mask), first)
+    assert (score_sequences(model, batch.tokens, batch.mask, "safety") != second).all()
 
 
 def test_a_response_mask_without_any_token_is_zero(model: RoleModel):

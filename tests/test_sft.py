@@ -86,7 +86,7 @@ def test_every_pass_holds_each_row_once_and_the_seed_decides_the_order():
 
     def order(seed: int) -> list[int]:
         rows = arrange_rows(train, None, section, max_length=2, packing=False, seed=seed)
-        return [row["input_ids"][1] for row in rows.train]
+        return [ids[1] for ids in rows.train["input_ids"]]
 
     assert sorted(order(0)[:6]) == sorted(order(0)[6:]) == [0, 1, 2, 3, 4, 5]
     assert order(0)[:6] != order(0)[6:]
@@ -108,13 +108,13 @@ def test_loss_is_the_cross_entropy_of_the_labels(
 
 
 def test_packed_documents_do_not_see_each_other(loss_llama: LlamaForCausalLM):
-    lists = [(d["input_ids"], d["mask"]) for d in documents(3)]
-    ids = [i for i, _ in lists]
+    ids = list(documents(3)["input_ids"])
     labels = [[IGNORED, *i[1:]] for i in ids]
-    apart = sum(
+    alone = [
         loss_llama(**RowCollator(0)([{"input_ids": i, "labels": w}]), loss_chunks=1).loss_sum
         for i, w in zip(ids, labels, strict=True)
-    )
+    ]
+    apart = torch.stack(alone).sum()
     packed = {
         "input_ids": [token for each in ids for token in each],
         "labels": [label for each in labels for label in each],
@@ -239,7 +239,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) 
     people = ["Anna", "the baker", "my brother", "Victor", "the queen", "a quiet child"]
     places = ["the river", "a garden", "an old house", "the market"]
     records = [
-        {"instruction": f"Who is at {place}, {who}?", "input": "", "output": f"{who} is at {place}."}
+        {"instruction": f"Is {who} at {place}?", "input": "", "output": f"{who} is at {place}."}
         for who in people
         for place in places
     ]

@@ -130,6 +130,11 @@ def gathered(parameters: Sequence[nn.Parameter], modified: bool = False) -> Iter
         yield
 
 
+def _local(parameter: nn.Parameter) -> torch.Tensor:
+    """What this rank holds of a parameter: its shard under ZeRO-3, else all of it."""
+    return cast(Any, parameter).ds_tensor if hasattr(parameter, "ds_id") else parameter.data
+
+
 def seed_step(seed: int, step: int) -> None:
     """Seeds dropout of one step from (seed, step, rank): resuming needs no state."""
     torch.manual_seed(hash((seed, step, rank())) % 2**63)
@@ -160,7 +165,7 @@ class Engine:
         grouped = {id(p) for group in groups for p in group.parameters}
         assert grouped == {id(p) for p in model.parameters() if p.requires_grad}
         self.model = model
-        self.learning_rates = [group.learning_rate for group in groups]
+        self.groups = [(group.name, group.learning_rate) for group in groups]
         self.max_grad_norm = settings.max_grad_norm
         self.accumulation_steps = accumulation_steps
         self.gathers = section.gather_for_rollouts
@@ -204,16 +209,17 @@ class Engine:
             if self._backwards < self.accumulation_steps:
                 self._deepspeed.step()  # closes the microbatch; weights move only at the last
 
-    def step(self, lr_factor: float) -> float:
+    def step(self, lr_factor: float, resting: Sequence[str] = ()) -> float:
         """Moves the weights once all microbatches are in; returns the norm before clipping.
 
         Args:
             lr_factor: multiplies every group's peak learning rate.
+            resting: names of groups that stay as they are in this step.
         """
         assert self._backwards == self.accumulation_steps, self._backwards
         self._backwards = 0
-        for group, peak in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
-            group["lr"] = peak * lr_factor
+        for group, (name, peak) in zip(self.optimizer.param_groups, self.groups, strict=True):
+            group["lr"] = 0.0 if name in resting else peak * lr_factor
         if self._deepspeed is not None and self._deepspeed.zero_optimization():
             self._deepspeed.step()
             return float(self._deepspeed.get_global_grad_norm())
@@ -246,6 +252,23 @@ class Engine:
                 safe_set_full_fp32_param(parameter, value)
         with torch.no_grad(), gathered([parameter], modified=True):
             parameter.copy_(value)
+
+    @torch.no_grad()
+    def blend(
+        self,
+        targets: Sequence[nn.Parameter],
+        sources: Sequence[nn.Parameter],
+        decay: float,
+    ) -> None:
+        """Frozen `targets` become decay * target + (1 - decay) * source, shard by shard.
+
+        Args:
+            targets: not of the groups: no optimizer holds a copy of them.
+            sources: of the same shapes, in the same order.
+            decay: 0 copies.
+        """
+        for target, source in zip(targets, sources, strict=True):
+            _local(target).lerp_(_local(source), 1 - decay)
 
     def whole_value(self, parameter: nn.Parameter) -> torch.Tensor:
         """A copy of the parameter's value, of its whole shape, on every rank."""

@@ -5,6 +5,7 @@ reward is a Python function of the user's, where the true reward is known (`eval
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from chatllama.config import Config
 from chatllama.distributed import rank
@@ -14,8 +15,9 @@ from chatllama.statistics import mean_and_error, wilson_interval
 from chatllama.user_functions import load_function
 from trainers.engine import Engine
 from trainers.ppo_math import masked
-from trainers.ppo_setup import Prompts, TurnEnds
-from trainers.rollout import Rollout, arrange, sample_responses, score
+from trainers.ppo_rewards import Scorer
+from trainers.ppo_setup import Prompts
+from trainers.rollout import TurnEnds, collect_rollout
 
 Gold = Callable[[str, str], float]
 NUM_SHOWN = 24
@@ -23,50 +25,42 @@ EVALUATION_SEED = 2**31 - 1
 
 
 def evaluate_roles(
-    cfg: Config, run: RunFolder, engine: Engine, prompts: Prompts, ends: TurnEnds
+    cfg: Config, run: RunFolder, engine: Engine, scorer: Scorer, prompts: Prompts, ends: TurnEnds
 ) -> None:
     """Writes RUN/evaluation.json: every role's answers measured, PPO's against SFT's.
+
+    With `lora: null` the base is the result of SFT, so there is no row for it.
 
     Args:
         cfg: `evaluation`, `generation`, `ppo.microbatch_size`.
         run: where to write.
-        engine: of the four roles.
+        engine: of the roles.
+        scorer: of answers.
         prompts: the held-out ones are asked.
         ends: stop and pad ids.
     """
     count = min(cfg.evaluation.num_prompts, len(prompts.held_out))
     if not count:
         return
-    gold = None
-    if cfg.evaluation.gold is not None:
-        gold = load_function(cfg.evaluation.gold, "evaluation.gold")
-    asked = prompts.held_out.select(range(count))
-    answers: dict[str, list[str]] = {}
-    goodness: dict[str, list[float]] = {}
-    roles: dict[str, dict[str, float]] = {}
-    names: tuple[tuple[str, Role], ...] = (
-        ("base", "base"),
-        ("sft", "reference"),
-        ("ppo", "policy"),
-    )
-    for name, role in names:
-        rollout = _answer(cfg, engine, role, asked["input_ids"][:], ends)
-        texts = [prompts.decode(rollout.response_ids(row)) for row in range(count)]
-        values = rollout.scores.tolist()
-        roles[name] = _describe(rollout, values)
-        if gold is not None:
-            values = [gold(p, r) for p, r in zip(asked["text"][:], texts, strict=True)]
-            roles[name]["gold_mean"], roles[name]["gold_se"] = mean_and_error(values)
-        answers[name], goodness[name] = texts, values
-        if role == "policy":
-            kl = masked(rollout.kl, rollout.response_mask).sum(1).tolist()
-            roles[name]["kl"], roles[name]["kl_se"] = mean_and_error(kl)
-    roles["ppo"] |= win_rate(goodness["ppo"], goodness["sft"])
+    names: dict[str, Role] = {"base": "base", "sft": "reference", "ppo": "policy"}
+    if cfg.lora is None:
+        del names["base"]
+    if "ema" in engine.model.adapter_names:
+        names["ema"] = "ema"
+    measured = {
+        name: _measure(cfg, engine, role, scorer, prompts, ends, count)
+        for name, role in names.items()
+    }
+    roles = {name: answers.numbers for name, answers in measured.items()}
+    roles["ppo"] |= win_rate(measured["ppo"].goodness, measured["sft"].goodness)
+    texts: list[str] = prompts.held_out["text"][:count]
     samples = [
         {
-            "prompt": asked["text"][row],
-            **{name: answers[name][row] for name in answers},
-            "gold" if gold else "score": {name: goodness[name][row] for name in goodness},
+            "prompt": texts[row],
+            **{name: answers.texts[row] for name, answers in measured.items()},
+            "gold" if cfg.evaluation.gold else "score": {
+                name: answers.goodness[row] for name, answers in measured.items()
+            },
         }
         for row in range(min(count, NUM_SHOWN))
     ]
@@ -74,28 +68,71 @@ def evaluate_roles(
         write_json(run.evaluation, {"num_prompts": count, "roles": roles, "samples": samples})
 
 
+def measure_policy(
+    cfg: Config, engine: Engine, scorer: Scorer, prompts: Prompts, ends: TurnEnds
+) -> dict[str, float]:
+    """The policy's numbers on held-out prompts, as metrics of a PPO step; {} without prompts."""
+    count = min(cfg.evaluation.num_prompts, len(prompts.held_out))
+    if not count:
+        return {}
+    numbers = _measure(cfg, engine, "policy", scorer, prompts, ends, count).numbers
+    return {f"ppo/eval_{name}": value for name, value in numbers.items()}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A role's answers to held-out prompts."""
+
+    texts: list[str]
+    goodness: list[float]
+    """Gold where it is known, else the reward model's score."""
+    numbers: dict[str, float]
+    """Means and standard errors."""
+
+
+def _measure(
+    cfg: Config,
+    engine: Engine,
+    role: Role,
+    scorer: Scorer,
+    prompts: Prompts,
+    ends: TurnEnds,
+    count: int,
+) -> Answers:
+    """Answers of a role to the first `count` held-out prompts, always with the same randomness."""
+    asked: list[str] = prompts.held_out["text"][:count]
+    rollout, texts = collect_rollout(
+        engine,
+        role,
+        prompts.held_out["input_ids"][:count],
+        asked,
+        cfg.generation,
+        ends,
+        scorer,
+        (cfg.seed, EVALUATION_SEED),
+        cfg.ppo.microbatch_size,
+    )
+    goodness = rollout.scores.tolist()
+    numbers = {
+        "response_length": float(rollout.lengths.float().mean()),
+        "eos_rate": float(rollout.finished.float().mean()),
+    }
+    numbers["score_mean"], numbers["score_se"] = mean_and_error(goodness)
+    if role == "policy":  # log-probabilities are the policy's, so only its own answers tell its KL
+        kl = masked(rollout.kl, rollout.response_mask).sum(1).tolist()
+        numbers["kl"], numbers["kl_se"] = mean_and_error(kl)
+    if cfg.evaluation.gold is not None:
+        gold: Gold = load_function(cfg.evaluation.gold, "evaluation.gold")
+        goodness = [gold(p, r) for p, r in zip(asked, texts, strict=True)]
+        numbers["gold_mean"], numbers["gold_se"] = mean_and_error(goodness)
+    disagreement = scorer.disagreement(rollout.member_scores)
+    if disagreement is not None:
+        numbers["ensemble_disagreement"] = float(disagreement.mean())
+    return Answers(texts, goodness, numbers)
+
+
 def win_rate(ours: list[float], theirs: list[float]) -> dict[str, float]:
     """Share of prompts on which `ours` is better, ties one half, with its Wilson interval."""
     wins = sum((a > b) + 0.5 * (a == b) for a, b in zip(ours, theirs, strict=True))
     low, high = wilson_interval(wins, len(ours))
     return {"win_rate": wins / len(ours), "win_rate_low": low, "win_rate_high": high}
-
-
-def _answer(
-    cfg: Config, engine: Engine, role: Role, asked: list[list[int]], ends: TurnEnds
-) -> Rollout:
-    """Answers of a role, scored by the reward model (log-probabilities are the policy's)."""
-    seed = (cfg.seed, EVALUATION_SEED)
-    responses = sample_responses(engine, role, asked, cfg.generation, ends.stop_ids, seed)
-    unscored = arrange(asked, responses, ends.stop_ids, ends.pad_id)
-    return score(engine.model, unscored, cfg.generation.temperature, cfg.ppo.microbatch_size)
-
-
-def _describe(rollout: Rollout, scores: list[float]) -> dict[str, float]:
-    mean, error = mean_and_error(scores)
-    return {
-        "score_mean": mean,
-        "score_se": error,
-        "response_length": float(rollout.lengths.float().mean()),
-        "eos_rate": float(rollout.finished.float().mean()),
-    }

@@ -112,8 +112,8 @@ class InstructionTrainer(SFTTrainer):
             LlamaForCausalLM, model.get_base_model() if isinstance(model, PeftModel) else model
         )
         pad_id = cast(int, tokenizer.pad_token_id)
-        for config in (llama.config, llama.generation_config):
-            config.update({"pad_token_id": pad_id})  # else the Trainer does, with a warning
+        # otherwise the Trainer aligns them, with a warning
+        llama.config.pad_token_id = llama.generation_config.pad_token_id = pad_id
         # flash attention reads document boundaries from one long row only
         flat = llama.config._attn_implementation == "flash_attention_2"
         super().__init__(

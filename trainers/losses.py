@@ -61,35 +61,44 @@ def _chunk_loss(
     return TokenLoss(cross_entropy(logits, targets, reduction="sum"), num_correct)
 
 
-def head_chunks(num_positions: int, vocab_size: int, max_logits: int = 2**25) -> int:
+def head_chunks(num_positions: int, vocab_size: int, max_logits: int = 2**27) -> int:
     """Chunks for `token_loss` that keep a chunk's logits below about `max_logits` numbers.
 
     Args:
         num_positions: the most positions that a forward pass can train (microbatch x length).
         vocab_size: V.
-        max_logits: float32 numbers; the default is 128 MiB of logits.
+        max_logits: float32 numbers; the default is 512 MiB of logits.
     """
     return -(-num_positions * vocab_size // max_logits)
 
 
 def pairwise_loss(
-    chosen: torch.Tensor,
-    rejected: torch.Tensor,
+    better: torch.Tensor,
+    worse: torch.Tensor,
     margin: torch.Tensor,
-    center_coef: float,
-    num_pairs: int,
+    weight: torch.Tensor,
+    num_prompts: int,
+    *,
+    center_coef: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """-log sigmoid(r_chosen - r_rejected - margin) + c (r_chosen + r_rejected)^2, over num_pairs.
+    """Mean over prompts of -log sigmoid(r_better - r_worse - margin), averaged over their pairs.
 
-    Bradley-Terry as in InstructGPT (arXiv 2203.02155, eq. 1), margin as in LLaMA-2 (arXiv
-    2307.09288, 3.2.2), centring as in Eisenstein 2023 (arXiv 2312.09244).
+    With weight = 1 / C(K, 2) this is the loss of K ranked answers of InstructGPT (arXiv
+    2203.02155, eq. 1), and for K = 2 plain Bradley-Terry. Margin as in LLaMA-2 (arXiv 2307.09288,
+    3.2.2); centring, c (r_better + r_worse)^2, as in Eisenstein 2023 (arXiv 2312.09244). Smoothing
+    weighs the opposite label: (1 - e) * -log sigmoid(d) + e * -log sigmoid(-d).
 
     Args:
-        chosen: (B,) float32, scores of the preferred answers.
-        rejected: (B,) float32, scores of the others.
-        margin: (B,) float32, by how much the scores should differ at least.
+        better: (P,) float32, scores of the preferred answers.
+        worse: (P,) float32, scores of the others.
+        margin: (P,) float32, by how much the scores should differ at least.
+        weight: (P,) float32, 1 / number of pairs of the pair's prompt.
+        num_prompts: prompts of the whole optimizer step, over all ranks and microbatches.
         center_coef: c; 0 leaves the scores' level open.
-        num_pairs: pairs of the whole optimizer step, over all ranks and microbatches.
+        label_smoothing: e, the share of labels taken to be wrong.
     """
-    losses = -logsigmoid(chosen - rejected - margin) + center_coef * (chosen + rejected).square()
-    return losses.sum() / num_pairs
+    gap = better - worse - margin
+    losses = -(1 - label_smoothing) * logsigmoid(gap) - label_smoothing * logsigmoid(-gap)
+    losses = losses + center_coef * (better + worse).square()
+    return (weight * losses).sum() / num_prompts

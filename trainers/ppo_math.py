@@ -7,6 +7,7 @@ inf, NaN) changes nothing and gets gradient exactly 0.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -121,6 +122,33 @@ def gae(
     return masked(advantages, mask), masked(advantages + values, mask)
 
 
+def group_advantages(
+    rewards: torch.Tensor, mask: torch.Tensor, group_size: int, divide: bool
+) -> torch.Tensor:
+    """Advantages without a critic: a response's total reward against its prompt's other samples.
+
+    rloo (Ahmadian 2024, arXiv 2402.14740, eq. 7): G_i less the mean of the others' G. With
+    `divide` grpo (Shao 2024, arXiv 2402.03300, 4.1.2): G_i less the group's mean, over its unbiased
+    deviation + 1e-6. G is the sum of all rewards of the response, its KL penalty included.
+
+    Args:
+        rewards: (B, R) float32; the samples of a prompt stand together.
+        mask: (B, R) bool.
+        group_size: samples per prompt, at least 2.
+        divide: grpo instead of rloo.
+
+    Returns:
+        (B, R) float32: the same number at every token of a response, 0 outside the mask.
+    """
+    totals = masked(rewards, mask).sum(1).view(-1, group_size)
+    centred = totals - totals.mean(1, keepdim=True)
+    if divide:
+        advantages = centred / (totals.std(1, keepdim=True) + 1e-6)
+    else:
+        advantages = centred * group_size / (group_size - 1)
+    return masked(advantages.view(-1, 1).expand_as(rewards), mask).detach()
+
+
 @dataclass(frozen=True)
 class PolicyLoss:
     """The clipped surrogate and what to log about it (sums over the mask, for averaging later)."""
@@ -205,6 +233,31 @@ def value_loss(
     plain, clipped = (values - returns).square(), (near - returns).square()
     loss = 0.5 * torch.maximum(plain, clipped).sum() / num_tokens
     return ValueLoss(loss=loss, clipped=(clipped > plain).sum().detach())
+
+
+def kl_loss(
+    logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    mask: torch.Tensor,
+    estimator: Literal["k2", "k3"],
+    num_tokens: float,
+) -> torch.Tensor:
+    """KL to the reference as a term of the loss, summed over tokens / num_tokens: ().
+
+    With k = log pi - log pi_ref of a sampled token: k2 = 0.5 k^2, k3 = exp(-k) - 1 + k (Schulman
+    2020, "Approximating KL divergence"). Both look at one token at a time: that today's token
+    changes tomorrow's KL is only in the reward's k1.
+
+    Args:
+        logprobs: (B, R) float32, with gradient.
+        ref_logprobs: (B, R) float32.
+        mask: (B, R) bool.
+        estimator: k2 or k3.
+        num_tokens: response tokens of the whole minibatch.
+    """
+    k = masked(logprobs, mask) - masked(ref_logprobs, mask)
+    per_token = 0.5 * k.square() if estimator == "k2" else torch.expm1(-k) + k
+    return per_token.sum() / num_tokens
 
 
 def explained_variance(variance_of_error: float, variance_of_returns: float) -> float:

@@ -1,7 +1,8 @@
-"""What PPO starts from and leaves behind: prompts, the four roles, their engine, the exports."""
+"""What PPO starts from and leaves behind: prompts, roles, their engine, the exports."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -13,10 +14,9 @@ from chatllama.batching import ppo_batches
 from chatllama.chat_format import check_contract, end_of_turn_ids
 from chatllama.config import Config
 from chatllama.distributed import barrier, rank, world_size
-from chatllama.export import load_adapter, save_adapter
+from chatllama.export import SavedAdapter, load_adapter, save_adapter
 from chatllama.roles import Adapter, Role, RoleModel, ScalarHead, adapter_parameters, adapter_state
 from chatllama.run_folder import RunFolder
-from chatllama.tokenizer import decode
 from data.mixture import load_mixture
 from data.prompts import tokenize_prompts
 from trainers.engine import (
@@ -26,33 +26,30 @@ from trainers.engine import (
     gathered,
     partitioned_loading,
 )
+from trainers.ppo_rewards import Scorer
+from trainers.rollout import TurnEnds
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Tokenised prompts and how to read the answers."""
+    """Tokenised prompts: `input_ids` and `text`."""
 
     train: Dataset
     held_out: Dataset
-    tokenizer: PreTrainedTokenizerFast
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of a response, without its stop token."""
-        return decode(self.tokenizer, ids).strip()
 
 
 @dataclass(frozen=True)
-class TurnEnds:
-    """Ids that end a response, and the id that fills."""
+class Roles:
+    """The model with its roles, and how answers are scored."""
 
-    stop_ids: list[int]
-    pad_id: int
+    model: RoleModel
+    scorer: Scorer
 
 
 def turn_ends(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> TurnEnds:
     """The stop and pad ids of the chat contract."""
     assert isinstance(tokenizer.pad_token_id, int)
-    return TurnEnds(end_of_turn_ids(tokenizer, cfg.chat), tokenizer.pad_token_id)
+    return TurnEnds(tokenizer, end_of_turn_ids(tokenizer, cfg.chat), tokenizer.pad_token_id)
 
 
 def load_prompts(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Prompts:
@@ -69,59 +66,88 @@ def load_prompts(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Prompts:
         print(mixture.summary())
     parts = []
     for name, records in (("training", mixture.train), ("held-out", mixture.held_out)):
-        tokens, report = records, None
-        if len(records):
-            tokens, report = tokenize_prompts(
-                records, tokenizer, cfg.chat, section.max_prompt_length
-            )
-        if rank() == 0 and report is not None:
+        if not len(records):
+            parts.append(records)
+            continue
+        tokens, report = tokenize_prompts(records, tokenizer, cfg.chat, section.max_prompt_length)
+        if rank() == 0:
             print(f"{name} prompts: {report.summary()}")
         parts.append(tokens)
-    return Prompts(parts[0], parts[1], tokenizer)
+    return Prompts(parts[0], parts[1])
 
 
-def build_roles(cfg: Config, run: RunFolder, tokenizer: PreTrainedTokenizerFast) -> RoleModel:
-    """Policy and value to train, reference and reward frozen, on one frozen base.
+def build_roles(cfg: Config, run: RunFolder, tokenizer: PreTrainedTokenizerFast) -> Roles:
+    """Policy and value to train, reference and rewards frozen, on one frozen base.
 
     Raises:
         ValueError: an adapter of an earlier stage is missing, damaged, or made under another chat
             contract.
     """
-    reward = load_adapter(run.reward_adapter)
-    check_contract(reward.info["contract"], tokenizer, cfg.chat, str(run.reward_adapter))
+    section = cfg.ppo
+
+    def opened(path: str | Path) -> SavedAdapter:
+        saved = load_adapter(Path(path))
+        check_contract(saved.info["contract"], tokenizer, cfg.chat, str(path))
+        return saved
+
+    start = Adapter(cfg.adapter_lora) if cfg.lora is None else None
     adapters: dict[Role, Adapter] = {}
-    if cfg.lora is None:
-        adapters["policy"] = Adapter(cfg.adapter_lora, None, trainable=True)
-    else:
-        sft = load_adapter(run.sft_adapter)
-        check_contract(sft.info["contract"], tokenizer, cfg.chat, str(run.sft_adapter))
-        adapters["reference"] = Adapter(sft.lora, sft.state)
-        adapters["policy"] = Adapter(sft.lora, sft.state, trainable=True)
-    adapters["reward"] = Adapter(reward.lora, reward.state)
-    adapters["value"] = Adapter(reward.lora, reward.state, trainable=True)
+    if start is None:
+        sft = opened(run.sft_adapter)
+        start = Adapter(sft.lora, sft.state)
+        adapters["reference"] = start
+    adapters["policy"] = Adapter(start.lora, start.state, trainable=True)
+    if section.ema_decay is not None:
+        adapters["ema"] = start
+    heads: dict[Role, torch.Tensor] = {}
+    members: list[list[Role]] = []
+    first: SavedAdapter | None = None
+    for source in section.rewards:
+        if source.adapter is None:
+            continue
+        folders = run.reward_members() if source.adapter == "run" else [source.adapter]
+        members.append([])
+        for folder in folders:
+            saved = opened(folder)
+            role = f"reward_{len(heads)}" if heads else "reward"
+            adapters[role] = Adapter(saved.lora, saved.state)
+            heads[role] = saved.head["weight"]
+            members[-1].append(role)
+            first = first or saved
+    if section.advantage == "gae":
+        # Without a reward adapter to copy, values start from 0 everywhere.
+        heads["value"] = first.head["weight"] if first else torch.zeros(())
+        if section.value_model == "policy_trunk":
+            heads["value"] = torch.zeros(())
+        elif first is not None:
+            adapters["value"] = Adapter(first.lora, first.state, trainable=True)
+        else:
+            adapters["value"] = Adapter(start.lora, start.state, trainable=True)
     with partitioned_loading(cfg.deepspeed, cfg.backbone.dtype):
         backbone = load_backbone(cfg.backbone, base_path(cfg, run))
     torch.manual_seed(cfg.seed)
-    model = RoleModel(backbone, adapters, heads=("reward", "value"))
+    on_policy = "value" in heads and "value" not in adapters
+    shared = {"value": "policy"} if on_policy else None
+    model = RoleModel(backbone, adapters, heads=tuple(heads), shared=shared)
     with torch.no_grad():
-        for head in model.heads.values():
-            cast(ScalarHead, head).weight.copy_(reward.head["weight"])
+        for role, weight in heads.items():
+            cast(ScalarHead, model.heads[role]).weight.copy_(weight)
     if cfg.backbone.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    return model
+    return Roles(model, Scorer(cfg, members))
 
 
 def build_engine(cfg: Config, model: RoleModel) -> Engine:
     """One optimiser over policy and value, in process or under DeepSpeed."""
     section = cfg.ppo
-    value = adapter_parameters(model, "value") + list(model.heads["value"].parameters())
-    value_rate = section.value_learning_rate or section.learning_rate
+    groups = [ParameterGroup("policy", adapter_parameters(model, "policy"), section.learning_rate)]
+    if "value" in model.heads:
+        value = adapter_parameters(model, "value") + list(model.heads["value"].parameters())
+        rate = section.value_learning_rate or section.learning_rate
+        groups.append(ParameterGroup("value", value, rate))
     return Engine(
         model,
-        [
-            ParameterGroup("policy", adapter_parameters(model, "policy"), section.learning_rate),
-            ParameterGroup("value", value, value_rate),
-        ],
+        groups,
         OptimizerSettings(
             section.adam_betas, section.adam_eps, section.weight_decay, section.max_grad_norm
         ),
@@ -131,12 +157,28 @@ def build_engine(cfg: Config, model: RoleModel) -> Engine:
     )
 
 
-def export_ppo(cfg: Config, run: RunFolder, model: RoleModel, info: dict[str, object]) -> None:
-    """Writes RUN/ppo/policy and RUN/ppo/value; every rank must call."""
+def export_ppo(run: RunFolder, model: RoleModel, info: dict[str, object]) -> None:
+    """Writes RUN/ppo/policy, value (with a critic) and policy-ema (if kept); every rank calls."""
     with gathered(list(model.parameters())):
         if rank() == 0:
-            lora = cfg.adapter_lora
+            lora = model.lora["policy"]
             save_adapter(run.policy_adapter, adapter_state(model, "policy"), lora, info)
-            head = dict(model.heads["value"].named_parameters())
-            save_adapter(run.value_adapter, adapter_state(model, "value"), lora, info, head)
+            if "ema" in model.adapter_names:
+                save_adapter(run.ema_adapter, adapter_state(model, "ema"), lora, info)
+            if "value" in model.heads:
+                # On the policy's trunk the value model is the policy's adapter with its own head.
+                trunk = model.adapter_names["value"] or "value"
+                head = dict(model.heads["value"].named_parameters())
+                lora = model.lora[trunk]
+                save_adapter(run.value_adapter, adapter_state(model, trunk), lora, info, head)
     barrier()
+
+
+def adapters_that_change(cfg: Config) -> Sequence[Role]:
+    """Frozen roles whose weights PPO itself replaces, so that checkpoints must hold them."""
+    roles: list[Role] = []
+    if cfg.ppo.reference_refresh_every:
+        roles.append("reference")
+    if cfg.ppo.ema_decay is not None:
+        roles.append("ema")
+    return roles

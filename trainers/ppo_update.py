@@ -5,15 +5,16 @@ together from scoring to the last epoch; minibatches are drawn anew from them, b
 so that the number of ranks changes nothing.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from chatllama.batching import lr_factor
 from chatllama.config import PpoSection
 from chatllama.distributed import all_max, all_sum, device, rank, world_size
 from trainers.engine import Engine
-from trainers.ppo_math import policy_loss, value_loss
+from trainers.ppo_math import kl_loss, policy_loss, value_loss
+from trainers.ppo_text import TextShare, TextStream
 from trainers.rollout import Rollout
 
 
@@ -24,7 +25,27 @@ class Targets:
     advantages: torch.Tensor
     """(B, R) float32, whitened or not."""
     returns: torch.Tensor
-    """(B, R) float32."""
+    """(B, R) float32; unused without a critic."""
+    mask: torch.Tensor
+    """(B, R) bool: tokens that are learnt from."""
+
+    def select(self, rows: Sequence[int], width: int) -> "Targets":
+        """The given rows, their first `width` columns."""
+        index = list(rows)
+        return Targets(
+            self.advantages[index, :width], self.returns[index, :width], self.mask[index, :width]
+        )
+
+
+@dataclass
+class Tally:
+    """Sums over tokens, and peaks, of the update so far on this rank."""
+
+    sums: torch.Tensor
+    """(9,): policy loss, value loss, clipped, value clipped, approx KL, entropy, KL loss, tokens,
+    text loss."""
+    peaks: torch.Tensor
+    """(2,): ratio, first |log ratio|."""
 
 
 def minibatches(section: PpoSection, seed: int, step: int, epoch: int) -> list[list[int]]:
@@ -39,96 +60,162 @@ def minibatches(section: PpoSection, seed: int, step: int, epoch: int) -> list[l
     return [order[start : start + size] for start in range(0, count, size)]
 
 
-def update(
-    engine: Engine,
-    rollout: Rollout,
-    targets: Targets,
-    section: PpoSection,
-    *,
-    temperature: float,
-    step: int,
-    total_steps: int,
-    seed: int,
-) -> dict[str, float]:
-    """Trains policy and value on the rollout; returns metrics over tokens, epochs and ranks.
+@dataclass(frozen=True)
+class Update:
+    """The update of one rollout batch; call `run` once.
 
-    Args:
+    Attributes:
         engine: holds policy and value.
         rollout: scored.
         targets: of the same shape.
         section: sizes, clipping, coefficients.
         temperature: at which the rollout was sampled.
         step: of PPO, from 0.
-        total_steps: optimizer steps of the whole stage, for the schedule.
         seed: of the minibatches.
+        lr_factor: from the number of finished optimizer steps to the learning rate's factor.
+        text: other text to be predicted (ptx), or None.
+        after_step: called after each optimizer step (EMA).
     """
-    engine.model.train()
-    size = section.microbatch_size
-    sums = torch.zeros(7, device=device())
-    peaks = torch.zeros(2, device=device())
-    norms: list[float] = []
-    factor = 0.0
-    done = step * section.epochs * (section.rollout_batch_size // section.minibatch_size)
-    for epoch in range(section.epochs):
-        for number, members in enumerate(minibatches(section, seed, step, epoch)):
-            first = epoch == 0 and number == 0
-            all_rows = [row for m in members for row in range(m * size, (m + 1) * size)]
-            num_tokens = float(rollout.response_mask[all_rows].sum())
-            for member in members[rank() :: world_size()]:
-                rows = list(range(member * size, (member + 1) * size))
-                part = rollout.select(rows)
-                width = part.response_mask.shape[1]
-                scores, values = engine(
-                    "policy_and_value", part.tokens, part.mask, part.response_mask, temperature
-                )
-                policy = policy_loss(
-                    scores.logprobs,
-                    part.logprobs,
-                    targets.advantages[rows, :width],
-                    part.response_mask,
-                    section.clip_range,
-                    num_tokens,
-                )
-                critic = value_loss(
-                    values,
-                    part.values,
-                    targets.returns[rows, :width],
-                    part.response_mask,
-                    section.value_clip_range,
-                    num_tokens,
-                )
-                engine.backward(policy.loss + section.vf_coef * critic.loss)
-                with torch.no_grad():
-                    tokens = part.response_mask.sum()
-                    sums += torch.stack(
-                        [
-                            policy.loss * num_tokens,
-                            critic.loss * num_tokens,
-                            policy.clipped,
-                            critic.clipped,
-                            policy.approx_kl,
-                            scores.entropy.sum(),
-                            tokens,
-                        ]
-                    )
-                    peaks[0] = torch.maximum(peaks[0], policy.ratio_max)
-                    if first:
-                        off = (scores.logprobs - part.logprobs).abs().max()
-                        peaks[1] = torch.maximum(peaks[1], off)
-            factor = lr_factor(done, total_steps, section.lr_schedule, section.warmup_steps)
-            norms.append(engine.step(factor))
-            done += 1
-    totals, tops = all_sum(sums).tolist(), all_max(peaks).tolist()
-    tokens = totals[6]
-    return {
-        "ppo/policy_loss": totals[0] / tokens,
-        "ppo/value_loss": totals[1] / tokens,
-        "ppo/clip_fraction": totals[2] / tokens,
-        "ppo/value_clip_fraction": totals[3] / tokens,
-        "ppo/approx_kl": totals[4] / tokens,
-        "ppo/entropy": totals[5] / tokens,
-        "ppo/ratio_max": tops[0],
-        "ppo/first_log_ratio": tops[1],
-        "ppo/grad_norm": sum(norms) / len(norms),
-        "ppo/lr": section.learning_rate * factor,
-    }
+
+    engine: Engine
+    rollout: Rollout
+    targets: Targets
+    section: PpoSection
+    temperature: float
+    step: int
+    seed: int
+    lr_factor: Callable[[int], float]
+    text: TextStream | None
+    after_step: Callable[[], None]
+
+    def run(self) -> dict[str, float]:
+        """Trains; returns metrics over tokens, epochs and ranks."""
+        section = self.section
+        self.engine.model.train()
+        warming_up = self.step < section.critic_warmup_steps
+        resting = ("policy",) if warming_up else ()
+        tally = Tally(torch.zeros(9, device=device()), torch.zeros(2, device=device()))
+        norms: list[float] = []
+        per_epoch = section.rollout_batch_size // section.minibatch_size
+        done = self.step * section.epochs * per_epoch
+        factor, stopped = 0.0, False
+        for epoch in range(section.epochs):
+            for number, members in enumerate(minibatches(section, self.seed, self.step, epoch)):
+                first = epoch == 0 and number == 0
+                position = done + epoch * per_epoch + number
+                approx_kl = self._accumulate(members, position, tally, warming_up, first)
+                factor = self.lr_factor(position)
+                norms.append(self.engine.step(factor, resting))
+                self.after_step()
+                stopped = section.target_kl is not None and approx_kl > section.target_kl
+                if stopped:
+                    break
+            if stopped:
+                break
+        return self._metrics(tally, norms, factor, per_epoch * section.epochs)
+
+    def _accumulate(
+        self, members: list[int], position: int, tally: Tally, warming_up: bool, first: bool
+    ) -> float:
+        """Backward passes of one minibatch; its approximate KL per token if that is asked for."""
+        size = self.section.microbatch_size
+        all_rows = [row for m in members for row in range(m * size, (m + 1) * size)]
+        # A minibatch of which nothing is learnt (all filtered) still steps, with gradient 0.
+        num_tokens = float(self.targets.mask[all_rows].sum().clamp(min=1))
+        text = self.text.batch(position, len(members)) if self.text is not None else None
+        before = tally.sums[4].clone()
+        for place in range(rank(), len(members), world_size()):
+            rows = list(range(members[place] * size, (members[place] + 1) * size))
+            share = text.share(place) if text is not None else None
+            self.engine.backward(self._loss(rows, num_tokens, share, tally, warming_up, first))
+        if self.section.target_kl is None:
+            return 0.0
+        return float(all_sum(tally.sums[4] - before)) / num_tokens
+
+    def _loss(
+        self,
+        rows: list[int],
+        num_tokens: float,
+        text: TextShare | None,
+        tally: Tally,
+        warming_up: bool,
+        first: bool,
+    ) -> torch.Tensor:
+        """The loss of one microbatch, a share of the minibatch's."""
+        section, part = self.section, self.rollout.select(rows)
+        goal = self.targets.select(rows, part.response_mask.shape[1])
+        inputs = (part.tokens, part.mask, part.response_mask, self.temperature)
+        text_logprob = torch.zeros((), device=device())
+        if text is None:
+            scores, values = self.engine("policy_and_value", *inputs)
+        else:
+            scores, values, text_logprob = self.engine(
+                "policy_value_and_text", *inputs, text.tokens, text.mask, text.trains
+            )
+        policy = policy_loss(
+            scores.logprobs,
+            part.logprobs,
+            goal.advantages,
+            goal.mask,
+            section.clip_range,
+            num_tokens,
+        )
+        estimator = section.kl_loss_estimator
+        drift = kl_loss(scores.logprobs, part.ref_logprobs, goal.mask, estimator, num_tokens)
+        text_loss = -text_logprob / (text.num_tokens if text is not None else 1)
+        loss = policy.loss + section.kl_loss_coef * drift + section.ptx_coef * text_loss
+        if warming_up:
+            loss = 0.0 * loss
+        value, value_clipped = loss.new_zeros(()), loss.new_zeros(())
+        if values is not None:
+            critic = value_loss(
+                values, part.values, goal.returns, goal.mask, section.value_clip_range, num_tokens
+            )
+            value, value_clipped = critic.loss, critic.clipped
+            loss = loss + section.vf_coef * value
+        with torch.no_grad():
+            tally.sums += torch.stack(
+                [
+                    policy.loss * num_tokens,
+                    value * num_tokens,
+                    policy.clipped,
+                    value_clipped,
+                    policy.approx_kl,
+                    torch.where(goal.mask, scores.entropy, 0.0).sum(),
+                    drift * num_tokens,
+                    goal.mask.sum(),
+                    text_loss,
+                ]
+            )
+            tally.peaks[0] = torch.maximum(tally.peaks[0], policy.ratio_max)
+            if first:
+                off = (scores.logprobs - part.logprobs).abs().max()
+                tally.peaks[1] = torch.maximum(tally.peaks[1], off)
+        return loss
+
+    def _metrics(
+        self, tally: Tally, norms: list[float], factor: float, planned: int
+    ) -> dict[str, float]:
+        totals, tops = all_sum(tally.sums).tolist(), all_max(tally.peaks).tolist()
+        tokens = max(totals[7], 1.0)
+        metrics = {
+            "ppo/policy_loss": totals[0] / tokens,
+            "ppo/clip_fraction": totals[2] / tokens,
+            "ppo/approx_kl": totals[4] / tokens,
+            "ppo/entropy": totals[5] / tokens,
+            "ppo/ratio_max": tops[0],
+            "ppo/first_log_ratio": tops[1],
+            "ppo/grad_norm": sum(norms) / len(norms),
+            "ppo/lr": self.section.learning_rate * factor,
+            "ppo/optimizer_steps": float(len(norms)),
+        }
+        if "value" in self.engine.model.heads:
+            metrics["ppo/value_loss"] = totals[1] / tokens
+            metrics["ppo/value_clip_fraction"] = totals[3] / tokens
+        if self.section.kl_loss_coef:
+            metrics["ppo/kl_loss"] = totals[6] / tokens
+        if self.text is not None:
+            metrics["ppo/ptx_loss"] = totals[8] / len(norms)
+        if self.section.target_kl is not None:
+            metrics["ppo/update_share"] = len(norms) / planned
+        return metrics

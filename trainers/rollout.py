@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from chatllama.config import GenerationSection
 from chatllama.distributed import all_any, all_gather_objects, device, rank, world_size
@@ -22,8 +23,25 @@ from chatllama.roles import (
     response_logprobs,
     score_sequences,
 )
+from chatllama.tokenizer import decode
 from trainers.dealing import collect, deal
 from trainers.engine import Engine
+from trainers.ppo_rewards import Scorer
+
+
+@dataclass(frozen=True)
+class TurnEnds:
+    """How answers end and are read."""
+
+    tokenizer: PreTrainedTokenizerFast
+    stop_ids: list[int]
+    """Ids that end a response."""
+    pad_id: int
+    """Fills; any id, since masks go by position."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a response, without its stop token."""
+        return decode(self.tokenizer, ids).strip()
 
 
 @dataclass(frozen=True)
@@ -46,8 +64,10 @@ class Rollout:
     """(B, R) float32: of the policy, nats."""
     values: torch.Tensor
     """(B, R) float32: of the state before each token; zeros without a critic."""
+    member_scores: torch.Tensor
+    """(B, M) float32: of every reward adapter, as they come."""
     scores: torch.Tensor
-    """(B,) float32: the reward model's, as they come."""
+    """(B,) float32: the sources' sum, not normalised."""
 
     @property
     def kl(self) -> torch.Tensor:
@@ -147,67 +167,84 @@ def arrange(
         ref_logprobs=per_token,
         entropy=per_token,
         values=per_token,
+        member_scores=torch.zeros(len(prompts), 0),
         scores=torch.zeros(len(prompts)),
     )
     return Rollout(**{name: value.to(device()) for name, value in unscored.__dict__.items()})
 
 
 @torch.no_grad()
-def score(model: RoleModel, rollout: Rollout, temperature: float, microbatch_size: int) -> Rollout:
-    """The rollout with log-probabilities, values and scores, dealt out over the ranks.
+def score(
+    model: RoleModel,
+    rollout: Rollout,
+    temperature: float,
+    microbatch_size: int,
+    reward_roles: Sequence[Role],
+) -> Rollout:
+    """The rollout with log-probabilities, values and rewards, dealt out over the ranks.
 
     Microbatch by microbatch the same rows that training will see, through the same functions, so
     that the first ratio of an update is exactly 1.
 
     Args:
-        model: holds policy, reference and reward, and value unless there is no critic.
+        model: holds policy, reference and the reward roles, and value unless there is no critic.
         rollout: from `arrange`.
         temperature: at which it was sampled.
         microbatch_size: responses per forward pass.
+        reward_roles: whose scores to take.
     """
     model.train()  # as in the update; there is no dropout in PPO
-    filled = {
-        name: torch.zeros_like(rollout.__dict__[name])
-        for name in ("logprobs", "ref_logprobs", "entropy", "values", "scores")
-    }
+    names = ("logprobs", "ref_logprobs", "entropy", "values")
+    filled = {name: torch.zeros_like(rollout.__dict__[name]) for name in names}
+    members = torch.zeros(len(rollout.tokens), len(reward_roles), device=rollout.tokens.device)
     for rows, counts in deal(len(rollout.tokens), microbatch_size):
         part = rollout.select(rows)
         batch = (part.tokens, part.mask, part.response_mask)
         policy, values = policy_and_value(model, *batch, temperature)
         reference = response_logprobs(model, "reference", *batch, temperature)
-        scores = score_sequences(model, part.tokens, part.mask)
+        scores = [score_sequences(model, part.tokens, part.mask, role) for role in reward_roles]
         if not counts:
             continue
         width = part.response_mask.shape[1]
         filled["logprobs"][rows, :width] = policy.logprobs
         filled["ref_logprobs"][rows, :width] = reference.logprobs
         filled["entropy"][rows, :width] = policy.entropy
-        filled["scores"][rows] = scores
+        if scores:
+            members[rows] = torch.stack(scores, dim=1)
         if values is not None:
             filled["values"][rows, :width] = values
-    return replace(rollout, **{name: collect(value) for name, value in filled.items()})
+    collected = {name: collect(value) for name, value in filled.items()}
+    return replace(rollout, **collected, member_scores=collect(members))
 
 
 def collect_rollout(
     engine: Engine,
+    role: Role,
     prompts: Sequence[Sequence[int]],
+    prompt_texts: Sequence[str],
     generation: GenerationSection,
-    stop_ids: Sequence[int],
-    pad_id: int,
+    ends: TurnEnds,
+    scorer: Scorer,
     seed: Sequence[int],
     microbatch_size: int,
-) -> Rollout:
-    """A scored rollout batch: sampled by the policy, on every rank alike.
+) -> tuple[Rollout, list[str]]:
+    """A scored batch of `role`'s answers and their texts, on every rank alike.
 
     Args:
         engine: of the roles' model.
+        role: who answers; log-probabilities are the policy's all the same.
         prompts: token ids of all ranks' prompts.
+        prompt_texts: what reward functions are shown.
         generation: how to sample; its temperature also scores.
-        stop_ids: ids that end a response.
-        pad_id: fills; any id, since masks go by position.
+        ends: stop and pad ids, and how to read answers.
+        scorer: makes scores.
         seed: integers that name this batch.
         microbatch_size: responses per scoring pass.
     """
-    responses = sample_responses(engine, "policy", prompts, generation, stop_ids, seed)
-    rollout = arrange(prompts, responses, stop_ids, pad_id)
-    return score(engine.model, rollout, generation.temperature, microbatch_size)
+    responses = sample_responses(engine, role, prompts, generation, ends.stop_ids, seed)
+    texts = [ends.decode(response) for response in responses]
+    rollout = arrange(prompts, responses, ends.stop_ids, ends.pad_id)
+    temperature = generation.temperature
+    rollout = score(engine.model, rollout, temperature, microbatch_size, scorer.roles)
+    total = scorer.total(rollout.member_scores, prompt_texts, texts)
+    return replace(rollout, scores=total), texts

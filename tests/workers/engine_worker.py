@@ -3,7 +3,7 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -15,6 +15,7 @@ from chatllama.roles import (
     Adapter,
     Role,
     RoleModel,
+    ScalarHead,
     acting_as,
     adapter_parameters,
     response_logprobs,
@@ -139,8 +140,9 @@ def run(base: str, folder: Path, stage: int) -> dict[str, Any]:
         checkpoint.mkdir(parents=True, exist_ok=True)
     engine = build(base, stage=stage)
     frozen = weights(engine, trained=False)
-    engine.assign(engine.model.heads["value"].bias, torch.tensor([0.7]))
-    out["assigned"] = float(engine.whole_value(engine.model.heads["value"].bias))
+    bias = cast(ScalarHead, engine.model.heads["value"]).bias
+    engine.assign(bias, torch.tensor([0.7]))
+    out["assigned"] = float(engine.whole_value(bias))
     steps = [step(engine, 0), step(engine, 1)]
     engine.save(checkpoint, {"step": 2})
     out["answers"] = speak(engine)
