@@ -26,9 +26,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if any(source.adapter == "run" for source in cfg.ppo.rewards):
         run.read_result("reward")
-    from trainers import engine, evaluate, ppo, ppo_setup, ppo_text, stage
+    from trainers import evaluate, ppo, ppo_setup, ppo_text, stage
 
-    engine.initialise()
+    stage.join()
     tokenizer = stage.open_stage(cfg, run)
 
     prompts, ends = ppo_setup.load_prompts(cfg, tokenizer), ppo_setup.turn_ends(cfg, tokenizer)

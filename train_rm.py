@@ -25,15 +25,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"stage reward of {run.root} has finished before: {run.result('reward')}")
         return
     run.read_result("sft")
-    from trainers import engine, reward, stage
+    from trainers import reward, reward_data, reward_doctor, stage
 
-    engine.initialise()
+    stage.join()
     tokenizer = stage.open_stage(cfg, run)
 
-    pairs = reward.load_pairs(cfg, tokenizer)
-    model = reward.build_reward_model(cfg, run, tokenizer)
-    numbers = reward.train_reward(cfg, run, pairs, model, tokenizer.pad_token_id, arguments.resume)
-    reward.export_reward(cfg, run, model, stage.adapter_info(cfg, run, tokenizer, "reward"))
+    data = reward_data.load_preferences(cfg, tokenizer)
+    examined = reward_doctor.open_diagnosis(run, data)
+    info = stage.adapter_info(cfg, run, tokenizer, "reward")
+    members = reward.train_ensemble(cfg, run, data, tokenizer, info, arguments.resume)
+    numbers = reward.closing_numbers(cfg, data, members)
+    reward_doctor.close_diagnosis(run, cfg.reward, data, members, examined)
 
     if distributed.rank() == 0:
         write_json(run.result("reward"), numbers | {"wall_seconds": time.monotonic() - started})

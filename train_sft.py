@@ -8,14 +8,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from chatllama.arguments import parse_stage_arguments
+from chatllama.arguments import parse_stage_arguments, run_stage
 from chatllama.run_folder import RunFolder, write_json
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the stage that the command line describes; does nothing if it has finished before."""
     started = time.monotonic()
-    arguments = parse_stage_arguments(__doc__, argv)
+    arguments = parse_stage_arguments(__doc__ or "", argv)
     cfg, run = arguments.config, RunFolder(Path(arguments.config.run_dir))
 
     # Heavy imports come after the command line: `--help` and config errors answer at once.
@@ -25,10 +25,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if distributed.rank() == 0:
             print(f"stage sft of {run.root} has finished before: {run.result('sft')}")
         return
-    from trainers import engine, hf_trainer, pretrain, sft, stage
+    from trainers import pretrain, sft, stage
 
-    engine.initialise()
-    hf_trainer.quiet_libraries()
+    stage.join()
     pretrain.ensure_backbone(cfg, run)
     tokenizer = stage.open_stage(cfg, run)
 
@@ -45,4 +44,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

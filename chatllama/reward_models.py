@@ -7,6 +7,11 @@ from chatllama.results import BAYES_SLACK
 from chatllama.run_folder import RunFolder
 
 
+def doctor_path(run: RunFolder) -> Path:
+    """What the RM doctor found, in data and model."""
+    return run.stage("reward") / "doctor.json"
+
+
 def member_folder(run: RunFolder, member: int) -> Path:
     """PEFT folder of member 0, 1, ... of the ensemble; member 0 is RUN/reward/adapter."""
     folder = run.reward_adapter
@@ -45,7 +50,7 @@ def check_gate(run: RunFolder, section: RewardSection) -> list[str]:
         )
         if not section.allow_weak:
             raise ValueError(
-                f"{text}. See {run.stage('reward') / 'doctor.json'}. Remedies: more or cleaner "
+                f"{text}. See {doctor_path(run)}. Remedies: more or cleaner "
                 "pairs, more held-out pairs, reward.epochs, reward.learning_rate, lora.r; or "
                 "reward.allow_weak=true to start all the same"
             )

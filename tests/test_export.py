@@ -106,6 +106,17 @@ def test_the_folder_is_an_adapter_and_not_a_model(written: Path):
     assert {path.name for path in written.iterdir()} == {"policy", "reward", "value"}
 
 
+@pytest.mark.parametrize(("role", "saved"), [("policy", None), ("reward", ["score"])])
+def test_the_config_says_what_other_programs_need(
+    written: Path, base: Path, role: Role, saved: list[str] | None
+):
+    config = json.loads((written / role / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == saved  # vLLM refuses any but score
+    assert config["task_type"] == ("CAUSAL_LM" if saved is None else "SEQ_CLS")
+    assert config["base_model_name_or_path"] == str(base)
+    assert config["use_rslora"] is False and not config["alpha_pattern"]  # llama.cpp ignores them
+
+
 def test_weights_are_written_as_float32(tmp_path: Path):
     state = {name: tensor.bfloat16() for name, tensor in small_state().items()}
     save_adapter(tmp_path / "a", state, LoraSection(r=2), {"base": "b"})

@@ -219,7 +219,7 @@ def dump_batch(folder: Path, step: int, tensors: Mapping[str, torch.Tensor]) -> 
     """
     content: dict[str, Any] = {name: t.detach().cpu() for name, t in tensors.items()}
     content["not_finite_rows"] = {
-        name: (~t.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        name: (~t.isfinite()).reshape(len(t), -1).any(1).nonzero().flatten().tolist()
         for name, t in content.items()
         if t.is_floating_point() and t.dim() > 0
     }

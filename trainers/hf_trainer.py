@@ -5,12 +5,9 @@ metrics where a run folder wants them. The reward model and PPO have loops of th
 """
 
 import shutil
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import datasets
-import huggingface_hub.constants
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
@@ -23,7 +20,6 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.utils import logging as transformers_logging
 
 from chatllama import distributed
 from chatllama.batching import lr_factor
@@ -31,15 +27,6 @@ from chatllama.checkpoint import publish
 from chatllama.config import OptimizerSection
 from chatllama.run_folder import RunFolder, Stage
 from chatllama.tracking import Tracker
-
-
-def quiet_libraries() -> None:
-    """No progress bars, no usage telemetry, no notes to library authors; other warnings stay."""
-    datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL counts its uses at start
-    for module in (r"torch\.distributed", r"transformers\.modeling_utils", r"transformers\.train"):
-        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
 
 def trainer_settings(

@@ -1,14 +1,15 @@
 """Stage 2: the reward model, an adapter that starts from SFT's plus a scalar head.
 
-The loss is in `losses.py`. Scores are read at the last token, which is the end of turn; pairs come
-from `data/preferences.py`.
+An ensemble is N of them, trained one after another, each from its own seed and with its own data
+order; member 0 is what training a single one gives. The loss is in `losses.py`, the data in
+`reward_data.py`, what the scores are worth in `reward_doctor.py`. Scores are read at the last
+token, which is the end of turn.
 """
 
-import math
-import time
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, cast
+import gc
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -18,17 +19,15 @@ from chatllama.backbone import base_path, load_backbone
 from chatllama.batching import lr_factor, microbatches_per_step, optimizer_steps
 from chatllama.chat_format import check_contract
 from chatllama.checkpoint import checkpoint_to_resume, save_step
-from chatllama.config import Config, EvaluationSection
+from chatllama.config import Config
 from chatllama.distributed import all_sum, barrier, device, rank, world_size
 from chatllama.export import load_adapter, save_adapter
+from chatllama.reward_models import member_folder
 from chatllama.roles import Adapter, RoleModel, adapter_parameters, adapter_state, score_sequences
-from chatllama.run_folder import RunFolder
+from chatllama.run_folder import RunFolder, write_json
 from chatllama.statistics import wilson_interval
 from chatllama.tracking import Tracker
-from chatllama.user_functions import load_function
-from data.collate import PairCollator, batch_indices
-from data.mixture import load_mixture
-from data.preferences import tokenize_preferences
+from data.collate import PreferenceCollator, answer_pairs, batch_indices
 from trainers.dealing import collect, deal, microbatches
 from trainers.engine import (
     Engine,
@@ -39,72 +38,86 @@ from trainers.engine import (
     seed_step,
 )
 from trainers.losses import pairwise_loss
+from trainers.reward_data import Preferences
+from trainers.reward_doctor import Member, PaddingError, padding_error
 
-
-@dataclass(frozen=True)
-class Pairs:
-    """Tokenised preference pairs."""
-
-    train: Dataset
-    held_out: Dataset
-    bayes_accuracy: float | None
-    """The best accuracy on held-out pairs that any model can have, where gold is known."""
+SEED_STRIDE = 1_000_003
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How the scores order pairs that were not trained on."""
+    """How scores order answers that were not trained on; all prompts weigh the same."""
 
     accuracy: float
     """Share of pairs with the preferred answer scored higher; ties count one half."""
     loss: float
-    """Mean pairwise loss, without margin and centring."""
+    """Mean pairwise loss, without margin, centring and smoothing."""
     num_pairs: int
+    num_prompts: int
 
 
-def load_pairs(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Pairs:
-    """Training and held-out pairs, read, split and tokenised as the config says.
-
-    Raises:
-        ValueError: bad records, or no pair is left to train on or to hold out.
-    """
-    section = cfg.reward
-    mixture = load_mixture(
-        section.data, section.eval_data, section.eval_fraction, cfg.seed, "preferences"
-    )
-    if rank() == 0:
-        print(mixture.summary())
-    parts = []
-    for name, records in (("training", mixture.train), ("held-out", mixture.held_out)):
-        if not len(records):
-            raise ValueError(f"reward: no {name} pairs; set reward.eval_data or eval_fraction")
-        tokens, report = tokenize_preferences(records, tokenizer, cfg.chat, section.max_length)
-        if rank() == 0:
-            print(f"{name} pairs: {report.summary()}")
-        parts.append(tokens)
-    return Pairs(parts[0], parts[1], bayes_accuracy(cfg.evaluation, mixture.held_out))
-
-
-def bayes_accuracy(evaluation: EvaluationSection, pairs: Dataset) -> float | None:
-    """Mean of max(p, 1 - p) over the pairs, p the probability of the label that gold gives.
+def train_ensemble(
+    cfg: Config,
+    run: RunFolder,
+    data: Preferences,
+    tokenizer: PreTrainedTokenizerFast,
+    info: dict[str, object],
+    resume: bool,
+) -> list[Member]:
+    """Trains and exports every member; finished ones of an interrupted stage are not done again.
 
     Args:
-        evaluation: names gold and the scale of the labels' noise; without them there is no limit.
-        pairs: records with prompt, chosen and rejected texts.
+        cfg: the whole config.
+        run: receives the adapters.
+        data: from `load_preferences`.
+        tokenizer: of the backbone.
+        info: what travels with each adapter.
+        resume: go on with an interrupted stage.
+
+    Raises:
+        ValueError: members or checkpoints are there and `resume` is not set, or SFT's adapter
+            is missing, damaged, or made under another chat contract.
     """
-    if evaluation.gold is None or evaluation.label_scale is None:
-        return None
-    gold = load_function(evaluation.gold, "evaluation.gold")
-    total = 0.0
-    for pair in cast(Iterable[dict[str, Any]], pairs):
-        prompt = pair["prompt"][-1]["content"]
-        gap = gold(prompt, pair["chosen"]) - gold(prompt, pair["rejected"])
-        total += 1 / (1 + math.exp(-evaluation.label_scale * abs(gap)))
-    return total / len(pairs)
+    assert isinstance(tokenizer.pad_token_id, int)
+    finished = run.checkpoints("reward") / "members.json"  # only ensembles write it
+    members = _finished_members(finished, resume)
+    for number in range(len(members), cfg.reward.ensemble):
+        model = build_reward_model(cfg, run, tokenizer, member_seed(cfg.seed, number))
+        member = _train_member(cfg, run, number, data, model, tokenizer.pad_token_id, resume)
+        export_reward(cfg, member_folder(run, number), model, info)
+        members.append(member)
+        if cfg.reward.ensemble > 1 and rank() == 0:
+            write_json(finished, [asdict(each) for each in members])
+        barrier()
+        del model
+        gc.collect()  # the next member brings its own backbone
+    return members
+
+
+def member_seed(seed: int, member: int) -> int:
+    """The seed of a member's head, dropout and data order; the first has the run's own."""
+    return seed + SEED_STRIDE * member
+
+
+def _finished_members(path: Path, resume: bool) -> list[Member]:
+    if not path.is_file():
+        return []
+    if not resume:
+        raise ValueError(
+            f"{path} exists from an earlier start. Go on from it with --resume, or remove "
+            f"{path.parent} to start afresh"
+        )
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    return [Member(m["loss"], m["scores"], PaddingError(**m["padding"])) for m in saved]
+
+
+def member_run(run: RunFolder, member: int) -> RunFolder:
+    """Where a member keeps metrics and checkpoints: the run itself for the first."""
+    return run if member == 0 else RunFolder(run.checkpoints("reward") / f"member-{member}")
 
 
 def build_reward_model(
-    cfg: Config, run: RunFolder, tokenizer: PreTrainedTokenizerFast
+    cfg: Config, run: RunFolder, tokenizer: PreTrainedTokenizerFast, seed: int
 ) -> RoleModel:
     """The frozen base with a trainable reward adapter, SFT's where there is one, and a new head.
 
@@ -118,7 +131,7 @@ def build_reward_model(
         state = sft.state
     with partitioned_loading(cfg.deepspeed, cfg.backbone.dtype):
         backbone = load_backbone(cfg.backbone, base_path(cfg, run))
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(seed)
     adapter = Adapter(cfg.adapter_lora, state, trainable=True)
     model = RoleModel(backbone, {"reward": adapter}, heads=("reward",), dropout=True)
     if cfg.backbone.gradient_checkpointing:
@@ -126,19 +139,60 @@ def build_reward_model(
     return model
 
 
-def train_reward(
+def _train_member(
     cfg: Config,
     run: RunFolder,
-    pairs: Pairs,
+    number: int,
+    data: Preferences,
     model: RoleModel,
     pad_id: int,
     resume: bool,
-) -> dict[str, float]:
-    """Trains adapter and head; returns the stage's closing numbers."""
+) -> Member:
+    """Trains adapter and head of one member, then scores the held-out answers."""
     section = cfg.reward
-    accumulation = microbatches_per_step(section, world_size(), "reward")
+    own_run, seed = member_run(run, number), member_seed(cfg.seed, number)
+    engine = _build_engine(cfg, model)
+    total = optimizer_steps(section, len(data.train))
+    collator = PreferenceCollator(pad_id)
+    checkpoint = checkpoint_to_resume(own_run, "reward", resume)
+    first, loss = 0, float("nan")
+    title = f"reward, member {number + 1} of {section.ensemble}" if section.ensemble > 1 else None
+    with Tracker(own_run, "reward", cfg.tracking, total, rank(), title) as tracker:
+        if checkpoint is not None:
+            state = engine.load(checkpoint)
+            first, loss = state["step"], state["loss"]
+            tracker.resume_from(first)
+        for step in range(first, total):
+            seed_step(seed, step)
+            batch = batch_indices(len(data.train), section.batch_size, step, seed)
+            factor = lr_factor(step, total, section.lr_schedule, section.warmup_steps)
+            metrics = _optimizer_step(cfg, engine, data.train, batch, collator, factor)
+            done, loss = step + 1, metrics["reward/loss"]
+            if done % cfg.tracking.log_every == 0 or done == total:
+                tracker.log(done, metrics)
+            if section.eval_every and done % section.eval_every == 0 and done < total:
+                scores = score_answers(model, data.held_out, collator, section.microbatch_size)
+                tracker.log(done, _evaluation_metrics(measure(data.held_out, scores)))
+            if section.save_every and done % section.save_every == 0:
+                save_step(
+                    own_run,
+                    "reward",
+                    done,
+                    section.save_total_limit,
+                    lambda folder, done=done, loss=loss: engine.save(
+                        folder, {"step": done, "loss": loss}
+                    ),
+                )
+        scores = score_answers(model, data.held_out, collator, section.microbatch_size)
+        tracker.log(total, _evaluation_metrics(measure(data.held_out, scores)))
+    return Member(loss, scores.tolist(), padding_error(model, data.held_out, pad_id))
+
+
+def _build_engine(cfg: Config, model: RoleModel) -> Engine:
+    """The optimiser over the reward adapter and its head."""
+    section = cfg.reward
     parameters = adapter_parameters(model, "reward") + list(model.heads["reward"].parameters())
-    engine = Engine(
+    return Engine(
         model,
         [ParameterGroup("reward", parameters, section.learning_rate)],
         OptimizerSettings(
@@ -146,51 +200,8 @@ def train_reward(
         ),
         cfg.deepspeed,
         microbatch_size=section.microbatch_size,
-        accumulation_steps=accumulation,
+        accumulation_steps=microbatches_per_step(section, world_size(), "reward"),
     )
-    total = optimizer_steps(section, len(pairs.train))
-    collator = PairCollator(pad_id)
-    checkpoint = checkpoint_to_resume(run, "reward", resume)
-    first = 0
-    started = time.monotonic()
-    metrics: dict[str, float] = {}
-    with Tracker(run, "reward", cfg.tracking, total, rank()) as tracker:
-        if checkpoint is not None:
-            first = engine.load(checkpoint)["step"]
-            tracker.resume_from(first)
-        for step in range(first, total):
-            seed_step(cfg.seed, step)
-            batch = batch_indices(len(pairs.train), section.batch_size, step, cfg.seed)
-            factor = lr_factor(step, total, section.lr_schedule, section.warmup_steps)
-            metrics = _optimizer_step(cfg, engine, pairs.train, batch, collator, factor)
-            done = step + 1
-            if done % cfg.tracking.log_every == 0 or done == total:
-                tracker.log(done, metrics)
-            if section.eval_every and done % section.eval_every == 0 and done < total:
-                held_out = evaluate_pairs(model, pairs.held_out, collator, section.microbatch_size)
-                tracker.log(done, _evaluation_metrics(held_out))
-            if section.save_every and done % section.save_every == 0:
-                save_step(
-                    run,
-                    "reward",
-                    done,
-                    section.save_total_limit,
-                    lambda folder, done=done: engine.save(folder, {"step": done}),
-                )
-        held_out = evaluate_pairs(model, pairs.held_out, collator, section.microbatch_size)
-        tracker.log(total, _evaluation_metrics(held_out))
-    low, high = wilson_interval(held_out.accuracy * held_out.num_pairs, held_out.num_pairs)
-    return {
-        "accuracy": held_out.accuracy,
-        "accuracy_low": low,
-        "accuracy_high": high,
-        **({} if pairs.bayes_accuracy is None else {"bayes_accuracy": pairs.bayes_accuracy}),
-        "eval_loss": held_out.loss,
-        "num_eval_pairs": held_out.num_pairs,
-        "loss": metrics.get("reward/loss", float("nan")),
-        "steps": total,
-        "wall_seconds": time.monotonic() - started,
-    }
 
 
 def _optimizer_step(
@@ -198,32 +209,43 @@ def _optimizer_step(
     engine: Engine,
     train: Dataset,
     batch: list[int],
-    collator: PairCollator,
+    collator: PreferenceCollator,
     factor: float,
 ) -> dict[str, float]:
-    """One step of the optimiser over `batch`; its metrics over all ranks."""
+    """One step of the optimiser over `batch`; its metrics over all ranks.
+
+    All answers to a prompt go through the model together, once: as separate, shuffled pairs each
+    would be seen K - 1 times an epoch, and overfitted (InstructGPT, 3.5).
+    """
     section = cfg.reward
     engine.model.train()
     sums = torch.zeros(4, device=device())
     for rows in microbatches(batch, section.microbatch_size):
-        inputs = collator([train[i] for i in rows])
-        tokens, mask = inputs["input_ids"].to(device()), inputs["mask"].to(device())
-        margin = section.margin_coef * inputs["margin"].to(device())
-        chosen, rejected = engine("scores", tokens, mask).chunk(2)
-        loss = pairwise_loss(chosen, rejected, margin, section.center_coef, len(batch))
+        tokens, mask, pairs = collator([train[i] for i in rows])
+        scores = engine("scores", tokens.to(device()), mask.to(device()))
+        better, worse = scores[pairs.better.to(device())], scores[pairs.worse.to(device())]
+        weight = pairs.weight.to(device())
+        loss = pairwise_loss(
+            better,
+            worse,
+            section.margin_coef * pairs.margin.to(device()),
+            weight,
+            len(batch),
+            center_coef=section.center_coef,
+            label_smoothing=section.label_smoothing,
+        )
         engine.backward(loss)
         with torch.no_grad():
-            gap = chosen - rejected
-            sums += torch.stack(
-                [loss, _ordered(gap).sum(), gap.sum(), (chosen + rejected).sum() / 2]
-            )
+            gap, middle = better - worse, (better + worse) / 2
+            means = [(weight * x).sum() for x in (_ordered(gap), gap, middle)]
+            sums += torch.stack([loss, *means])
     norm = engine.step(factor)
-    loss_sum, ordered, gaps, scores = all_sum(sums).tolist()
+    loss_sum, ordered, gaps, middles = all_sum(sums).tolist()
     return {
         "reward/loss": loss_sum,
         "reward/accuracy": ordered / len(batch),
         "reward/margin": gaps / len(batch),
-        "reward/score_mean": scores / len(batch),
+        "reward/score_mean": middles / len(batch),
         "reward/grad_norm": norm,
         "reward/lr": section.learning_rate * factor,
     }
@@ -235,36 +257,70 @@ def _ordered(gap: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate_pairs(
-    model: RoleModel, held_out: Dataset, collator: PairCollator, microbatch_size: int
-) -> HeldOut:
-    """Accuracy and loss of the reward head on held-out pairs, dealt out over the ranks."""
+def score_answers(
+    model: RoleModel, examples: Dataset, collator: PreferenceCollator, microbatch_size: int
+) -> torch.Tensor:
+    """Scores of all answers, example by example, dealt out over the ranks: (N,) float32."""
     model.eval()
-    gaps = torch.zeros(len(held_out), device=device())
-    for rows, counts in deal(len(held_out), microbatch_size):
-        inputs = collator([held_out[i] for i in rows])
-        scores = score_sequences(
-            model, inputs["input_ids"].to(device()), inputs["mask"].to(device())
-        )
-        chosen, rejected = scores.chunk(2)
-        if counts:
-            gaps[rows] = chosen - rejected
-    gaps = collect(gaps)
-    zeros = torch.zeros_like(gaps)
-    loss = pairwise_loss(gaps, zeros, zeros, 0.0, len(gaps))
-    return HeldOut(float(_ordered(gaps).mean()), float(loss), len(gaps))
+    counts = [len(ranks) for ranks in examples["ranks"][:]]
+    firsts = [0]
+    for count in counts:
+        firsts.append(firsts[-1] + count)
+    scores = torch.zeros(firsts[-1], device=device())
+    for rows, counted in deal(len(examples), microbatch_size):
+        tokens, mask, _ = collator([examples[i] for i in rows])
+        found = score_sequences(model, tokens.to(device()), mask.to(device()))
+        if counted:
+            scores[firsts[rows[0]] : firsts[rows[-1] + 1]] = found
+    return collect(scores)
+
+
+def measure(examples: Dataset, scores: torch.Tensor) -> HeldOut:
+    """Accuracy and loss of scores.
+
+    Args:
+        examples: held-out ones.
+        scores: (N,) float32, of their answers, from `score_answers`.
+    """
+    pairs = answer_pairs(examples)
+    scores = scores.cpu()
+    better, worse = scores[pairs.better], scores[pairs.worse]
+    accuracy = (pairs.weight * _ordered(better - worse)).sum() / len(examples)
+    loss = pairwise_loss(better, worse, torch.zeros_like(better), pairs.weight, len(examples))
+    return HeldOut(float(accuracy), float(loss), len(better), len(examples))
 
 
 def _evaluation_metrics(held_out: HeldOut) -> dict[str, float]:
     return {"reward/eval_accuracy": held_out.accuracy, "reward/eval_loss": held_out.loss}
 
 
-def export_reward(cfg: Config, run: RunFolder, model: RoleModel, info: dict[str, object]) -> None:
-    """Writes the reward adapter with its head to RUN/reward/adapter; every rank must call."""
+def closing_numbers(cfg: Config, data: Preferences, members: list[Member]) -> dict[str, float]:
+    """The stage's result: accuracy of the members' mean score, with its interval."""
+    scores = torch.tensor([member.scores for member in members]).mean(0)
+    held_out = measure(data.held_out, scores)
+    right = held_out.accuracy * held_out.num_prompts
+    # Pairs of one prompt are not independent: each prompt counts as one draw.
+    low, high = wilson_interval(right, held_out.num_prompts)
+    return {
+        "accuracy": held_out.accuracy,
+        "accuracy_low": low,
+        "accuracy_high": high,
+        **({} if data.bayes_accuracy is None else {"bayes_accuracy": data.bayes_accuracy}),
+        "eval_loss": held_out.loss,
+        "num_eval_pairs": held_out.num_pairs,
+        "num_eval_prompts": held_out.num_prompts,
+        "loss": members[0].loss,
+        "steps": optimizer_steps(cfg.reward, len(data.train)),
+        "ensemble": len(members),
+    }
+
+
+def export_reward(cfg: Config, folder: Path, model: RoleModel, info: dict[str, object]) -> None:
+    """Writes the reward adapter with its head to `folder`; every rank must call."""
     with gathered(list(model.parameters())):
         if rank() == 0:
             save_adapter(
-                run.reward_adapter,
+                folder,
                 adapter_state(model, "reward"),
                 cfg.adapter_lora,
                 info,

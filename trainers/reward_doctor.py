@@ -1,4 +1,4 @@
-"""The model half of the RM doctor: what a trained reward model's held-out scores can be trusted for.
+"""The model half of the RM doctor: what a trained reward model's held-out scores are good for.
 
 The data half is in `preference_doctor.py`, the statistics in `chatllama/calibration.py`. Both are
 written to RUN/reward/doctor.json, which the report shows.
@@ -25,9 +25,11 @@ from chatllama.calibration import (
     reliability,
 )
 from chatllama.config import RewardSection
-from chatllama.distributed import device
+from chatllama.distributed import device, rank
 from chatllama.results import BAYES_SLACK
+from chatllama.reward_models import doctor_path
 from chatllama.roles import RoleModel, score_sequences
+from chatllama.run_folder import RunFolder, write_json
 from data.collate import answer_pairs, pad_left, pad_right
 from trainers.preference_doctor import (
     Concern,
@@ -35,11 +37,12 @@ from trainers.preference_doctor import (
     Share,
     answer_lengths,
     data_concerns,
+    examine_data,
     flip_concerns,
-    rows_of,
     share,
     suspects,
 )
+from trainers.reward_data import Preferences
 
 LENGTH_BINS = ((-1.0, -0.5), (-0.5, -0.1), (-0.1, 0.1), (0.1, 0.5), (0.5, 1.0))
 """Length of the better answer less that of the worse, over the longer's."""
@@ -53,6 +56,17 @@ class PaddingError:
 
     error: float
     tolerance: float
+
+
+@dataclass(frozen=True)
+class Member:
+    """What a trained member of the ensemble leaves in memory."""
+
+    loss: float
+    """Of its last optimizer step."""
+    scores: list[float]
+    """Of every held-out answer, example by example."""
+    padding: PaddingError
 
 
 @torch.no_grad()
@@ -235,9 +249,47 @@ def model_concerns(found: Mapping[str, Any], word_accuracy: float) -> list[Conce
     return out + flip_concerns(found["flips"], "held-out pairs, judged by the reward model")
 
 
-def diagnosis(
-    data: Mapping[str, Any], model: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def open_diagnosis(run: RunFolder, data: Preferences) -> dict[str, Any]:
+    """Examines the data, prints what it found and begins RUN/reward/doctor.json; rank 0 only.
+
+    The other ranks get nothing, and wait at their next collective call.
+    """
+    if rank() != 0:
+        return {}
+    found = examine_data(data)
+    written = diagnosis(found)
+    write_json(doctor_path(run), written)
+    print(f"{data_summary(found)}\n{warning_lines(written['warnings'])}", flush=True)
+    return found
+
+
+def close_diagnosis(
+    run: RunFolder,
+    section: RewardSection,
+    data: Preferences,
+    members: Sequence[Member],
+    examined: Mapping[str, Any],
+) -> None:
+    """Examines the trained model, prints it and completes doctor.json; rank 0 only.
+
+    Args:
+        run: receives doctor.json.
+        section: of the reward stage.
+        data: from `load_preferences`.
+        members: of the ensemble; their mean score is examined.
+        examined: from `open_diagnosis`.
+    """
+    if rank() != 0:
+        return
+    padding = max((member.padding for member in members), key=lambda p: p.error / p.tolerance)
+    scores = [member.scores for member in members]
+    found = examine_model(data.held_out, scores, section, data.bayes_accuracy, padding)
+    written = diagnosis(examined, found)
+    write_json(doctor_path(run), written)
+    print(f"{model_summary(found)}\n{warning_lines(written['warnings'])}", flush=True)
+
+
+def diagnosis(data: Mapping[str, Any], model: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What doctor.json holds: findings of data and, once trained, model; and every concern."""
     concerns = data_concerns(data)
     if model is not None:
@@ -248,14 +300,13 @@ def diagnosis(
 def data_summary(found: Mapping[str, Any]) -> str:
     """Lines for the terminal, before training."""
     train, held_out = found["training"], found["held_out"]
-    return "\n".join(
-        [
-            f"RM doctor: {train['pairs']} training pairs of {train['prompts']} prompts, "
-            f"{held_out['pairs']} held out of {held_out['prompts']}; {train['repeated_pairs']} "
-            f"repeated, {train['contradicted_pairs']} labelled both ways",
-            f"  baselines on held-out pairs: longer answer {_interval(held_out['longer_preferred'])}"
-            f", words alone {_interval(found['word_accuracy'])}",
-        ]
+    longer, words = held_out["longer_preferred"], found["word_accuracy"]
+    return (
+        f"RM doctor: {train['pairs']} training pairs of {train['prompts']} prompts, "
+        f"{held_out['pairs']} held out of {held_out['prompts']}; {train['repeated_pairs']} "
+        f"repeated, {train['contradicted_pairs']} labelled both ways\n"
+        f"  baselines on held-out pairs: the longer answer {_interval(longer)}, words alone "
+        f"{_interval(words)}"
     )
 
 
@@ -272,15 +323,13 @@ def model_summary(found: Mapping[str, Any]) -> str:
     ]
     if len(found["members"]) > 1:
         each = ", ".join(f"{member['value']:.3f}" for member in found["members"])
-        lines.append(
-            f"  members {each}; they disagree on {found['disagreement']:.1%} of the pairs"
-        )
+        lines.append(f"  members {each}; they disagree on {found['disagreement']:.1%} of the pairs")
     return "\n".join(lines)
 
 
-def warning_lines(concerns: Sequence[Concern]) -> str:
-    """One line for each concern, or the word that there is none."""
-    return "\n".join(f"  warning {c.name}: {c.text}" for c in concerns) or "  no warnings"
+def warning_lines(warnings: Sequence[Mapping[str, str]]) -> str:
+    """One line for each of a diagnosis's warnings, or the word that there is none."""
+    return "\n".join(f"  warning {w['name']}: {w['text']}" for w in warnings) or "  no warnings"
 
 
 def _interval(found: Mapping[str, float]) -> str:

@@ -14,6 +14,7 @@ from chatllama.config_loader import dump_config
 from chatllama.distributed import rank
 from chatllama.run_folder import RunFolder, Stage
 from chatllama.tokenizer import load_tokenizer
+from trainers.engine import initialise
 
 
 def quiet_libraries() -> None:
@@ -24,9 +25,14 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
+def join() -> None:
+    """Quiets the libraries and meets the other ranks; comes first in every stage."""
+    quiet_libraries()
+    initialise()
+
+
 def open_stage(cfg: Config, run: RunFolder) -> PreTrainedTokenizerFast:
     """The backbone's tokenizer; the resolved config is written into the run folder."""
-    quiet_libraries()
     if rank() == 0:
         dump_config(cfg, run.config)
     return load_tokenizer(
