@@ -5,12 +5,15 @@ positive where the model agrees with the label. Weights say how much a pair coun
 prompt share a weight of 1. Shape: P pairs.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 Array = np.ndarray
 MAX_SCALE = 1000.0
+FLIPS_SAMPLE = 5000
+"""About as many pairs as the fit of wrong labels looks at."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,10 @@ def best_scale(gaps: Array, weights: Array, flips: float | Array = 0.0) -> float
         flips: probability that a label is wrong, for all or for each pair.
     """
     low, high = 0.0, MAX_SCALE
-    for _ in range(60):  # the likelihood is concave in s: its slope falls
+    for _ in range(40):  # the likelihood is concave in s: its slope falls
         middle = (low + high) / 2
         slope = (weights * gaps * (sigmoid(-middle * gaps) - flips)).sum()
-        low, high = (middle, high) if slope > 0 else (low, middle)
+        low, high = (middle, high) if slope >= 0 else (low, middle)
     return low
 
 
@@ -116,16 +119,24 @@ def fit_flips(gaps: Array, weights: Array) -> Flips:
         gaps: (P,) float, of pairs that the model was not trained on.
         weights: (P,) float.
     """
-    scale = best_scale(gaps, weights)
-    start = -float((weights * np.logaddexp(0.0, -scale * gaps)).sum())
+    part = slice(None, None, 1 + len(gaps) // FLIPS_SAMPLE)
+    some, weight = gaps[part], weights[part]
+    scale = best_scale(some, weight)
+    start = -float((weight * np.logaddexp(0.0, -scale * some)).sum())
     best = (start, 0.0, scale)
-    for share in np.arange(0.01, 0.46, 0.01):
-        scale = best[2]
-        for _ in range(12):  # EM: how suspicious each label is, then the scale that this leaves
-            scale = best_scale(gaps, weights, _suspicion(gaps, share, scale))
-        fit = weights * np.log(share + (1 - 2 * share) * sigmoid(scale * gaps))
-        if fit.sum() > best[0]:
-            best = (float(fit.sum()), float(share), scale)
+
+    def improve(shares: Iterable[float]) -> None:
+        nonlocal best
+        for share in shares:
+            scale = best[2]
+            for _ in range(5):  # EM: how suspicious each label is, then the scale that this leaves
+                scale = best_scale(some, weight, _suspicion(some, share, scale))
+            fit = weight * np.log(share + (1 - 2 * share) * sigmoid(scale * some))
+            best = max(best, (float(fit.sum()), share, scale))
+
+    improve(np.arange(0.02, 0.46, 0.02).tolist())
+    if best[1]:
+        improve([best[1] - 0.01, best[1] + 0.01])
     likelihood, share, scale = best
     return Flips(share, scale, 2 * (likelihood - start), _suspicion(gaps, share, scale))
 
@@ -144,9 +155,14 @@ def correlation(x: Array, y: Array) -> float:
 
 
 def histogram(values: Array, weights: Array, num_bins: int = 24) -> tuple[list[float], list[float]]:
-    """Edges (num_bins + 1) and shares; the outermost bins take what lies beyond 4 deviations."""
-    spread = 4 * float(values.std()) or 1.0
-    edges = np.linspace(-spread, spread, num_bins + 1) + float(values.mean())
-    inside = np.clip(values, edges[0], edges[-1])
-    counts, _ = np.histogram(inside, edges, weights=weights)
+    """Edges (num_bins + 1), from -x to x, and shares; the outermost bins hold what lies beyond.
+
+    Args:
+        values: (P,) float.
+        weights: (P,) float.
+        num_bins: even, so that 0 is an edge.
+    """
+    spread = float(np.quantile(np.abs(values), 0.995)) or 1.0
+    edges = np.linspace(-spread, spread, num_bins + 1)
+    counts, _ = np.histogram(np.clip(values, -spread, spread), edges, weights=weights)
     return edges.tolist(), (counts / weights.sum()).tolist()

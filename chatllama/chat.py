@@ -56,7 +56,7 @@ def chat(
     *,
     temperature: float = 0.7,
     top_p: float = 0.9,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     system: str | None = None,
     seed: int | None = None,
 ) -> None:
@@ -67,7 +67,7 @@ def chat(
         role: who answers. None: the policy if there is one, else the SFT model.
         temperature: 0 takes the likeliest token.
         top_p: total probability of the tokens sampled from.
-        max_new_tokens: longest answer, in tokens.
+        max_new_tokens: longest answer, in tokens. None: the config's `generation.max_new_tokens`.
         system: system prompt. None: the config's.
         seed: makes the answers repeatable. None: other answers each time.
 
@@ -85,13 +85,15 @@ def chat(
     from chatllama.generate import Sampling
     from chatllama.loading import load_run
 
-    sampling = Sampling(max_new_tokens, temperature=temperature, top_p=top_p)
     generator = torch.Generator()
     if seed is None:
         generator.seed()
     else:
         generator.manual_seed(seed)
-    answer = model_answer(load_run(run), sampling, generator)
+    loaded = load_run(run)
+    longest = max_new_tokens or loaded.config.generation.max_new_tokens
+    sampling = Sampling(longest, temperature=temperature, top_p=top_p)
+    answer = model_answer(loaded, sampling, generator)
     if sys.stdin.isatty():
         print(f"{run.root}, answered by {role}. /help lists the commands.")
     converse(_lines(), answer, Conversation(role, system))
@@ -157,27 +159,25 @@ def fit(
 
 
 def stream_text(tokenizer: "PreTrainedTokenizerFast", ids: Iterator[int]) -> Iterator[str]:
-    """Text of token ids as soon as it is certain: characters made of several tokens come whole."""
-    from tokenizers.decoders import DecodeStream
+    """Text of token ids as soon as it is certain: characters made of several tokens come whole.
 
+    tokenizers' own DecodeStream raises on bytes that are no UTF-8, which a model may well sample;
+    here they come out as U+FFFD.
+    """
     from chatllama.tokenizer import control_tokens, decode
 
     controls = set(control_tokens(tokenizer).values())
-    decoder = DecodeStream(skip_special_tokens=False)
     seen: list[int] = []
-    told = ""
+    told = 0
     for index in ids:
         if index in controls:
             continue
         seen.append(index)
-        piece = decoder.step(tokenizer.backend_tokenizer, index)
-        if piece:
-            told += piece
-            yield piece
-    # Bytes that never became a character stay in the decoder.
-    whole = decode(tokenizer, seen)
-    if whole.startswith(told) and len(whole) > len(told):
-        yield whole[len(told) :]
+        certain = decode(tokenizer, seen).rstrip("\ufffd")
+        if len(certain) > told:
+            yield certain[told:]
+            told = len(certain)
+    yield decode(tokenizer, seen)[told:]  # bytes that never became a character
 
 
 def converse(lines: Iterator[str], answer: Answer, conversation: Conversation) -> None:
@@ -263,7 +263,7 @@ def _note(text: str) -> None:
     print(printable(text), file=sys.stderr, flush=True)
 
 
-def _check_settings(temperature: float, top_p: float, max_new_tokens: int) -> None:
+def _check_settings(temperature: float, top_p: float, max_new_tokens: int | None) -> None:
     """Nothing, for settings that can be sampled with.
 
     Raises:
@@ -273,5 +273,5 @@ def _check_settings(temperature: float, top_p: float, max_new_tokens: int) -> No
         raise ValueError(f"--temperature {temperature}: must be 0 or more")
     if not 0 < top_p <= 1:
         raise ValueError(f"--top-p {top_p}: must be above 0 and at most 1")
-    if max_new_tokens < 1:
+    if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {max_new_tokens}: must be at least 1")

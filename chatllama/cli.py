@@ -119,7 +119,7 @@ def _add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest token")
     parser.add_argument("--top-p", type=float, default=0.9, help="1: all tokens")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
+    parser.add_argument("--max-new-tokens", type=int, help="longest answer (default: the config's)")
     parser.add_argument("--system", metavar="TEXT", help="system prompt (default: the config's)")
     parser.add_argument("--seed", type=int, help="for answers that can be repeated")
 

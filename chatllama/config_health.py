@@ -16,6 +16,7 @@ DiagnosisName = Literal[
     "ratio_explosion",
     "grad_norm_explosion",
     "kl_explosion",
+    "sampling_mismatch",
     "negative_kl",
     "clip_fraction_high",
     "dead_rewards",
@@ -54,10 +55,15 @@ class HealthSection(Section):
     """first_ratio_not_one: nats of any token between rollout and first minibatch."""
     max_ratio: Factor = 100.0
     """ratio_explosion: largest probability ratio of a step, two steps in a row."""
+    max_approx_kl: PositiveFloat = 0.2
+    """ratio_explosion: mean of half the squared log ratio of a step, nats squared a token."""
     max_grad_norm_factor: Factor = 10.0
     """grad_norm_explosion: gradient norm over its median of the 20 steps before, two in a row."""
     max_kl_token: PositiveFloat = 1.0
     """kl_explosion: nats a token between policy and reference."""
+    max_surprise_errors: PositiveFloat = 6.0
+    """sampling_mismatch: standard errors between the mean of -log p of the sampled tokens and the
+    entropy of the scored distributions."""
     min_kl_errors: PositiveFloat = 4.0
     """negative_kl: standard errors by which the KL estimate lies below 0."""
     max_clip_fraction: StrictFraction = 0.4
@@ -76,7 +82,7 @@ class HealthSection(Section):
     """length_drift: mean response length over that of the first steps, or the other way round."""
     min_entropy_fraction: Fraction = 0.2
     """entropy_collapse: entropy over that of the first steps."""
-    min_explained_variance: Annotated[float, Field(lt=1)] = 0.0
+    min_explained_variance: Annotated[float, Field(lt=1)] = -0.05
     """critic_explained_variance_negative: mean of 10 steps of the share of the returns' variance
     that the critic predicts, while it does not rise."""
     critic_patience: NonNegative = 10

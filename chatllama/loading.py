@@ -11,6 +11,7 @@ from chatllama.config import ChatSection, Config
 from chatllama.config_loader import load_config
 from chatllama.distributed import device
 from chatllama.export import load_adapter
+from chatllama.libraries import quiet_libraries
 from chatllama.roles import Adapter, Role, RoleModel
 from chatllama.run_folder import RunFolder
 from chatllama.tokenizer import load_tokenizer
@@ -33,6 +34,7 @@ def load_run(run: RunFolder) -> LoadedRun:
         ValueError: not a run folder, no adapter yet, or an adapter that was made under another
             chat contract.
     """
+    quiet_libraries()
     if not run.config.is_file():
         raise ValueError(f"{run.root} is no run folder: {run.config} is missing")
     cfg = load_config(run.config)

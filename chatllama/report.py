@@ -12,6 +12,8 @@ from typing import Any
 
 from chatllama import __version__
 from chatllama.progress import duration
+from chatllama.report_doctor import doctor_body
+from chatllama.report_health import health_body
 from chatllama.report_plots import PANELS, PRETRAINING, Panel, draw
 from chatllama.results import findings, number, read_summary, result_table
 from chatllama.run_folder import STAGES, RunFolder, Stage
@@ -45,6 +47,8 @@ def write_report(run: RunFolder) -> Path:
         "<main>",
         _results(summary),
         _reward_model(summary),
+        _reward_check(run),
+        _health(run),
         _samples(run),
         _training_samples(run),
         *(_stage_curves(run, stage, summary) for stage in STAGE_TITLES),
@@ -146,6 +150,16 @@ def _reward_model(summary: dict[str, Any]) -> str:
         f'<div class="scale" role="img" aria-label="{escape(words)}">{marks}</div>'
         f'<div class="ends"><span>0.5 guessing</span><span>1.0</span></div>{limit_text}</div>',
     )
+
+
+def _reward_check(run: RunFolder) -> str:
+    body = doctor_body(run)
+    return _section("Reward model check", body) if body else ""
+
+
+def _health(run: RunFolder) -> str:
+    body = health_body(run)
+    return _section("Health", body) if body else ""
 
 
 def _percent(accuracy: float) -> str:

@@ -148,10 +148,9 @@ def draw(panel: Panel, lines: list[dict], limit: float | None = None) -> str | N
             axes.axhline(
                 limit, color=LIMIT, linestyle=(0, (4, 3)), linewidth=1.4, label="Bayes limit"
             )
-        _style(axes, legend=len(found) > 1 or limit is not None)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _themed(buffer.getvalue(), panel, _in_words(panel, found))
+        style(axes, "step", legend=len(found) > 1 or limit is not None)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        return themed(figure, panel.title, _in_words(panel, found))
 
 
 def _plot(axes: Axes, steps: list[float], values: list[float], label: str, colour: str) -> None:
@@ -165,14 +164,14 @@ def _plot(axes: Axes, steps: list[float], values: list[float], label: str, colou
     axes.plot(steps, mean, color=colour, linewidth=2.0, label=label)
 
 
-def _style(axes: Axes, legend: bool) -> None:
-    axes.set_xlabel("step", color=INK, fontsize=9)
+def style(axes: Axes, xlabel: str, legend: bool) -> None:
+    """The look of all plots: quiet axes, a grid behind, text in the page's colour."""
+    axes.set_xlabel(xlabel, color=INK, fontsize=9)
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, labelsize=9, length=0)
     axes.margins(x=0.02, y=0.12)
     axes.locator_params(axis="y", nbins=5)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(FAINT)
@@ -191,11 +190,20 @@ def _in_words(panel: Panel, found: dict[str, tuple[list[float], list[float]]]) -
     return f"{panel.title}: {'; '.join(parts)}."
 
 
-def _themed(svg: str, panel: Panel, words: str) -> str:
-    """Matplotlib's SVG as an element of a page: page colours, page font, unique ids, alt text."""
+def themed(figure: Figure, title: str, words: str) -> str:
+    """A figure as SVG element of a page: page colours, page font, unique ids, alt text.
+
+    Args:
+        figure: drawn in the placeholder colours, under `svg.fonttype: none`.
+        title: unique on the page.
+        words: what a reader who cannot see the plot is told.
+    """
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    prefix = re.sub(r"[^a-z]+", "-", panel.title.lower())
+    prefix = re.sub(r"[^a-z]+", "-", title.lower())
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}.", svg)
     for placeholder, variable in _VARIABLES.items():
         svg = svg.replace(placeholder, variable)

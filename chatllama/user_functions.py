@@ -21,8 +21,11 @@ def load_function(name: str, key: str) -> Callable[..., Any]:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        return vars(importlib.import_module(module_name))[function_name]
+        found = vars(importlib.import_module(module_name))[function_name]
     except (ImportError, KeyError, ValueError) as error:
         raise ValueError(
             f"{key}: {name!r} is not `module:function` of an importable module: {error!r}"
         ) from error
+    if not callable(found):
+        raise ValueError(f"{key}: {name!r} is a {type(found).__name__}, not a function")
+    return found

@@ -52,14 +52,11 @@ SENTENCES = (
 )
 PROMPTS = (
     "Write a note to {name} about the {topic}.",
-    "Send {name} a few lines on the {topic}.",
-    "Please tell {name} about the {topic}.",
-    "{name} would like news of the {topic}.",
+    "Send a few lines to {name} about the {topic}.",
+    "Please write to {name} about the {topic}.",
+    "Make up a garden note to {name} about the {topic}.",
 )
-LEADS = (
-    "A note to {name} about the {topic}:",
-    *(f"{prompt} This note came:" for prompt in PROMPTS),
-)
+LEADS = tuple(f"{prompt} They wrote:" for prompt in PROMPTS)
 
 LABEL_SCALE = 2.0
 """Labels prefer the better answer with probability sigmoid(LABEL_SCALE * gold difference)."""

@@ -83,6 +83,7 @@ def test_correlation_without_variation_is_zero():
 
 
 def test_histogram_keeps_every_pair():
-    values = np.array([0.0, 0.1, -0.1, 50.0])
-    edges, shares = histogram(values, np.ones(4), num_bins=6)
-    assert len(edges) == 7 and sum(shares) == pytest.approx(1.0)
+    values = np.array([0.5, 1.5, -0.5, 50.0] + [2.0, -2.0] * 500)
+    edges, shares = histogram(values, np.ones(1004), num_bins=4)
+    assert edges == pytest.approx([-2.0, -1.0, 0.0, 1.0, 2.0])
+    assert shares == pytest.approx([500 / 1004, 1 / 1004, 1 / 1004, 502 / 1004])

@@ -137,7 +137,9 @@ def test_chat_reads_lines_from_a_pipe(
     import types
 
     loading: Any = types.ModuleType("chatllama.loading")
-    loading.load_run = lambda run: run
+    generation = types.SimpleNamespace(max_new_tokens=8)
+    config = types.SimpleNamespace(generation=generation)
+    loading.load_run = lambda run: types.SimpleNamespace(config=config)
     monkeypatch.setitem(sys.modules, "chatllama.loading", loading)
     echo = Echo()
     monkeypatch.setattr(chat_module, "model_answer", lambda *args: echo)

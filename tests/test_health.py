@@ -38,6 +38,8 @@ def healthy(step: int, seed: int = 0) -> Metrics:
         "ppo/kl_abs_max": 0.0 if step == 1 else 0.5 + 4 * done,
         "ppo/kl_sequence": kl + rng.gauss(0, 0.01 + 0.2 * done) if step > 1 else 0.0,
         "ppo/kl_sequence_se": 0.01 + 0.2 * done if step > 1 else 0.0,
+        "ppo/surprise_gap": rng.gauss(0, 0.02),
+        "ppo/surprise_gap_se": 0.02,
         "ppo/kl_token": kl / 25,
         "ppo/response_length": 24 * (1 + 0.3 * done) + rng.gauss(0, 0.7),
         "ppo/eos_rate": 0.9 + 0.1 * done - 0.03 * rng.random(),
@@ -124,6 +126,12 @@ FAULTS: dict[str, tuple[Fault, int, Fault]] = {
         22,  # 1.1 at step 21, 1.2 at step 22
         setting("ppo/kl_token", lambda s: 0.9, 10),
     ),
+    # 6 errors of 0.02 are 0.12 for one step.
+    "sampling_mismatch": (
+        setting("ppo/surprise_gap", lambda _: -0.15),
+        1,
+        setting("ppo/surprise_gap", lambda _: -0.05),  # 6 * 0.02 / sqrt(5) = 0.054
+    ),
     # -0.5 with a standard error of about 0.2 / sqrt(5) = 0.09 for the mean of 5 steps.
     "negative_kl": (
         setting("ppo/kl_sequence", lambda _: -0.5, 30),
@@ -159,7 +167,7 @@ FAULTS: dict[str, tuple[Fault, int, Fault]] = {
     ),
     "entropy_collapse": (
         setting("ppo/entropy", lambda _: 0.05, 30),
-        34,
+        33,  # (4 * 0.05 + about 0.9) / 5 is 0.22, of about 1.5 at first
         setting("ppo/entropy", lambda _: 0.4, 30),
     ),
     "critic_explained_variance_negative": (
@@ -199,6 +207,27 @@ def test_ignored_diagnoses_are_not_made(name: DiagnosisName) -> None:
     assert watch(FAULTS[name][0], HealthSection(ignore=[name])) == []
 
 
+def test_ratios_far_from_one_on_the_whole_explode_at_once() -> None:
+    """Half the square of log 2 is 0.24: every ratio is 2 or 1/2."""
+    (found, *_) = watch(setting("ppo/approx_kl", lambda _: 0.5 * math.log(2) ** 2, 3))
+    assert (found.name, found.step, found.threshold) == ("ratio_explosion", 3, 0.2)
+    assert "2 times as likely" in found.message
+    assert watch(setting("ppo/approx_kl", lambda _: 0.19, 3)) == []
+
+
+def test_a_small_sampling_mismatch_shows_in_the_mean_of_five_steps() -> None:
+    """6 errors of 0.02 over the root of n steps: 0.06 for n = 4, 0.054 for n = 5."""
+    (found, *_) = watch(setting("ppo/surprise_gap", lambda _: -0.058), steps=5)
+    assert (found.name, found.step) == ("sampling_mismatch", 5)
+    assert found.threshold == pytest.approx(-6 * 0.02 / math.sqrt(5))
+
+
+def test_unlikely_tokens_are_a_sampling_mismatch_too() -> None:
+    (found, *_) = watch(setting("ppo/surprise_gap", lambda _: 0.3, 20))
+    assert found.name == "sampling_mismatch" and found.threshold > 0
+    assert "unlikelier" in found.message
+
+
 def test_short_answers_are_a_length_drift_too() -> None:
     (found, *_) = watch(setting("ppo/response_length", lambda _: 8.0, 30))
     assert found.name == "length_drift" and found.threshold == 0.5 > found.figure
@@ -207,7 +236,7 @@ def test_short_answers_are_a_length_drift_too() -> None:
 def test_an_ensemble_that_disagrees_while_the_score_rises() -> None:
     disagrees = setting("ppo/ensemble_disagreement", lambda _: 0.9, 30)
     (found, *_) = watch(disagrees)
-    assert (found.name, found.step, found.threshold) == ("reward_hacking", 33, 2.0)
+    assert (found.name, found.step, found.threshold) == ("reward_hacking", 32, 2.0)
     assert "reward models disagree" in found.message
 
     def and_score_falls(step: int, metrics: Metrics) -> None:
@@ -245,9 +274,9 @@ def test_the_negative_kl_test_weighs_the_standard_error() -> None:
 
     assert watch(shifted(0.2)) == []
     found = watch(shifted(0.05))[0]
-    assert found.name == "negative_kl" and found.step == 6
-    assert found.figure == pytest.approx(-0.2)
-    assert found.threshold == pytest.approx(-4 * 0.05 / math.sqrt(5))
+    assert found.name == "negative_kl" and found.step == 5  # step 1: 0 exactly, without error
+    assert found.figure == pytest.approx(-0.2 * 4 / 5)
+    assert found.threshold == pytest.approx(-4 * 0.05 * math.sqrt(4) / 5)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -283,13 +312,29 @@ def test_state_is_exact_through_json() -> None:
         assert found == whole
 
 
-def test_state_stays_small() -> None:
+def test_the_first_steps_are_the_yardstick() -> None:
+    """Lengths 10, 20, 30 make 20; then 41 is 2.05 times that."""
+    monitor, found = HealthMonitor(HealthSection(baseline_steps=3, window=1)), []
+    for step, length in enumerate([10.0, 20.0, 30.0, 39.0, 41.0], start=1):
+        found += monitor.observe(step, {"ppo/response_length": length})
+    assert [(each.step, each.figure) for each in found] == [(5, pytest.approx(2.05))]
+
+
+def test_a_restored_monitor_goes_on_from_its_step() -> None:
     monitor = HealthMonitor(HealthSection())
+    monitor.observe(7, healthy(7))
+    other = HealthMonitor(HealthSection())
+    other.restore(monitor.state())
+    with pytest.raises(AssertionError):
+        other.observe(7, healthy(7))
+
+
+def test_state_stays_small() -> None:
+    monitor, sizes = HealthMonitor(HealthSection()), []
     for step in range(1, 301):
         monitor.observe(step, healthy(step))
-        if step == 100:
-            size = len(json.dumps(monitor.state()))
-    assert len(json.dumps(monitor.state())) < 1.05 * size < 15_000
+        sizes.append(len(json.dumps(monitor.state())))
+    assert sizes[-1] < 1.1 * sizes[99] < 15_000
 
 
 def test_what_cannot_be_judged_is_said() -> None:

@@ -61,7 +61,7 @@ def test_huge_gaps_stay_finite():
     better = torch.tensor([1e4, -1e4], requires_grad=True)
     loss = pairwise_loss(better, -better.detach(), ZERO, ONE, 2, label_smoothing=0.2)
     loss.backward()
-    assert float(loss) == pytest.approx(1e4, rel=1e-6)
+    assert loss.item() == pytest.approx(1e4, rel=1e-6)
     assert better.grad is not None and torch.isfinite(better.grad).all()
 
 

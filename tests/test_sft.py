@@ -17,12 +17,12 @@ from transformers.utils import logging as transformers_logging
 
 import train_sft
 from chatllama.config import BackboneSection, Config, SftSection
+from chatllama.libraries import quiet_libraries
 from chatllama.roles import RoleModel, acting_as, adapter_state
 from chatllama.run_folder import RunFolder
 from chatllama.tokenizer import load_tokenizer
 from trainers.instruction_trainer import IGNORED, InstructionTrainer, RowCollator, _LossForward
 from trainers.sft import arrange_rows, build_policy, sft_arguments
-from trainers.stage import quiet_libraries
 
 PROJECT = Path(__file__).resolve().parent.parent
 

@@ -42,7 +42,7 @@ def evaluate_roles(
     count = min(cfg.evaluation.num_prompts, len(prompts.held_out))
     if not count:
         return
-    names: dict[str, Role] = {"base": "base", "sft": "reference", "ppo": "policy"}
+    names: dict[str, Role] = {"base": "base", "sft": _sft(engine), "ppo": "policy"}
     if cfg.lora is None:
         del names["base"]
     if "ema" in engine.model.adapter_names:
@@ -111,6 +111,7 @@ def _measure(
         scorer,
         (cfg.seed, EVALUATION_SEED),
         cfg.ppo.microbatch_size,
+        reference=_sft(engine),
     )
     goodness = rollout.scores.tolist()
     numbers = {
@@ -129,6 +130,11 @@ def _measure(
     if disagreement is not None:
         numbers["ensemble_disagreement"] = float(disagreement.mean())
     return Answers(texts, goodness, numbers)
+
+
+def _sft(engine: Engine) -> Role:
+    """The role that answers as SFT left it: the reference, unless PPO refreshes that."""
+    return "sft" if "sft" in engine.model.adapter_names else "reference"
 
 
 def win_rate(ours: list[float], theirs: list[float]) -> dict[str, float]:

@@ -14,6 +14,8 @@ from chatllama.config_health import HealthSection
 GRAD_NORM_STEPS, GRAD_NORM_LEAST = 20, 5
 DEAD_STEPS = 3
 CRITIC_STEPS, CRITIC_RISE = 10, 0.1
+SURPRISE_FLOOR = 0.01
+"""Nats per token that may come from sampling and scoring in different kernels."""
 KL_FLOOR = 0.02
 """Nats per response by which an estimate below 0 is rounding."""
 
@@ -107,6 +109,19 @@ def judge_ratio(history: History, section: HealthSection, metrics: Metrics) -> F
     )
 
 
+def judge_approx_kl(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
+    """Ratios that are far from 1 on the whole."""
+    figure = metrics["ppo/approx_kl"]
+    if figure <= section.max_approx_kl:
+        return None
+    return Finding(
+        figure,
+        section.max_approx_kl,
+        f"An update made the sampled tokens {math.exp(math.sqrt(2 * figure)):.3g} times as likely "
+        "or unlikely (root mean square): they no longer describe the policy that learns from them.",
+    )
+
+
 def judge_grad_norm(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
     """A gradient norm far above what was usual, two steps in a row."""
     values = history.last["ppo/grad_norm"]
@@ -134,6 +149,29 @@ def judge_kl(history: History, section: HealthSection, metrics: Metrics) -> Find
         section.max_kl_token,
         f"The policy is {min(last):.3g} nats a token away from the reference: far outside the "
         "text on which the reward model can be trusted.",
+    )
+
+
+def judge_sampling(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
+    """Tokens that do not come from the distributions that score them.
+
+    For y drawn from p the mean of -log p(y) is p's entropy, and the deviations of successive tokens
+    are uncorrelated, whatever was drawn before.
+    """
+    gaps = history.last["ppo/surprise_gap"][-section.window :]
+    errors = history.last["ppo/surprise_gap_se"][-section.window :]
+    figure = _mean(gaps)
+    error = math.sqrt(math.fsum(e * e for e in errors)) / len(errors)
+    threshold = math.copysign(max(section.max_surprise_errors * error, SURPRISE_FLOOR), figure)
+    if abs(figure) <= abs(threshold):
+        return None
+    kind = "likelier" if figure < 0 else "unlikelier"
+    return Finding(
+        figure,
+        threshold,
+        f"The sampled tokens are {abs(figure):.3g} nats {kind} than tokens drawn from the scored "
+        f"distributions would be (standard error {error:.2g}): ratios and KL are those of another "
+        "policy.",
     )
 
 

@@ -82,6 +82,13 @@ RULES: tuple[Rule, ...] = (
         f"{RATE_DOWN}, ppo.epochs (lower), ppo.minibatch_size (higher)",
     ),
     Rule(
+        "ratio_explosion",
+        ("ppo/approx_kl",),
+        health_judges.judge_approx_kl,
+        ("learning rate too high", "too many updates on one batch", "minibatches too small"),
+        f"{RATE_DOWN}, ppo.target_kl (set it), ppo.epochs (lower), ppo.minibatch_size (higher)",
+    ),
+    Rule(
         "grad_norm_explosion",
         ("ppo/grad_norm",),
         health_judges.judge_grad_norm,
@@ -96,13 +103,26 @@ RULES: tuple[Rule, ...] = (
         f"{KL_UP}, {RATE_DOWN}, ppo.kl_controller (adaptive)",
     ),
     Rule(
+        "sampling_mismatch",
+        ("ppo/surprise_gap", "ppo/surprise_gap_se"),
+        health_judges.judge_sampling,
+        (
+            "sampling filters: tokens are drawn with top_p or top_k, log-probabilities without",
+            "a temperature that sampling and scoring do not share",
+            "banned tokens or a minimum length",
+            "the sampler runs other weights than are scored",
+        ),
+        "generation.top_p (1), generation.top_k (0)",
+        rollback_helps=False,
+    ),
+    Rule(
         "negative_kl",
         ("ppo/kl_sequence", "ppo/kl_sequence_se"),
         health_judges.judge_negative_kl,
         (
+            "the sampler runs older weights than are scored",
             "sampling filters: tokens are drawn with top_p or top_k, log-probabilities without",
             "a temperature that sampling and scoring do not share",
-            "a minimum length or banned tokens",
         ),
         "generation.top_p (1), generation.top_k (0)",
         rollback_helps=False,
@@ -111,8 +131,8 @@ RULES: tuple[Rule, ...] = (
         "clip_fraction_high",
         ("ppo/clip_fraction",),
         health_judges.judge_clip_fraction,
-        ("learning rate too high", "too many updates on one batch"),
-        f"{RATE_DOWN}, ppo.epochs (lower), ppo.rollout_batch_size (higher)",
+        ("learning rate too high", "too many updates on one batch", "clip range too narrow"),
+        f"{RATE_DOWN}, ppo.epochs (lower), ppo.clip_range (wider)",
     ),
     Rule(
         "dead_rewards",

@@ -33,7 +33,7 @@ from trainers.ppo_math import (
     whiten,
 )
 from trainers.ppo_rewards import Scorer, Statistics, scaled_rewards, shaped_scores
-from trainers.ppo_setup import Prompts, adapters_that_change
+from trainers.ppo_setup import Prompts, adapters_that_change, fold_into_value_head
 from trainers.ppo_text import TextStream
 from trainers.ppo_update import Targets, Update
 from trainers.rollout import Rollout, TurnEnds, collect_rollout
@@ -135,8 +135,8 @@ class PpoTrainer:
     def start(self) -> PpoState:
         """Step 0: score statistics of the reference's answers, folded into the value head too.
 
-        As in lm-human-preferences' `set_reward_norm`; the value head, copied from the reward head,
-        then predicts normalised scores from the first step on.
+        As in lm-human-preferences' `set_reward_norm`; a value head copied from a reward head then
+        predicts normalised scores from the first step on. One that starts from 0 does so anyway.
         """
         section = self.cfg.ppo
         state = PpoState(step=0, kl_coef=section.kl_coef, statistics=Statistics())
@@ -152,12 +152,8 @@ class PpoTrainer:
                 f"all {count} answers of the reference get the same score {statistics.mean:g}: "
                 "the rewards have nothing in them that PPO could follow"
             )
-        if "value" in self.engine.model.heads:
-            weight, bias = self.engine.model.heads["value"].parameters()
-            scale, factor = statistics.deviation, self.cfg.ppo.rewards[0].weight
-            self.engine.assign(weight, self.engine.whole_value(weight) * factor / scale)
-            bias_value = self.engine.whole_value(bias) * factor - statistics.mean
-            self.engine.assign(bias, bias_value / scale)
+        if self.scorer.roles and section.value_model == "adapter" and section.advantage == "gae":
+            fold_into_value_head(self.engine, self.scorer, rollout, statistics.deviation)
         return replace(state, statistics=statistics)
 
     def save(self, state: PpoState) -> None:

@@ -114,13 +114,21 @@ class Scorer:
         for i in range(rank(), len(prompts), world_size()):
             for weight, function in functions:
                 value = function(prompts[i], responses[i])
-                if not math.isfinite(value):
+                if not _is_finite(value):
                     raise ValueError(
                         f"reward function {function.__name__} gave {value!r} for prompt "
                         f"{prompts[i]!r} and response {responses[i]!r}"
                     )
-                total[i] += weight * value
+                total[i] += weight * float(value)
         return torch.tensor([sum(parts) for parts in zip(*all_gather_objects(total), strict=True)])
+
+
+def _is_finite(value: object) -> bool:
+    """Whether it is a number (of NumPy or torch, too), and not NaN or infinite."""
+    try:
+        return math.isfinite(value)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError, RuntimeError):
+        return False
 
 
 def shaped_scores(
@@ -149,6 +157,6 @@ def shaped_scores(
 
 
 def scaled_rewards(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Rewards over their deviation in this batch, signs kept (`whiten_rewards`): (B, R)."""
+    """Rewards scaled to variance 1 about their mean in this batch (`whiten_rewards`): (B, R)."""
     mean, variance = mean_and_variance(moments(rewards, mask))
     return whiten(rewards, mask, mean, variance, shift_mean=False)

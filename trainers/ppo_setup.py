@@ -27,7 +27,7 @@ from trainers.engine import (
     partitioned_loading,
 )
 from trainers.ppo_rewards import Scorer
-from trainers.rollout import TurnEnds
+from trainers.rollout import Rollout, TurnEnds
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ def build_roles(cfg: Config, run: RunFolder, tokenizer: PreTrainedTokenizerFast)
         sft = opened(run.sft_adapter)
         start = Adapter(sft.lora, sft.state)
         adapters["reference"] = start
+        if section.reference_refresh_every:
+            adapters["sft"] = start  # the reference will be another; results compare with SFT
     adapters["policy"] = Adapter(start.lora, start.state, trainable=True)
     if section.ema_decay is not None:
         adapters["ema"] = start
@@ -155,6 +157,26 @@ def build_engine(cfg: Config, model: RoleModel) -> Engine:
         microbatch_size=section.microbatch_size,
         accumulation_steps=ppo_batches(section, world_size()).microbatches,
     )
+
+
+def fold_into_value_head(
+    engine: Engine, scorer: Scorer, rollout: Rollout, deviation: float
+) -> None:
+    """The value head, a copy of the first reward adapter's, predicts normalised scores instead.
+
+    That is (raw score - mean raw score) * the source's weight / deviation.
+
+    Args:
+        engine: of the roles.
+        scorer: with at least one reward adapter.
+        rollout: the reference's answers.
+        deviation: by which scores are divided.
+    """
+    scale = next(term.weight for term in scorer.terms if term.roles) / deviation
+    mean = float(rollout.member_scores[:, 0].double().mean())
+    weight, bias = engine.model.heads["value"].parameters()
+    engine.assign(weight, engine.whole_value(weight) * scale)
+    engine.assign(bias, (engine.whole_value(bias) - mean) * scale)
 
 
 def export_ppo(run: RunFolder, model: RoleModel, info: dict[str, object]) -> None:

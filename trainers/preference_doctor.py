@@ -6,6 +6,7 @@ Nothing is changed or refused here. What the trained model makes of them is in `
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +18,7 @@ from data.collate import answer_pairs, ordered_pairs
 from trainers.reward_data import Preferences
 
 Rows = Sequence[Mapping[str, Any]]
-Pair = tuple[tuple[int, ...], tuple[int, ...]]
+Pair = tuple[bytes, bytes]
 SAME_ANSWERS = ("chosen equals rejected", "all answers are equal", "answers are the same tokens")
 SUSPECTS_SHOWN = 10
 FLIP_EVIDENCE = 2.71
@@ -57,9 +58,13 @@ def share(values: np.ndarray, weights: np.ndarray) -> Share:
 
 
 def rows_of(examples: Dataset) -> Rows:
-    """The examples as plain mappings, those that a source's `epochs` repeat only once."""
-    rows = cast(Iterable[dict[str, Any]], examples)
-    return list({row["where"]: row for row in rows}.values())
+    """The examples with ids as int32 arrays, those that a source's `epochs` repeat only once."""
+    rows: dict[str, dict[str, Any]] = {}
+    for example in cast(Iterable[dict[str, Any]], examples):
+        if example["where"] not in rows:
+            ids = [np.array(answer, dtype=np.int32) for answer in example["answer_ids"]]
+            rows[example["where"]] = {**example, "answer_ids": ids}
+    return list(rows.values())
 
 
 def examine_data(data: Preferences) -> dict[str, Any]:
@@ -87,10 +92,10 @@ def examine_data(data: Preferences) -> dict[str, Any]:
 
 
 def _sightings(rows: Rows) -> dict[Pair, list[str]]:
-    """(better, worse), each with its prompt -> the places that say so."""
+    """Digests of (better, worse), each with its prompt -> the places that say so."""
     found: dict[Pair, list[str]] = defaultdict(list)
     for row in rows:
-        answers = [tuple(ids) for ids in row["answer_ids"]]
+        answers = [blake2b(ids.tobytes(), digest_size=16).digest() for ids in row["answer_ids"]]
         for i, j in ordered_pairs(row["ranks"]):
             found[answers[i], answers[j]].append(row["where"])
     return found
@@ -131,7 +136,7 @@ def word_gaps(train: Rows, judged: Rows, folds: int = 1) -> np.ndarray:
         judged: examples to judge; `train` itself, with folds.
         folds: 1, or parts (by prompt) that are judged by the counts of the others.
     """
-    size = 1 + max(max(ids) for rows in (train, judged) for r in rows for ids in r["answer_ids"])
+    size = 1 + max(ids.max() for rows in (train, judged) for r in rows for ids in r["answer_ids"])
     better, worse = np.ones((folds, size)), np.ones((folds, size))
     for row in train:
         for good, bad in _own_words(row):
@@ -151,7 +156,7 @@ def word_gaps(train: Rows, judged: Rows, folds: int = 1) -> np.ndarray:
 
 def _own_words(row: Mapping[str, Any]) -> list[tuple[list[int], list[int]]]:
     """For each pair, the words that only its better and only its worse answer has."""
-    words = [set(ids[row["prompt_length"] :]) for ids in row["answer_ids"]]
+    words = [set(ids[row["prompt_length"] :].tolist()) for ids in row["answer_ids"]]
     return [(sorted(words[i] - words[j]), sorted(words[j] - words[i])) for i, j in _pairs(row)]
 
 
@@ -161,7 +166,7 @@ def _pairs(row: Mapping[str, Any]) -> list[tuple[int, int]]:
 
 def _fold(row: Mapping[str, Any], folds: int) -> int:
     """Equal for equal prompts, so that no fold is judged by its own prompts."""
-    return sum(row["answer_ids"][0][: row["prompt_length"]]) % folds
+    return int(row["answer_ids"][0][: row["prompt_length"]].sum()) % folds
 
 
 def suspects(rows: Rows, suspicion: np.ndarray) -> list[dict[str, Any]]:

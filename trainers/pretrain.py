@@ -59,7 +59,8 @@ def ensure_backbone(cfg: Config, run: RunFolder) -> None:
     # small and fully trained: ZeRO-3 would only slow it down
     args = sft_arguments(cfg, optimizer, pretraining, rows, stage_limit=2)
     llama = _new_llama(cfg, section, tokenizer)
-    with Tracker(pretraining, "sft", cfg.tracking, rows.steps, distributed.rank()) as tracker:
+    rank = distributed.rank()
+    with Tracker(pretraining, "sft", cfg.tracking, rows.steps, rank, "backbone") as tracker:
         trainer = InstructionTrainer(
             llama,
             args,

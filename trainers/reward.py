@@ -8,6 +8,7 @@ token, which is the end of turn.
 
 import gc
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def train_ensemble(
     members = _finished_members(finished, resume)
     for number in range(len(members), cfg.reward.ensemble):
         model = build_reward_model(cfg, run, tokenizer, member_seed(cfg.seed, number))
-        member = _train_member(cfg, run, number, data, model, tokenizer.pad_token_id, resume)
+        member = train_member(cfg, run, number, data, model, tokenizer.pad_token_id, resume)
         export_reward(cfg, member_folder(run, number), model, info)
         members.append(member)
         if cfg.reward.ensemble > 1 and rank() == 0:
@@ -91,6 +92,9 @@ def train_ensemble(
         barrier()
         del model
         gc.collect()  # the next member brings its own backbone
+    if rank() == 0:
+        for folder in run.reward_members()[cfg.reward.ensemble :]:
+            shutil.rmtree(folder)  # of an earlier, larger ensemble
     return members
 
 
@@ -139,7 +143,7 @@ def build_reward_model(
     return model
 
 
-def _train_member(
+def train_member(
     cfg: Config,
     run: RunFolder,
     number: int,
@@ -282,7 +286,7 @@ def measure(examples: Dataset, scores: torch.Tensor) -> HeldOut:
         examples: held-out ones.
         scores: (N,) float32, of their answers, from `score_answers`.
     """
-    pairs = answer_pairs(examples)
+    pairs = answer_pairs(examples.select_columns(["ranks", "ratings"]).to_list())
     scores = scores.cpu()
     better, worse = scores[pairs.better], scores[pairs.worse]
     accuracy = (pairs.weight * _ordered(better - worse)).sum() / len(examples)

@@ -111,7 +111,7 @@ def examine_model(
         bayes_accuracy: the most that is possible, if known.
         padding: from `padding_error`, the worst of the members.
     """
-    rows = list(held_out)
+    rows: Rows = held_out.to_list()
     pairs = answer_pairs(rows)
     better, worse = pairs.better.numpy(), pairs.worse.numpy()
     weights = np.asarray(pairs.weight, dtype=float)

@@ -180,6 +180,7 @@ def score(
     temperature: float,
     microbatch_size: int,
     reward_roles: Sequence[Role],
+    reference: Role = "reference",
 ) -> Rollout:
     """The rollout with log-probabilities, values and rewards, dealt out over the ranks.
 
@@ -192,6 +193,7 @@ def score(
         temperature: at which it was sampled.
         microbatch_size: responses per forward pass.
         reward_roles: whose scores to take.
+        reference: whose log-probabilities the policy's are compared with.
     """
     model.train()  # as in the update; there is no dropout in PPO
     names = ("logprobs", "ref_logprobs", "entropy", "values")
@@ -201,13 +203,13 @@ def score(
         part = rollout.select(rows)
         batch = (part.tokens, part.mask, part.response_mask)
         policy, values = policy_and_value(model, *batch, temperature)
-        reference = response_logprobs(model, "reference", *batch, temperature)
+        compared = response_logprobs(model, reference, *batch, temperature)
         scores = [score_sequences(model, part.tokens, part.mask, role) for role in reward_roles]
         if not counts:
             continue
         width = part.response_mask.shape[1]
         filled["logprobs"][rows, :width] = policy.logprobs
-        filled["ref_logprobs"][rows, :width] = reference.logprobs
+        filled["ref_logprobs"][rows, :width] = compared.logprobs
         filled["entropy"][rows, :width] = policy.entropy
         if scores:
             members[rows] = torch.stack(scores, dim=1)
@@ -227,6 +229,7 @@ def collect_rollout(
     scorer: Scorer,
     seed: Sequence[int],
     microbatch_size: int,
+    reference: Role = "reference",
 ) -> tuple[Rollout, list[str]]:
     """A scored batch of `role`'s answers and their texts, on every rank alike.
 
@@ -240,11 +243,12 @@ def collect_rollout(
         scorer: makes scores.
         seed: integers that name this batch.
         microbatch_size: responses per scoring pass.
+        reference: whose log-probabilities the policy's are compared with.
     """
     responses = sample_responses(engine, role, prompts, generation, ends.stop_ids, seed)
     texts = [ends.decode(response) for response in responses]
     rollout = arrange(prompts, responses, ends.stop_ids, ends.pad_id)
     temperature = generation.temperature
-    rollout = score(engine.model, rollout, temperature, microbatch_size, scorer.roles)
+    rollout = score(engine.model, rollout, temperature, microbatch_size, scorer.roles, reference)
     total = scorer.total(rollout.member_scores, prompt_texts, texts)
     return replace(rollout, scores=total), texts

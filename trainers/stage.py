@@ -1,28 +1,16 @@
 """What the beginning and end of every stage have in common."""
 
-import warnings
-
-import datasets
-import huggingface_hub.constants
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from chatllama.backbone import backbone_path, base_path
 from chatllama.chat_format import describe_contract
 from chatllama.config import Config
 from chatllama.config_loader import dump_config
 from chatllama.distributed import rank
+from chatllama.libraries import quiet_libraries
 from chatllama.run_folder import RunFolder, Stage
 from chatllama.tokenizer import load_tokenizer
 from trainers.engine import initialise
-
-
-def quiet_libraries() -> None:
-    """No progress bars, usage telemetry or notes to library authors; warnings to users stay."""
-    datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL counts its uses at start
-    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def join() -> None:

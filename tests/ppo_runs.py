@@ -1,0 +1,167 @@
+"""Tiny run folders, ready for PPO: base, SFT and reward adapters are made directly, not trained."""
+
+import shutil
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from core_models import LORA, REWARD_LORA, tiny_llama
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from chatllama.chat_format import describe_contract
+from chatllama.config import Config
+from chatllama.export import save_adapter
+from chatllama.roles import Adapter, Role, RoleModel, adapter_parameters, adapter_state
+from chatllama.run_folder import RunFolder, write_json
+from chatllama.tokenizer import load_tokenizer
+from trainers.ppo import PpoTrainer
+from trainers.ppo_setup import Prompts, build_engine, build_roles
+from trainers.ppo_text import TextStream
+from trainers.rollout import TurnEnds
+
+VOCABULARY = 300
+PAD = 0
+STOPS = [2, *range(3, 70)]
+"""Ids that end a response in most tests: some responses end by themselves, some do not."""
+REWARD_RESULT = {
+    "accuracy": 0.8,
+    "accuracy_low": 0.7,
+    "accuracy_high": 0.9,
+    "num_eval_pairs": 100,
+}
+
+
+def make_base(folder: Path, tokenizer_dir: Path) -> str:
+    """A plain Hugging Face folder: the seeded LLaMA of core_models, with a tokenizer."""
+    tiny_llama(VOCABULARY).save_pretrained(folder)
+    shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
+    return str(folder)
+
+
+@lru_cache
+def tokenizer_of(base: str) -> PreTrainedTokenizerFast:
+    return load_tokenizer(base)
+
+
+def ppo_config(base: str, run_dir: Path | str, **changes: Any) -> Config:
+    """A config of two steps on eight responses each; `changes` replace keys inside sections."""
+    values: dict[str, Any] = {
+        "run_dir": str(run_dir),
+        "backbone": {"path": base, "dtype": "float32"},
+        "chat": {"template": "alpaca"},
+        "lora": LORA.model_dump(),
+        "tracking": {"report_to": [], "sample_every": 0},
+        "generation": {"max_new_tokens": 6, "batch_size": 16},
+        "evaluation": {"num_prompts": 4},
+        "ppo": {
+            "steps": 2,
+            "rollout_batch_size": 8,
+            "minibatch_size": 4,
+            "microbatch_size": 2,
+            "epochs": 2,
+            "learning_rate": 3e-3,
+            "score_normalization_samples": 6,
+        },
+    }
+    for name, value in changes.items():
+        old = values.get(name)
+        values[name] = {**old, **value} if isinstance(old, dict) and value is not None else value
+    return Config.model_validate(values)
+
+
+def make_run(cfg: Config, members: int = 1) -> RunFolder:
+    """The folder as the first two stages leave it, with random adapters and heads.
+
+    With `lora: null` the result of SFT is the base itself.
+    """
+    run, tokenizer = RunFolder(Path(cfg.run_dir)), tokenizer_of(str(cfg.backbone.path))
+    rewards = ["reward", *(f"reward_{number}" for number in range(1, members))]
+    adapters: dict[Role, Adapter] = {"sft": Adapter(LORA)}
+    adapters |= {role: Adapter(REWARD_LORA) for role in rewards}
+    with torch.random.fork_rng():
+        torch.manual_seed(23)
+        model = RoleModel(tiny_llama(VOCABULARY), adapters, heads=tuple(rewards))
+        for role in adapters:
+            for parameter in adapter_parameters(model, role):
+                parameter.data.normal_(std=0.15)
+    info = {"base": str(cfg.backbone.path), "contract": describe_contract(tokenizer, cfg.chat)}
+    if cfg.lora is None:
+        tiny_llama(VOCABULARY).save_pretrained(run.full_model)
+    else:
+        state = adapter_state(model, "sft")
+        save_adapter(run.sft_adapter, state, LORA, {**info, "stage": "sft"})
+    for number, role in enumerate(rewards):
+        folder = run.reward_adapter
+        folder = folder if number == 0 else folder.with_name(f"adapter-{number}")
+        head = dict(model.heads[role].named_parameters())
+        state = adapter_state(model, role)
+        save_adapter(folder, state, REWARD_LORA, {**info, "stage": "reward"}, head)
+    write_json(run.result("reward"), {**REWARD_RESULT, "ensemble": members})
+    return run
+
+
+def make_prompts(num_train: int = 7, num_held_out: int = 5) -> Prompts:
+    """Ragged prompts of random ids, with texts that name them."""
+    generator = torch.Generator().manual_seed(5)
+    records = [
+        {
+            "input_ids": [
+                1,
+                *torch.randint(70, VOCABULARY, (n % 5,), generator=generator).tolist(),
+            ],
+            "text": f"question {n}",
+        }
+        for n in range(num_train + num_held_out)
+    ]
+    data = Dataset.from_list(records)
+    held_out = range(num_train, num_train + num_held_out)
+    return Prompts(data.select(range(num_train)), data.select(held_out))
+
+
+def make_ends(cfg: Config, stops: list[int] | None = None) -> TurnEnds:
+    return TurnEnds(tokenizer_of(str(cfg.backbone.path)), STOPS if stops is None else stops, PAD)
+
+
+def make_trainer(
+    cfg: Config, *, stops: list[int] | None = None, text: TextStream | None = None
+) -> PpoTrainer:
+    """What train_ppo.py makes, with prompts and ends of turn of our own."""
+    run, ends = RunFolder(Path(cfg.run_dir)), make_ends(cfg, stops)
+    roles = build_roles(cfg, run, ends.tokenizer)
+    engine = build_engine(cfg, roles.model)
+    return PpoTrainer(cfg, run, engine, roles.scorer, make_prompts(), ends, text)
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """A run folder whose first two stages are there, for tests that only read it."""
+
+    base: str
+    folder: Path
+
+    @classmethod
+    def make(cls, folder: Path, tokenizer_dir: Path, members: int = 1, **changes: Any) -> "TinyRun":
+        run = cls(make_base(folder / "base", tokenizer_dir), folder / "run")
+        make_run(run.config(**changes), members)
+        return run
+
+    def config(self, **changes: Any) -> Config:
+        return ppo_config(self.base, self.folder, **changes)
+
+    def trainer(
+        self, *, stops: list[int] | None = None, text: TextStream | None = None, **changes: Any
+    ) -> PpoTrainer:
+        return make_trainer(self.config(**changes), stops=stops, text=text)
+
+
+def weights(model: RoleModel) -> dict[str, torch.Tensor]:
+    """Copies of all parameters."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def count_words(prompt: str, response: str) -> float:
+    """A reward function: 10 for each word of the prompt, 1 for each character of the response."""
+    return 10.0 * len(prompt.split()) + len(response)

@@ -1,0 +1,573 @@
+"""The reward stage: scores, training, ensembles, resume, export, several ranks."""
+
+import json
+import math
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from core_models import tiny_llama
+from datasets import Dataset
+from transformers import LlamaForCausalLM
+
+import train_rm
+from chatllama.calibration import best_scale, calibration_error, reliability
+from chatllama.config import Config, EvaluationSection, LoraSection, RewardSection
+from chatllama.config_loader import load_config
+from chatllama.export import load_adapter, save_adapter
+from chatllama.reward_models import check_gate, reward_folders
+from chatllama.roles import Adapter, RoleModel, adapter_parameters, adapter_state
+from chatllama.run_folder import RunFolder, write_json
+from chatllama.statistics import wilson_interval
+from chatllama.tokenizer import load_tokenizer
+from data.collate import PreferenceCollator, answer_pairs
+from trainers import reward, stage
+from trainers.engine import Engine
+from trainers.reward_data import Preferences, bayes_accuracy, load_preferences
+
+PROJECT = Path(__file__).resolve().parent.parent
+LORA = LoraSection(r=4, alpha=8.0)
+
+
+def config(**reward_section: Any) -> Config:
+    """For training in this process on token lists."""
+    section = {"data": [], "batch_size": 8, "microbatch_size": 4, **reward_section}
+    return Config.model_validate(
+        {
+            "run_dir": "none",
+            "backbone": {"path": "none", "dtype": "float32"},
+            "lora": LORA.model_dump(),
+            "tracking": {"report_to": []},
+            "reward": section,
+        }
+    )
+
+
+def reward_model(seed: int = 0) -> RoleModel:
+    """A random adapter on a seeded tiny LLaMA."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapter = Adapter(LORA, trainable=True)
+        model = RoleModel(tiny_llama(), {"reward": adapter}, ("reward",), dropout=True)
+        for parameter in adapter_parameters(model, "reward"):
+            parameter.data.normal_(std=0.1)
+    return model
+
+
+def lists(count: int, seed: int = 0, sizes: tuple[int, ...] = (2, 3, 4)) -> Dataset:
+    """Ranked answers of several lengths; better ones hold more of the token 5."""
+    rng = random.Random(seed)
+    rows = []
+    for number in range(count):
+        size = rng.choice(sizes)
+        answers = [
+            [5] * (2 * (size - place)) + [rng.randrange(10, 90) for _ in range(rng.randrange(1, 6))]
+            for place in range(size)
+        ]
+        for answer in answers:
+            rng.shuffle(answer)
+        prompt = [1, rng.randrange(10, 90)]
+        rows.append(
+            {
+                "answer_ids": [[*prompt, *answer, 2] for answer in answers],
+                "ranks": list(range(size)),
+                "ratings": [0.5 * (size - place) for place in range(size)],
+                "prompt_length": 2,
+                "where": f"f:{number}",
+            }
+        )
+    return Dataset.from_list(rows)
+
+
+def train(cfg: Config, data: Preferences, folder: Path, model: RoleModel) -> reward.Member:
+    return reward.train_member(cfg, RunFolder(folder), 0, data, model, pad_id=0, resume=False)
+
+
+def metrics(run: RunFolder) -> list[dict[str, float]]:
+    return [json.loads(line) for line in run.metrics("reward").open()]
+
+
+# --- scores
+
+
+@pytest.mark.parametrize("microbatch_size", [1, 3, 16])
+def test_scores_do_not_depend_on_microbatches(microbatch_size: int):
+    model, examples = reward_model(), lists(10)
+    alone = [
+        reward.score_sequences(model.eval(), torch.tensor([ids]), torch.ones(1, len(ids)).bool())
+        for row in examples.to_list()
+        for ids in row["answer_ids"]
+    ]
+    found = reward.score_answers(model, examples, PreferenceCollator(0), microbatch_size)
+    torch.testing.assert_close(found, torch.cat(alone).detach(), rtol=0, atol=1e-5)
+    assert found.std() > 0.1
+
+
+def test_accuracy_by_hand_ties_count_half_and_prompts_weigh_alike():
+    examples = Dataset.from_list(
+        [
+            {"ranks": [0, 1], "ratings": [0.0, 0.0]},
+            {"ranks": [0, 1, 2], "ratings": [0.0] * 3},
+            {"ranks": [0, 0, 1], "ratings": [0.0] * 3},
+        ]
+    )
+    scores = torch.tensor([1.0, 1.0, 3.0, 1.0, 2.0, 0.0, 5.0, 1.0])
+    # A tie: 1/2. Right, right, wrong: 2/3. The first of two wrong, the second right: 1/2.
+    held_out = reward.measure(examples, scores)
+    assert held_out.accuracy == pytest.approx((1 / 2 + 2 / 3 + 1 / 2) / 3)
+    assert (held_out.num_pairs, held_out.num_prompts) == (6, 3)
+    soft = {d: math.log1p(math.exp(-d)) for d in (0.0, 1.0, 2.0, -1.0, 4.0)}
+    losses = [soft[0.0], (soft[2.0] + soft[1.0] + soft[-1.0]) / 3, (soft[-1.0] + soft[4.0]) / 2]
+    assert held_out.loss == pytest.approx(sum(losses) / 3, rel=1e-6)
+
+
+def test_wilson_interval_by_hand():
+    low, high = wilson_interval(8, 10, z=2.0)  # (0.8 + 0.2 +- 2 sqrt(0.016 + 0.01)) / 1.4
+    assert (low, high) == (pytest.approx(0.483936, abs=1e-6), pytest.approx(0.944636, abs=1e-6))
+
+
+def gold(prompt: str, response: str) -> float:
+    assert prompt == "q"
+    return float(len(response))
+
+
+def test_bayes_limit_by_hand():
+    records = Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": "q"}],
+                "answers": ["aaa", "a"],
+                "ranks": [0, 1],
+            },
+            {
+                "prompt": [{"role": "user", "content": "q"}],
+                "answers": ["a", "a", "aaa"],
+                "ranks": [0, 1, 1],
+            },
+        ]
+    )
+    evaluation = EvaluationSection(gold=f"{__name__}:gold", label_scale=0.5)
+    sigmoid1 = 1 / (1 + math.exp(-1.0))
+    # Gaps 2; then 0 and 2 (the label was wrong), the tie of the last two left out.
+    expected = (sigmoid1 + (0.5 + sigmoid1) / 2) / 2
+    assert bayes_accuracy(evaluation, records) == pytest.approx(expected)
+    assert bayes_accuracy(EvaluationSection(), records) is None
+
+
+# --- training in this process
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, RoleModel]:
+    """Microbatch size -> a model after three steps on lists of 2 to 4 answers."""
+    data = Preferences(lists(24), lists(6, seed=1), {})
+    options = {"steps": 3, "learning_rate": 1e-2, "margin_coef": 1.0, "label_smoothing": 0.1}
+    models = {}
+    for size in (8, 2, 1):
+        models[size] = reward_model()
+        cfg = config(**options, microbatch_size=size)
+        train(cfg, data, tmp_path_factory.mktemp("run"), models[size])
+    return models
+
+
+def test_every_trainable_parameter_moves_and_no_other(trained: dict[int, RoleModel]):
+    before = dict(reward_model().named_parameters())
+    for name, parameter in trained[8].named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+    moved = [name for name, p in trained[8].named_parameters() if p.requires_grad]
+    assert "heads.reward.weight" in moved and len(moved) == 2 * 7 * 2 + 1  # A and B of 14 layers
+
+
+@pytest.mark.parametrize("size", [2, 1])
+def test_microbatches_change_nothing(trained: dict[int, RoleModel], size: int):
+    expected = dict(trained[8].named_parameters())
+    for name, parameter in trained[size].named_parameters():
+        torch.testing.assert_close(parameter, expected[name], rtol=1e-4, atol=1e-5)
+
+
+class StubEngine:
+    """Scores answers 0, 1, 2 ... in the order in which they come, and keeps the losses."""
+
+    def __init__(self) -> None:
+        self.model = reward_model()
+        self.rows: list[int] = []
+        self.losses: list[float] = []
+
+    def __call__(self, function: str, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        self.rows.append(len(tokens))
+        return torch.arange(len(tokens)).float()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.losses.append(float(loss))
+
+    def step(self, factor: float) -> float:
+        return 0.0
+
+
+def stub_step(examples: Dataset, **section: Any) -> tuple[StubEngine, dict[str, float]]:
+    engine, size = StubEngine(), len(examples)
+    cfg = config(batch_size=size, microbatch_size=1, **section)
+    batch, collator = list(range(size)), PreferenceCollator(0)
+    return engine, reward._optimizer_step(cfg, cast(Engine, engine), examples, batch, collator, 1.0)
+
+
+def test_all_answers_to_a_prompt_go_through_the_model_once():
+    engine, _ = stub_step(lists(2, sizes=(9,)))
+    assert engine.rows == [9, 9]  # not 36 pairs of two
+
+
+def test_every_option_of_the_loss_is_used():
+    pair = lists(1, sizes=(2,))  # scores 0 and 1, ratings 1 and 0.5
+    soft = {d: math.log1p(math.exp(-d)) for d in (1.0, -1.0, 2.0, -2.0)}
+    cases: list[tuple[dict[str, float], float]] = [
+        ({"center_coef": 0.0}, soft[-1.0]),
+        ({"center_coef": 0.5}, soft[-1.0] + 0.5),
+        ({"center_coef": 0.0, "margin_coef": 2.0}, soft[-2.0]),
+        ({"center_coef": 0.0, "label_smoothing": 0.2}, 0.8 * soft[-1.0] + 0.2 * soft[1.0]),
+    ]
+    for section, expected in cases:
+        engine, found = stub_step(pair, **section)
+        assert engine.losses == [pytest.approx(expected)] == [found["reward/loss"]]
+        assert (found["reward/accuracy"], found["reward/margin"]) == (0.0, -1.0)
+
+
+# --- Bradley-Terry recovery
+
+
+def drawn_pairs(count: int, seed: int, weights: torch.Tensor) -> tuple[Dataset, torch.Tensor]:
+    """Pairs of 10 random tokens, labelled with probability sigmoid(gold gap); the gaps."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(10, 10 + len(weights), (count, 2, 10), generator=generator)
+    gold = weights[tokens - 10].sum(-1)
+    gaps = gold[:, 0] - gold[:, 1]
+    swapped = torch.rand(count, generator=generator) > gaps.sigmoid()
+    tokens[swapped], gaps[swapped] = tokens[swapped].flip(1), -gaps[swapped]
+    rows = [
+        {
+            "answer_ids": [[1, *answer, 2] for answer in pair],
+            "ranks": [0, 1],
+            "ratings": [0.0, 0.0],
+            "prompt_length": 1,
+            "where": f"f:{number}",
+        }
+        for number, pair in enumerate(tokens.tolist())
+    ]
+    return Dataset.from_list(rows), gaps
+
+
+@pytest.mark.slow
+def test_bradley_terry_is_recovered_up_to_the_bayes_limit(tmp_path: Path, tiny_llama_dir: Path):
+    weights = torch.randn(16, generator=torch.Generator().manual_seed(4))
+    weights = (weights - weights.mean()) / weights.std() / math.sqrt(10)  # gold's deviation is 1
+    train_set, _ = drawn_pairs(6000, 0, weights)
+    held_out, gold = drawn_pairs(4000, 1, weights)
+    bayes = gold.abs().sigmoid().mean().item()
+    assert bayes == pytest.approx(0.725, abs=0.01)  # E[sigmoid(|d|)], d ~ N(0, 2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        adapter = Adapter(LoraSection(r=16, alpha=32.0), trainable=True)
+        llama = LlamaForCausalLM.from_pretrained(tiny_llama_dir)
+        model = RoleModel(llama, {"reward": adapter}, ("reward",))
+    cfg = config(epochs=2.0, batch_size=64, microbatch_size=64, learning_rate=4e-3, warmup_steps=10)
+    member = train(cfg, Preferences(train_set, held_out, {}), tmp_path, model)
+    pairs = answer_pairs(held_out.to_list())
+    scores = torch.tensor(member.scores)
+    gaps = scores[pairs.better] - scores[pairs.worse]
+    ones = np.ones(len(gaps))
+    assert (gaps > 0).float().mean() == pytest.approx(bayes, abs=0.02)
+    assert torch.corrcoef(torch.stack([gaps, gold]))[0, 1] > 0.98
+    assert calibration_error(reliability(gaps.numpy(), ones)) < 0.03
+    assert best_scale(gaps.numpy(), ones) == pytest.approx(1.0, abs=0.15)
+
+
+# --- the gate
+
+
+def gated(folder: Path, accuracy: float, low: float, **numbers: float) -> RunFolder:
+    run = RunFolder(folder)
+    high = 2 * accuracy - low
+    result = {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
+    write_json(run.result("reward"), {**result, "num_eval_pairs": 40, **numbers})
+    return run
+
+
+def test_ppo_is_refused_a_model_no_better_than_guessing(tmp_path: Path):
+    weak = gated(tmp_path, 0.55, 0.4)
+    with pytest.raises(ValueError) as caught:
+        check_gate(weak, RewardSection())
+    for part in ("55.0%", "40.0% to 70.0%", "40 pairs", "doctor.json", "reward.allow_weak=true"):
+        assert part in str(caught.value)
+    (warning,) = check_gate(weak, RewardSection(allow_weak=True))
+    assert "cannot be told from guessing" in warning
+    with pytest.raises(ValueError, match="guessing"):
+        check_gate(gated(tmp_path, 0.6, 0.5), RewardSection())
+
+
+def test_ppo_is_warned_far_below_the_bayes_limit(tmp_path: Path):
+    assert check_gate(gated(tmp_path, 0.8, 0.7), RewardSection()) == []
+    assert check_gate(gated(tmp_path, 0.8, 0.7, bayes_accuracy=0.84), RewardSection()) == []
+    (warning,) = check_gate(gated(tmp_path, 0.8, 0.7, bayes_accuracy=0.9), RewardSection())
+    assert "0.800" in warning and "0.900" in warning
+
+
+def test_adapters_of_a_finished_stage(tmp_path: Path):
+    run = RunFolder(tmp_path)
+    with pytest.raises(ValueError, match=r"stage reward .* has not finished"):
+        reward_folders(run)
+    write_json(run.result("reward"), {"ensemble": 2})
+    run.reward_adapter.mkdir()
+    with pytest.raises(ValueError, match=r"adapter-1 is missing.* trained 2"):
+        reward_folders(run)
+    (tmp_path / "reward" / "adapter-1").mkdir()
+    (tmp_path / "reward" / "adapter-2").mkdir()  # of an earlier, larger ensemble
+    assert [folder.name for folder in reward_folders(run)] == ["adapter", "adapter-1"]
+
+
+# --- the whole stage
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Path:
+    """A config beside a finished SFT stage and learnable pairs and lists."""
+    folder = tmp_path_factory.mktemp("reward_config")
+    rng = random.Random(0)
+    people = ["Anna", "the baker", "my brother", "Victor", "the queen", "a quiet child"]
+    places = ["the river", "a garden", "an old house", "the market", "some forest"]
+    records: list[dict[str, Any]] = []
+    for hour in range(1, 5):
+        for who in people:
+            for place in places:
+                where = [f"{who} walks to {place} at {hour}.", f"{rng.choice(people)} paints."]
+                if len(records) % 4:
+                    answers = {"chosen": where[0], "rejected": where[1], "margin": 1}
+                else:
+                    answers = {"answers": [where[0], f"{who} at {hour}.", where[1]]}
+                records.append({"prompt": f"Where is {who}, and {hour}?", **answers})
+    for kind in ("chosen", "answers"):
+        chosen = [json.dumps(record) for record in records if kind in record]
+        (folder / f"{kind}.jsonl").write_text("\n".join(chosen) + "\n")
+    file = folder / "reward.yaml"
+    file.write_text(
+        f"""
+run_dir: {folder / "run"}
+backbone: {{path: {tiny_llama_dir}, dtype: float32}}
+lora: {{r: 4, dropout: 0.1}}
+tracking: {{report_to: []}}
+reward:
+  data: [{{path: {folder / "chosen.jsonl"}}}, {{path: {folder / "answers.jsonl"}}}]
+  eval_fraction: 0.2
+  steps: 6
+  batch_size: 8
+  microbatch_size: 2
+  max_length: 256
+  learning_rate: 5e-3
+"""
+    )
+    cfg, run = load_config(str(file)), RunFolder(folder / "run")
+    write_json(run.result("sft"), {"loss": 1.0})
+    tokenizer = load_tokenizer(tiny_llama_dir)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        llama = LlamaForCausalLM.from_pretrained(tiny_llama_dir)
+        sft = RoleModel(llama, {"reference": Adapter(cfg.adapter_lora)})
+        for parameter in adapter_parameters(sft, "reference"):
+            parameter.data.normal_(std=0.05)
+    info = stage.adapter_info(cfg, run, tokenizer, "sft")
+    save_adapter(run.sft_adapter, adapter_state(sft, "reference"), cfg.adapter_lora, info)
+    return file
+
+
+def new_run(config_file: Path, folder: Path) -> tuple[list[str], RunFolder]:
+    """The command line and the folder of another run with the same finished SFT stage."""
+    shutil.copytree(config_file.parent / "run" / "sft", folder / "sft")
+    return [str(config_file), f"run_dir={folder}"], RunFolder(folder)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    saved = load_adapter(folder)
+    return {**saved.state, "score": saved.head["weight"]}
+
+
+@pytest.mark.slow
+def test_the_stage_learns_and_writes_what_it_found(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    command, run = new_run(config_file, tmp_path / "run")
+    train_rm.main([*command, "reward.steps=16", "reward.eval_every=4"])
+    result = run.read_result("reward")
+    lines = metrics(run)
+    losses = [line["reward/loss"] for line in lines if "reward/loss" in line]
+    assert len(losses) == 16 and losses[-1] < losses[0] - 0.2
+    assert [line["step"] for line in lines if "reward/eval_loss" in line] == [4, 8, 12, 16]
+    assert result["accuracy"] > 0.8 and result["accuracy_low"] > 0.5
+    assert result["num_eval_pairs"] > result["num_eval_prompts"]  # lists of three
+    assert (result["steps"], result["ensemble"], result["loss"]) == (16, 1, losses[-1])
+    doctor = json.loads((run.root / "reward" / "doctor.json").read_text())
+    assert doctor["model"]["accuracy"]["value"] == pytest.approx(result["accuracy"])
+    assert doctor["model"]["padding"]["error"] < 1e-4
+    assert set(doctor["data"]["training"]["answers_per_prompt"]) == {"2", "3"}
+    before, after = load_adapter(run.sft_adapter).state, load_adapter(run.reward_adapter).state
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+    assert not run.checkpoints("reward").exists()
+    assert check_gate(run, RewardSection()) == []
+    out = capsys.readouterr().out
+    assert "RM doctor: accuracy" in out and "training pairs" in out
+    train_rm.main(command)
+    assert "has finished before" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_resumed_stage_is_bit_equal(config_file: Path, tmp_path: Path):
+    command, whole = new_run(config_file, tmp_path / "whole")
+    train_rm.main([*command, "reward.save_every=2"])
+    command, cut = new_run(config_file, tmp_path / "cut")
+    shutil.copytree(whole.checkpoints("reward") / "step-4", cut.checkpoints("reward") / "step-4")
+    shutil.copy(whole.metrics("reward"), cut.stage("reward"))
+    with pytest.raises(ValueError, match=r"step-4 exists .* --resume"):
+        train_rm.main([*command, "reward.save_every=2"])
+    train_rm.main([*command, "reward.save_every=2", "--resume"])
+    expected = weights(whole.reward_adapter)
+    for name, tensor in weights(cut.reward_adapter).items():
+        assert torch.equal(tensor, expected[name]), name
+    same = [{k: v for k, v in line.items() if k != "time"} for line in metrics(whole)]
+    assert [{k: v for k, v in line.items() if k != "time"} for line in metrics(cut)] == same
+    keys = ("accuracy", "eval_loss", "loss")
+    results = [[run.read_result("reward")[key] for key in keys] for run in (whole, cut)]
+    assert results[0] == results[1]
+
+
+FRESH_PROCESS = """
+import json
+import sys
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+base, adapter, inputs = sys.argv[1:]
+model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=0)
+model = PeftModel.from_pretrained(model, adapter).eval()
+with torch.no_grad():
+    rows = json.load(open(inputs))
+    print(json.dumps([float(model(input_ids=torch.tensor([ids])).logits) for ids in rows]))
+assert not [name for name in sys.modules if name.split(".")[0] in ("chatllama", "trainers")]
+"""
+
+
+@pytest.mark.slow
+def test_an_ensemble_of_two(config_file: Path, tmp_path: Path, tiny_llama_dir: Path):
+    command, single = new_run(config_file, tmp_path / "single")
+    train_rm.main(command)
+    command, run = new_run(config_file, tmp_path / "run")
+    command.append("reward.ensemble=2")
+    train_rm.main(command)
+    folders = reward_folders(run)
+    alone, first, second = (weights(f) for f in (single.reward_adapter, *folders))
+    assert all(torch.equal(alone[name], first[name]) for name in alone)
+    assert not any(torch.equal(second[name], first[name]) for name in first)
+    members = json.loads((run.checkpoints("reward") / "members.json").read_text())
+    doctor = json.loads((run.root / "reward" / "doctor.json").read_text())
+    assert len(doctor["model"]["members"]) == 2 and run.read_result("reward")["ensemble"] == 2
+
+    # A process without this package gives member 1's scores of held-out answers.
+    cfg, tokenizer = load_config(str(config_file)), load_tokenizer(tiny_llama_dir)
+    held_out = load_preferences(cfg, tokenizer).held_out
+    rows = [ids for ids_list in held_out["answer_ids"][:5] for ids in ids_list]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-I",
+            "-c",
+            FRESH_PROCESS,
+            str(tiny_llama_dir),
+            str(folders[1]),
+            "rows.json",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == pytest.approx(members[1]["scores"][: len(rows)], abs=1e-5)
+
+    # Interrupted between the members, it goes on with the second.
+    run.result("reward").unlink()
+    write_json(run.checkpoints("reward") / "members.json", members[:1])
+    (folders[0] / "adapter_model.safetensors").unlink()  # would be written again if redone
+    with pytest.raises(ValueError, match=r"members\.json exists .* --resume"):
+        train_rm.main(command)
+    train_rm.main([*command, "--resume"])
+    assert not (folders[0] / "adapter_model.safetensors").exists()
+    again = weights(folders[1])
+    assert all(torch.equal(second[name], again[name]) for name in second)
+
+
+def launch(*arguments: str) -> None:
+    """Two ranks through the deepspeed launcher, on the CPU, without a compiler."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [str(launcher), "--num_gpus", "2", "--master_port", str(port), "train_rm.py"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CXX": "/nonexistent",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PATH": f"{launcher.parent}:{os.environ['PATH']}",
+    }
+    done = subprocess.run(
+        [*command, *arguments],
+        cwd=PROJECT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def one_process(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    command, run = new_run(config_file, tmp_path_factory.mktemp("one") / "run")
+    train_rm.main([*command, "reward.ensemble=2", "lora.dropout=0.0"])
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [2, 3])
+def test_two_ranks_equal_one_process(
+    config_file: Path, tmp_path: Path, one_process: RunFolder, zero: int
+):
+    command, run = new_run(config_file, tmp_path / "run")
+    launch(
+        *command,
+        "reward.ensemble=2",
+        "lora.dropout=0.0",
+        f"deepspeed.stage={zero}",
+        "deepspeed.stage3_param_persistence_threshold=0",
+    )
+    for ours, theirs in zip(metrics(one_process), metrics(run), strict=True):
+        for name, value in ours.items():
+            if name != "time":
+                assert theirs[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    for ours, theirs in zip(reward_folders(one_process), reward_folders(run), strict=True):
+        expected = weights(ours)
+        for name, tensor in weights(theirs).items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+    scores = [
+        [m["scores"] for m in json.loads((r.checkpoints("reward") / "members.json").read_text())]
+        for r in (one_process, run)
+    ]
+    torch.testing.assert_close(
+        torch.tensor(scores[1]), torch.tensor(scores[0]), rtol=1e-4, atol=1e-4
+    )

@@ -1,0 +1,340 @@
+"""The gradient of one real PPO step against the gradient that it should have.
+
+The step is `PpoTrainer.advance` with everything in it: rollout layout, scoring by the four roles,
+rewards, advantages, losses, microbatches, the engine's backward pass. Only the sampler is replaced:
+every response comes up once, and its advantages are multiplied by its probability (and by the
+loss' own normaliser, the number of tokens), so that the sum is an expectation. It must be the
+gradient of J = E[score] - beta KL, which float64 autograd gives by enumeration (`exact.py`).
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from unittest.mock import patch
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+from chatllama.roles import RoleModel, adapter_parameters
+from trainers import rollout as rollout_module
+from trainers.ppo import PpoState, PpoTrainer
+from trainers.ppo_rewards import Statistics
+from trainers.ppo_setup import Prompts, build_engine, build_roles
+from trainers.ppo_update import Targets
+from trainers.rollout import Rollout
+from trainers.selftest.exact import DenseRole, Enumeration, Optimum
+from trainers.selftest.world import MAX_NEW_TOKENS, PROMPTS, World, relative_error
+
+BETA = 0.3
+VF_COEF = 0.5
+KL_LOSS_COEF = 0.2
+CLIP, VALUE_CLIP = 0.2, 0.3
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way of making the step."""
+
+    name: str
+    lam: float = 1.0
+    temperature: float = 1.0
+    exact_values: bool = False
+    """Advantages from V^pi, instead of the value model's baseline."""
+    old_policy: bool = False
+    """As in a later epoch: the rollout's policy and values were others, so that losses clip."""
+    estimator: str = "gae"
+    kl_loss: str | None = None
+    """Estimator of a KL term in the loss."""
+
+
+SETTINGS = (
+    Setting("lambda 1, the value model's baseline"),
+    Setting("lambda 1, temperature 0.7", temperature=0.7),
+    Setting("lambda 0.95, exact values", lam=0.95, exact_values=True),
+    Setting("lambda 0, exact values", lam=0.0, exact_values=True),
+    Setting("clipped losses, other old policy", old_policy=True),
+    Setting("KL loss k2", kl_loss="k2"),
+    Setting("KL loss k3", kl_loss="k3"),
+    Setting("rloo, all pairs", estimator="rloo"),
+    Setting("grpo, all pairs", estimator="grpo"),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the real step gave against what it should have given."""
+
+    setting: Setting
+    policy_error: float
+    """Relative, of the gradient of the policy's adapter."""
+    value_error: float | None
+    """Relative, of the gradient of value adapter and head; None where it is not compared."""
+    first_log_ratio: float | None
+    """Largest |log ratio| before the step; None where the old policy is another."""
+    reference_error: float
+    """Largest difference of the reference's log-probabilities from SFT's, nats."""
+
+
+class EnumeratingTrainer(PpoTrainer):
+    """A trainer whose rollout batch is a given list of responses; set the attributes first."""
+
+    weights: torch.Tensor
+    """(B,) float64, by which advantages are multiplied, in the list's order, like the next two."""
+    values: torch.Tensor | None
+    """(B, R) from which advantages are made, instead of the value model's."""
+    noise: torch.Tensor | None
+    """(2, B, R) added to the old log-probabilities and values before the update."""
+    order: list[int]
+    """Filled by the step: the place in the list of each row of the rollout."""
+    seen: Rollout
+    """Filled by the step: the rollout as it was scored."""
+
+    def _targets(self, rollout: Rollout, state: PpoState) -> tuple[Targets, dict[str, float]]:
+        self.seen = rollout
+        if self.values is not None:
+            # What stands behind a response's end must not matter.
+            own = self.values[self.order].float()
+            rollout = replace(rollout, values=torch.where(rollout.response_mask, own, 7.0))
+        targets, metrics = super()._targets(rollout, state)
+        weights = (self.weights[self.order] * len(self._tokens)).float()
+        return replace(targets, advantages=targets.advantages * weights[:, None]), metrics
+
+    @property
+    def _tokens(self) -> list[int]:
+        rows = range(len(self.seen.tokens))
+        return [token for row in rows for token in self.seen.response_ids(row)]
+
+    def _update(self, rollout: Rollout, targets: Targets, state: PpoState) -> dict[str, float]:
+        if self.noise is not None:
+            logprobs, values = self.noise[:, self.order].float()
+            rollout = replace(
+                rollout, logprobs=rollout.logprobs + logprobs, values=rollout.values + values
+            )
+        return super()._update(rollout, targets, state)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The responses that make up a rollout batch, in groups that stand together.
+
+    Rows are numbered as in `every`; a group is one row, or an ordered pair of rows of one prompt.
+    """
+
+    every: Enumeration
+    group_size: int
+
+    @cached_property
+    def groups(self) -> list[tuple[int, ...]]:
+        """Every group once."""
+        count = len(self.every.rows) // len(self.every.prompts)
+        return [
+            tuple(start + i for i in members)
+            for start in range(0, len(self.every.rows), count)
+            for members in itertools.product(range(count), repeat=self.group_size)
+        ]
+
+    @cached_property
+    def rows(self) -> list[int]:
+        """Of all groups, one after another."""
+        return [row for members in self.groups for row in members]
+
+    def weights(self, logprobs: torch.Tensor) -> torch.Tensor:
+        """(B,) float64: probability of a row's group and prompt, over the group's size."""
+        own = logprobs.detach().sum(1).exp()
+        joint = own[torch.tensor(self.groups)].prod(1)
+        weight = joint / (self.group_size * len(self.every.prompts))
+        return weight.repeat_interleave(self.group_size)
+
+    def prompts(self) -> Prompts:
+        """One record a group."""
+        world, rows = self.every.world, self.every.rows
+        asked = [rows[members[0]][0] for members in self.groups]
+        data = Dataset.from_list([{"input_ids": list(p), "text": world.text(p)} for p in asked])
+        return Prompts(data, data.select([]))
+
+
+class Truth:
+    """Losses of the step by their definitions, on dense float64 roles.
+
+    Args:
+        listing: what the step sees.
+        setting: how it is made.
+        model: policy and value as they are there; reference and reward come from the files that
+            the earlier stages wrote.
+    """
+
+    def __init__(self, listing: Listing, setting: Setting, model: RoleModel) -> None:
+        every, self.listing, self.setting = listing.every, listing, setting
+        world = every.world
+        self.policy = DenseRole.of(world, model, "policy")
+        self.logprobs = every.logprobs(self.policy, setting.temperature)
+        with torch.no_grad():
+            sft = DenseRole.saved(world, world.run.sft_adapter)
+            self.reference = every.logprobs(sft, setting.temperature)
+            self.scores = every.scores(DenseRole.saved(world, world.run.reward_adapter))
+        last = torch.zeros_like(self.reference)
+        last[torch.arange(len(last)), every.mask.sum(1) - 1] = self.scores
+        self.rewards = last - BETA * (self.logprobs.detach() - self.reference)
+        generator = torch.Generator().manual_seed(5)
+        self.noise = torch.randn((2, *last.shape), generator=generator).double() * 0.4
+        if setting.estimator == "gae":
+            self.value = DenseRole.of(world, model, "value")
+            self.values = every.values(self.value)
+
+    def state_values(self) -> torch.Tensor:
+        """(N, L) float64: V^pi."""
+        return self.listing.every.state_values(self.logprobs.detach(), self.rewards)
+
+    @cached_property
+    def optimum(self) -> Optimum:
+        """Of the whole problem."""
+        prompts = len(self.listing.every.prompts)
+        return Optimum(self.reference.sum(1), self.scores, BETA, prompts)
+
+    def policy_loss(self) -> torch.Tensor:
+        """() whose gradient the policy's adapter must get: -J unless the setting says more."""
+        setting, mask = self.setting, self.listing.every.mask
+        if setting.old_policy:
+            return self._clipped_loss()
+        if setting.estimator == "grpo":
+            return self._grpo_loss()
+        loss = -self.optimum.objective(self.logprobs.sum(1))
+        if setting.kl_loss is not None:
+            k = self.logprobs - self.reference
+            estimate = k.square() / 2 if setting.kl_loss == "k2" else (-k).exp() - 1 + k
+            loss = loss + KL_LOSS_COEF * torch.where(mask, estimate, 0.0).sum() / mask.sum()
+        return loss
+
+    def _clipped_loss(self) -> torch.Tensor:
+        """-E[min(A r, clip(r) A)], the expectation over the present policy's responses."""
+        every = self.listing.every
+        advantages = self._rewards_to_go() - self.values.detach()
+        ratio = (self.logprobs - self.logprobs.detach() - self.noise[0]).exp()
+        gain = torch.minimum(
+            advantages * ratio, advantages * ratio.clamp(1 - CLIP, 1 + CLIP)
+        )
+        gain = torch.where(every.mask, gain, 0.0).sum(1)
+        return -(every.probabilities(self.logprobs.detach()) * gain).sum()
+
+    def _grpo_loss(self) -> torch.Tensor:
+        """-E[A log pi] over pairs, A = (G - mean) / (deviation + 1e-6) written for two numbers."""
+        pairs = torch.tensor(self.listing.groups)
+        first, second = self.rewards.sum(1)[pairs].unbind(1)
+        gap = first - second
+        advantage = gap / 2 / (gap.abs() / 2**0.5 + 1e-6)
+        own = self.logprobs.sum(1)[pairs]
+        joint = own.detach().exp().prod(1) / len(self.listing.every.prompts)
+        return -(joint * advantage * (own[:, 0] - own[:, 1]) / 2).sum()
+
+    def _rewards_to_go(self) -> torch.Tensor:
+        return self.rewards.flip(1).cumsum(1).flip(1)
+
+    def value_loss(self) -> torch.Tensor:
+        """() whose gradient value adapter and head must get, with lambda 1."""
+        mask, returns = self.listing.every.mask, self._rewards_to_go()
+        loss = (self.values - returns).square()
+        if self.setting.old_policy:
+            old = self.values.detach() + self.noise[1]
+            near = torch.clamp(self.values, min=old - VALUE_CLIP, max=old + VALUE_CLIP)
+            loss = torch.maximum(loss, (near - returns).square())
+        return VF_COEF * torch.where(mask, loss, 0.0).sum() / 2 / mask.sum()
+
+
+def check_gradient(world: World, setting: Setting) -> Outcome:
+    """The real step's gradients against the exact ones, in one setting."""
+    if setting.estimator == "gae":
+        listing = Listing(Enumeration(world), 1)
+    else:
+        listing = Listing(Enumeration(world, 2, (PROMPTS[1], PROMPTS[3])), 2)
+    trainer = _trainer(world, setting, listing)
+    model = trainer.engine.model
+    truth = Truth(listing, setting, model)
+    rows = listing.rows
+    trainer.weights = listing.weights(truth.logprobs)
+    trainer.values = truth.state_values()[rows] if setting.exact_values else None
+    trainer.noise = truth.noise[:, rows] if setting.old_policy else None
+    gradients, metrics = _step(trainer, listing)
+
+    def found(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+        return torch.cat([gradients[id(p)].flatten() for p in parameters])
+
+    policy = found(adapter_parameters(model, "policy"))
+    expected = truth.policy.gradient(truth.policy_loss())
+    value_error = None
+    if setting.estimator == "gae" and not setting.exact_values:
+        critic = [*adapter_parameters(model, "value"), *model.heads["value"].parameters()]
+        value_error = relative_error(found(critic), truth.value.gradient(truth.value_loss()))
+    width = trainer.seen.response_mask.shape[1]
+    reference = truth.reference[rows][trainer.order][:, :width]
+    return Outcome(
+        setting,
+        relative_error(policy, expected),
+        value_error,
+        None if setting.old_policy else metrics["ppo/first_log_ratio"],
+        float((trainer.seen.ref_logprobs - reference).abs().max()),
+    )
+
+
+def _trainer(world: World, setting: Setting, listing: Listing) -> EnumeratingTrainer:
+    """A trainer in the middle of a run: policy and value have left the reference."""
+    batch = len(listing.rows)
+    section = {
+        "steps": 2,
+        "rollout_batch_size": batch,
+        "minibatch_size": batch,
+        "microbatch_size": batch // 13 if listing.group_size == 1 else batch // 31,
+        "samples_per_prompt": listing.group_size,
+        "epochs": 1,
+        "learning_rate": 1e-30,  # weights stay
+        "max_grad_norm": 1e9,
+        "kl_coef": BETA,
+        "advantage": setting.estimator,
+        "lam": setting.lam,
+        "whiten_advantages": False,
+        "clip_range": CLIP,
+        "value_clip_range": VALUE_CLIP,
+        "vf_coef": VF_COEF,
+    }
+    if setting.kl_loss is not None:
+        section |= {"kl_loss_estimator": setting.kl_loss, "kl_loss_coef": KL_LOSS_COEF}
+    cfg = world.config(
+        section,
+        temperature=setting.temperature,
+        max_new_tokens=listing.every.max_new_tokens,
+    )
+    roles = build_roles(cfg, world.run, world.tokenizer)
+    generator = torch.Generator().manual_seed(9)
+    for parameter in roles.model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    engine = build_engine(cfg, roles.model)
+    return EnumeratingTrainer(cfg, world.run, engine, roles.scorer, listing.prompts(), world.ends)
+
+
+def _step(
+    trainer: EnumeratingTrainer, listing: Listing
+) -> tuple[dict[int, torch.Tensor], dict[str, float]]:
+    """Gradients by the parameters' identity, and metrics, of one step over all responses."""
+    gradients: dict[int, torch.Tensor] = {}
+
+    def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        for group in optimizer.param_groups:
+            gradients.update({id(p): p.grad.clone() for p in group["params"]})
+
+    everything = listing.every.rows
+    waiting: dict[tuple[int, ...], list[int]] = {}
+    for place, row in reversed(list(enumerate(listing.rows))):
+        waiting.setdefault(everything[row][0], []).append(place)
+    trainer.order = []
+
+    def deal(_engine: object, _role: str, prompts: Sequence[Sequence[int]], *_: object) -> list:
+        trainer.order = [waiting[tuple(prompt)].pop() for prompt in prompts]
+        return [list(everything[listing.rows[place]][1]) for place in trainer.order]
+
+    trainer.engine.optimizer.register_step_pre_hook(keep)
+    state = PpoState(step=1, kl_coef=BETA, statistics=Statistics())
+    with patch.object(rollout_module, "sample_responses", deal):
+        _, _, _, metrics = trainer.advance(state)
+    return gradients, metrics

@@ -1,0 +1,198 @@
+"""A world small enough to be known exactly: every response to every prompt can be listed.
+
+Six tokens (the end of turn and five words), four prompts of one to four words, responses of one to
+three tokens: 156 of them per prompt. Padding uses the end of turn's own id, so whoever finds
+padding by its id instead of its place goes wrong here. Nothing here computes anything of PPO.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse, Replace, Sequence
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from chatllama.chat_format import describe_contract
+from chatllama.config import Config, LoraSection
+from chatllama.export import save_adapter
+from chatllama.roles import Adapter, RoleModel, adapter_parameters, adapter_state
+from chatllama.run_folder import RunFolder
+from trainers.ppo_setup import Prompts
+from trainers.rollout import TurnEnds
+
+STOP = 0
+WORDS = ("ash", "bay", "cod", "dew", "elm")
+PROMPTS = ((1,), (2, 3), (5, 4, 1), (3, 5, 2, 4))
+MAX_NEW_TOKENS = 3
+LORA = LoraSection(r=8, alpha=16.0)
+MISSING_EOS_PENALTY = 0.5
+ADAPTER_WEIGHT = 0.3
+"""Weight of the reward adapter beside the function below."""
+
+
+def reward(prompt: str, response: str) -> float:
+    """A known reward: words of the prompt please, repeats do not, each prompt wants its own length.
+
+    The length bonus is essential: without it the best responses hardly ever end early, and
+    mistakes about the end of a response stay invisible.
+    """
+    asked, said = prompt.split(), response.split()
+    known = sum(0.6 if word in asked else -0.2 for word in said)
+    repeats = sum(a == b for a, b in itertools.pairwise(said))
+    return known - 0.8 * repeats - 0.7 * abs(len(said) - (len(asked) - 1) % 3)
+
+
+@dataclass(frozen=True)
+class World:
+    """A run folder whose first two stages are there, with random weights, ready for PPO."""
+
+    root: Path
+    seed: int
+
+    @classmethod
+    def make(cls, root: Path, seed: int) -> "World":
+        """Writes the base and the adapters of SFT and of the reward model below `root`."""
+        world = cls(root, seed)
+        world.llama.save_pretrained(root / "base")
+        cfg, run = world.config(), world.run
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + 1)
+            adapters = {"sft": Adapter(LORA), "reward": Adapter(LORA)}
+            model = RoleModel(world.new_llama(), adapters, heads=("reward",))
+            for role in adapters:
+                for parameter in adapter_parameters(model, role):
+                    parameter.data.normal_(std=0.1)
+        contract = describe_contract(world.tokenizer, cfg.chat)
+        info = {"base": str(root / "base"), "contract": contract}
+        save_adapter(run.sft_adapter, adapter_state(model, "sft"), LORA, {**info, "stage": "sft"})
+        save_adapter(
+            run.reward_adapter,
+            adapter_state(model, "reward"),
+            LORA,
+            {**info, "stage": "reward"},
+            dict(model.heads["reward"].named_parameters()),
+        )
+        return world
+
+    @property
+    def run(self) -> RunFolder:
+        """The run folder."""
+        return RunFolder(self.root / "run")
+
+    def new_llama(self) -> LlamaForCausalLM:
+        """The base: always the same weights, large enough that its distribution is uneven."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            llama = LlamaForCausalLM(
+                LlamaConfig(
+                    vocab_size=1 + len(WORDS),
+                    hidden_size=32,
+                    intermediate_size=64,
+                    num_hidden_layers=2,
+                    num_attention_heads=4,
+                    num_key_value_heads=2,
+                    max_position_embeddings=32,
+                    initializer_range=0.15,
+                    bos_token_id=None,
+                    eos_token_id=STOP,
+                    pad_token_id=None,
+                    tie_word_embeddings=False,
+                )
+            )
+        return llama.requires_grad_(False).eval()
+
+    @cached_property
+    def llama(self) -> LlamaForCausalLM:
+        """The base, for reading."""
+        return self.new_llama()
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """One token a word."""
+        pieces = ["</s>", *(f"▁{word}" for word in WORDS)]
+        backend = Tokenizer(WordLevel({p: i for i, p in enumerate(pieces)}, unk_token=pieces[1]))
+        backend.decoder = Sequence([Replace("▁", " "), Fuse()])
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend, eos_token="</s>", pad_token="</s>", unk_token=pieces[1]
+        )
+
+    @property
+    def ends(self) -> TurnEnds:
+        """The stop token, which also pads."""
+        return TurnEnds(self.tokenizer, [STOP], STOP)
+
+    def text(self, ids: tuple[int, ...]) -> str:
+        """The words of a prompt or response."""
+        return " ".join(WORDS[i - 1] for i in ids if i != STOP)
+
+    def prompts(self, repeats: int = 1) -> Prompts:
+        """Every prompt, `repeats` times, to train on; none held out."""
+        rows = [{"input_ids": list(p), "text": self.text(p)} for p in PROMPTS] * repeats
+        data = Dataset.from_list(rows)
+        return Prompts(data, data.select([]))
+
+    def config(
+        self,
+        ppo: dict[str, Any] | None = None,
+        *,
+        temperature: float = 1.0,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+    ) -> Config:
+        """The project's own configuration of a run in this world.
+
+        Args:
+            ppo: keys of the section that replace the usual ones.
+            temperature: of sampling.
+            max_new_tokens: longest response.
+        """
+        rewards = [
+            {"function": f"{__name__}:reward"},
+            {"adapter": "run", "weight": ADAPTER_WEIGHT},
+        ]
+        usual = {
+            "rewards": rewards,
+            "score_normalization": "none",
+            "missing_eos_penalty": MISSING_EOS_PENALTY,
+            "kl_coef": 0.3,
+            "save_every": 0,
+        }
+        return Config.model_validate(
+            {
+                "run_dir": str(self.root / "run"),
+                "seed": self.seed,
+                "backbone": {"path": str(self.root / "base"), "dtype": "float32"},
+                "chat": {"template": "alpaca"},
+                "lora": LORA.model_dump(),
+                "generation": {
+                    "max_new_tokens": max_new_tokens,
+                    "temperature": temperature,
+                    "batch_size": 4096,
+                },
+                "tracking": {"report_to": [], "sample_every": 0},
+                "ppo": usual | (ppo or {}),
+            }
+        )
+
+
+def all_responses(max_new_tokens: int = MAX_NEW_TOKENS) -> list[tuple[int, ...]]:
+    """Every response that can be sampled: words and the stop token, or words up to the limit."""
+    words = range(1, 1 + len(WORDS))
+    ended = [
+        (*said, STOP)
+        for length in range(max_new_tokens)
+        for said in itertools.product(words, repeat=length)
+    ]
+    return ended + list(itertools.product(words, repeat=max_new_tokens))
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """|actual - expected| / |expected|; infinite where `actual` is not finite."""
+    error = float((actual.double() - expected.double()).norm() / expected.double().norm())
+    return error if math.isfinite(error) else math.inf
