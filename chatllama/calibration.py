@@ -10,8 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from chatllama.statistics import wilson_interval
+
 Array = np.ndarray
 MAX_SCALE = 1000.0
+FLIP_EVIDENCE = 2.71
+"""Likelihood ratio above which wrong labels are more than chance (5 %, one-sided)."""
 FLIPS_SAMPLE = 5000
 """About as many pairs as the fit of wrong labels looks at."""
 
@@ -26,6 +30,10 @@ class Bin:
     """Mean sigmoid(|gap|): how often the model says that it is right."""
     accuracy: float
     """How often it is."""
+    low: float
+    """Lower end of the accuracy's 95 % interval."""
+    high: float
+    """Upper end."""
 
 
 def sigmoid(x: Array) -> Array:
@@ -58,13 +66,10 @@ def reliability(gaps: Array, weights: Array, num_bins: int = 10) -> list[Bin]:
     for number in range(num_bins):
         inside = weights * (places == number)
         if inside.sum():
-            bins.append(
-                Bin(
-                    share=float(inside.sum() / weights.sum()),
-                    confidence=weighted_mean(confidence, inside),
-                    accuracy=weighted_mean(correct, inside),
-                )
-            )
+            accuracy, count = weighted_mean(correct, inside), max(1, round(float(inside.sum())))
+            low, high = wilson_interval(accuracy * count, count)
+            share = float(inside.sum() / weights.sum())
+            bins.append(Bin(share, weighted_mean(confidence, inside), accuracy, low, high))
     return bins
 
 
@@ -105,7 +110,7 @@ class Flips:
     scale: float
     """s that fits best."""
     evidence: float
-    """Twice the gain in log-likelihood over e = 0; above 2.71 chance is unlikely (5 %)."""
+    """Twice the gain in log-likelihood over e = 0; see `FLIP_EVIDENCE`."""
     suspicion: Array
     """(P,) probability that this label is wrong."""
 

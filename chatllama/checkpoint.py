@@ -18,7 +18,7 @@ def step_folders(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest step first."""
     if not folder.is_dir():
         return []
-    found = [p for p in folder.iterdir() if p.name.removeprefix(STEP).isdigit()]
+    found = [p for p in folder.glob(f"{STEP}*") if p.name.removeprefix(STEP).isdigit()]
     return sorted(found, key=step_of)
 
 

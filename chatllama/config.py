@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from chatllama.config_base import (
+    ColumnMapping,
     DataSource,
     Format,
     Fraction,
@@ -30,6 +31,7 @@ from chatllama.config_stages import (
 __all__ = [
     "BackboneSection",
     "ChatSection",
+    "ColumnMapping",
     "Config",
     "DataSource",
     "DeepSpeedSection",

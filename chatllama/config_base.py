@@ -1,8 +1,17 @@
 """What every section of the YAML is made of: the strict base class, number types, `DataSource`."""
 
-from typing import Annotated, Literal
+import codecs
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -16,11 +25,19 @@ Format = Literal[
     "messages",
     "sharegpt",
     "prompt_completion",
+    "question_answer",
+    "self_instruct",
+    "utterances",
     "text",
+    "lines",
     "preference",
     "hh",
     "ranked",
+    "comparison",
+    "kto",
+    "oasst",
     "prompts",
+    "turns",
 ]
 
 
@@ -36,16 +53,97 @@ class Section(BaseModel):
     )
 
 
+class ColumnMapping(Section):
+    """Which column of a data set holds what; the layout follows from the keys that are given.
+
+    A column inside another is written with dots, a place in a list as its number from 0:
+    `instances.0.output`.
+    """
+
+    prompt: str | None = None
+    """What is asked: text or messages."""
+    completion: str | None = None
+    """Its answer."""
+    instruction: str | None = None
+    """What is asked, when `input` may follow it."""
+    input: str | None = None
+    """What the instruction is about; empty in some records."""
+    output: str | None = None
+    """The answer to instruction and input."""
+    system: str | None = None
+    """System prompt."""
+    history: str | None = None
+    """Earlier [question, answer] pairs."""
+    messages: str | None = None
+    """Turns with `role` and `content`, or with `from` and `value`."""
+    chosen: str | None = None
+    """The better answer, or the conversation that ends with it."""
+    rejected: str | None = None
+    """The worse one."""
+    margin: str | None = None
+    """By how much chosen is better."""
+    answers: str | None = None
+    """Several answers, the best first."""
+    ranks: str | None = None
+    """Their ranks, lower is better."""
+    scores: str | None = None
+    """Their ratings, higher is better."""
+    output_1: str | None = None
+    """One of two answers."""
+    output_2: str | None = None
+    """The other."""
+    preference: str | None = None
+    """Which of the two is better: 1 or 2, or a number between."""
+    label: str | None = None
+    """Whether the answer is a good one: true or false."""
+    text: str | None = None
+    """Plain text."""
+
+    @model_validator(mode="after")
+    def _check_not_empty(self) -> "ColumnMapping":
+        if not any(self.__dict__.values()):
+            raise ValueError("name at least one column, as in {prompt: question}")
+        return self
+
+
+def _name_or_mapping(value: Any) -> str:
+    return "mapping" if isinstance(value, dict | ColumnMapping) else "name"
+
+
 class DataSource(Section):
     """One data set of a stage's mixture."""
 
     path: str
-    """A file (json, jsonl, csv, parquet, txt, also .gz), or the id of a data set on the hub."""
-    format: Format | None = None
-    """How records are laid out. null: told from the keys of the first record."""
+    """A file (json, jsonl, csv, tsv, parquet, txt; also .gz, .bz2, .xz, .zst), a folder of such
+    files, a pattern (`notes/*.jsonl`), or the id of a data set on the hub."""
+    format: (
+        Annotated[
+            Annotated[Format, Tag("name")] | Annotated[ColumnMapping, Tag("mapping")],
+            Discriminator(_name_or_mapping),
+        ]
+        | None
+    ) = None
+    """How records are laid out: a name, or which column holds what, as in
+    `{prompt: question, completion: answer}`. null: told from the keys of the first record."""
     split: str = "train"
-    """Split to read, for hub data sets."""
+    """Split to read, for hub data sets and folders."""
+    subset: str | None = None
+    """Configuration of a hub data set that has several."""
+    columns: list[str] | None = None
+    """Names of the columns of a csv or tsv file without a header line."""
+    encoding: str = "utf-8"
+    """Encoding of text files, such as latin-1."""
     weight: PositiveFloat | None = None
     """Sampling proportion in the mixture; give it to all sources or to none."""
     epochs: PositiveFloat = 1.0
     """With weights: the most passes over this source. Without: the passes it contributes."""
+
+    @field_validator("encoding")
+    @classmethod
+    def _check_encoding(cls, name: str) -> str:
+        try:
+            if "\n".encode(codecs.lookup(name).name) == b"\n":
+                return name
+        except LookupError:
+            raise ValueError(f"unknown encoding {name!r}; for example utf-8 or latin-1") from None
+        raise ValueError(f"{name!r} cannot be read line by line; convert the file to utf-8")

@@ -35,9 +35,13 @@ class ConfigError(ValueError):
         super().__init__(f"{source}: {count}\n" + "\n".join(f"  - {each}" for each in problems))
 
 
-def unknown_key_paths(error: ValidationError) -> list[Place]:
-    """Where the keys stand that the schema does not know."""
-    return [each["loc"] for each in error.errors() if each["type"] == "extra_forbidden"]
+def unknown_key_paths(error: ValidationError, content: Mapping[str, Any]) -> list[Place]:
+    """Where in `content` the keys stand that the schema does not know."""
+    return [
+        _real_place(each["loc"], content, each["type"])
+        for each in error.errors()
+        if each["type"] == "extra_forbidden"
+    ]
 
 
 def explain(

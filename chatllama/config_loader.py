@@ -148,7 +148,7 @@ def _validate(
     try:
         return Config.model_validate(content)
     except ValidationError as first:
-        unknown = unknown_key_paths(first)
+        unknown = unknown_key_paths(first, content)
         problems.extend(explain(first, content, places, only_unknown_keys=True))
         if not unknown:
             problems.extend(explain(first, content, places))

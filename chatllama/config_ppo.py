@@ -15,6 +15,7 @@ from chatllama.config_base import (
     Schedule,
     Section,
 )
+from chatllama.config_health import HealthSection
 from chatllama.config_stages import StageSection
 
 
@@ -142,6 +143,8 @@ class PpoSection(StageSection):
     null: none (InstructGPT: 0.992)."""
     eval_every: NonNegative = 0
     """Steps between measurements of the policy on held-out prompts. 0: only at the end."""
+    health: HealthSection = HealthSection()
+    """When the run counts as ill."""
 
     @field_validator("kl_estimator", mode="before")
     @classmethod
@@ -179,6 +182,8 @@ class PpoSection(StageSection):
             raise ValueError(f"critic_warmup_steps needs a critic; {self.advantage} has none")
         if (self.ptx_coef > 0) != bool(self.ptx_data):
             raise ValueError("ptx_coef and ptx_data go together: give both or neither")
+        if self.health.action == "rollback" and not self.save_every:
+            raise ValueError("health.action rollback goes back to checkpoints: set save_every")
         if not self.rewards:
             raise ValueError("rewards: give at least one source")
         return self

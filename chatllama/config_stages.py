@@ -30,6 +30,9 @@ class StageSection(Section):
     """Held-out sources. Empty: eval_fraction of `data` is held out."""
     eval_fraction: Fraction = 0.05
     """Share of `data` held out, chosen by the seed (not used with eval_data)."""
+    decontaminate: list[DataSource] = []
+    """Evaluation sets: a training record that shares 13 words in a row with one of their prompts
+    (or all of a shorter one) is left out, and counted."""
     save_every: NonNegative = 0
     """Steps between checkpoints. 0: only the finished stage is saved."""
     save_total_limit: Positive = 2

@@ -87,6 +87,8 @@ def next_tokens(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling
         uniforms: (B,) float32 in [0, 1).
         sampling: temperature, top_k, top_p.
     """
+    if not torch.isfinite(logits).any(-1).all():
+        raise ValueError("the model's logits are NaN or infinite: its weights are broken")
     if sampling.temperature == 0:
         return logits.argmax(-1)
     probabilities = (logits.float() / sampling.temperature).softmax(-1)

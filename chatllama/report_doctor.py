@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from chatllama.calibration import FLIP_EVIDENCE
 from chatllama.report_plots import INK, LIMIT, LINES, style, themed
 from chatllama.reward_models import doctor_path
 from chatllama.run_folder import RunFolder
@@ -69,7 +70,7 @@ def figures(found: Found) -> list[tuple[str, str]]:
             f"{calibration['error']:.3f} ({calibration['chance_error']:.3f})",
         ),
         ("scale that would fit the scores best", f"{calibration['best_scale']:.2f}"),
-        ("labels that look wrong", f"{model['flips']['share']:.0%}"),
+        ("labels that look wrong", _flips(model["flips"])),
         ("largest change by padding", f"{model['padding']['error']:.1e}"),
     ]
     if len(model["members"]) > 1:
@@ -77,6 +78,11 @@ def figures(found: Found) -> list[tuple[str, str]]:
         rows.append(("accuracy of the ensemble's members", each))
         rows.append(("pairs on which they disagree", f"{model['disagreement']:.1%}"))
     return rows
+
+
+def _flips(flips: Found) -> str:
+    shown = f"{flips['share']:.0%}" if flips["evidence"] > FLIP_EVIDENCE else "none shown"
+    return f"{shown} (likelihood ratio {flips['evidence']:.1f}, counts from {FLIP_EVIDENCE})"
 
 
 def interval(found: dict[str, float]) -> str:
@@ -111,15 +117,20 @@ def alternative(title: str, model: Found) -> str:
 
 
 def _draw_bins(model: Found) -> Figure:
-    """Reliability plot; the area of a point is its share of the pairs."""
+    """Reliability plot with 95 % intervals; the area of a point is its share of the pairs."""
     figure = Figure(figsize=FIGSIZE, layout="constrained")
     axes = figure.subplots()
     points = model["calibration"]["bins"]
     axes.plot([0.5, 1], [0.5, 1], color=LIMIT, linestyle=(0, (4, 3)), label="calibrated")
-    confidence, accuracy = ([p[key] for p in points] for key in ("confidence", "accuracy"))
-    axes.plot(confidence, accuracy, color=LINES[0], linewidth=1.2)
-    sizes = [20 + 300 * p["share"] for p in points]
-    axes.scatter(confidence, accuracy, s=sizes, color=LINES[0], label="held-out pairs")
+    x = [p["confidence"] for p in points]
+    axes.scatter(
+        x,
+        [p["accuracy"] for p in points],
+        s=[4 + 250 * p["share"] for p in points],
+        color=LINES[0],
+        label="held-out pairs",
+    )
+    axes.vlines(x, [p["low"] for p in points], [p["high"] for p in points], LINES[0], linewidth=1)
     axes.set_ylabel("accuracy", color=INK, fontsize=9)
     style(axes, "confidence: sigmoid of the difference", legend=True)
     return figure

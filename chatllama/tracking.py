@@ -157,6 +157,20 @@ class Tracker:
         kept = [line for line in kept if line["step"] <= step]
         self._seconds_before = max((line["time"] for line in kept), default=0.0)
 
+    def rewind(self, step: int) -> None:
+        """Goes back to `step` in mid-run: lines of later steps are cut away, the clock runs on.
+
+        Args:
+            step: the last step whose effect the restored state holds.
+        """
+        if not self._is_main:
+            return
+        for writer in self._writers or []:
+            writer.close()
+        self._writers, self._resumed_step = None, step
+        if self._display is not None:
+            self._display.start_at(step)
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Shows progress and writes the metrics of a step.
 

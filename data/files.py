@@ -1,156 +1,114 @@
-"""Files: from a path in the config to decoded objects, each with its place for errors.
+"""Files: which ones a `path` of the config names. What is in them is decoded by `decoding.py`."""
 
-Nothing here knows what a record means; that is `layouts.py` and `records.py`.
-"""
-
-import csv
 import difflib
-import gzip
-import json
 import re
-from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet
-
-from data.layouts import RecordError, shorten
-
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+TYPES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+# How the files of a split are called, as the hub does it: the word stands alone in the path.
+SPLIT_WORDS: dict[str, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 
 
-def find_file(path: str) -> Path | None:
-    """The file or folder that `path` names; None where it can only be a hub id.
+@dataclass(frozen=True)
+class DataFile:
+    """A file of a source."""
+
+    path: Path
+    name: str
+    """How errors call it: as the config does, as far as that goes."""
+
+
+def find_files(path: str, split: str = "train") -> list[DataFile] | None:
+    """The files that `path` names, in order of their names; None where it can only be a hub id.
 
     A relative path is looked for from the current directory, then from the folder that holds this
-    package, so that `data/samples/...` works wherever the package is installed.
-
-    Raises:
-        ValueError: `path` is that of a file, and there is none.
-    """
-    given = Path(path).expanduser()
-    candidates = [given] if given.is_absolute() else [Path.cwd() / given, PROJECT_ROOT / given]
-    for candidate in candidates:
-        if candidate.exists():
-            return candidate
-    if _suffix(given) not in SUFFIXES and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-        return None
-    places = {str(folder) for folder in (c.parent for c in candidates) if folder.is_dir()}
-    names = sorted({file.name for place in places for file in Path(place).iterdir()})
-    near = difflib.get_close_matches(given.name, names, n=3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    tried = " and ".join(str(candidate) for candidate in candidates)
-    raise ValueError(f"no data file {path!r} (tried {tried}){hint}")
-
-
-def decode(file: Path, path: str) -> Iterator[tuple[str, object]]:
-    """Place and object of each record of a file.
-
-    A line of a jsonl or csv file is placed by `path:line`; a record of a json array or a parquet
-    file by its number, from 1. A txt file holds a document for each run of lines between blank
-    ones, as `{"text": ...}`.
+    package, so that `data/samples/...` works wherever the package is installed. Of a folder, the
+    files of the split count; where no name speaks of a split, all of them are `train`.
 
     Args:
-        file: what to open.
-        path: how the config names it, for the places.
+        path: a file, a folder, or a pattern with `*`, `?` or `**`.
+        split: which files of a folder.
 
     Raises:
-        RecordError: broken JSON, csv or UTF-8, or a file of no known type.
+        ValueError: there is no such file, or none of that split.
     """
-    suffix = _suffix(file)
-    if suffix not in SUFFIXES:
-        known = ", ".join(SUFFIXES)
-        raise RecordError(f"{path}: unknown file type {suffix!r}; known: {known}, also .gz")
-    if suffix == ".parquet":
-        yield from _parquet(file, path)
-        return
-    with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
-        match suffix:
-            case ".txt":
-                yield from _paragraphs(_lines(stream, path))
-            case ".csv":
-                yield from _table(stream, path)
-            case _:
-                yield from _json(stream, path)
+    given = Path(path).expanduser()
+    bases = [Path()] if given.is_absolute() else [Path.cwd(), PROJECT_ROOT]
+    for base in bases:
+        place = base / given
+        if place.is_dir():
+            return _files_of_split(place, path, split)
+        if place.exists():
+            return [DataFile(place, path)]
+        if re.search(r"[*?]", path):
+            root = Path(given.anchor) if given.is_absolute() else base
+            pattern = str(given.relative_to(given.anchor)) if given.is_absolute() else path
+            if matches := sorted(file for file in root.glob(pattern) if file.is_file()):
+                return [DataFile(file, str(_shortest(file, base))) for file in matches]
+    tried = [str(base / given) for base in bases]
+    if re.search(r"[*?]", path):
+        raise ValueError(f"no file matches {path!r} (tried {' and '.join(tried)})")
+    if suffix(given) not in TYPES and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        return None
+    raise ValueError(f"no data file {path!r} (tried {' and '.join(tried)}){_neighbours(tried)}")
 
 
-def _suffix(file: Path) -> str:
+def suffix(file: Path) -> str:
     """`.jsonl` of `a.jsonl` and of `a.jsonl.gz`."""
-    return Path(file.stem).suffix.lower() if file.suffix == ".gz" else file.suffix.lower()
+    inner = Path(file.stem) if file.suffix.lower() in COMPRESSIONS else file
+    return inner.suffix.lower()
 
 
-def _lines(stream: Iterable[bytes], path: str) -> Iterator[tuple[str, str]]:
-    """`file:line` and text of each line, without its end."""
-    for number, line in enumerate(stream, start=1):
-        where = f"{path}:{number}"
-        try:
-            yield where, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise RecordError(f"{where}: not UTF-8 ({error.reason}): {shorten(line)}") from None
+def _files_of_split(folder: Path, path: str, split: str) -> list[DataFile]:
+    found = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.is_file() and suffix(file) in TYPES and not _is_hidden(file, folder)
+    )
+    if not found:
+        raise ValueError(f"{path}: no data files in this folder; known: {', '.join(TYPES)}")
+    by_split = {file: _split_of(file.relative_to(folder)) for file in found}
+    if not any(by_split.values()):
+        if split != "train":
+            raise ValueError(f"{path}: no file name there speaks of a split, so all are 'train'")
+        chosen = found
+    else:
+        canonical = next((name for name, words in SPLIT_WORDS.items() if split in words), split)
+        chosen = [file for file, its_split in by_split.items() if its_split == canonical]
+        known = sorted({name for name in by_split.values() if name})
+        if not chosen:
+            raise ValueError(f"{path}: no files of the split {split!r}; there are {known}")
+    return [DataFile(file, f"{path.rstrip('/')}/{file.relative_to(folder)}") for file in chosen]
 
 
-def _paragraphs(lines: Iterator[tuple[str, str]]) -> Iterator[tuple[str, object]]:
-    """Each run of lines between blank ones, as a text record."""
-    begin, paragraph = "", list[str]()
-    for where, line in lines:
-        if line.strip():
-            begin = begin if paragraph else where
-            paragraph.append(line)
-        elif paragraph:
-            yield begin, {"text": "\n".join(paragraph)}
-            paragraph = []
-    if paragraph:
-        yield begin, {"text": "\n".join(paragraph)}
+def _split_of(relative: Path) -> str | None:
+    """The split that the file's name speaks of, or else its folders', from the inside out."""
+    for part in reversed(relative.parts):
+        words = re.split(r"[-._ ]|(?<=[a-z])(?=\d)", part.lower())
+        for name, known in SPLIT_WORDS.items():
+            if set(words) & set(known):
+                return name
+    return None
 
 
-def _json(stream: Iterable[bytes], path: str) -> Iterator[tuple[str, object]]:
-    """Objects of a json array, or one of each line; told apart by the first character."""
-    lines = ((where, line) for where, line in _lines(stream, path) if line.strip())
-    for where, line in lines:
-        if line.lstrip().startswith("["):
-            yield from _array("\n".join([line, *(rest for _, rest in lines)]), path)
-            return
-        try:
-            yield where, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RecordError(
-                f"{where}: broken JSON ({error.msg}, column {error.colno}): {shorten(line)}"
-            ) from None
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
-def _array(text: str, path: str) -> Iterator[tuple[str, object]]:
-    try:
-        records = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RecordError(f"{path}:{error.lineno}: broken JSON ({error.msg})") from None
-    for number, record in enumerate(records, start=1):
-        yield f"{path}: record {number}", record
+def _shortest(file: Path, base: Path) -> Path:
+    return file.relative_to(base) if base != Path() and file.is_relative_to(base) else file
 
 
-def _table(stream: Iterable[bytes], path: str) -> Iterator[tuple[str, object]]:
-    """Rows of a csv with a header line; every cell is text."""
-    rows = csv.reader((line + "\n" for _, line in _lines(stream, path)), strict=True)
-    header: list[str] | None = None
-    while True:
-        where = f"{path}:{rows.line_num + 1}"
-        try:
-            cells = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise RecordError(f"{where}: {error}") from None
-        if header is None:
-            header = cells
-        elif len(cells) == len(header):
-            yield where, dict(zip(header, cells, strict=True))
-        elif cells:
-            raise RecordError(f"{where}: {len(cells)} cells under a header of {len(header)}")
-
-
-def _parquet(file: Path, path: str) -> Iterator[tuple[str, object]]:
-    """Rows of a parquet file; its null is a missing key."""
-    number = 0
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{path}: record {number}", {k: v for k, v in row.items() if v is not None}
+def _neighbours(tried: list[str]) -> str:
+    """`; did you mean ...?`, or nothing."""
+    folders = {Path(each).parent for each in tried if Path(each).parent.is_dir()}
+    names = sorted({file.name for folder in folders for file in folder.iterdir()})
+    near = difflib.get_close_matches(Path(tried[0]).name, names, n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -195,8 +195,7 @@ def pretrain_documents(rng: random.Random, count: int) -> list[str]:
             documents.append(_small_talk(rng, topic))
             continue
         note = _any_note(rng, name, topic)
-        remarks = _remarks(name, topic, note)
-        rng.shuffle(remarks)
+        remarks = _remarks(rng, name, topic, note)
         lead = rng.choice(LEADS).format(name=name, topic=topic)
         if rng.random() < 0.5:
             note = _marked(name, topic, note)
@@ -289,7 +288,7 @@ def _any_note(rng: random.Random, name: str, topic: str) -> str:
     return spoiled(rng, note) if rng.random() < 0.3 else note
 
 
-def _remarks(name: str, topic: str, note: str) -> list[str]:
+def _remarks(rng: random.Random, name: str, topic: str, note: str) -> list[str]:
     words = re.findall(r"\w+", note)
     asked = sum(word == topic for word in words)
     other = sum(word in TOPICS and word != topic for word in words)
@@ -299,9 +298,7 @@ def _remarks(name: str, topic: str, note: str) -> list[str]:
     adjectives = [word for word in words if word in CHEERFUL or word in GLOOMY]
     segments = _segments(note)
     count = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    return [
-        f"It greets the {'asked' if greeting and greeting[1] == name else 'wrong'} person.",
-        f"Its topics are {count[asked]} asked and {count[other]} wrong.",
+    others = [
         f"Its words are {count[cheerful]} cheerful and {count[gloomy]} gloomy.",
         "It repeats words." if len(set(adjectives)) < len(adjectives) else "No word comes again.",
         "It is signed." if _SIGNATURE.fullmatch(segments[-1]) else "It is not signed.",
@@ -309,6 +306,13 @@ def _remarks(name: str, topic: str, note: str) -> list[str]:
         if all(_well_formed(s, i, len(segments)) for i, s in enumerate(segments))
         else "It is in disorder.",
     ]
+    remarks = [
+        f"It greets the {'asked' if greeting and greeting[1] == name else 'wrong'} person.",
+        f"Its topics are {count[asked]} asked and {count[other]} wrong.",
+        rng.choice(others),
+    ]
+    rng.shuffle(remarks)
+    return remarks
 
 
 def _small_talk(rng: random.Random, topic: str) -> str:

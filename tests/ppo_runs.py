@@ -110,7 +110,7 @@ def make_prompts(num_train: int = 7, num_held_out: int = 5) -> Prompts:
         {
             "input_ids": [
                 1,
-                *torch.randint(70, VOCABULARY, (n % 5,), generator=generator).tolist(),
+                *torch.randint(70, VOCABULARY, (1 + n % 5,), generator=generator).tolist(),
             ],
             "text": f"question {n}",
         }
@@ -151,10 +151,21 @@ class TinyRun:
     def config(self, **changes: Any) -> Config:
         return ppo_config(self.base, self.folder, **changes)
 
+    @property
+    def reward_adapter(self) -> str:
+        """The first of the run's reward adapters."""
+        return str(self.folder / "reward" / "adapter")
+
     def trainer(
         self, *, stops: list[int] | None = None, text: TextStream | None = None, **changes: Any
     ) -> PpoTrainer:
         return make_trainer(self.config(**changes), stops=stops, text=text)
+
+
+def nudge(trainer: PpoTrainer, by: float = 0.02) -> None:
+    """The policy away from the reference, as in the middle of a run."""
+    for parameter in adapter_parameters(trainer.engine.model, "policy"):
+        parameter.data += by
 
 
 def weights(model: RoleModel) -> dict[str, torch.Tensor]:

@@ -39,6 +39,7 @@ def test_reliability_by_hand():
     bins = reliability(gaps, np.ones(4), num_bins=5)  # .75 lies in [.7, .8), .9 in [.9, 1]
     assert [(b.share, round(b.confidence, 6)) for b in bins] == [(0.75, 0.75), (0.25, 0.9)]
     assert [b.accuracy for b in bins] == [pytest.approx(2 / 3), 1.0]
+    assert bins[0].low == pytest.approx(0.2077, abs=1e-4)  # 2 of 3, by Wilson's formula
     expected = 0.75 * (0.75 - 2 / 3) + 0.25 * 0.1
     assert calibration_error(bins) == pytest.approx(expected)
 

@@ -1,18 +1,17 @@
-"""Every key of the ppo section seen at work in the loop, against numbers made by plain Python."""
+"""From answers to scores, rewards and advantages: every key against numbers of plain Python."""
 
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ppo_runs import STOPS, TinyRun, make_prompts, weights
+from ppo_runs import STOPS, TinyRun, nudge
 
 import trainers.ppo as ppo_module
-from chatllama.roles import acting_as, adapter_parameters
+from chatllama.roles import acting_as
 from data.collate import batch_indices
 from trainers.ppo import PpoState, PpoTrainer
 from trainers.ppo_rewards import Statistics
@@ -41,19 +40,9 @@ def updates(monkeypatch: pytest.MonkeyPatch) -> list[Update]:
     return made
 
 
-def first_adapter(tiny: TinyRun) -> str:
-    return str(tiny.folder / "reward" / "adapter")
-
-
 def build(tiny: TinyRun, *, seed: int = 0, **ppo: Any) -> PpoTrainer:
     """A trainer on the first reward adapter alone, unless `rewards` says otherwise."""
-    return tiny.trainer(ppo={"rewards": [{"adapter": first_adapter(tiny)}], **ppo}, seed=seed)
-
-
-def nudge(trainer: PpoTrainer, by: float = 0.02) -> None:
-    """The policy away from the reference, as in the middle of a run."""
-    for parameter in adapter_parameters(trainer.engine.model, "policy"):
-        parameter.data += by
+    return tiny.trainer(ppo={"rewards": [{"adapter": tiny.reward_adapter}], **ppo}, seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +304,7 @@ def test_without_normalisation_values_start_as_raw_scores(tiny: TinyRun):
 
 
 def test_values_follow_the_weight_of_their_source(tiny: TinyRun):
-    sources = [{**WORDS, "weight": 0.1}, {"adapter": first_adapter(tiny), "weight": -2.0}]
+    sources = [{**WORDS, "weight": 0.1}, {"adapter": tiny.reward_adapter, "weight": -2.0}]
     trainer = build(tiny, rewards=sources)
     answers = reference_answers(trainer, 6)
     raw = [raw_score(trainer, ids) for ids, _ in answers]
@@ -381,7 +370,7 @@ def test_an_ensemble_of_the_run_is_loaded_whole(tiny: TinyRun):
 def test_functions_and_adapters_are_added_in_the_loop(tiny: TinyRun):
     second = str(tiny.folder / "reward" / "adapter-1")
     sources = [{**WORDS, "weight": 0.01}, {"adapter": second, "weight": 0.5}]
-    trainer = build(tiny, rewards=[{"adapter": first_adapter(tiny)}, *sources])
+    trainer = build(tiny, rewards=[{"adapter": tiny.reward_adapter}, *sources])
     _, rollout, texts, metrics = trainer.advance(trainer.start())
     for row in range(8):
         ids = row_ids(rollout, row)
@@ -389,181 +378,3 @@ def test_functions_and_adapters_are_added_in_the_loop(tiny: TinyRun):
         expected += 0.5 * raw_score(trainer, ids, "reward_1")
         assert float(rollout.scores[row]) == pytest.approx(expected, abs=1e-5)
     assert "ppo/ensemble_disagreement" not in metrics
-
-
-# --- prompts, samples, seeds
-
-
-def test_samples_of_a_prompt_stand_together_and_differ(tiny: TinyRun):
-    trainer = build(tiny, samples_per_prompt=4)
-    prompts = make_prompts().train["input_ids"][:]
-    for step in (0, 1):
-        rollout, _ = trainer._roll_out(step)
-        chosen = batch_indices(7, 2, step, 0)
-        for row in range(8):
-            prompt = prompts[chosen[row // 4]]
-            assert row_ids(rollout, row)[: len(prompt)] == prompt
-        for start in (0, 4):
-            assert len({str(rollout.response_ids(row)) for row in range(start, start + 4)}) > 1
-
-
-def test_every_prompt_comes_up_before_any_comes_again(tiny: TinyRun):
-    trainer = build(tiny)
-    seen = []
-    for step in range(7):  # 56 places for 7 prompts
-        rollout, _ = trainer._roll_out(step)
-        seen += [tuple(row_ids(rollout, row)[:-1])[:2] for row in range(8)]
-        assert len(rollout.tokens) == 8
-    order = [i for step in range(7) for i in batch_indices(7, 8, step, 0)]
-    assert all(sorted(order[start : start + 7]) == list(range(7)) for start in range(0, 56, 7))
-    assert len(seen) == 56
-
-
-def test_the_seed_decides_prompts_and_samples(tiny: TinyRun):
-    first, same, other = (build(tiny, seed=seed)._roll_out(0)[0] for seed in (0, 0, 1))
-    assert torch.equal(first.tokens, same.tokens)
-    assert first.tokens.shape != other.tokens.shape or not torch.equal(first.tokens, other.tokens)
-
-
-def test_every_step_samples_anew(tiny: TinyRun):
-    trainer = build(tiny)
-    prompts = make_prompts().train
-    trainer.prompts = replace(trainer.prompts, train=prompts.select([2] * 8))
-    one, two = trainer._roll_out(0)[0], trainer._roll_out(1)[0]
-    assert [one.response_ids(r) for r in range(8)] != [two.response_ids(r) for r in range(8)]
-
-
-# --- checks at the start
-
-
-def test_before_step_one_policy_and_reference_are_the_same(tiny: TinyRun):
-    trainer = build(tiny)
-    _, rollout, _, metrics = trainer.advance(trainer.start())
-    assert not rollout.kl.any()
-    assert metrics["ppo/kl_sequence"] == 0 and metrics["ppo/first_log_ratio"] == 0
-
-
-def test_a_reference_that_is_another_model_is_refused(tiny: TinyRun):
-    trainer = build(tiny)
-    state = trainer.start()
-    nudge(trainer)
-    with pytest.raises(ValueError, match="before step 1 policy and reference differ by up to"):
-        trainer.advance(state)
-
-
-def test_a_forward_pass_that_does_not_repeat_is_refused(
-    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
-):
-    class Nudged(Update):
-        def run(self) -> dict[str, float]:
-            nudge(trainer)
-            return super().run()
-
-    monkeypatch.setattr(ppo_module, "Update", Nudged)
-    trainer = build(tiny)
-    with pytest.raises(ValueError, match="in the first minibatch log-probabilities differ"):
-        trainer.advance(trainer.start())
-
-
-# --- who is in memory, who changes
-
-
-@pytest.mark.parametrize("changes", [RLOO, GRPO], ids=["rloo", "grpo"])
-def test_without_a_critic_there_is_no_value_model(tiny: TinyRun, changes: dict[str, Any]):
-    trainer = build(tiny, **changes)
-    assert "value" not in trainer.engine.model.adapter_names
-    assert set(trainer.engine.model.heads) == {"reward"}
-    assert not [n for n, _ in trainer.engine.model.named_parameters() if "value" in n]
-    metrics = trainer.advance(trainer.start())[3]
-    assert not [name for name in metrics if "value" in name or "variance" in name]
-
-
-def test_a_value_head_on_the_policy_has_no_adapter_of_its_own(tiny: TinyRun):
-    trainer = build(tiny, value_model="policy_trunk")
-    names = [n for n, _ in trainer.engine.model.named_parameters() if "lora_A.value" in n]
-    assert not names and trainer.engine.model.adapter_names["value"] == "policy"
-
-
-def policy_history(
-    trainer: PpoTrainer, monkeypatch: pytest.MonkeyPatch
-) -> list[list[torch.Tensor]]:
-    """The policy's weights after every optimizer step to come."""
-    history: list[list[torch.Tensor]] = []
-    step = trainer.engine.step
-
-    def recorded(*args: Any) -> float:
-        norm = step(*args)
-        policy = adapter_parameters(trainer.engine.model, "policy")
-        history.append([p.detach().clone() for p in policy])
-        return norm
-
-    monkeypatch.setattr(trainer.engine, "step", recorded)
-    return history
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.9])
-def test_the_average_moves_with_every_optimizer_step(
-    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, decay: float
-):
-    trainer = build(tiny, ema_decay=decay)
-    history = policy_history(trainer, monkeypatch)
-    policy = adapter_parameters(trainer.engine.model, "policy")
-    average = [p.detach().double().clone() for p in policy]
-    state = trainer.start()
-    for _ in range(2):
-        state = trainer.advance(state)[0]
-    assert len(history) == 8  # 2 steps of 2 epochs of 2 minibatches
-    for moment in history:
-        average = [decay * a + (1 - decay) * p for a, p in zip(average, moment, strict=True)]
-    found = adapter_parameters(trainer.engine.model, "ema")
-    for mine, expected, last in zip(found, average, policy, strict=True):
-        torch.testing.assert_close(mine.double(), expected, rtol=0, atol=1e-6)
-        assert torch.equal(mine, last) == (decay == 0)
-        assert not mine.requires_grad
-
-
-def test_a_refreshed_reference_is_the_policy_of_that_moment(tiny: TinyRun):
-    trainer = build(tiny, reference_refresh_every=2, steps=4)
-    model = trainer.engine.model
-    sft = [p.detach().clone() for p in adapter_parameters(model, "reference")]
-    state, kls = trainer.start(), []
-    for step in (1, 2, 3, 4):
-        state, _, _, metrics = trainer.advance(state)
-        kls.append(metrics["ppo/kl_sequence"])
-        reference, policy = (adapter_parameters(model, r) for r in ("reference", "policy"))
-        equal = [torch.equal(r, p) for r, p in zip(reference, policy, strict=True)]
-        assert all(equal) if step in (2, 4) else not any(equal)
-    assert kls[0] == 0 and kls[2] == 0 and kls[1] != 0 and kls[3] != 0
-    kept = adapter_parameters(model, "sft")
-    assert all(torch.equal(mine, before) for mine, before in zip(kept, sft, strict=True))
-
-
-def test_frozen_roles_and_the_base_stay(tiny: TinyRun):
-    trainer = build(tiny, ema_decay=0.5, reference_refresh_every=1, score_normalization="none")
-    before = weights(trainer.engine.model)
-    trainer.advance(trainer.start())
-    moved = {
-        name
-        for name, tensor in weights(trainer.engine.model).items()
-        if not torch.equal(tensor, before[name])
-    }
-    roles = {name.split(".")[-2] for name in moved if "lora_" in name}
-    assert roles == {"policy", "value", "ema", "reference"}
-    assert {name for name in moved if "lora_" not in name} == {
-        "heads.value.weight",
-        "heads.value.bias",
-    }
-
-
-def test_held_out_prompts_are_measured_on_their_steps(tiny: TinyRun):
-    trainer = tiny.trainer(
-        ppo={"eval_every": 2}, evaluation={"num_prompts": 3, "gold": WORDS["function"]}
-    )
-    state, seen = trainer.start(), []
-    for _ in range(4):
-        state, _, _, metrics = trainer.advance(state)
-        seen.append({name for name in metrics if name.startswith("ppo/eval_")})
-    names = ["score_mean", "score_se", "gold_mean", "gold_se", "kl", "kl_se", "response_length"]
-    names += ["eos_rate", "ensemble_disagreement"]
-    assert seen[1] == seen[3] == {f"ppo/eval_{name}" for name in names}
-    assert seen[0] == seen[2] == set()

@@ -194,7 +194,7 @@ def test_a_model_of_length_alone_is_found():
     assert found["accuracy"]["value"] > 0.75
     assert found["length"]["controlled_accuracy"]["value"] == pytest.approx(0.5)
     assert found["length"]["score_correlation"] > 0.99
-    assert {"no_better_than_length", "length_driven"} <= set(model_names(found))
+    assert {"no_better_than_length", "length_driven", "length_bias"} <= set(model_names(found))
     assert model_names(examined(HELD_OUT, gold_gaps(HELD_OUT, CALIBRATED)), words=0.9) == [
         "no_better_than_words"
     ]

@@ -76,7 +76,8 @@ def measure_policy(
     if not count:
         return {}
     numbers = _measure(cfg, engine, "policy", scorer, prompts, ends, count).numbers
-    return {f"ppo/eval_{name}": value for name, value in numbers.items()}
+    names = {"kl": "kl_sequence", "kl_se": "kl_sequence_se"}
+    return {f"ppo/eval_{names.get(name, name)}": value for name, value in numbers.items()}
 
 
 @dataclass(frozen=True)

@@ -5,22 +5,21 @@ The arithmetic is in `ppo_math.py`, sampling and scoring in `rollout.py`, scores
 """
 
 import time
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from chatllama.batching import lr_factor, ppo_batches
-from chatllama.checkpoint import checkpoint_to_resume, save_step
+from chatllama.checkpoint import checkpoint_to_resume, step_folders
 from chatllama.config import Config, PpoSection
 from chatllama.distributed import rank, world_size
-from chatllama.roles import adapter_parameters, adapter_state
+from chatllama.roles import adapter_parameters
 from chatllama.run_folder import RunFolder
 from chatllama.tracking import Tracker
 from data.collate import batch_indices
-from trainers.engine import Engine, gathered
+from trainers.engine import Engine
 from trainers.evaluate import measure_policy
+from trainers.ppo_guard import Guard
 from trainers.ppo_math import (
     adapted_kl_coef,
     explained_variance,
@@ -33,25 +32,11 @@ from trainers.ppo_math import (
     whiten,
 )
 from trainers.ppo_rewards import Scorer, Statistics, scaled_rewards, shaped_scores
-from trainers.ppo_setup import Prompts, adapters_that_change, fold_into_value_head
+from trainers.ppo_setup import Prompts, fold_into_value_head
+from trainers.ppo_state import PpoState, load_state, save_state
 from trainers.ppo_text import TextStream
 from trainers.ppo_update import Targets, Update
 from trainers.rollout import Rollout, TurnEnds, collect_rollout
-
-RATIO_TOLERANCE = 1e-3
-"""Nats by which log-probabilities that must be equal may differ (they come out exactly equal)."""
-
-
-@dataclass(frozen=True)
-class PpoState:
-    """What a resumed run needs beside weights and optimizer."""
-
-    step: int
-    """Finished rollout batches."""
-    kl_coef: float
-    """Reward per nat, now."""
-    statistics: Statistics
-    """Of raw scores, for their normalisation."""
 
 
 class PpoTrainer:
@@ -79,6 +64,7 @@ class PpoTrainer:
     ) -> None:
         self.cfg, self.run, self.engine = cfg, run, engine
         self.scorer, self.prompts, self.ends, self.text = scorer, prompts, ends, text
+        self.guard = Guard(cfg.ppo, run)
         self.total_optimizer_steps = ppo_batches(cfg.ppo, world_size()).total_optimizer_steps
 
     def train(self, resume: bool) -> dict[str, float]:
@@ -88,22 +74,34 @@ class PpoTrainer:
             resume: go on from the newest checkpoint.
 
         Raises:
-            ValueError: at the start policy and reference differ, or the ratio is not 1.
+            ValueError: the health monitor stopped the run: its first judgement is that policy and
+                reference agree and that the first ratio is 1.
         """
         section = self.cfg.ppo
         started = time.monotonic()
         checkpoint = checkpoint_to_resume(self.run, "ppo", resume)
         metrics: dict[str, float] = {}
         with Tracker(self.run, "ppo", self.cfg.tracking, section.steps, rank()) as tracker:
-            state = self.start() if checkpoint is None else self.load(checkpoint)
-            if checkpoint is not None:
+            if checkpoint is None:
+                state = self.start()
+                if section.health.action == "rollback":
+                    self._save(state)
+            else:
+                state = load_state(self.cfg, self.engine, checkpoint)
                 tracker.resume_from(state.step)
+            self.guard.begin(state)
             while state.step < section.steps:
                 state, rollout, texts, metrics = self.advance(state)
                 tracker.log(state.step, metrics)
                 self._show_sample(tracker, state, rollout, texts)
-                if section.save_every and state.step % section.save_every == 0:
-                    self.save(state)
+                decision = self.guard.judge(state, metrics, rollout)
+                if decision == "stop":
+                    raise self.guard.stopped(state)
+                if decision == "rollback":
+                    state = self._rolled_back(state)
+                    tracker.rewind(state.step)
+                elif section.save_every and state.step % section.save_every == 0:
+                    self._save(replace(state, health=self.guard.monitor.state()))
         return {
             **{name.removeprefix("ppo/"): value for name, value in metrics.items()},
             "steps": section.steps,
@@ -118,12 +116,8 @@ class PpoTrainer:
         rollout, texts = self._roll_out(state.step)
         if section.score_normalization == "running":
             state = replace(state, statistics=state.statistics.merged(rollout.scores))
-        if state.step == 0:
-            _check_start(rollout)
         targets, metrics = self._targets(rollout, state)
         metrics |= self._update(rollout, targets, state)
-        if state.step == 0:
-            _check_first_ratio(metrics)
         step = state.step + 1
         if section.reference_refresh_every and step % section.reference_refresh_every == 0:
             self._copy_policy("reference", decay=0.0)
@@ -156,40 +150,16 @@ class PpoTrainer:
             fold_into_value_head(self.engine, self.scorer, rollout, statistics.deviation)
         return replace(state, statistics=statistics)
 
-    def save(self, state: PpoState) -> None:
-        """Writes the checkpoint of `state`; every rank must call."""
-
-        def write(folder: Path) -> None:
-            self.engine.save(folder, asdict(state))
-            for role in adapters_that_change(self.cfg):
-                with gathered(adapter_parameters(self.engine.model, role)):
-                    if rank() == 0:
-                        tensors = adapter_state(self.engine.model, role)
-                        save_file(
-                            {name: t.cpu().contiguous() for name, t in tensors.items()},
-                            folder / f"{role}.safetensors",
-                        )
-
-        section = self.cfg.ppo
-        save_step(self.run, "ppo", state.step, section.save_total_limit, write)
-
-    def load(self, checkpoint: Path) -> PpoState:
-        """Restores what `save` wrote."""
-        saved = self.engine.load(checkpoint)
-        for role in adapters_that_change(self.cfg):
-            tensors = load_file(checkpoint / f"{role}.safetensors")
-            parameters = adapter_parameters(self.engine.model, role)
-            with torch.no_grad(), gathered(parameters, modified=True):
-                for name, tensor in adapter_state(self.engine.model, role).items():
-                    tensor.copy_(tensors[name])
-        return PpoState(saved["step"], saved["kl_coef"], Statistics(**saved["statistics"]))
+    def _prompts(self, step: int) -> list[dict]:
+        """The prompts of a step, each once."""
+        count = self.cfg.ppo.rollout_batch_size // self.cfg.ppo.samples_per_prompt
+        chosen = batch_indices(len(self.prompts.train), count, step, self.cfg.seed)
+        return [self.prompts.train[i] for i in chosen]
 
     def _roll_out(self, step: int) -> tuple[Rollout, list[str]]:
         """The scored responses of a step; the samples of a prompt stand together."""
-        section = self.cfg.ppo
-        count = section.rollout_batch_size // section.samples_per_prompt
-        chosen = batch_indices(len(self.prompts.train), count, step, self.cfg.seed)
-        records = [self.prompts.train[i] for i in chosen for _ in range(section.samples_per_prompt)]
+        times = self.cfg.ppo.samples_per_prompt
+        records = [record for record in self._prompts(step) for _ in range(times)]
         return self._collect("policy", records, (self.cfg.seed, step + 1))
 
     def _collect(
@@ -240,8 +210,9 @@ class PpoTrainer:
         section = self.cfg.ppo
 
         def factor(done: int) -> float:
-            return lr_factor(
-                done, self.total_optimizer_steps, section.lr_schedule, section.warmup_steps
+            total = self.total_optimizer_steps
+            return state.lr_scale * lr_factor(
+                done, total, section.lr_schedule, section.warmup_steps
             )
 
         def average() -> None:
@@ -261,6 +232,19 @@ class PpoTrainer:
             after_step=average,
         ).run()
 
+    def _save(self, state: PpoState) -> None:
+        save_state(self.cfg, self.run, self.engine, state)
+
+    def _rolled_back(self, state: PpoState) -> PpoState:
+        """The last good checkpoint restored, with lower learning rates from there on."""
+        good = load_state(self.cfg, self.engine, step_folders(self.run.checkpoints("ppo"))[-1])
+        scale = state.lr_scale * self.cfg.ppo.health.rollback_lr_factor
+        good = replace(good, lr_scale=scale, rollbacks=state.rollbacks + 1)
+        self.guard.begin(good)
+        if rank() == 0:
+            print(f"back to step {good.step}, learning rates times {scale:g}", flush=True)
+        return good
+
     def _copy_policy(self, role: str, decay: float) -> None:
         model = self.engine.model
         policy = adapter_parameters(model, "policy")
@@ -269,13 +253,10 @@ class PpoTrainer:
     def _show_sample(
         self, tracker: Tracker, state: PpoState, rollout: Rollout, texts: list[str]
     ) -> None:
-        every = self.cfg.tracking.sample_every
-        if rank() == 0 and every and (state.step == 1 or state.step % every == 0):
-            section = self.cfg.ppo
-            count = section.rollout_batch_size // section.samples_per_prompt
-            first = batch_indices(len(self.prompts.train), count, state.step - 1, self.cfg.seed)[0]
-            value = (float(rollout.scores[0]) - state.statistics.mean) / state.statistics.deviation
-            tracker.sample(state.step, self.prompts.train[first]["text"], texts[0], value)
+        """The first answer of a rollout batch, with its normalised score."""
+        prompt = self._prompts(state.step - 1)[0]["text"]
+        value = (float(rollout.scores[0]) - state.statistics.mean) / state.statistics.deviation
+        tracker.sample(state.step, prompt, texts[0], value)
 
 
 def rollout_metrics(
@@ -291,7 +272,11 @@ def rollout_metrics(
         scores: (B,) float32, shaped.
         rewards: (B, R) float32.
     """
-    kl = masked(rollout.kl, rollout.response_mask).sum(1)
+    mask = rollout.response_mask
+    token_kl = masked(rollout.kl, mask)
+    kl = token_kl.sum(1)
+    # Sampled tokens are as improbable as the scored distribution says, on average.
+    surprise = masked(-rollout.logprobs - rollout.entropy, mask)
     return {
         "ppo/score_mean": float(scores.mean()),
         "ppo/score_std": float(scores.std(correction=0)),
@@ -299,39 +284,13 @@ def rollout_metrics(
         "ppo/reward_mean": float(rewards.sum(1).mean()),
         "ppo/kl_sequence": float(kl.mean()),
         "ppo/kl_sequence_se": float(kl.std() / len(kl) ** 0.5),
-        "ppo/kl_token": float(kl.sum() / rollout.response_mask.sum()),
+        "ppo/kl_token": float(kl.sum() / mask.sum()),
+        "ppo/kl_abs_max": float(token_kl.abs().max()),
+        "ppo/surprise_gap": float(surprise.sum() / mask.sum()),
+        "ppo/surprise_gap_se": float(surprise.square().sum().sqrt() / mask.sum()),
         "ppo/response_length": float(rollout.lengths.float().mean()),
         "ppo/eos_rate": float(rollout.finished.float().mean()),
     }
-
-
-def _check_start(rollout: Rollout) -> None:
-    """Policy and reference must be the same model before the first step.
-
-    Raises:
-        ValueError: with the largest difference.
-    """
-    off = float(masked(rollout.kl, rollout.response_mask).abs().max())
-    if not off <= RATIO_TOLERANCE:
-        raise ValueError(
-            f"before step 1 policy and reference differ by up to {off:g} nats a token, so the KL "
-            "penalty would pull towards another model. Are RUN/sft/adapter and the base those "
-            "that the policy started from?"
-        )
-
-
-def _check_first_ratio(metrics: dict[str, float]) -> None:
-    """The first minibatch's ratios must be 1: sampler and update score alike.
-
-    Raises:
-        ValueError: with the largest difference.
-    """
-    off = metrics["ppo/first_log_ratio"]
-    if not off <= RATIO_TOLERANCE:
-        raise ValueError(
-            f"in the first minibatch log-probabilities differ from the rollout's by {off:g} nats: "
-            "dropout or a forward pass that is not deterministic"
-        )
 
 
 def _next_kl_coef(section: PpoSection, state: PpoState, metrics: dict[str, float]) -> float:

@@ -1,6 +1,5 @@
 """What PPO starts from and leaves behind: prompts, roles, their engine, the exports."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -194,13 +193,3 @@ def export_ppo(run: RunFolder, model: RoleModel, info: dict[str, object]) -> Non
                 lora = model.lora[trunk]
                 save_adapter(run.value_adapter, adapter_state(model, trunk), lora, info, head)
     barrier()
-
-
-def adapters_that_change(cfg: Config) -> Sequence[Role]:
-    """Frozen roles whose weights PPO itself replaces, so that checkpoints must hold them."""
-    roles: list[Role] = []
-    if cfg.ppo.reference_refresh_every:
-        roles.append("reference")
-    if cfg.ppo.ema_decay is not None:
-        roles.append("ema")
-    return roles

@@ -79,6 +79,7 @@ def load_text(cfg: Config, tokenizer: PreTrainedTokenizerFast, pad_id: int) -> T
     mixture = load_mixture(section.ptx_data, [], 0.0, cfg.seed, kind)
     if kind == "text":
         rows, report = tokenize_text(mixture.train, tokenizer, section.ptx_max_length)
+        rows = rows.filter(lambda row: len(row["input_ids"]) > 1)  # the first is never predicted
         rows = rows.map(lambda row: {"mask": [1] * len(row["input_ids"])})
     else:
         rows, report = tokenize_conversations(

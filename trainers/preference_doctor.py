@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 from datasets import Dataset
 
-from chatllama.calibration import agreement, fit_flips, weighted_mean
+from chatllama.calibration import FLIP_EVIDENCE, agreement, fit_flips, weighted_mean
 from chatllama.statistics import wilson_interval
 from data.collate import answer_pairs, ordered_pairs
 from trainers.reward_data import Preferences
@@ -21,8 +21,6 @@ Rows = Sequence[Mapping[str, Any]]
 Pair = tuple[bytes, bytes]
 SAME_ANSWERS = ("chosen equals rejected", "all answers are equal", "answers are the same tokens")
 SUSPECTS_SHOWN = 10
-FLIP_EVIDENCE = 2.71
-"""Likelihood ratio above which wrong labels are more than chance (5 %, one-sided)."""
 
 
 @dataclass(frozen=True)

@@ -232,6 +232,16 @@ def model_concerns(found: Mapping[str, Any], word_accuracy: float) -> list[Conce
     if length["controlled_accuracy"]["low"] <= 0.5 < accuracy["low"]:
         text = f"with length balanced, accuracy is {_interval(length['controlled_accuracy'])}"
         out.append(Concern("length_driven", text))
+    sides = [(length[f"better_is_{side}"], side) for side in ("longer", "shorter")]
+    (worse, _), (better, side) = sorted(sides, key=lambda each: each[0]["value"])
+    apart = better["value"] - worse["value"]
+    if apart > math.hypot(better["value"] - better["low"], worse["high"] - worse["value"]):
+        text = (
+            f"it is right on {better['value']:.1%} of the pairs whose preferred answer is {side}, "
+            f"on {worse['value']:.1%} of the others (correlation of score and length "
+            f"{length['score_correlation']:+.2f})"
+        )
+        out.append(Concern("length_bias", text))
     limit = found["bayes_accuracy"]
     if limit is not None and accuracy["value"] < limit - BAYES_SLACK:
         out.append(Concern("below_bayes", f"accuracy {accuracy['value']:.3f} of {limit:.3f}"))

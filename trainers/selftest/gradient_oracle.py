@@ -98,13 +98,8 @@ class EnumeratingTrainer(PpoTrainer):
             own = self.values[self.order].float()
             rollout = replace(rollout, values=torch.where(rollout.response_mask, own, 7.0))
         targets, metrics = super()._targets(rollout, state)
-        weights = (self.weights[self.order] * len(self._tokens)).float()
-        return replace(targets, advantages=targets.advantages * weights[:, None]), metrics
-
-    @property
-    def _tokens(self) -> list[int]:
-        rows = range(len(self.seen.tokens))
-        return [token for row in rows for token in self.seen.response_ids(row)]
+        weights = self.weights[self.order].float()[:, None]
+        return replace(targets, advantages=targets.advantages * weights), metrics
 
     def _update(self, rollout: Rollout, targets: Targets, state: PpoState) -> dict[str, float]:
         if self.noise is not None:
@@ -141,11 +136,15 @@ class Listing:
         return [row for members in self.groups for row in members]
 
     def weights(self, logprobs: torch.Tensor) -> torch.Tensor:
-        """(B,) float64: probability of a row's group and prompt, over the group's size."""
+        """(B,) float64: probability of a row's group and prompt, over the group's size.
+
+        Times the number of tokens, by which the loss divides.
+        """
         own = logprobs.detach().sum(1).exp()
         joint = own[torch.tensor(self.groups)].prod(1)
         weight = joint / (self.group_size * len(self.every.prompts))
-        return weight.repeat_interleave(self.group_size)
+        num_tokens = sum(len(self.every.rows[row][1]) for row in self.rows)
+        return num_tokens * weight.repeat_interleave(self.group_size)
 
     def prompts(self) -> Prompts:
         """One record a group."""

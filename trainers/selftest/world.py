@@ -117,10 +117,10 @@ class World:
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """One token a word."""
         pieces = ["</s>", *(f"▁{word}" for word in WORDS)]
-        backend = Tokenizer(WordLevel({p: i for i, p in enumerate(pieces)}, unk_token=pieces[1]))
+        backend = Tokenizer(WordLevel({p: i for i, p in enumerate(pieces)}, unk_token="</s>"))
         backend.decoder = Sequence([Replace("▁", " "), Fuse()])
         return PreTrainedTokenizerFast(
-            tokenizer_object=backend, eos_token="</s>", pad_token="</s>", unk_token=pieces[1]
+            tokenizer_object=backend, eos_token="</s>", pad_token="</s>", unk_token="</s>"
         )
 
     @property
