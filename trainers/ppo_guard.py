@@ -33,6 +33,7 @@ class Guard:
 
     def begin(self, state: PpoState) -> None:
         """Takes up the monitor's memory, at the start, on resuming and after a rollback."""
+        self.monitor = HealthMonitor(self.section.health)
         if state.health:
             self.monitor.restore(state.health)
         if rank() == 0:
