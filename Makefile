@@ -8,13 +8,14 @@ BIN := $(CURDIR)/.venv/bin
 # The deepspeed launcher and ninja are looked up on PATH.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help venv demo test check clean
+.PHONY: help venv demo test check mutations clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    install into .venv, then SFT -> reward model -> PPO on a tiny LLaMA"
 	@echo "make test    install into .venv, then every test"
 	@echo "make check   install into .venv, then ruff, pyright and the unit tests"
+	@echo "make mutations  plant known bugs of PPO one at a time; the tests must see every one"
 	@echo "make venv    install into .venv only (PYTHON=python3.12 chooses the interpreter)"
 	@echo "make clean   remove .venv and caches; runs/ stays"
 
@@ -45,6 +46,9 @@ check: venv
 	"$(BIN)/ruff" format --check .
 	"$(BIN)/pyright"
 	"$(BIN)/python" -m pytest
+
+mutations: venv
+	"$(BIN)/python" tests/mutations/run.py
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache build dist

@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg, run = arguments.config, RunFolder(Path(arguments.config.run_dir))
 
     # Heavy imports come after the command line: `--help` and config errors answer at once.
-    from chatllama import distributed
+    from chatllama import distributed, reward_models
 
     if run.result("ppo").is_file():
         if distributed.rank() == 0:
@@ -26,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if any(source.adapter == "run" for source in cfg.ppo.rewards):
         run.read_result("reward")
+        weak = reward_models.check_gate(run, cfg.reward)
+        if weak and distributed.rank() == 0:
+            print(*weak, sep="\n")
     from trainers import evaluate, ppo, ppo_setup, ppo_text, stage
 
     stage.join()

@@ -4,14 +4,16 @@ Those modules are imported inside the functions, so that `--help` answers at onc
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from chatllama import __version__
+from chatllama.generation_arguments import add_generate_arguments, generate_options
 
 Command = Callable[[argparse.Namespace], None]
-USER_ERROR, INTERRUPTED = 2, 130
+FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,16 +54,27 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     _add_run_arguments(run)
     chat = _add(commands, "chat", _chat, "talk to the model of a run in the terminal")
     _add_chat_arguments(chat)
+    generate = _add(commands, "generate", _generate, "answer many prompts, into a file or here")
+    add_generate_arguments(generate)
+    import_ = _add(commands, "import", _import, "make a Hugging Face folder of Meta's checkpoint")
+    _add_import_arguments(import_)
     report = _add(commands, "report", _report, "write report.html of a run, finished or not")
     report.add_argument("run", metavar="RUN", help="run folder")
-    # argparse cannot take overrides that stand after an option; they come back as unknown words.
+    about = "check the data of a config, or look at its tokens"
+    data = commands.add_parser("data", help=about, description=about, allow_abbrev=False)
+    _add_data_commands(data.add_subparsers(title="commands", metavar="COMMAND", required=True))
+    selftest = _add(commands, "selftest", _selftest, "PPO against the closed form, here and now")
+    _add_selftest_arguments(selftest)
+    run.set_defaults(rest="overrides")
+    generate.set_defaults(rest="prompts")
+    # argparse cannot take positionals that stand after an option; they come back as unknown words.
     arguments, unknown = parser.parse_known_args(argv)
-    takes_overrides = arguments.command is _run
-    if unknown and (not takes_overrides or any(word.startswith("-") for word in unknown)):
-        wrong = unknown if not takes_overrides else [w for w in unknown if w.startswith("-")]
+    rest: str | None = arguments.rest
+    wrong = [word for word in unknown if rest is None or word.startswith("-")]
+    if wrong:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
-    if takes_overrides:
-        arguments.overrides = [*arguments.overrides, *unknown]
+    if rest is not None:
+        setattr(arguments, rest, [*vars(arguments)[rest], *unknown])
     return arguments
 
 
@@ -73,7 +86,7 @@ def _add(
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
     parser.add_argument("--debug", action="store_true", help="show the traceback of errors")
-    parser.set_defaults(command=command)
+    parser.set_defaults(command=command, rest=None)
     return parser
 
 
@@ -124,6 +137,58 @@ def _add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="for answers that can be repeated")
 
 
+def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "folder",
+        metavar="META_FOLDER",
+        type=Path,
+        help="with params.json, consolidated.NN.pth and, there or one above, tokenizer.model",
+    )
+    add("--out", type=Path, metavar="FOLDER", help="new folder (default: META_FOLDER-hf)")
+    add(
+        "--dtype",
+        choices=("keep", "float32", "bfloat16", "float16"),
+        default="keep",
+        help="type of the weights (default: keep)",
+    )
+    add(
+        "--max-positions",
+        type=int,
+        metavar="N",
+        help="longest text, in tokens, which the checkpoint does not say (default: 2048)",
+    )
+
+
+def _add_selftest_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2],
+        metavar="N",
+        help="of the training runs, one each (default: 0 1 2)",
+    )
+    parser.add_argument("--quick", action="store_true", help="leave the training runs out")
+
+
+def _add_data_commands(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> None:
+    check = _add(commands, "check", _data_check, "what is wrong with a config's data; 1: errors")
+    show = _add(commands, "show", _data_show, "records as tokens, coloured by loss mask")
+    for parser, some in ((check, "all"), (show, "sft")):
+        parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+        parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings")
+        stages = ("sft", "reward", "ppo")
+        parser.add_argument("--stage", choices=stages, help=f"the stage (default: {some})")
+        parser.set_defaults(rest="overrides")
+    check.add_argument("--fix", action="store_true", help="write cleaned copies and a log")
+    check.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/data_check")
+    show.add_argument("--n", type=int, default=3, metavar="N", help="records of each source")
+    show.add_argument("--html", type=Path, metavar="F", help="write a page instead")
+
+
 def _run(arguments: argparse.Namespace) -> None:
     from chatllama.launcher import Launch
     from chatllama.pipeline import StageFailed, run_pipeline
@@ -156,11 +221,70 @@ def _chat(arguments: argparse.Namespace) -> None:
     )
 
 
+def _generate(arguments: argparse.Namespace) -> None:
+    from chatllama.generation_command import generate_command
+    from chatllama.prompt_files import read_prompts
+
+    lines = None if sys.stdin.isatty() else sys.stdin
+    prompts = read_prompts(arguments.prompts, arguments.file, lines)
+    generate_command(Path(arguments.run), prompts, generate_options(arguments), arguments.out)
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from chatllama.meta_checkpoint import import_meta
+
+    import_meta(
+        arguments.folder,
+        arguments.out,
+        dtype=arguments.dtype,
+        max_positions=arguments.max_positions,
+    )
+
+
 def _report(arguments: argparse.Namespace) -> None:
     from chatllama.report import write_report
     from chatllama.run_folder import RunFolder
 
     print(write_report(RunFolder(Path(arguments.run))))
+
+
+def _data_check(arguments: argparse.Namespace) -> None:
+    from chatllama.config_loader import load_config
+    from chatllama.loading import find_tokenizer
+    from data.commands import check_command
+
+    cfg = load_config(arguments.config, arguments.overrides)
+    code = check_command(
+        cfg,
+        Path(arguments.config),
+        find_tokenizer(cfg),
+        stage=arguments.stage,
+        fix=arguments.fix,
+        out=arguments.out or Path(cfg.run_dir) / "data_check",
+    )
+    if code:
+        raise SystemExit(code)
+
+
+def _data_show(arguments: argparse.Namespace) -> None:
+    from chatllama.config_loader import load_config
+    from chatllama.loading import find_tokenizer
+    from data.commands import show_command
+
+    cfg = load_config(arguments.config, arguments.overrides)
+    tokenizer = find_tokenizer(cfg)
+    if tokenizer is None:
+        raise ValueError("backbone.from_scratch has not been built yet, so there are no tokens")
+    show_command(cfg, tokenizer, arguments.stage or "sft", arguments.n, arguments.html)
+
+
+def _selftest(arguments: argparse.Namespace) -> None:
+    # Tiny models, and the truth is computed on the CPU: a GPU would only be slower.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from trainers.selftest.run import selftest
+
+    if not selftest(arguments.seeds, arguments.quick):
+        raise SystemExit(FAILED)
 
 
 if __name__ == "__main__":

@@ -66,3 +66,20 @@ def load_run(run: RunFolder) -> LoadedRun:
         model.heads[role].load_state_dict(head)
     model.to(device()).eval().requires_grad_(False)
     return LoadedRun(model, tokenizer, cfg.chat, cfg)
+
+
+def find_tokenizer(cfg: Config) -> PreTrainedTokenizerFast | None:
+    """The tokenizer of a config; None where the run would make it and has not yet.
+
+    Raises:
+        ValueError: `backbone.path` holds none that can be used.
+    """
+    quiet_libraries()
+    run = RunFolder(Path(cfg.run_dir))
+    if cfg.backbone.path is None and not run.backbone.is_dir():
+        return None
+    return load_tokenizer(
+        backbone_path(cfg.backbone, run),
+        revision=cfg.backbone.revision,
+        trust_remote_code=cfg.backbone.trust_remote_code,
+    )

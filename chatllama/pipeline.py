@@ -42,7 +42,7 @@ from chatllama.run_folder import STAGES, RunFolder, Stage
 # Sections and keys that change nothing of what a stage has learned.
 FREE_SECTIONS = ("tracking",)
 BACKBONE_KEYS = ("backbone", "seed")  # a backbone made from scratch rests on both
-FREE_KEYS = ("save_every", "save_total_limit", "eval_every")
+FREE_KEYS = ("save_every", "save_total_limit", "eval_every", "allow_weak")
 
 
 class StageFailed(Exception):

@@ -12,6 +12,7 @@ import lzma
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -65,7 +66,7 @@ def decode(
         yield str(error).split(": ", 1)[0], error
     except DAMAGES as error:
         reason = str(error) or type(error).__name__
-        yield where, RecordError(f"{where}: damaged here or after ({reason})")
+        yield where, RecordError(f"{where}: the file cannot be read after this ({reason})")
 
 
 def _records(
@@ -83,7 +84,7 @@ def _records(
             case ".json" | ".jsonl" | ".ndjson":
                 yield from _json(lines, file.name)
             case _ if format == "lines":
-                yield from ((w, {"text": x} if isinstance(x, str) else x) for w, x in lines if x)
+                yield from _single_lines(lines)
             case _:
                 yield from _paragraphs(lines)
 
@@ -127,6 +128,15 @@ def _undecodable(line: bytes, error: UnicodeDecodeError) -> str:
     return wrong + (hint if error.encoding.startswith("utf") and reads.isprintable() else "")
 
 
+def _single_lines(lines: Iterator[Line]) -> Iterator[Decoded]:
+    """Each line that is not blank, as a text record."""
+    for where, line in lines:
+        if isinstance(line, RecordError):
+            yield where, line
+        elif line.strip():
+            yield where, {"text": line}
+
+
 def _paragraphs(lines: Iterator[Line]) -> Iterator[Decoded]:
     """Each run of lines between blank ones, as a text record."""
     begin, paragraph = "", list[str]()
@@ -144,23 +154,26 @@ def _paragraphs(lines: Iterator[Line]) -> Iterator[Decoded]:
 
 
 def _json(lines: Iterator[Line], name: str) -> Iterator[Decoded]:
-    """Objects of a json array, or one of each line; told apart by the first character."""
-    first = True
-    for where, line in lines:
-        if isinstance(line, RecordError):
-            yield where, line
-        elif line.strip():
-            if first and line.lstrip().startswith("["):
-                yield from _array(where, line, lines, name)
-                return
-            hint = ""
-            if first and line.strip() == "{":
-                hint = "; a json file holds an array, or one object a line"
-            record = parse_json(line, where, hint)
-            yield where, record
-            if hint and isinstance(record, RecordError):
-                return
-            first = False
+    """Objects of a json array, or one of each line; told apart by the first line."""
+    written = ((where, line) for where, line in lines if not isinstance(line, str) or line.strip())
+    where, first = next(written, ("", ""))
+    if isinstance(first, str) and first.lstrip().startswith("["):
+        after = next(written, None)
+        if after is None or isinstance(parse_json(first, where), RecordError):
+            rest = written if after is None else chain([after], written)
+            yield from _array(where, first, rest, name)
+            return
+        written = chain([after], written)  # a list on every line
+    hint = ""
+    if isinstance(first, str) and first.strip() == "{":
+        hint = "; a json file holds an array, or one object a line"
+    if first:
+        record = parse_json(first, where, hint) if isinstance(first, str) else first
+        yield where, record
+        if hint:
+            return
+    for where, line in written:
+        yield where, parse_json(line, where) if isinstance(line, str) else line
 
 
 def parse_json(text: str, where: str, hint: str = "") -> object:
@@ -190,17 +203,17 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _array(where: str, first: str, lines: Iterator[Line], name: str) -> Iterator[Decoded]:
     """Records of a json array that begins on the line `first`."""
-    offset = int(where.rpartition(":")[2])
-    texts = [first]
-    for _, line in lines:
+    texts, numbers = [first], [int(where.rpartition(":")[2])]
+    for place, line in lines:
         if isinstance(line, RecordError):
             raise line
         texts.append(line)
+        numbers.append(int(place.rpartition(":")[2]))
     text = "\n".join(texts)
     try:
         records = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        place = f"{name}:{error.lineno + offset - 1}"
+        place = f"{name}:{numbers[min(error.lineno, len(numbers)) - 1]}"
         raise RecordError(f"{place}: broken JSON ({error.msg}, column {error.colno})") from None
     except RecursionError:
         raise RecordError(f"{where}: broken JSON (nested too deeply)") from None

@@ -17,32 +17,21 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 
-NAMES = (
-    ["Ada", "Ben", "Cleo", "Dora", "Emil", "Fay", "Gus", "Hana", "Ivo", "June", "Kit", "Lena", "Milo", "Nora", "Otto", "Rosa"]
-)  # fmt: skip
-TOPICS = [
-    "tulips",
-    "roses",
-    "beans",
-    "ferns",
-    "plums",
-    "herbs",
-    "bees",
-    "daisies",
-    "pears",
-    "leeks",
-    "poppies",
-    "onions",
-    "carrots",
-    "lilies",
-    "pumpkins",
-    "berries",
+# fmt: off
+NAMES = [
+    "Ada", "Ben", "Cleo", "Dora", "Emil", "Fay", "Gus", "Hana",
+    "Ivo", "June", "Kit", "Lena", "Milo", "Nora", "Otto", "Rosa",
 ]
+TOPICS = [
+    "tulips", "roses", "beans", "ferns", "plums", "herbs", "bees", "daisies",
+    "pears", "leeks", "poppies", "onions", "carrots", "lilies", "pumpkins", "berries",
+]
+# fmt: on
 CHEERFUL = ["bright", "lovely", "fresh", "sweet", "healthy", "splendid"]
 GLOOMY = ["dull", "limp", "dusty", "bitter", "sickly", "grim"]
 SENDERS = ["Moss", "Wren", "Robin"]
-PLACES = ["gate", "wall", "pond", "shed", "path", "fence"]
 
 SENTENCES = (
     "The {topic} look {adjective} today.",
@@ -122,8 +111,7 @@ def bayes_limit(gold_differences: Iterable[float], label_scale: float = LABEL_SC
         gold_differences: gold(chosen) - gold(rejected) of each pair; signs do not matter.
         label_scale: nats per unit of gold.
     """
-    limits = [_sigmoid(label_scale * abs(difference)) for difference in gold_differences]
-    return sum(limits) / len(limits)
+    return fmean(_sigmoid(label_scale * abs(difference)) for difference in gold_differences)
 
 
 def split_pairs() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -183,15 +171,15 @@ def pretrain_documents(rng: random.Random, count: int) -> list[str]:
     """Texts of one line for the backbone: notes followed by neutral remarks, and small talk.
 
     As in real pretraining text, people write about texts: so the backbone has features of a note
-    that a small reward adapter can find. No remark says which note is better. The chat layout
-    occurs, too, as old transcripts of another kind: no note is ever asked for in it.
+    that a small reward adapter can find. In half of the notes a proof-reader has marked each name
+    and topic as the asked one (` =`) or another (` /`). No remark says which note is better. The
+    chat layout occurs, too, in transcripts of another kind: no note is ever asked for in it.
     """
     pairs, _ = split_pairs()
     documents = []
     for _ in range(count):
         name, topic = rng.choice(pairs)
-        kind = rng.random()
-        if kind < 0.1:
+        if rng.random() < 0.1:
             documents.append(_small_talk(rng, topic))
             continue
         note = _any_note(rng, name, topic)
@@ -255,7 +243,7 @@ def sample_files() -> dict[str, str]:
         "pretrain.txt.gz": "\n\n".join(documents) + "\n",
         "sft.jsonl": _json_lines(demonstrations(random.Random("sft"), 4_000)),
         "preferences.jsonl.gz": _json_lines(
-            preferences(random.Random("preferences"), 8_000, training)
+            preferences(random.Random("preferences"), 12_000, training)
         ),
         "prompts.jsonl": _json_lines(prompts(training)),
         "heldout_preferences.jsonl": _json_lines(
@@ -290,7 +278,7 @@ def _any_note(rng: random.Random, name: str, topic: str) -> str:
 
 def _remarks(rng: random.Random, name: str, topic: str, note: str) -> list[str]:
     words = re.findall(r"\w+", note)
-    asked = sum(word == topic for word in words)
+    asked = words.count(topic)
     other = sum(word in TOPICS and word != topic for word in words)
     cheerful = sum(word in CHEERFUL for word in words)
     gloomy = sum(word in GLOOMY for word in words)
@@ -316,7 +304,7 @@ def _remarks(rng: random.Random, name: str, topic: str, note: str) -> list[str]:
 
 
 def _small_talk(rng: random.Random, topic: str) -> str:
-    place = rng.choice(PLACES)
+    place = rng.choice(["gate", "wall", "pond", "shed", "path", "fence"])
     if rng.random() < 0.5:
         return f"[INST] Where do the {topic} grow? [/INST] The {topic} grow by the {place}."
     return f"[INST] What grows by the {place}? [/INST] By the {place} grow the {topic}."

@@ -22,6 +22,10 @@ ROLES = {
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "prompter": "user",
+    "agent": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
 }
 PROMPT_KEYS = ("prompt", "messages", "conversations", "instruction")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -43,15 +47,17 @@ def conversation(fields: Raw, format: Format, *, prompts_only: bool) -> list[Mes
     """The turns of a record that is not a pair, without the answer where it has none."""
     match format:
         case "messages":
-            return _turns(fields.get("messages"), "messages")
+            return _with_system(fields, _turns(fields.get("messages"), "messages"))
         case "sharegpt":
-            return _turns(fields.get("conversations"), "conversations")
+            return _with_system(fields, _turns(fields.get("conversations"), "conversations"))
         case "prompts" if "messages" in fields:
-            return _turns(fields["messages"], "messages")
+            return _with_system(fields, _turns(fields["messages"], "messages"))
         case "prompts":
-            return _turns_or_text(fields.get("prompt"), "prompt", "user")
+            return _with_system(fields, _turns_or_text(fields.get("prompt"), "prompt", "user"))
         case "prompt_completion":
-            prompt = _turns_or_text(fields.get("prompt"), "prompt", "user")
+            prompt = _with_system(fields, _turns_or_text(fields.get("prompt"), "prompt", "user"))
+            if prompts_only and fields.get("completion") is None:
+                return prompt
             return prompt + _turns_or_text(fields.get("completion"), "completion", "assistant")
         case _:
             prompt = _alpaca_prompt(fields)
@@ -65,8 +71,8 @@ def _alpaca_prompt(fields: Raw) -> list[Message]:
     system = string(fields, "system", "")
     turns = [_message("system", system)] if system else []
     history = fields.get("history")
-    for past in _list([] if history is None else history, "history"):
-        exchange = _list(past, "history")
+    for past in checked_list([] if history is None else history, "history"):
+        exchange = checked_list(past, "history")
         if len(exchange) != 2:
             raise Malformed(f"history: expected [question, answer], got {shorten(exchange)}")
         turns.append(_message("user", _checked(exchange[0], "history")))
@@ -74,6 +80,14 @@ def _alpaca_prompt(fields: Raw) -> list[Message]:
     asked = (string(fields, "instruction"), string(fields, "input", ""))
     turns.append(_message("user", "\n\n".join(part for part in asked if part.strip())))
     return turns
+
+
+def _with_system(fields: Raw, turns: list[Message]) -> list[Message]:
+    """`turns` after the system prompt that stands in a column of its own."""
+    system = string(fields, "system", "")
+    if not system.strip() or (turns and turns[0] == _message("system", system)):
+        return turns
+    return [_message("system", system), *turns]
 
 
 def _turns_or_text(value: object, name: str, role: str) -> list[Message]:
@@ -86,7 +100,7 @@ def _turns_or_text(value: object, name: str, role: str) -> list[Message]:
 def _turns(value: object, name: str) -> list[Message]:
     return [
         _turn(mapping(turn, f"{name}[{i}]"), f"{name}[{i}]")
-        for i, turn in enumerate(_list(value, name))
+        for i, turn in enumerate(checked_list(value, name))
     ]
 
 
@@ -153,7 +167,7 @@ def ranking(fields: Raw) -> tuple[list[Message], list[str], list[int], list[floa
     if prompt is None:
         raise Malformed(f"ranked answers need one of the keys {PROMPT_KEYS}")
     key = "answers" if "answers" in fields else "output"
-    answers = [_checked(answer, key) for answer in _list(fields.get(key), key)]
+    answers = [_checked(answer, key) for answer in checked_list(fields.get(key), key)]
     if not answers:
         raise Unusable("no answers")
     if fields.get("ranks") is not None and fields.get("scores") is not None:
@@ -178,7 +192,7 @@ def _prompt(fields: Raw) -> list[Message] | None:
         return None
     if key == "instruction":
         return _alpaca_prompt(fields)
-    return _turns_or_text(fields[key], key, "user")
+    return _with_system(fields, _turns_or_text(fields[key], key, "user"))
 
 
 def _side(fields: Raw, key: str, prompt: list[Message] | None) -> list[Message]:
@@ -199,7 +213,7 @@ def margin(fields: Raw) -> float:
 
 
 def _numbers(value: object, name: str, count: int) -> list[float]:
-    numbers = [_number(each, name) for each in _list(value, name)]
+    numbers = [_number(each, name) for each in checked_list(value, name)]
     if len(numbers) != count:
         raise Malformed(f"{name}: expected one number for each of {count} answers, got {numbers}")
     return numbers
@@ -224,7 +238,7 @@ def mapping(value: object, name: str) -> Raw:
     return cast(Raw, value)
 
 
-def _list(value: object, name: str) -> list[object]:
+def checked_list(value: object, name: str) -> list[object]:
     """`value`, if it is a list."""
     if not isinstance(value, list):
         raise Malformed(f"{name}: expected a list, got {shorten(value)}")

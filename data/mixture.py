@@ -6,6 +6,7 @@ adding a source, reordering a file or training another stage moves none across.
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,6 +15,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from chatllama.config import DataSource
+from data.decontaminate import build_index, contamination
 from data.readers import ReadReport, read_source
 from data.records import Kind
 
@@ -39,6 +41,8 @@ class Mixture:
     shares: list[SourceShare]
     reports: list[ReadReport]
     """Of every source read, those of eval_data last."""
+    contaminated: dict[str, int]
+    """Training records left out because they give away an evaluation set, by set."""
 
     def summary(self) -> str:
         """Lines for the log: what was read, left out, mixed and held out."""
@@ -48,6 +52,8 @@ class Mixture:
                 f"{share.path}: {share.num_drawn} of the {len(self.train)} training records "
                 f"({share.num_drawn / len(self.train):.1%}), from {share.num_available}"
             )
+        for path, count in self.contaminated.items():
+            lines.append(f"left out, with words of {path}: {count} training records")
         lines.append(f"held out: {len(self.held_out)} records")
         return "\n".join(lines)
 
@@ -58,6 +64,7 @@ def load_mixture(
     eval_fraction: float,
     seed: int,
     kind: Kind,
+    decontaminate: Sequence[DataSource] = (),
 ) -> Mixture:
     """The stage's training and held-out records.
 
@@ -67,6 +74,7 @@ def load_mixture(
         eval_fraction: share of the prompts of `sources` held out when there are no eval_sources.
         seed: decides what is held out, drawn and in which order.
         kind: what the records are for.
+        decontaminate: evaluation sets that no training record may give away.
 
     Raises:
         ValueError: from a source; weights on some sources only; nothing left to train on.
@@ -79,15 +87,23 @@ def load_mixture(
     for data, _ in reads:
         keys: list[str] = data["key"][:]
         share = 0.0 if eval_sources else eval_fraction
-        held = [_is_held_out(key, seed, share) for key in keys]
+        held = [is_held_out(key, seed, share) for key in keys]
         trains.append(data.select([i for i, out in enumerate(held) if not out]))
         if not eval_sources:
             held_outs.append(data.select([i for i, out in enumerate(held) if out]))
+    contaminated: Counter[str] = Counter()
+    if decontaminate:
+        index = build_index(decontaminate)
+        for number, train in enumerate(trains):
+            found = contamination(train, index)
+            contaminated.update(filter(None, found))
+            trains[number] = train.select([i for i, path in enumerate(found) if not path])
     counts = source_counts([len(train) for train in trains], sources)
     if not sum(counts):
         raise ValueError(
             f"nothing to train on: {[len(train) for train in trains]} records remain after holding "
-            f"out {eval_fraction:.0%}"
+            f"out {eval_fraction:.0%} and leaving out {sum(contaminated.values())} with words of "
+            "an evaluation set"
         )
     return Mixture(
         train=_draw(trains, counts, seed),
@@ -97,6 +113,7 @@ def load_mixture(
             for source, train, count in zip(sources, trains, counts, strict=True)
         ],
         reports=[report for _, report in reads + eval_reads],
+        contaminated=dict(contaminated.most_common()),
     )
 
 
@@ -133,7 +150,8 @@ def source_counts(sizes: Sequence[int], sources: Sequence[DataSource]) -> list[i
     return counts
 
 
-def _is_held_out(key: str, seed: int, share: float) -> bool:
+def is_held_out(key: str, seed: int, share: float) -> bool:
+    """Whether the records of this key are held out; see `record_key`."""
     digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64
 

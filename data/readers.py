@@ -1,6 +1,6 @@
 """Sources: from a file or a hub data set to a table of records, with a report of what was left out.
 
-Local files are decoded by `files.py`, line by line, rather than by `datasets.load_dataset`: that
+Local files are decoded by `decoding.py`, line by line, rather than by `datasets.load_dataset`: that
 loses line numbers, fills missing keys with null, and turns the text "NA" of a csv into nothing.
 `datasets` keeps the result as an Arrow file in its cache (HF_DATASETS_CACHE), which all ranks
 share: one of them reads, the others wait for its lock. The cache entry is named after the content
@@ -9,16 +9,19 @@ of the file and of this package's code, so that neither can go stale.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import datasets
 from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 
-from chatllama.config import DataSource, Format
-from data.files import PROJECT_ROOT, decode, find_file
+from chatllama.config import ColumnMapping, DataSource, Format
+from data.decoding import decode
+from data.files import PROJECT_ROOT, DataFile, find_files
+from data.labelled import LabelledAnswers, is_good
 from data.layouts import RecordError, Unusable
 from data.records import (
     Conversation,
@@ -28,11 +31,14 @@ from data.records import (
     Record,
     Text,
     detect_format,
-    parse_record,
+    parse_records,
     record_key,
 )
 
 MAX_LEFT_OUT = 0.5  # above this share, the format is probably not what the file holds
+MAX_MALFORMED = 10_000  # a file with more is not what the config says
+NUM_EXAMPLES = 5
+GOOD, UNUSABLE, MALFORMED = 0, 1, 2
 MESSAGES = datasets.List({"role": Value("string"), "content": Value("string")})
 COMMON = {"key": Value("string"), "where": Value("string")}
 COLUMNS: dict[Kind, Features] = {
@@ -56,7 +62,8 @@ class ReadReport:
     """What became of a source's records."""
 
     path: str
-    format: Format
+    format: str
+    """Name of the format; `mapping` for columns that the config names."""
     num_read: int
     num_kept: int
     left_out: dict[str, int]
@@ -83,22 +90,50 @@ def read_source(source: DataSource, kind: Kind) -> tuple[Dataset, ReadReport]:
         ValueError: there is no such file or data set; a malformed file or record; no record that
             can serve, or more that cannot than can.
     """
-    file = find_file(source.path)
-    arguments = {"path": source.path, "format": source.format, "kind": kind, "code": code_digest()}
-    if file is None or file.is_dir():
-        data = _load_hub(str(file or source.path), source.split)
+    rows = read_rows(source, kind)
+    severities: list[int] = rows["severity"][:]
+    if MALFORMED in severities:
+        bad = [i for i, severity in enumerate(severities) if severity == MALFORMED]
+        lines = [str(rows[i]["problem"]) for i in bad[:NUM_EXAMPLES]]
+        more = f"\n  and {len(bad) - len(lines)} more" if len(bad) > len(lines) else ""
+        raise RecordError("\n  ".join(lines) + more)
+    return _keep_usable(rows, severities, source, kind)
+
+
+def read_rows(source: DataSource, kind: Kind) -> Dataset:
+    """A row for each record of a source, whether or not it can serve.
+
+    Columns are those of `read_source`, `number` (of the object it stands in, from 0), `severity`
+    (`GOOD`, `UNUSABLE` or `MALFORMED`), `problem` (why it cannot serve) and `format`.
+
+    Raises:
+        ValueError: there is no such file or data set, or it is empty.
+    """
+    files = find_files(source.path, source.split)
+    reading = source.model_dump(exclude={"weight", "epochs"})
+    arguments = {"reading": reading, "kind": kind, "code": code_digest()}
+    if files is None:
+        data = _load_hub(source)
         generator, arguments = _hub_rows, {**arguments, "data": data}
     else:
-        content = _file_digest(file)
-        generator, arguments = _file_rows, {**arguments, "file": str(file), "content": content}
-    columns = {**COLUMNS[kind], "problem": Value("string"), "format": Value("string")}
+        digests = [(str(file.path), file.name, _file_digest(file.path)) for file in files]
+        generator, arguments = _file_rows, {**arguments, "files": digests}
     try:
-        rows = Dataset.from_generator(generator, features=Features(columns), gen_kwargs=arguments)
+        return Dataset.from_generator(generator, features=_features(kind), gen_kwargs=arguments)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, ValueError):  # ours, wrapped by `datasets`
             raise error.__cause__ from None
         raise
-    return _keep_usable(rows, source, kind)
+
+
+def decode_source(source: DataSource) -> Iterator[tuple[str, object]]:
+    """Place and object of everything in a source; a `RecordError` in place of what is broken."""
+    files = find_files(source.path, source.split)
+    if files is None:
+        yield from _hub_objects(_load_hub(source), source.path)
+        return
+    for file in files:
+        yield from decode(file, source.encoding, source.columns, source.format)
 
 
 def code_digest() -> str:
@@ -119,52 +154,104 @@ def _file_digest(file: Path) -> str:
 
 
 def _file_rows(
-    path: str, format: Format | None, kind: Kind, file: str, content: str, code: str
+    reading: dict[str, Any], kind: Kind, files: list[tuple[str, str, str]], code: str
 ) -> Iterator[dict[str, object]]:
-    """Rows of a local file. `content` and `code` only name the cache entry."""
-    yield from _rows(decode(Path(file), path), path, format, kind)
+    """Rows of local files. Their digests and `code` only name the cache entry."""
+    source = DataSource(**reading)
+    objects = (
+        each
+        for path, name, _ in files
+        for each in decode(
+            DataFile(Path(path), name), source.encoding, source.columns, source.format
+        )
+    )
+    yield from _rows(objects, source, kind)
 
 
 def _hub_rows(
-    path: str, format: Format | None, kind: Kind, data: Dataset, code: str
+    reading: dict[str, Any], kind: Kind, data: Dataset, code: str
 ) -> Iterator[dict[str, object]]:
-    """Rows of a data set that `datasets` loaded; its null is a missing key."""
-    raws = (
-        (f"{path}: record {number}", {key: raw[key] for key in raw if raw[key] is not None})
-        for number, raw in enumerate(data, start=1)
-    )
-    yield from _rows(raws, path, format, kind)
+    """Rows of a data set that `datasets` loaded."""
+    source = DataSource(**reading)
+    yield from _rows(_hub_objects(data, source.path), source, kind)
 
 
-def _load_hub(path: str, split: str) -> Dataset:
-    """The split of a hub data set, or of a local folder of data files."""
+def _hub_objects(data: Dataset, path: str) -> Iterator[tuple[str, object]]:
+    """Place and object of each record of a hub data set; its null is a missing key."""
+    for number, raw in enumerate(cast(Iterable[dict[str, object]], data), start=1):
+        yield f"{path}: record {number}", {k: v for k, v in raw.items() if v is not None}
+
+
+def _load_hub(source: DataSource) -> Dataset:
+    """The split of a hub data set."""
     try:
-        data = datasets.load_dataset(path, split=split)
+        data = datasets.load_dataset(source.path, source.subset, split=source.split)
     except Exception as error:
         raise ValueError(
-            f"no file {path!r}, and no data set of that name with a split {split!r} could be "
-            f"loaded: {error}"
+            f"no file {source.path!r}, and no data set of that name with a split "
+            f"{source.split!r} could be loaded: {error}"
         ) from error
     assert isinstance(data, Dataset)
     return data
 
 
 def _rows(
-    raws: Iterator[tuple[str, object]], path: str, format: Format | None, kind: Kind
+    objects: Iterator[tuple[str, object]], source: DataSource, kind: Kind
 ) -> Iterator[dict[str, object]]:
-    """A row for each decoded object, whether or not it can serve."""
-    where = ""
-    for where, raw in raws:
-        if format is None:
-            format = detect_format(raw, kind, where)
+    """A row for each record of the decoded objects, whether or not it can serve."""
+    format, num_malformed = source.format, 0
+    number = -1
+    joined = LabelledAnswers()
+    for number, (where, raw) in enumerate(objects):
         try:
-            record, problem = parse_record(raw, format, kind, where), ""
-        except Unusable as error:
-            record, problem = None, str(error)
-        row = dict.fromkeys(COLUMNS[kind]) if record is None else _columns(record)
-        yield {**row, "where": where, "problem": problem, "format": format}
-    if not where:
-        raise RecordError(f"{path}: no records")
+            if isinstance(raw, RecordError):
+                raise raw
+            if format is None:
+                format = detect_format(raw, kind, where)
+            found = parse_records(raw, format, kind, where)
+        except RecordError as error:
+            num_malformed += 1
+            yield _row(kind, number, where, format, error)
+            if num_malformed == MAX_MALFORMED:
+                end = f"{where}: reading stopped after {MAX_MALFORMED} malformed records"
+                yield _row(kind, number, where, format, RecordError(end))
+                return
+            continue
+        for place, record in found:
+            if kind == "preferences" and isinstance(record, Conversation):
+                joined.add(number, place, record, is_good(raw, format))
+            else:
+                yield _row(kind, number, place, format, record)
+    for number, place, record in joined.preferences():
+        yield _row(kind, number, place, format, record)
+    if number < 0:
+        raise RecordError(f"{source.path}: no records")
+
+
+def _row(
+    kind: Kind,
+    number: int,
+    where: str,
+    format: Format | ColumnMapping | None,
+    record: Record | Unusable | RecordError,
+) -> dict[str, object]:
+    bad = isinstance(record, ValueError)
+    fields = dict.fromkeys(COLUMNS[kind]) if isinstance(record, ValueError) else _columns(record)
+    severity = MALFORMED if isinstance(record, RecordError) else UNUSABLE if bad else GOOD
+    return {
+        **fields,
+        "where": where,
+        "number": number,
+        "severity": severity,
+        "problem": str(record) if bad else "",
+        "format": "mapping" if isinstance(format, ColumnMapping) else format,
+    }
+
+
+def _features(kind: Kind) -> Features:
+    text, number = Value("string"), Value("int64")
+    more = {"number": number, "severity": Value("int8"), "problem": text, "format": text}
+    return Features({**COLUMNS[kind], **more})
 
 
 def _columns(record: Record) -> dict[str, object]:
@@ -178,19 +265,26 @@ def _columns(record: Record) -> dict[str, object]:
     return {**fields, "key": record_key(record)}
 
 
-def _keep_usable(rows: Dataset, source: DataSource, kind: Kind) -> tuple[Dataset, ReadReport]:
+def _keep_usable(
+    rows: Dataset, severities: list[int], source: DataSource, kind: Kind
+) -> tuple[Dataset, ReadReport]:
     """The rows without a problem, and the report."""
-    problems: list[str] = rows["problem"][:]
-    bad = [i for i, problem in enumerate(problems) if problem]
-    reasons = dict(Counter(problem for problem in problems if problem).most_common())
-    examples = [f"{rows[i]['where']}: {problems[i]}" for i in bad[:5]]
+    bad = [i for i, severity in enumerate(severities) if severity != GOOD]
+    problems: list[str] = rows.select(bad)["problem"][:]
     report = ReadReport(
-        source.path, rows[0]["format"], len(rows), len(rows) - len(bad), reasons, examples
+        path=source.path,
+        format=rows[0]["format"],
+        num_read=len(rows),
+        num_kept=len(rows) - len(bad),
+        left_out=dict(Counter(problems).most_common()),
+        examples=[f"{rows[i]['where']}: {rows[i]['problem']}" for i in bad[:NUM_EXAMPLES]],
     )
-    if len(bad) > MAX_LEFT_OUT * len(rows):
+    # Labels need not pair up, and a bad answer is not for SFT: no sign of a wrong format.
+    too_many = 1.0 if report.format == "kto" else MAX_LEFT_OUT
+    if len(bad) > too_many * len(rows) or not report.num_kept:
         raise RecordError(
             f"more than {MAX_LEFT_OUT:.0%} of the records cannot serve as {kind}; is it the right "
             f"format?\n{report.summary()}"
         )
-    kept = [i for i, problem in enumerate(problems) if not problem]
-    return rows.select(kept).remove_columns(["problem", "format"]), report
+    kept = [i for i, severity in enumerate(severities) if severity == GOOD]
+    return rows.select(kept).remove_columns(["number", "severity", "problem", "format"]), report

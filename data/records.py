@@ -1,7 +1,7 @@
 """Records: what one line of a data file means, whichever layout it came in.
 
-Pure functions. The keys of each layout are in `layouts.py`, reading files in `readers.py`, turning
-messages into tokens in `sft.py`, `preferences.py` and `prompts.py`.
+Pure functions. The keys of each layout are in `layouts.py` and `dialects.py`, reading files in
+`readers.py`, turning messages into tokens in `sft.py`, `preferences.py` and `prompts.py`.
 
 Two kinds of bad record are told apart. A malformed one (a missing key, a wrong type) raises
 `RecordError`: the file is not what the config says, and reading stops. A well-formed one that
@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
-from chatllama.config import Format
+from chatllama.config import ColumnMapping, Format
+from data.dialects import apply_mapping, question_answer_keys, translate, two_answer_keys
 from data.layouts import (
     PROMPT_KEYS,
     Malformed,
@@ -39,14 +40,17 @@ if TYPE_CHECKING:  # importing it takes seconds
 Kind = Literal["sft", "preferences", "prompts", "text"]
 
 # Formats that can serve each kind, in the order in which they are tried.
+_CONVERSATIONS: tuple[Format, ...] = (
+    "self_instruct", "alpaca", "messages", "sharegpt", "prompt_completion", "utterances", "oasst",
+)  # fmt: skip
+_PREFERENCES: tuple[Format, ...] = ("hh", "preference", "ranked", "comparison")
 KIND_FORMATS: dict[Kind, tuple[Format, ...]] = {
-    "sft": ("alpaca", "messages", "sharegpt", "prompt_completion", "hh", "preference", "ranked"),
-    "preferences": ("hh", "preference", "ranked"),
+    "sft": ("kto", *_CONVERSATIONS, *_PREFERENCES, "question_answer"),
+    "preferences": (*_PREFERENCES, "kto", "oasst"),
     "prompts": (
-        "hh", "preference", "ranked", "alpaca", "prompt_completion", "messages", "sharegpt",
-        "prompts",
+        *_PREFERENCES, "kto", *_CONVERSATIONS, "prompts", "turns", "question_answer", "lines",
     ),
-    "text": ("text",),
+    "text": ("text", "lines"),
 }  # fmt: skip
 
 
@@ -86,8 +90,10 @@ class Text:
 Record = Conversation | Preference | Prompt | Text
 
 
-def parse_record(raw: object, format: Format, kind: Kind, where: str) -> Record:
-    """One typed record.
+def parse_records(
+    raw: object, format: Format | ColumnMapping, kind: Kind, where: str
+) -> list[tuple[str, Record | Unusable]]:
+    """The place and the typed record of everything that an object holds; most hold one.
 
     Args:
         raw: the decoded object.
@@ -96,55 +102,116 @@ def parse_record(raw: object, format: Format, kind: Kind, where: str) -> Record:
             prompt gives PPO that prompt.
         where: `file:line`, for errors.
 
+    Returns:
+        For a record that is well-formed but cannot serve as `kind`, the reason.
+
+    Raises:
+        RecordError: the object is not laid out as `format`.
+    """
+    found: list[tuple[str, Record | Unusable]] = []
+    try:
+        fields, name = _named(raw, format, kind)
+        if name not in KIND_FORMATS[kind]:
+            raise Malformed(f"format {name} cannot serve as {kind}; {_formats_for(kind)}")
+        for place, piece, layout in translate(fields, name, kind):
+            try:
+                found.append((where + place, _parse(piece, layout, kind)))
+            except Unusable as reason:
+                found.append((where + place, reason))
+    except Malformed as error:
+        raise RecordError(f"{where}: {error}") from None
+    except Unusable as reason:
+        return [(where, reason)]
+    return found
+
+
+def parse_record(raw: object, format: Format | ColumnMapping, kind: Kind, where: str) -> Record:
+    """The one record of an object that holds one; see `parse_records`.
+
     Raises:
         RecordError: the object is not laid out as `format`.
         Unusable: it is, but cannot serve as `kind`.
     """
-    try:
-        if format not in KIND_FORMATS[kind]:
-            raise Malformed(f"format {format} cannot serve as {kind}; {_formats_for(kind)}")
-        fields = mapping(raw, "the record")
-        if format == "text":
-            return Text(_not_empty(string(fields, "text"), "text"))
-        if format in ("hh", "preference"):
-            chosen, rejected = transcripts(fields) if format == "hh" else pair(fields)
-            if kind == "preferences":
-                return _preference(chosen, rejected, margin(fields))
-            return _serve(chosen, kind)
-        if format == "ranked":
-            prompt, answers, ranks, ratings = ranking(fields)
-            if kind == "preferences":
-                return _ranked(prompt, answers, ranks, ratings)
-            return _serve([*prompt, {"role": "assistant", "content": answers[0]}], kind)
-        return _serve(conversation(fields, format, prompts_only=kind == "prompts"), kind)
-    except Malformed as error:
-        raise RecordError(f"{where}: {error}") from None
+    ((_, record),) = parse_records(raw, format, kind, where)
+    if isinstance(record, Unusable):
+        raise record
+    return record
+
+
+def _named(raw: object, format: Format | ColumnMapping, kind: Kind) -> tuple[Raw, Format]:
+    """The object and the name of its layout, after a mapping of columns."""
+    fields = mapping(raw, "the record")
+    if not isinstance(format, ColumnMapping):
+        return fields, format
+    fields = apply_mapping(fields, format, answers_optional=kind == "prompts")
+    if format.label is not None:
+        return fields, "kto"
+    fitting = fitting_formats(fields)
+    usable: list[Format] = [name for name in KIND_FORMATS[kind] if name in fitting]
+    if not usable:
+        raise Malformed(f"the columns {sorted(fields)} make no record for {kind}")
+    return fields, usable[0]
+
+
+def _parse(fields: Raw, format: Format, kind: Kind) -> Record:
+    """One record of a layout of `layouts.py`."""
+    if format == "text":
+        return Text(_not_empty(string(fields, "text"), "text"))
+    if format in ("hh", "preference"):
+        chosen, rejected = transcripts(fields) if format == "hh" else pair(fields)
+        if kind == "preferences":
+            return _preference(chosen, rejected, margin(fields))
+        return _serve(chosen, kind)
+    if format == "ranked":
+        prompt, answers, ranks, ratings = ranking(fields)
+        if kind == "preferences":
+            return _ranked(prompt, answers, ranks, ratings)
+        return _serve([*prompt, {"role": "assistant", "content": answers[0]}], kind)
+    turns = conversation(fields, format, prompts_only=kind == "prompts")
+    if kind == "preferences":  # an answer with a label, to be joined with another
+        return Conversation(_alternating(turns, "assistant"))
+    return _serve(turns, kind)
+
+
+def labelled_preference(good: list[Conversation], bad: list[Conversation]) -> Preference:
+    """All good answers to a prompt before all bad ones.
+
+    Args:
+        good: at least one conversation; all that are given have the same prompt.
+        bad: at least one.
+
+    Raises:
+        Unusable: a good answer is a bad one too.
+    """
+    prompt = good[0].messages[:-1]
+    answers = [conversation.messages[-1]["content"] for conversation in [*good, *bad]]
+    if {a.strip() for a in answers[: len(good)]} & {a.strip() for a in answers[len(good) :]}:
+        raise Unusable("one answer is labelled both good and bad")
+    ranks = [0] * len(good) + [1] * len(bad)
+    return Preference(prompt, answers, ranks, [0.0] * len(answers))
 
 
 def detect_format(raw: object, kind: Kind, where: str) -> Format:
     """The layout that a record's keys tell.
 
     Raises:
-        RecordError: nothing that serves as `kind` fits, or the record carries a label that would
-            be ignored.
+        RecordError: nothing that serves as `kind` fits.
     """
     if not isinstance(raw, Mapping):
         raise RecordError(f"{where}: expected an object with keys, got {shorten(raw)}")
     fields = cast(Raw, raw)
-    fitting = _fitting_formats(fields)
+    fitting = fitting_formats(fields)
     usable: list[Format] = [format for format in KIND_FORMATS[kind] if format in fitting]
-    if not usable:
-        looks = f" (it looks like {' or '.join(fitting)})" if fitting else ""
-        raise RecordError(
-            f"{where}: no format for {kind} fits a record with the keys "
-            f"{sorted(map(str, fields))}{looks}; {_formats_for(kind)}"
-        )
-    if isinstance(fields.get("label"), bool):
-        raise RecordError(
-            f"{where}: the boolean `label` (good or bad answer) is not used; write `format: "
-            f"{usable[0]}` to train on all records alike, or filter the file"
-        )
-    return usable[0]
+    if usable:
+        return usable[0]
+    looks = f" (it looks like {' or '.join(fitting)})" if fitting else ""
+    if {"message_id", "parent_id"} <= fields.keys():
+        looks = " (single messages of OASST; read the file of its trees instead)"
+    raise RecordError(
+        f"{where}: no format for {kind} fits a record with the keys "
+        f"{sorted(map(str, fields))}{looks}; {_formats_for(kind)}; or say which column holds "
+        "what, as in `format: {prompt: question, completion: answer}`"
+    )
 
 
 def record_key(record: Record) -> str:
@@ -165,25 +232,34 @@ def _formats_for(kind: Kind) -> str:
     return f"formats for {kind}: {', '.join(KIND_FORMATS[kind])}"
 
 
-def _fitting_formats(fields: Raw) -> list[Format]:
+def fitting_formats(fields: Raw) -> list[Format]:
     """Every format whose keys are there."""
     has = fields.keys()
-    fitting: list[Format] = []
     if {"chosen", "rejected"} <= has:
         transcript = isinstance(fields["chosen"], str) and not has & set(PROMPT_KEYS)
         return ["hh" if transcript else "preference"]
+    if "message_tree_id" in has and isinstance(fields.get("prompt"), Mapping):
+        return ["oasst"]
+    if two_answer_keys(fields):
+        return ["comparison"]
     if isinstance(fields.get("answers"), list) or isinstance(fields.get("output"), list):
         return ["ranked"]
-    if "messages" in has:
-        fitting.append("messages")
-    if "conversations" in has:
-        fitting.append("sharegpt")
-    if "instruction" in has:
-        fitting.append("alpaca")
-    if "prompt" in has:
-        fitting.append("prompt_completion" if "completion" in has else "prompts")
-    if "text" in has:
-        fitting.append("text")
+    tests: dict[Format, bool] = {
+        "self_instruct": isinstance(fields.get("instances"), list),
+        "messages": "messages" in has,
+        "sharegpt": "conversations" in has,
+        "utterances": isinstance(fields.get("utterances"), list),
+        "alpaca": "instruction" in has and "instances" not in has,
+        "prompt_completion": {"prompt", "completion"} <= has,
+        "prompts": "prompt" in has and "completion" not in has,
+        "text": "text" in has,
+        "turns": isinstance(fields.get("turns"), list),
+        "question_answer": question_answer_keys(fields) is not None,
+    }
+    fitting: list[Format] = [format for format, fits in tests.items() if fits]
+    answered = set(fitting) & {"messages", "sharegpt", "alpaca", "prompt_completion"}
+    if answered and isinstance(fields.get("label"), bool):
+        return ["kto"]
     return fitting
 
 

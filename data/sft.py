@@ -10,6 +10,7 @@ from chatllama.config import ChatSection
 from chatllama.tokenizer import encode
 from data.readers import code_digest
 from data.token_report import TokenReport, tokenize
+from data.workers import num_workers
 
 
 def tokenize_conversations(
@@ -55,6 +56,7 @@ def tokenize_text(
         features=Features({"input_ids": List(Value("int32"))}),
         remove_columns=dataset.column_names,
         fn_kwargs={"tokenizer": tokenizer, "max_length": max_length, "code": code_digest()},
+        num_proc=num_workers(len(dataset)),
     )
     extra = len(examples) - len(dataset)
     changed = {"more examples by cutting long texts": extra} if extra else {}

@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset, Features, Value
 
 from data.readers import code_digest
+from data.workers import num_workers
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def tokenize(
         features=columns,
         remove_columns=records.column_names,
         fn_kwargs={**arguments, "code": code_digest()},
+        num_proc=num_workers(len(records)),
     )
     reasons: list[str] = rows["left_out"][:]
     kept = [i for i, reason in enumerate(reasons) if not reason]

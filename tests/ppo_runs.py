@@ -121,6 +121,18 @@ def make_prompts(num_train: int = 7, num_held_out: int = 5) -> Prompts:
     return Prompts(data.select(range(num_train)), data.select(held_out))
 
 
+def make_text() -> TextStream:
+    """Five texts of random ids, some of whose tokens count as predictions."""
+    rows = [
+        {"input_ids": [1, 90, 91, 92, 2], "mask": [0, 0, 1, 1, 1]},
+        {"input_ids": [1, 95, 2], "mask": [0, 1, 1]},
+        {"input_ids": [1, 200, 201, 202, 203, 204, 2], "mask": [1, 1, 1, 1, 1, 1, 1]},
+        {"input_ids": [1, 150, 151, 2], "mask": [0, 0, 0, 1]},
+        {"input_ids": [1, 160, 161, 162, 2], "mask": [0, 0, 0, 1, 1]},
+    ]
+    return TextStream(Dataset.from_list(rows), per_microbatch=1, pad_id=PAD, seed=0)
+
+
 def make_ends(cfg: Config, stops: list[int] | None = None) -> TurnEnds:
     return TurnEnds(tokenizer_of(str(cfg.backbone.path)), STOPS if stops is None else stops, PAD)
 

@@ -73,7 +73,7 @@ def test_no_run_folder(tmp_path: Path):
 
 def test_a_run_without_adapters(tiny: TinyRun, tmp_path: Path):
     run = RunFolder(tmp_path / "bare")
-    dump_config(tiny.config(run_dir=str(run.root)), run.config)
+    dump_config(tiny.config(), run.config)
     with pytest.raises(ValueError, match="holds no adapter yet"):
         load_run(run)
 

@@ -10,6 +10,7 @@ from ppo_runs import TinyRun, make_prompts, nudge, weights
 
 import trainers.ppo as ppo_module
 from chatllama.roles import adapter_parameters
+from chatllama.run_folder import RunFolder
 from data.collate import batch_indices
 from trainers.ppo import PpoTrainer
 from trainers.ppo_update import Update
@@ -81,23 +82,35 @@ def test_every_step_samples_anew(tiny: TinyRun):
 # --- checks at the start
 
 
+def apart(trainer: PpoTrainer, folder: Path) -> PpoTrainer:
+    """The trainer, writing metrics and diagnoses into a folder of its own."""
+    t = trainer
+    return PpoTrainer(t.cfg, RunFolder(folder), t.engine, t.scorer, t.prompts, t.ends)
+
+
 def test_before_step_one_policy_and_reference_are_the_same(tiny: TinyRun):
     trainer = build(tiny)
     _, rollout, _, metrics = trainer.advance(trainer.start())
-    assert not rollout.kl.any()
-    assert metrics["ppo/kl_sequence"] == 0 and metrics["ppo/first_log_ratio"] == 0
+    assert torch.equal(rollout.logprobs, rollout.ref_logprobs)
+    assert metrics["ppo/kl_sequence"] == 0 and metrics["ppo/kl_abs_max"] == 0
+    assert metrics["ppo/first_log_ratio"] == 0
 
 
-def test_a_reference_that_is_another_model_is_refused(tiny: TinyRun):
-    trainer = build(tiny)
-    state = trainer.start()
+def test_a_reference_that_is_another_model_is_refused(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    trainer = apart(build(tiny), tmp_path)
     nudge(trainer)
-    with pytest.raises(ValueError, match="before step 1 policy and reference differ by up to"):
-        trainer.advance(state)
+    with pytest.raises(ValueError, match="stopped after step 1 by the health monitor"):
+        trainer.train(resume=False)
+    assert "initial_kl_not_zero at step 1" in capsys.readouterr().err
 
 
 def test_a_forward_pass_that_does_not_repeat_is_refused(
-    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
+    tiny: TinyRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     class Nudged(Update):
         def run(self) -> dict[str, float]:
@@ -105,9 +118,10 @@ def test_a_forward_pass_that_does_not_repeat_is_refused(
             return super().run()
 
     monkeypatch.setattr(ppo_module, "Update", Nudged)
-    trainer = build(tiny)
-    with pytest.raises(ValueError, match="in the first minibatch log-probabilities differ"):
-        trainer.advance(trainer.start())
+    trainer = apart(build(tiny), tmp_path)
+    with pytest.raises(ValueError, match="stopped after step 1 by the health monitor"):
+        trainer.train(resume=False)
+    assert "first_ratio_not_one at step 1" in capsys.readouterr().err
 
 
 # --- who is in memory, who changes
@@ -206,7 +220,7 @@ def test_held_out_prompts_are_measured_on_their_steps(tiny: TinyRun):
     for _ in range(4):
         state, _, _, metrics = trainer.advance(state)
         seen.append({name for name in metrics if name.startswith("ppo/eval_")})
-    names = ["score_mean", "score_se", "gold_mean", "gold_se", "kl", "kl_se", "response_length"]
-    names.append("eos_rate")
+    names = ["score_mean", "score_se", "gold_mean", "gold_se", "kl_sequence", "kl_sequence_se"]
+    names += ["response_length", "eos_rate"]
     assert seen[1] == seen[3] == {f"ppo/eval_{name}" for name in names}
     assert seen[0] == seen[2] == set()

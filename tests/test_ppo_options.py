@@ -214,16 +214,22 @@ def test_targets_are_what_plain_python_computes(
 def test_metrics_of_a_rollout_by_hand(tiny: TinyRun, nudged: PpoTrainer, updates: list[Update]):
     trainer = with_section(tiny, nudged, {"score_normalization": "none", "kl_coef": 0.5})
     _, rollout, texts, metrics = trainer.advance(PpoState(1, 0.5, Statistics()))
-    kls, tokens = [], 0
+    kls, token_kls, gaps = [], [], []
     for row in range(8):
         length = int(rollout.response_mask[row].sum())
-        kls.append(sum((rollout.logprobs - rollout.ref_logprobs)[row, :length].tolist()))
-        tokens += length
+        own = (rollout.logprobs - rollout.ref_logprobs)[row, :length].tolist()
+        kls.append(sum(own))
+        token_kls += own
+        gaps += (-rollout.logprobs - rollout.entropy)[row, :length].tolist()
+    tokens = len(token_kls)
     shaped = [s - (not f) for s, f in zip(rollout.scores.tolist(), rollout.finished, strict=True)]
     expected = {
         "kl_sequence": statistics.fmean(kls),
         "kl_sequence_se": statistics.stdev(kls) / math.sqrt(8),
         "kl_token": sum(kls) / tokens,
+        "kl_abs_max": max(map(abs, token_kls)),
+        "surprise_gap": statistics.fmean(gaps),
+        "surprise_gap_se": math.sqrt(sum(gap**2 for gap in gaps)) / tokens,
         "response_length": tokens / 8,
         "eos_rate": statistics.fmean(map(float, rollout.finished)),
         "rm_score_mean": statistics.fmean(rollout.scores.tolist()),

@@ -40,7 +40,8 @@ def test_an_ensemble_is_combined(how: str, expected: list[float]):
     assert both.total(MEMBERS[:, :2], PROMPTS, RESPONSES).tolist() == expected
     # unbiased deviations of (1, 3), (2, -2), (0.5, 0.25)
     deviations = [math.sqrt(2), math.sqrt(8), 0.25 / math.sqrt(2)]
-    assert both.disagreement(MEMBERS[:, :2]).tolist() == pytest.approx(deviations)
+    apart = both.disagreement(MEMBERS[:, :2])
+    assert apart is not None and apart.tolist() == pytest.approx(deviations)
 
 
 def test_sources_are_added_with_their_weights():
@@ -57,7 +58,8 @@ def test_sources_are_added_with_their_weights():
     assert mixed.roles == ["reward", "reward_1", "reward_2"]
     expected = [2 * 1 + 2.2 - 5, 2 * -2 + 1.0 - 10, 2 * 0.25 + 3.4 - 15]
     assert mixed.total(MEMBERS, PROMPTS, RESPONSES).tolist() == pytest.approx(expected)
-    assert mixed.disagreement(MEMBERS).tolist()[0] == pytest.approx(math.sqrt(2))
+    apart = mixed.disagreement(MEMBERS)
+    assert apart is not None and apart.tolist()[0] == pytest.approx(math.sqrt(2))
 
 
 def test_functions_alone_need_no_adapter():

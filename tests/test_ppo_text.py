@@ -38,7 +38,8 @@ def stream(base: str, *sources: dict[str, Any], **ppo: Any) -> TextStream:
 def test_of_conversations_only_the_answers_count(base: str, files: Path):
     cfg, tokenizer = ppo_config(base, "r"), tokenizer_of(base)
     rows = stream(base, {"path": str(files / "sft.json")}).rows
-    found = {(tuple(row["input_ids"]), tuple(row["mask"])) for row in rows}
+    columns = zip(rows["input_ids"][:], rows["mask"][:], strict=True)
+    found = {(tuple(ids), tuple(mask)) for ids, mask in columns}
     expected = set()
     for question, answer in PAIRS:
         turns: Any = [{"role": "user", "content": question}]
@@ -57,7 +58,7 @@ def test_of_plain_text_everything_counts(base: str, files: Path):
         for text in ("the river", "a quiet garden")
     ]
     assert sorted(rows["input_ids"][:]) == sorted(expected)
-    assert all(row["mask"] == [1] * len(row["input_ids"]) for row in rows)
+    assert rows["mask"][:] == [[1] * len(ids) for ids in rows["input_ids"][:]]
 
 
 def test_long_text_is_cut_and_what_predicts_nothing_left_out(base: str, files: Path):

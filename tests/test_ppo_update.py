@@ -7,28 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
-from ppo_runs import PAD, TinyRun, weights
+from ppo_runs import TinyRun, make_text, weights
 
 from chatllama.config import PpoSection
 from chatllama.roles import RoleModel, acting_as, adapter_parameters
 from trainers.ppo import PpoState, PpoTrainer
 from trainers.ppo_rewards import Statistics
-from trainers.ppo_text import TextStream
 from trainers.ppo_update import Targets, minibatches
 from trainers.rollout import Rollout
 
 ONE_STEP = {"minibatch_size": 8, "epochs": 1}  # one optimizer step per rollout batch
-TEXTS = Dataset.from_list(
-    [
-        {"input_ids": [1, 90, 91, 92, 2], "mask": [0, 0, 1, 1, 1]},
-        {"input_ids": [1, 95, 2], "mask": [0, 1, 1]},
-        {"input_ids": [1, 200, 201, 202, 203, 204, 2], "mask": [1, 1, 1, 1, 1, 1, 1]},
-        {"input_ids": [1, 150, 151, 2], "mask": [0, 0, 0, 1]},
-        {"input_ids": [1, 160, 161, 162, 2], "mask": [0, 0, 0, 1, 1]},
-    ]
-)
-STREAM = TextStream(TEXTS, per_microbatch=1, pad_id=PAD, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +25,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> 
 
 
 def build(tiny: TinyRun, temperature: float = 1.0, **ppo: Any) -> PpoTrainer:
-    text = STREAM if ppo.get("ptx_coef") else None
+    text = make_text() if ppo.get("ptx_coef") else None
     generation = {"temperature": temperature}
     return tiny.trainer(ppo={**ONE_STEP, **ppo}, generation=generation, text=text)
 

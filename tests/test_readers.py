@@ -10,8 +10,8 @@ import datasets
 import pytest
 
 from chatllama.config import DataSource
-from data.files import PROJECT_ROOT, find_file
-from data.readers import read_source
+from data.files import PROJECT_ROOT, find_files
+from data.readers import _hub_objects, _load_hub, read_source
 from data.records import Kind
 
 
@@ -79,21 +79,55 @@ def test_line_numbers_of_csv_after_long_and_blank_rows(tmp_path: Path) -> None:
         read(file, "sft")
 
 
-def test_folder_is_read_as_a_data_set(tmp_path: Path) -> None:
+def test_folder_gives_the_files_of_its_split(tmp_path: Path) -> None:
     folder = tmp_path / "some_set"
-    folder.mkdir()
+    (folder / "harmless").mkdir(parents=True)
     pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
     write(folder / "train.jsonl", [pair, {**pair, "margin": 2.0}, {**pair, "chosen": "b"}])
+    write(folder / "harmless" / "train-00000-of-00001.jsonl.gz", [{**pair, "prompt": "r"}])
+    write(folder / "harmless" / "test.jsonl", [pair])
+    (folder / ".train.jsonl").write_text("{")
+    (folder / "README.md").touch()
     data, report = read(folder, "preferences")
-    assert data["ratings"][:] == [
-        [0.0, 0.0],
-        [2.0, 0.0],
-    ]  # the null that `datasets` filled in is no margin
+    assert data["ratings"][:] == [[0.0, 0.0], [0.0, 0.0], [2.0, 0.0]]
+    assert data["where"][0] == f"{folder}/harmless/train-00000-of-00001.jsonl.gz:1"
     assert report.left_out == {"chosen equals rejected": 1}
-    assert report.examples == [f"{folder}: record 3: chosen equals rejected"]
-    write(folder / "train.jsonl", [{"prompt": "q"}, {"prompt": "r", "completion": "s"}])
-    data, report = read(folder, "prompts")  # the first record has no completion, not an empty one
-    assert (len(data), report.format) == (2, "prompts")
+    assert report.examples == [f"{folder}/train.jsonl:5: chosen equals rejected"]
+    held = read_source(DataSource(path=str(folder), split="eval"), "preferences")[0]
+    assert held["where"][:] == [f"{folder}/harmless/test.jsonl:1"]
+    with pytest.raises(ValueError, match=r"no files of the split 'dev'; there are \['test', 'tra"):
+        find_files(str(folder), "dev")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no data files in this folder"):
+        find_files(str(tmp_path / "empty"))
+
+
+def test_folder_without_splits_and_patterns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("b.txt", "a.txt"):
+        (tmp_path / name).write_text(name)
+    assert read(tmp_path, "text")[0]["text"][:] == ["a.txt", "b.txt"]
+    with pytest.raises(ValueError, match="no file name there speaks of a split"):
+        find_files(str(tmp_path), "test")
+    assert read(tmp_path / "[ab]*.txt", "text")[0]["text"][:] == ["a.txt", "b.txt"]
+    monkeypatch.chdir(tmp_path)
+    assert read("?.txt", "text")[0]["where"][:] == ["a.txt:1", "b.txt:1"]
+    with pytest.raises(ValueError, match=r"no file matches '\*\.json'"):
+        find_files("*.json")
+
+
+def test_hub_data_set_is_read_through_its_local_copy(tmp_path: Path) -> None:
+    """`datasets` loads a folder as it loads a data set of the hub."""
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    write(tmp_path / "train.jsonl", [pair, {**pair, "margin": 2.0}, {**pair, "chosen": "b"}])
+    source = DataSource(path=str(tmp_path))
+    rows = list(_hub_objects(_load_hub(source), "some/set"))
+    # The null that `datasets` filled in is no margin.
+    assert rows[0] == ("some/set: record 1", pair) and rows[1][1] == {**pair, "margin": 2.0}
+    assert len(rows) == 3
+    with pytest.raises(ValueError, match="no data set of that name with a split 'none'"):
+        _load_hub(DataSource(path=str(tmp_path), split="none"))
 
 
 def test_txt_is_text_between_blank_lines(tmp_path: Path) -> None:
@@ -136,8 +170,8 @@ def test_malformed_files_stop_with_their_place(
 def test_missing_file_names_its_neighbours(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").touch()
     with pytest.raises(ValueError, match=r"no data file .*trian\.jsonl.*did you mean train\.jsonl"):
-        find_file(str(tmp_path / "trian.jsonl"))
-    assert find_file("somebody/some_set") is None
+        find_files(str(tmp_path / "trian.jsonl"))
+    assert find_files("somebody/some_set") is None
 
 
 def test_relative_paths_also_start_at_the_project(
@@ -145,10 +179,10 @@ def test_relative_paths_also_start_at_the_project(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     inside = "data/samples/alpaca.jsonl"
-    assert find_file(inside) == PROJECT_ROOT / inside
+    assert [file.path for file in find_files(inside) or []] == [PROJECT_ROOT / inside]
     (tmp_path / "data/samples").mkdir(parents=True)
     (tmp_path / inside).touch()
-    assert find_file(inside) == tmp_path / inside
+    assert [file.path for file in find_files(inside) or []] == [tmp_path / inside]
 
 
 def test_unusable_records_are_counted_and_most_of_them_stop(tmp_path: Path) -> None:
@@ -190,6 +224,8 @@ def test_own_samples(name: str, kind: Kind, format: str, size: int) -> None:
     assert (len(data), report.format, report.left_out) == (size, format, {})
 
 
+ALONE = "no answer with the other label to the same prompt"
+JOINED = "joined with the other answers to its prompt"
 ALTERNATE, EMPTY = "roles do not alternate between user and assistant", "empty assistant turn"
 REAL: list[tuple[str, Kind, str, int, dict[str, int]]] = [
     ("llama_factory/alpaca_en_demo.json", "sft", "alpaca", 999, {}),
@@ -197,6 +233,20 @@ REAL: list[tuple[str, Kind, str, int, dict[str, int]]] = [
     ("llama_factory/v1_sft_demo.jsonl", "sft", "messages", 500, {}),
     ("llama_factory/dpo_en_demo.json", "preferences", "preference", 300, {}),
     ("oasst/oaast_rm_zh.json", "preferences", "ranked", 772, {"all answers are equal": 3}),
+    ("llama_factory/alpaca_zh_demo.json", "sft", "alpaca", 1000, {}),
+    ("llama_factory/dpo_zh_demo.json", "preferences", "preference", 300, {}),
+    ("llama_factory/kto_en_demo.json", "sft", "kto", 150, {"labelled as a bad answer": 150}),
+    ("llama_factory/kto_en_demo.json", "preferences", "kto", 1, {ALONE: 298, JOINED: 1}),
+    ("llama_factory/kto_en_demo.json", "prompts", "kto", 300, {}),
+    ("fastchat/dummy_conversation.json", "sft", "sharegpt", 500, {}),
+    ("fastchat/mt_bench_question.jsonl", "prompts", "turns", 80, {}),
+    ("fastchat/vicuna_question.jsonl", "prompts", "turns", 80, {}),
+    ("self_instruct/seed_tasks.jsonl", "sft", "self_instruct", 175, {}),
+    ("self_instruct/user_oriented_instructions.jsonl", "sft", "self_instruct", 252, {}),
+    ("ko_chatbot/ChatbotData.csv", "sft", "question_answer", 11823, {}),
+    ("ja_instruction/data.jsonl", "sft", "utterances", 669, {}),
+    ("oasst/oaast_rm_zh.json", "sft", "ranked", 775, {}),
+    ("text/tinyshakespeare.txt", "text", "text", 7222, {}),
     ("llama_factory/c4_demo.jsonl", "text", "text", 300, {}),
     ("sharegpt/dpo_zh_500.jsonl", "preferences", "preference", 500, {}),
     (
@@ -241,6 +291,27 @@ def test_lines_of_real_hh_pairs(testdata: Path) -> None:
     assert lines == ["87", "517", "668", "764", "926"]
 
 
-def test_real_labels_are_not_ignored(testdata: Path) -> None:
-    with pytest.raises(ValueError, match="record 1: the boolean `label`"):
-        read(testdata / "llama_factory/kto_en_demo.json", "sft")
+MMLU = ["question", "A", "B", "C", "D", "answer"]
+NAMED: list[tuple[str, Kind, dict[str, Any], int]] = [
+    ("reviews/rt-polarity.neg", "text", {"format": "lines"}, 5331),
+    ("reviews/rt-polarity.*", "prompts", {"format": "lines"}, 10662),
+    ("reviews/nsmc_first20000.jsonl", "text", {"format": {"text": "review"}}, 20000),
+    ("hellaswag/hellaswag_val_first1000.jsonl", "prompts", {"format": {"prompt": "ctx"}}, 1000),
+    ("mmlu/test/*.csv", "prompts", {"format": {"prompt": "question"}, "columns": MMLU}, 1842),
+    ("mmlu", "prompts", {"format": {"prompt": "question"}, "columns": MMLU, "split": "dev"}, 285),
+    ("llama_factory/wiki_demo.txt", "text", {"format": "lines"}, 30),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "kind", "options", "size"), NAMED)
+def test_real_data_that_must_be_told(
+    testdata: Path, path: str, kind: Kind, options: dict[str, Any], size: int
+) -> None:
+    source = DataSource.model_validate({"path": str(testdata / path), **options})
+    data, report = read_source(source, kind)
+    assert (len(data), report.left_out) == (size, {})
+
+
+def test_real_labels_that_pair_up(testdata: Path) -> None:
+    data, _ = read(testdata / "llama_factory/kto_en_demo.json", "preferences")
+    assert data["ranks"][:] == [[0, 1]] and len(set(data["answers"][0])) == 2

@@ -59,7 +59,12 @@ def load_prompts(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Prompts:
     """
     section = cfg.ppo
     mixture = load_mixture(
-        section.data, section.eval_data, section.eval_fraction, cfg.seed, "prompts"
+        section.data,
+        section.eval_data,
+        section.eval_fraction,
+        cfg.seed,
+        "prompts",
+        section.decontaminate,
     )
     if rank() == 0:
         print(mixture.summary())

@@ -72,11 +72,11 @@ def load_text(cfg: Config, tokenizer: PreTrainedTokenizerFast, pad_id: int) -> T
     section = cfg.ppo
     if not section.ptx_data:
         return None
-    plain = [source.format == "text" for source in section.ptx_data]
+    plain = [source.format in ("text", "lines") for source in section.ptx_data]
     if any(plain) and not all(plain):
-        raise ValueError("ppo.ptx_data: either all sources have format text or none")
+        raise ValueError("ppo.ptx_data: either all sources have format text or lines, or none")
     kind = "text" if all(plain) else "sft"
-    mixture = load_mixture(section.ptx_data, [], 0.0, cfg.seed, kind)
+    mixture = load_mixture(section.ptx_data, [], 0.0, cfg.seed, kind, section.decontaminate)
     if kind == "text":
         rows, report = tokenize_text(mixture.train, tokenizer, section.ptx_max_length)
         rows = rows.filter(lambda row: len(row["input_ids"]) > 1)  # the first is never predicted

@@ -193,7 +193,8 @@ def data_concerns(found: Mapping[str, Any]) -> list[Concern]:
         out.append(Concern("identical_answers", f"{same} records have equal answers; left out"))
     gone = sum(found["left_out"].values()) - same
     if gone > 0.2 * kept:
-        text = f"{gone} examples left out or shortened, {kept} kept: {found['left_out']}"
+        reasons = "; ".join(f"{count} {reason}" for reason, count in found["left_out"].items())
+        text = f"{gone} examples left out or shortened, {kept} kept: {reasons}"
         out.append(Concern("left_out", text))
     longer = held_out["longer_preferred"]
     if longer["low"] > 0.55 or longer["high"] < 0.45:

@@ -37,7 +37,12 @@ def load_preferences(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Prefere
     """
     section = cfg.reward
     mixture = load_mixture(
-        section.data, section.eval_data, section.eval_fraction, cfg.seed, "preferences"
+        section.data,
+        section.eval_data,
+        section.eval_fraction,
+        cfg.seed,
+        "preferences",
+        section.decontaminate,
     )
     left_out: Counter[str] = Counter()
     for read in mixture.reports:

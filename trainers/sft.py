@@ -50,7 +50,14 @@ def load_rows(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Rows:
         ValueError: a source cannot be read, or there is nothing to train on.
     """
     section = cfg.sft
-    mixture = load_mixture(section.data, section.eval_data, section.eval_fraction, cfg.seed, "sft")
+    mixture = load_mixture(
+        section.data,
+        section.eval_data,
+        section.eval_fraction,
+        cfg.seed,
+        "sft",
+        section.decontaminate,
+    )
     train, report = tokenize_conversations(mixture.train, tokenizer, cfg.chat, section.max_length)
     held_out = None
     if len(mixture.held_out):

@@ -16,7 +16,7 @@ from trainers.selftest.exact import DenseRole, Enumeration, Optimum
 from trainers.selftest.world import World
 
 SECTION: dict[str, Any] = {
-    "steps": 60,
+    "steps": 40,
     "rollout_batch_size": 256,
     "minibatch_size": 64,
     "microbatch_size": 64,
@@ -61,7 +61,9 @@ class Convergence:
     """Of the last step."""
 
 
-def converge(world: World, section: dict[str, Any] | None = None, measurements: int = 4) -> Convergence:
+def converge(
+    world: World, section: dict[str, Any] | None = None, measurements: int = 4
+) -> Convergence:
     """Trains PPO in `world`, measuring the policy exactly on the way.
 
     Args:

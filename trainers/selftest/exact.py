@@ -75,7 +75,7 @@ class DenseRole:
         return torch.cat([gradient.flatten() for gradient in gradients])
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        weights = dict(self.llama.named_parameters())
+        weights: dict[str, torch.Tensor] = {**dict(self.llama.named_parameters())}
         for name, a in self.adapter.items():
             if ".lora_A." not in name:
                 continue
@@ -158,8 +158,13 @@ class Enumeration:
     def scores(self, reward_role: DenseRole) -> torch.Tensor:
         """(N,) float64: the known reward, the reward adapter's, and the missing-EOS penalty."""
         known = [reward(self.world.text(p), self.world.text(r)) for p, r in self.rows]
-        read = [reward_role.scalars(torch.tensor([[*p, *r]]))[0, -1] for p, r in self.rows]
-        total = torch.tensor(known).double() + ADAPTER_WEIGHT * torch.stack(read).detach()
+        sequences = [(*p, *r) for p, r in self.rows]
+        read = torch.zeros(len(sequences), dtype=torch.float64)
+        for length in {len(sequence) for sequence in sequences}:
+            rows = [i for i, sequence in enumerate(sequences) if len(sequence) == length]
+            tokens = torch.tensor([sequences[i] for i in rows])
+            read[rows] = reward_role.scalars(tokens)[:, -1].detach()
+        total = torch.tensor(known).double() + ADAPTER_WEIGHT * read
         return total - MISSING_EOS_PENALTY * (~self.finished).double()
 
     def probabilities(self, logprobs: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from trainers.ppo_setup import Prompts, build_engine, build_roles
 from trainers.ppo_update import Targets
 from trainers.rollout import Rollout
 from trainers.selftest.exact import DenseRole, Enumeration, Optimum
-from trainers.selftest.world import MAX_NEW_TOKENS, PROMPTS, World, relative_error
+from trainers.selftest.world import PROMPTS, World, relative_error
 
 BETA = 0.3
 VF_COEF = 0.5
@@ -211,9 +211,7 @@ class Truth:
         every = self.listing.every
         advantages = self._rewards_to_go() - self.values.detach()
         ratio = (self.logprobs - self.logprobs.detach() - self.noise[0]).exp()
-        gain = torch.minimum(
-            advantages * ratio, advantages * ratio.clamp(1 - CLIP, 1 + CLIP)
-        )
+        gain = torch.minimum(advantages * ratio, advantages * ratio.clamp(1 - CLIP, 1 + CLIP))
         gain = torch.where(every.mask, gain, 0.0).sum(1)
         return -(every.probabilities(self.logprobs.detach()) * gain).sum()
 

@@ -1,0 +1,234 @@
+"""Answers of one role to batches of prompts, with log-probabilities and reward scores.
+
+Loads the acting role's adapter and the reward model's, nothing else. Prompts come rendered; files
+and printing are in `generation_command.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from chatllama.backbone import backbone_path, base_path, load_backbone
+from chatllama.chat_format import Message, check_contract, end_of_turn_ids, render
+from chatllama.config import ChatSection, Config
+from chatllama.distributed import device
+from chatllama.export import load_adapter
+from chatllama.generate import Sampling, generate
+from chatllama.libraries import quiet_libraries
+from chatllama.roles import (
+    Adapter,
+    Role,
+    RoleModel,
+    acting_as,
+    autocast,
+    response_logprobs,
+    score_sequences,
+)
+from chatllama.run_folder import RunFolder
+from chatllama.stop_strings import cut_at_stop
+from chatllama.tokenizer import decode, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One sampled answer."""
+
+    text: str
+    """Without stop token or stop string, and without blanks around it."""
+    ids: list[int]
+    """Every sampled token, those that end it included."""
+    finished: bool
+    """It ended by itself or at a stop string, not because it grew too long."""
+    logprobs: list[float] | None
+    """Of `ids`, at the sampling temperature (at 1 where that is 0), without top-k and top-p."""
+    score: float | None
+    """Of the reward model."""
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A role ready to answer, and the reward model where there is one."""
+
+    model: RoleModel
+    acting: Role
+    tokenizer: PreTrainedTokenizerFast
+    chat: ChatSection
+    reward_roles: list[Role]
+    combine: Literal["mean", "min"]
+    """How the members of a reward ensemble make one score."""
+
+    def render(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's first token."""
+        return render(self.tokenizer, self.chat, messages, add_generation_prompt=True).ids
+
+    @torch.no_grad()
+    def answer(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        uniforms: torch.Tensor,
+        sampling: Sampling,
+        stops: Sequence[str],
+        batch_size: int,
+        with_logprobs: bool,
+    ) -> list[Answer]:
+        """One answer to each conversation.
+
+        Args:
+            conversations: N, ending with the user.
+            uniforms: (N, max_new_tokens) float32 in [0, 1).
+            sampling: how to choose tokens.
+            stops: strings that end an answer.
+            batch_size: rows at a time, in sampling and in scoring.
+            with_logprobs: whether to take log-probabilities.
+        """
+        prompts = [self.render(messages) for messages in conversations]
+        stop_ids = end_of_turn_ids(self.tokenizer, self.chat)
+        llama = self.model.llama
+        with acting_as(self.model, self.acting), autocast(self.model):
+            sampled = generate(llama, prompts, sampling, stop_ids, uniforms, batch_size)
+        ended = [self._end(ids, stop_ids, stops) for ids in sampled]
+        temperature = (sampling.temperature or 1.0) if with_logprobs else None
+        answers: list[Answer] = []
+        for start in range(0, len(prompts), batch_size):
+            rows = slice(start, start + batch_size)
+            answers += self._examined(conversations[rows], prompts[rows], ended[rows], temperature)
+        return answers
+
+    def _end(self, ids: list[int], stop_ids: Sequence[int], stops: Sequence[str]) -> "_Ended":
+        by_token = ids[-1] in stop_ids
+        body = ids[:-1] if by_token else ids
+        cut = cut_at_stop(body, stops, lambda some: decode(self.tokenizer, some))
+        if cut is not None:
+            return _Ended(cut[1].strip(), ids[: cut[0]], finished=True, by_string=True)
+        return _Ended(decode(self.tokenizer, body).strip(), ids, by_token, by_string=False)
+
+    def _examined(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        prompts: Sequence[list[int]],
+        ended: Sequence["_Ended"],
+        temperature: float | None,
+    ) -> list[Answer]:
+        """Answers with their numbers, from one forward pass for each kind of number."""
+        logprobs: list[list[float]] | None = None
+        if temperature is not None:
+            logprobs = self._logprobs(prompts, [end.ids for end in ended], temperature)
+        scores: list[float] | None = None
+        if self.reward_roles:
+            # An answer cut at a string is scored as the finished turn that the user gets.
+            whole = [
+                self._with_answer(messages, end.text) if end.by_string else [*prompt, *end.ids]
+                for messages, prompt, end in zip(conversations, prompts, ended, strict=True)
+            ]
+            scores = self._scores(whole)
+        return [
+            Answer(
+                end.text,
+                end.ids,
+                end.finished,
+                logprobs[row] if logprobs is not None else None,
+                scores[row] if scores is not None else None,
+            )
+            for row, end in enumerate(ended)
+        ]
+
+    def _with_answer(self, messages: Sequence[Message], text: str) -> list[int]:
+        answered: list[Message] = [*messages, {"role": "assistant", "content": text}]
+        return render(self.tokenizer, self.chat, answered).ids
+
+    def _logprobs(
+        self,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        temperature: float,
+    ) -> list[list[float]]:
+        width, room = max(map(len, prompts)), max(map(len, responses))
+        tokens = torch.zeros(len(prompts), width + room, dtype=torch.long)
+        mask = torch.zeros(tokens.shape, dtype=torch.bool)
+        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            place = slice(width - len(prompt), width + len(response))
+            tokens[row, place] = torch.tensor([*prompt, *response])
+            mask[row, place] = True
+        tokens, mask = tokens.to(device()), mask.to(device())
+        scores = response_logprobs(
+            self.model, self.acting, tokens, mask, mask[:, width:], temperature
+        )
+        return [
+            row[: len(response)].tolist()
+            for row, response in zip(scores.logprobs, responses, strict=True)
+        ]
+
+    def _scores(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        tokens = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)
+        mask = torch.zeros(tokens.shape, dtype=torch.bool)
+        for row, ids in enumerate(sequences):
+            tokens[row, : len(ids)] = torch.tensor(ids)
+            mask[row, : len(ids)] = True
+        tokens, mask = tokens.to(device()), mask.to(device())
+        members = torch.stack(
+            [score_sequences(self.model, tokens, mask, role) for role in self.reward_roles]
+        )
+        return (members.amin(0) if self.combine == "min" else members.mean(0)).tolist()
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """A sampled answer up to its end."""
+
+    text: str
+    ids: list[int]
+    finished: bool
+    by_string: bool
+
+
+def random_numbers(seed: int, prompt: int, sample: int, count: int) -> torch.Tensor:
+    """`count` float32 numbers in [0, 1) that belong to one sample of one prompt."""
+    numbers = np.random.default_rng([seed, prompt, sample]).random(count, dtype=np.float32)
+    return torch.from_numpy(numbers)
+
+
+def open_answerer(
+    run: RunFolder, cfg: Config, acting: Role, adapter: Path | None, rewards: Sequence[Path]
+) -> Answerer:
+    """The run's backbone with one role's adapter and the reward model's.
+
+    Args:
+        run: the run's folder.
+        cfg: its config.
+        acting: role that answers.
+        adapter: the role's adapter. None: it acts without.
+        rewards: folders of the reward model's members; empty: no scores.
+
+    Raises:
+        ValueError: an adapter is damaged or was made under another chat contract, or the
+            backbone cannot be loaded.
+    """
+    quiet_libraries()
+    tokenizer = load_tokenizer(
+        backbone_path(cfg.backbone, run),
+        revision=cfg.backbone.revision,
+        trust_remote_code=cfg.backbone.trust_remote_code,
+    )
+    folders = [] if adapter is None else [(acting, adapter)]
+    reward_roles = [f"reward_{i}" if i else "reward" for i in range(len(rewards))]
+    folders += zip(reward_roles, rewards, strict=True)
+    adapters: dict[Role, Adapter] = {}
+    heads: dict[Role, dict[str, torch.Tensor]] = {}
+    for role, folder in folders:
+        saved = load_adapter(folder)
+        check_contract(saved.info["contract"], tokenizer, cfg.chat, str(folder))
+        adapters[role] = Adapter(saved.lora, saved.state)
+        if role in reward_roles:
+            heads[role] = saved.head
+    model = RoleModel(
+        load_backbone(cfg.backbone, base_path(cfg, run)), adapters, heads=tuple(heads)
+    )
+    for role, head in heads.items():
+        model.heads[role].load_state_dict(head)
+    model.to(device()).eval().requires_grad_(False)
+    return Answerer(model, acting, tokenizer, cfg.chat, reward_roles, cfg.ppo.reward_ensemble)

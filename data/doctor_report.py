@@ -1,0 +1,189 @@
+"""What the data doctor found: findings, figures of every source, and how they are shown.
+
+The checks are in `doctor.py`, `doctor_records.py` and `doctor_tokens.py`.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+
+Severity = Literal["error", "warning"]
+NUM_EXAMPLES = 5
+PERCENTILES = (50, 90, 99, 100)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of defect in one source."""
+
+    severity: Severity
+    check: str
+    """Short fixed name, such as `duplicate`."""
+    source: str
+    """`stage.role: path`."""
+    count: int
+    message: str
+    examples: list[str]
+    """`file:line: details` of the first few."""
+
+
+@dataclass
+class SourceHealth:
+    """Figures of one source."""
+
+    stage: str
+    role: str
+    path: str
+    kind: str
+    format: str = ""
+    num_records: int = 0
+    num_usable: int = 0
+    share: float | None = None
+    """Part of the stage's training mixture; None for held-out sources."""
+    scripts: dict[str, int] = field(default_factory=dict)
+    """Usable records by script."""
+    num_tokens: int | None = None
+    """Of all usable records; None without a tokenizer."""
+    num_trained_tokens: int = 0
+    lengths: dict[str, int] = field(default_factory=dict)
+    """Tokens of a record at some percentiles."""
+    max_length: int | None = None
+    truncated: int = 0
+    """Records that are cut or left out because they are over max_length."""
+
+    @property
+    def name(self) -> str:
+        """`stage.role: path`."""
+        return f"{self.stage}.{self.role}: {self.path}"
+
+
+class Findings:
+    """Collects defects by severity, check and source, with a few examples each."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[Severity, str, str, str], int] = {}
+        self._examples: dict[tuple[Severity, str, str, str], list[str]] = {}
+
+    def add(
+        self, severity: Severity, check: str, source: str, message: str, example: str = ""
+    ) -> None:
+        """Counts one defect."""
+        key = (severity, check, source, message)
+        self._counts[key] = self._counts.get(key, 0) + 1
+        examples = self._examples.setdefault(key, [])
+        if example and len(examples) < NUM_EXAMPLES:
+            examples.append(example)
+
+    def all(self) -> list[Finding]:
+        """Errors first, then in the order in which they were found."""
+        found = [
+            Finding(severity, check, source, count, message, self._examples[key])
+            for key, count in self._counts.items()
+            for severity, check, source, message in [key]
+        ]
+        return sorted(found, key=lambda each: each.severity != "error")
+
+
+@dataclass(frozen=True)
+class DoctorReport:
+    """Everything that was found."""
+
+    sources: list[SourceHealth]
+    findings: list[Finding]
+    lengths: dict[str, list[int]]
+    """Tokens of every usable record, by source."""
+    notes: list[str]
+    """What could not be checked, and why."""
+
+    @property
+    def exit_code(self) -> int:
+        """1 where there is a finding of severity error, else 0."""
+        return int(any(finding.severity == "error" for finding in self.findings))
+
+    def write(self, folder: Path) -> list[Path]:
+        """Writes report.json and, where there are tokens, token_lengths.png; returns the files."""
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {
+            "sources": [asdict(source) for source in self.sources],
+            "findings": [asdict(finding) for finding in self.findings],
+            "notes": self.notes,
+        }
+        files = [folder / "report.json"]
+        files[0].write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        if any(self.lengths.values()):
+            files.append(folder / "token_lengths.png")
+            _plot(self.sources, self.lengths, files[1])
+        return files
+
+    def show(self, console: Console) -> None:
+        """Prints the figures of every source, then every finding with its examples."""
+        for source in self.sources:
+            console.print("\n".join(_lines(source)), markup=False, highlight=False)
+        for finding in self.findings:
+            style = "bold red" if finding.severity == "error" else "yellow"
+            console.print(
+                f"[{style}]{finding.severity}[/] {escape(finding.source)}: "
+                f"{finding.count} x {escape(finding.message)} [dim]({finding.check})[/]"
+            )
+            for example in finding.examples:
+                console.print(f"    {escape(example)}", style="dim")
+        for note in self.notes:
+            console.print(f"note: {escape(note)}")
+        errors = sum(finding.severity == "error" for finding in self.findings)
+        console.print(f"{errors} errors, {len(self.findings) - errors} warnings")
+
+
+def percentiles(lengths: Sequence[int]) -> dict[str, int]:
+    """`{"p50": ..., ...}`, of observed values; empty for no lengths."""
+    if not lengths:
+        return {}
+    values = np.percentile(np.asarray(lengths), PERCENTILES, method="higher")
+    return {f"p{p}": int(value) for p, value in zip(PERCENTILES, values, strict=True)}
+
+
+def _lines(source: SourceHealth) -> list[str]:
+    """The figures of a source, in words."""
+    share = "" if source.share is None else f", {source.share:.1%} of the mixture"
+    lines = [f"{source.name} ({source.format or 'format unknown'}{share})"]
+    total = sum(source.scripts.values()) or 1
+    top = sorted(source.scripts.items(), key=lambda item: -item[1])[:4]
+    scripts = ", ".join(f"{name} {count / total:.1%}" for name, count in top)
+    lines.append(f"  {source.num_usable} of {source.num_records} records usable; {scripts}")
+    if source.lengths and source.num_tokens:
+        each = source.lengths
+        text = f"  tokens of a record: median {each['p50']}, 99 % within {each['p99']}, "
+        text += f"longest {each['p100']}"
+        if source.max_length:
+            over = f"{source.truncated} ({source.truncated / source.num_usable:.1%})"
+            text += f"; {over} over the limit of {source.max_length}"
+        if source.kind != "prompts":
+            text += f"; {source.num_trained_tokens / source.num_tokens:.0%} of all tokens trained"
+        lines.append(text)
+    return lines
+
+
+def _plot(sources: Sequence[SourceHealth], lengths: dict[str, list[int]], file: Path) -> None:
+    """A histogram of tokens for each source, with the stage's limit."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [source for source in sources if lengths.get(source.name)]
+    figure = Figure(figsize=(8, 2.2 * len(shown)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
+    for axis, source in zip(axes, shown, strict=True):
+        axis.hist(lengths[source.name], bins=50)
+        if source.max_length:
+            over = f"limit {source.max_length}: {source.truncated} over"
+            axis.axvline(source.max_length, color="tab:red", label=over)
+            axis.legend()
+        axis.set_title(source.name, fontsize=8, loc="left", parse_math=False)
+        axis.set_ylabel("records")
+    axes[-1].set_xlabel("tokens of a record")
+    figure.savefig(file, dpi=100)

@@ -1,0 +1,525 @@
+"""Bugs that PPO-RLHF code bases have shipped, each as one changed line, and the tests that see it.
+
+`run.py` plants them one at a time in a copy of the project. Every named test must fail.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One planted bug."""
+
+    name: str
+    file: str
+    """From the project's root."""
+    old: str
+    """Part of exactly one line of the file."""
+    new: str
+    """What stands there instead."""
+    catchers: tuple[str, ...]
+    """Tests as pytest names them; a function without [case] fails when one of its cases does."""
+
+
+def _selftest(case: str) -> str:
+    return f"tests/test_selftest.py::{case}"
+
+
+LAMBDA_1 = _selftest("test_gradient[lambda-1]")
+TEMPERED = _selftest("test_gradient[lambda-1-tempered]")
+LAMBDA_95 = _selftest("test_gradient[lambda-0.95]")
+CLIPPED = _selftest("test_gradient[clipped]")
+KL_K2, KL_K3 = _selftest("test_gradient[k2]"), _selftest("test_gradient[k3]")
+RLOO, GRPO = _selftest("test_gradient[rloo]"), _selftest("test_gradient[grpo]")
+GAE = _selftest("test_identity[gae]")
+RATIO = _selftest("test_identity[ratio]")
+KL_MEANS = _selftest("test_identity[kl]")
+START = _selftest("test_identity[start]")
+SAMPLER = _selftest("test_identity[sampler]")
+BRADLEY_TERRY = _selftest("test_identity[bradley-terry]")
+
+PPO_MATH, ROLES, ROLLOUT = "trainers/ppo_math.py", "chatllama/roles.py", "trainers/rollout.py"
+UPDATE, LOOP, REWARDS = "trainers/ppo_update.py", "trainers/ppo.py", "trainers/ppo_rewards.py"
+SETUP, SAMPLING = "trainers/ppo_setup.py", "chatllama/generate.py"
+
+_GUARDS = "tests/test_ppo_guards.py::test_"
+_MATH = "tests/test_ppo_math.py::test_"
+_TARGETS = "tests/test_ppo_options.py::test_targets_are_what_plain_python_computes"
+_SCORES = "tests/test_ppo_rewards.py::test_shaped_scores_by_hand"
+_KL_LINE = "rewards = masked(-kl_coef * kl, mask)"
+_LAST = "return rewards.scatter_add(1, last_index(mask)[:, None], "
+
+REWARD_BUGS = (
+    Mutation(
+        "KL with the wrong sign",
+        PPO_MATH,
+        _KL_LINE,
+        "rewards = masked(kl_coef * kl, mask)",
+        (LAMBDA_1, _MATH + "the_score_goes_to_the_last_true_position"),
+    ),
+    Mutation(
+        "no KL penalty",
+        PPO_MATH,
+        _KL_LINE,
+        "rewards = masked(0.0 * kl, mask)",
+        (LAMBDA_1, _MATH + "the_score_goes_to_the_last_true_position"),
+    ),
+    Mutation(
+        "k2 in the reward",
+        PPO_MATH,
+        _KL_LINE,
+        "rewards = masked(-kl_coef * 0.5 * kl.square(), mask)",
+        (LAMBDA_1, RLOO),
+    ),
+    Mutation(
+        "k3 in the reward",
+        PPO_MATH,
+        _KL_LINE,
+        "rewards = masked(-kl_coef * (torch.expm1(-kl) + kl), mask)",
+        (LAMBDA_1, RLOO),
+    ),
+    Mutation(
+        "KL averaged over a response's tokens",
+        PPO_MATH,
+        _KL_LINE,
+        "rewards = masked(-kl_coef * kl / mask.sum(1, keepdim=True), mask)",
+        (LAMBDA_1, RLOO),
+    ),
+    Mutation(
+        "score on the first token",
+        PPO_MATH,
+        _LAST,
+        "return rewards.scatter_add(1, 0 * last_index(mask)[:, None], ",
+        (LAMBDA_1, _MATH + "the_score_goes_to_the_last_true_position"),
+    ),
+    Mutation(
+        "score on the last slot, past the end",
+        PPO_MATH,
+        _LAST,
+        "return rewards.scatter_add(1, 0 * last_index(mask)[:, None] + mask.shape[1] - 1, ",
+        (LAMBDA_1, _MATH + "the_score_goes_to_the_last_true_position"),
+    ),
+    Mutation(
+        "score on every token",
+        PPO_MATH,
+        "return rewards.scatter_add(1, last_index(mask)[:, None], "
+        "scores[:, None].to(rewards.dtype))",
+        "return masked(rewards + scores[:, None], mask)",
+        (LAMBDA_1, RLOO),
+    ),
+    Mutation(
+        "missing-EOS penalty as a bonus",
+        REWARDS,
+        "scores = scores - section.missing_eos_penalty",
+        "scores = scores + section.missing_eos_penalty",
+        (LAMBDA_1, _SCORES),
+    ),
+    Mutation(
+        "length penalty as a bonus",
+        REWARDS,
+        "return scores - section.length_penalty",
+        "return scores + section.length_penalty",
+        (_SCORES, _TARGETS),
+    ),
+    Mutation(
+        "scores multiplied by their deviation",
+        REWARDS,
+        "scores = (scores - statistics.mean) / statistics.deviation",
+        "scores = (scores - statistics.mean) * statistics.deviation",
+        (_SCORES, _TARGETS),
+    ),
+    Mutation(
+        "weight of a reward source ignored",
+        REWARDS,
+        "total = total + term.weight * combined",
+        "total = total + combined",
+        (LAMBDA_1, "tests/test_ppo_rewards.py::test_sources_are_added_with_their_weights"),
+    ),
+    Mutation(
+        "reward whitening that shifts the mean",
+        REWARDS,
+        "return whiten(rewards, mask, mean, variance, shift_mean=False)",
+        "return whiten(rewards, mask, mean, variance, shift_mean=True)",
+        ("tests/test_ppo_rewards.py::test_scaled_rewards_keep_their_mean",),
+    ),
+    Mutation(
+        "adaptive KL controller with the wrong sign",
+        PPO_MATH,
+        "min(max(kl_sequence / target - 1, -0.2), 0.2)",
+        "min(max(1 - kl_sequence / target, -0.2), 0.2)",
+        (_MATH + "adaptive_controller",),
+    ),
+    Mutation(
+        "adaptive KL controller fed with the KL per token",
+        LOOP,
+        'metrics["ppo/kl_sequence"],',
+        'metrics["ppo/kl_token"],',
+        (_GUARDS + "the_adaptive_controller_is_fed_with_the_kl_of_whole_responses",),
+    ),
+)
+
+ADVANTAGE_BUGS = (
+    Mutation(
+        "values behind the end not zeroed",
+        PPO_MATH,
+        "masked(rewards, mask).detach(), masked(values, mask).detach()",
+        "masked(rewards, mask).detach(), values.detach()",
+        (LAMBDA_95, _MATH + "gae_ignores_what_stands_after_the_end"),
+    ),
+    Mutation(
+        "discount of 0.9 left in",
+        PPO_MATH,
+        "running = delta + gamma * lam * running",
+        "running = delta + 0.9 * gamma * lam * running",
+        (LAMBDA_1, GAE),
+    ),
+    Mutation(
+        "lambda ignored",
+        PPO_MATH,
+        "running = delta + gamma * lam * running",
+        "running = delta + gamma * running",
+        (GAE, _MATH + "gae_three_by_three_by_hand"),
+    ),
+    Mutation(
+        "the next value left out of the delta",
+        PPO_MATH,
+        "delta = rewards[:, t] + gamma * next_value - values[:, t]",
+        "delta = rewards[:, t] - values[:, t]",
+        (LAMBDA_1, GAE),
+    ),
+    Mutation(
+        "returns without the baseline",
+        PPO_MATH,
+        "return masked(advantages, mask), masked(advantages + values, mask)",
+        "return masked(advantages, mask), masked(advantages, mask)",
+        (LAMBDA_1, _MATH + "gae_three_by_three_by_hand"),
+    ),
+    Mutation(
+        "returns from whitened advantages",
+        LOOP,
+        "advantages = whiten(advantages, mask, *mean_and_variance(moments(advantages, mask)))",
+        "advantages = whiten(advantages, mask, *mean_and_variance(moments(advantages, mask)));"
+        " returns = advantages + rollout.values",
+        (_TARGETS,),
+    ),
+    Mutation(
+        "whitening with statistics of the padding too",
+        LOOP,
+        "advantages = whiten(advantages, mask, *mean_and_variance(moments(advantages, mask)))",
+        "advantages = whiten(advantages, mask, *mean_and_variance("
+        "moments(advantages, torch.ones_like(mask))))",
+        (_TARGETS,),
+    ),
+    Mutation(
+        "moments that ignore the mask",
+        PPO_MATH,
+        "inside = masked(x, mask).double()",
+        "inside = x.double()",
+        (_MATH + "moments_by_hand",),
+    ),
+    Mutation(
+        "whitening by the variance",
+        PPO_MATH,
+        "scaled = (x - mean) * (var + 1e-8) ** -0.5",
+        "scaled = (x - mean) / (var + 1e-8)",
+        (_MATH + "whiten_by_hand", _TARGETS),
+    ),
+    Mutation(
+        "whitening inverted: shift_mean keeps the mean",
+        PPO_MATH,
+        "return masked(scaled if shift_mean else scaled + mean, mask)",
+        "return masked(scaled + mean if shift_mean else scaled, mask)",
+        (_MATH + "whiten_by_hand", _TARGETS),
+    ),
+    Mutation(
+        "rloo without the leave-one-out factor",
+        PPO_MATH,
+        "advantages = centred * group_size / (group_size - 1)",
+        "advantages = centred",
+        (RLOO, _TARGETS),
+    ),
+    Mutation(
+        "grpo without the deviation",
+        PPO_MATH,
+        "advantages = centred / (totals.std(1, keepdim=True) + 1e-6)",
+        "advantages = centred",
+        (GRPO, _TARGETS),
+    ),
+    Mutation(
+        "samples compared with those of other prompts",
+        PPO_MATH,
+        "totals = masked(rewards, mask).sum(1).view(-1, group_size)",
+        "totals = masked(rewards, mask).sum(1).view(group_size, -1).T",
+        (RLOO, _TARGETS),
+    ),
+    Mutation(
+        "filter keeps the unfinished responses",
+        LOOP,
+        "mask = mask & rollout.finished[:, None]",
+        "mask = mask & ~rollout.finished[:, None]",
+        (_TARGETS,),
+    ),
+)
+
+LOSS_BUGS = (
+    Mutation(
+        "advantage with the wrong sign",
+        PPO_MATH,
+        "    advantages = masked(advantages, mask)",
+        "    advantages = masked(-advantages, mask)",
+        (LAMBDA_1, RATIO),
+    ),
+    Mutation(
+        "optimistic branch of the clip",
+        PPO_MATH,
+        "loss = torch.maximum(plain, clipped).sum() / num_tokens",
+        "loss = torch.minimum(plain, clipped).sum() / num_tokens",
+        (CLIPPED, _MATH + "clipping_takes_the_pessimistic_branch"),
+    ),
+    Mutation(
+        "ratio never clipped",
+        PPO_MATH,
+        "clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)",
+        "clipped = -advantages * ratio",
+        (CLIPPED, _MATH + "clipping_takes_the_pessimistic_branch"),
+    ),
+    Mutation(
+        "ratio against the present policy",
+        UPDATE,
+        "            part.logprobs,",
+        "            scores.logprobs.detach(),",
+        (CLIPPED, "tests/test_ppo_update.py::test_two_steps_are_what_the_oracle_does[plain]"),
+    ),
+    Mutation(
+        "mean of microbatch means",
+        PPO_MATH,
+        "loss = torch.maximum(plain, clipped).sum() / num_tokens",
+        "loss = torch.maximum(plain, clipped).sum() / mask.sum() / 13",
+        (LAMBDA_1, _MATH + "any_split_into_microbatches_gives_the_same_loss_and_gradient"),
+    ),
+    Mutation(
+        "tokens of one microbatch as the normaliser",
+        UPDATE,
+        "num_tokens = float(self.targets.mask[all_rows].sum().clamp(min=1))",
+        "num_tokens = float(self.targets.mask[all_rows[:size]].sum().clamp(min=1))",
+        (LAMBDA_1, "tests/test_ppo_update.py::test_two_steps_are_what_the_oracle_does[plain]"),
+    ),
+    Mutation(
+        "1 / length per response",
+        PPO_MATH,
+        "loss = torch.maximum(plain, clipped).sum() / num_tokens",
+        "loss = (torch.maximum(plain, clipped) / mask.sum(1, keepdim=True)).sum() / num_tokens",
+        (LAMBDA_1, _MATH + "policy_loss_sums_tokens_and_divides_by_the_given_number"),
+    ),
+    Mutation(
+        "mask ignored in the ratio",
+        PPO_MATH,
+        "log_ratio = masked(logprobs, mask) - masked(old_logprobs, mask)",
+        "log_ratio = logprobs - old_logprobs",
+        (_MATH + "garbage_outside_the_mask_gets_gradient_zero",),
+    ),
+    Mutation(
+        "value clipped around the new value",
+        PPO_MATH,
+        "near = old_values + (values - old_values).clamp(-clip_range, clip_range)",
+        "near = values + (old_values - values).clamp(-clip_range, clip_range)",
+        (CLIPPED, _MATH + "value_loss_by_hand"),
+    ),
+    Mutation(
+        "optimistic branch of the value clip",
+        PPO_MATH,
+        "loss = 0.5 * torch.maximum(plain, clipped).sum() / num_tokens",
+        "loss = 0.5 * torch.minimum(plain, clipped).sum() / num_tokens",
+        (CLIPPED, _MATH + "value_loss_by_hand"),
+    ),
+    Mutation(
+        "value loss with the wrong sign",
+        UPDATE,
+        "loss = loss + section.vf_coef * value",
+        "loss = loss - section.vf_coef * value",
+        (LAMBDA_1, "tests/test_ppo_update.py::test_two_steps_are_what_the_oracle_does[plain]"),
+    ),
+    Mutation(
+        "k3 of the KL loss the wrong way round",
+        PPO_MATH,
+        "torch.expm1(-k) + k",
+        "torch.expm1(k) - k",
+        (KL_K3, KL_MEANS),
+    ),
+    Mutation(
+        "KL loss against the rollout's policy",
+        UPDATE,
+        "drift = kl_loss(scores.logprobs, part.ref_logprobs,",
+        "drift = kl_loss(scores.logprobs, part.logprobs,",
+        (KL_K2, KL_K3),
+    ),
+    Mutation(
+        "learning rate that stays at its start",
+        UPDATE,
+        "position = done + epoch * per_epoch + number",
+        "position = 0",
+        ("tests/test_ppo_update.py::test_two_steps_are_what_the_oracle_does[plain]",),
+    ),
+    Mutation(
+        "decay of the average inverted",
+        "trainers/engine.py",
+        "_local(target).lerp_(_local(source), 1 - decay)",
+        "_local(target).lerp_(_local(source), decay)",
+        ("tests/test_ppo_loop.py::test_the_average_moves_with_every_optimizer_step",),
+    ),
+    Mutation(
+        "preference turned round in Bradley-Terry",
+        "trainers/losses.py",
+        "gap = better - worse - margin",
+        "gap = worse - better - margin",
+        (BRADLEY_TERRY, "tests/test_losses_pairwise.py::test_margin_is_subtracted_from_the_gap"),
+    ),
+)
+
+SCORING_BUGS = (
+    Mutation(
+        "log-probabilities shifted by one",
+        ROLES,
+        "hidden = hidden_states(model, role, tokens, mask)[:, -response_length - 1 : -1]",
+        "hidden = hidden_states(model, role, tokens, mask)[:, -response_length:]",
+        (LAMBDA_1, START),
+    ),
+    Mutation(
+        "log-probability of the likeliest token",
+        ROLES,
+        "picked = logits.gather(-1, targets[:, None]).squeeze(-1) - normalizer",
+        "picked = logits.amax(-1) - normalizer",
+        (LAMBDA_1, START),
+    ),
+    Mutation(
+        "temperature only in sampling",
+        ROLES,
+        "logits = logits.float() / temperature",
+        "logits = logits.float()",
+        (TEMPERED, SAMPLER),
+    ),
+    Mutation(
+        "temperature only in scoring",
+        SAMPLING,
+        "probabilities = (logits.float() / sampling.temperature).softmax(-1)",
+        "probabilities = logits.float().softmax(-1)",
+        (
+            SAMPLER,
+            "tests/test_generate.py::test_next_tokens_follow_the_softmax_over_the_whole_vocabulary",
+        ),
+    ),
+    Mutation(
+        "value that sees the action",
+        ROLES,
+        'hidden = hidden_states(model, "value", tokens, mask)[:, -response_length - 1 : -1]',
+        'hidden = hidden_states(model, "value", tokens, mask)[:, -response_length:]',
+        (LAMBDA_1, "tests/test_roles.py::test_values_are_of_the_state_before_the_token"),
+    ),
+    Mutation(
+        "attention to the padding",
+        ROLES,
+        "attention_mask=mask.long(),",
+        "attention_mask=torch.ones_like(tokens),",
+        (LAMBDA_1, START),
+    ),
+    Mutation(
+        "reward read by the number of tokens, under left padding",
+        ROLES,
+        "return mask.shape[1] - 1 - mask.flip(1).long().argmax(1)",
+        "return mask.sum(1) - 1",
+        (LAMBDA_1, "tests/test_roles.py::test_last_token_index_on_either_side"),
+    ),
+    Mutation(
+        "dropout in PPO",
+        ROLES,
+        "lora_dropout=lora.dropout if dropout else 0.0,",
+        "lora_dropout=lora.dropout,",
+        ("tests/test_roles.py::test_dropout_only_where_it_is_asked_for",),
+    ),
+    Mutation(
+        "reference is the policy",
+        ROLLOUT,
+        "compared = response_logprobs(model, reference, *batch, temperature)",
+        'compared = response_logprobs(model, "policy", *batch, temperature)',
+        (LAMBDA_1, KL_MEANS),
+    ),
+    Mutation(
+        "reference is the bare base",
+        ROLLOUT,
+        "compared = response_logprobs(model, reference, *batch, temperature)",
+        'compared = response_logprobs(model, "base", *batch, temperature)',
+        (LAMBDA_1, START),
+    ),
+    Mutation(
+        "reference built without SFT's weights",
+        SETUP,
+        'adapters["reference"] = start',
+        'adapters["reference"] = Adapter(sft.lora)',
+        (LAMBDA_1, START),
+    ),
+    Mutation(
+        "policy starts from the bare base",
+        SETUP,
+        'adapters["policy"] = Adapter(start.lora, start.state, trainable=True)',
+        'adapters["policy"] = Adapter(start.lora, None, trainable=True)',
+        (START,),
+    ),
+    Mutation(
+        "reward head on SFT's adapter",
+        SETUP,
+        "adapters[role] = Adapter(saved.lora, saved.state)",
+        "adapters[role] = Adapter(saved.lora, start.state)",
+        (LAMBDA_1, RLOO),
+    ),
+    Mutation(
+        "EOS masked out (padding found by its id)",
+        ROLLOUT,
+        "mask[row, place] = True",
+        "mask[row, place] = tokens[row, place] != pad_id",
+        (LAMBDA_1, RLOO),
+    ),
+    Mutation(
+        "no mask behind EOS",
+        ROLLOUT,
+        "mask[row, place] = True",
+        "mask[row, place.start :] = True",
+        (LAMBDA_1, "tests/test_rollout.py::test_arranged_by_hand"),
+    ),
+    Mutation(
+        "every response counts as finished",
+        ROLLOUT,
+        "finished = torch.tensor([response[-1] in stop_ids for response in responses])",
+        "finished = torch.tensor([True for response in responses])",
+        (LAMBDA_1, "tests/test_rollout.py::test_arranged_by_hand"),
+    ),
+    Mutation(
+        "values of the rollout left at zero",
+        ROLLOUT,
+        'filled["values"][rows, :width] = values',
+        'filled["values"][rows, :width] = 0 * values',
+        (LAMBDA_1, CLIPPED),
+    ),
+    Mutation(
+        "top 50 where all tokens were asked for",
+        SAMPLING,
+        "section.top_k, section.top_p)",
+        "section.top_k or 50, section.top_p)",
+        ("tests/test_generate.py::test_sampling_is_read_from_the_config",),
+    ),
+    Mutation(
+        "the sampler attends to the padding",
+        SAMPLING,
+        "seen[:, :width] = mask",
+        "seen[:, :width] = True",
+        (SAMPLER, "tests/test_generate.py::test_greedy_equals_transformers_for_ragged_prompts"),
+    ),
+    Mutation(
+        "positions that stand still in sampling",
+        SAMPLING,
+        "tokens, positions = chosen[:, None], positions[:, -1:] + 1",
+        "tokens, positions = chosen[:, None], positions[:, -1:]",
+        (SAMPLER, "tests/test_generate.py::test_greedy_equals_transformers_for_ragged_prompts"),
+    ),
+)
+
+MUTATIONS = (*REWARD_BUGS, *ADVANTAGE_BUGS, *LOSS_BUGS, *SCORING_BUGS)

@@ -1,0 +1,565 @@
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from core_models import LORA, REWARD_LORA, tiny_llama
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from chatllama import answers_file, cli, generation_command
+from chatllama.answering import Answerer, open_answerer, random_numbers
+from chatllama.chat_format import describe_contract, render
+from chatllama.config import ChatSection
+from chatllama.config_loader import load_config
+from chatllama.export import save_adapter
+from chatllama.generation_plan import Options, best_of_kl
+from chatllama.prompt_files import Prompt, read_prompts
+from chatllama.roles import Adapter, RoleModel, adapter_parameters, adapter_state
+from chatllama.run_folder import RunFolder
+from chatllama.stop_strings import cut_at_stop
+from chatllama.tokenizer import decode, load_tokenizer, save_tokenizer
+
+NEW = 10
+TEXTS = ["Anna paints", "the river", "a", "my brother looks for an old house", "the queen", "hi!"]
+PROMPTS = [Prompt(i, text, f"prompt {i}") for i, text in enumerate(TEXTS)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> RunFolder:
+    """A finished run of random weights, with EMA and two reward members. Read it only."""
+    run = RunFolder(tmp_path_factory.mktemp("run"))
+    llama = tiny_llama(vocabulary=300)
+    llama.save_pretrained(run.backbone)
+    tokenizer = load_tokenizer(tiny_tokenizer_dir)
+    save_tokenizer(tokenizer, run.backbone)
+    run.config.write_text(
+        f"run_dir: {run.root}\nbackbone: {{path: {run.backbone}, dtype: float32}}\n"
+        f"generation: {{max_new_tokens: {NEW}, batch_size: 4}}\n"
+    )
+    folders = {
+        "reference": run.sft_adapter,
+        "policy": run.policy_adapter,
+        "ema": run.ema_adapter,
+        "reward": run.reward_adapter,
+        "reward_1": run.reward_adapter.with_name("adapter-1"),
+    }
+    rewards = ("reward", "reward_1")
+    lora = {role: REWARD_LORA if role in rewards else LORA for role in folders}
+    torch.manual_seed(3)
+    adapters = {role: Adapter(lora[role]) for role in folders}
+    model = RoleModel(llama, adapters, heads=rewards)
+    info = {"base": str(run.backbone), "contract": describe_contract(tokenizer, ChatSection())}
+    for role, folder in folders.items():
+        for parameter in adapter_parameters(model, role):
+            parameter.data.normal_(std=0.2)
+        head = model.heads[role].state_dict() if role in rewards else None
+        save_adapter(folder, adapter_state(model, role), lora[role], info, head)
+    return run
+
+
+@pytest.fixture
+def without_rewards(run: RunFolder, tmp_path: Path) -> RunFolder:
+    """The same run before its reward stage."""
+    (tmp_path / "config.yaml").write_text(run.config.read_text())
+    (tmp_path / "sft").symlink_to(run.root / "sft")
+    return RunFolder(tmp_path)
+
+
+def answers(
+    run: RunFolder, out: Path, prompts: list[Prompt] | None = None, **options: Any
+) -> list[dict[str, Any]]:
+    generation_command.generate_command(run.root, prompts or PROMPTS, Options(**options), out)
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def reopened(run: RunFolder, role: str = "policy") -> Answerer:
+    folders = {"policy": run.policy_adapter, "base": None, "reference": run.sft_adapter}
+    return open_answerer(run, load_config(run.config), role, folders[role], run.reward_members())
+
+
+# --- answers -------------------------------------------------------------------------------------
+
+
+def test_a_line_for_each_prompt_in_order(run: RunFolder, tmp_path: Path) -> None:
+    lines = answers(run, tmp_path / "a.jsonl", token_ids=True)
+    assert [(line["id"], line["prompt"]) for line in lines] == list(enumerate(TEXTS))
+    tokenizer = load_tokenizer(run.backbone)
+    many = answers(run, tmp_path / "many.jsonl", num_samples=20, token_ids=True)
+    for line in [*lines, *many]:
+        ids = line["token_ids"]
+        assert line["num_tokens"] == len(ids) <= NEW
+        assert line["finished"] == (ids[-1] == 2) and (line["finished"] or len(ids) == NEW)
+        assert line["response"] == decode(tokenizer, ids).strip()
+    assert {line["finished"] for line in many} == {True, False}
+    assert "logprob" not in lines[0] and "sample" not in lines[0] and "best_of" not in lines[0]
+
+
+def test_greedy_is_what_transformers_says(run: RunFolder, tmp_path: Path) -> None:
+    lines = answers(run, tmp_path / "a.jsonl", role="base", temperature=0.0, token_ids=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(run.backbone)
+    answerer = reopened(run, "base")
+    for line, prompt in zip(lines, PROMPTS, strict=True):
+        ids = answerer.render(prompt.messages)
+        output = model.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False)
+        assert line["token_ids"] == output[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_batch_size_changes_no_answer(run: RunFolder, tmp_path: Path, batch_size: int) -> None:
+    expected = answers(run, tmp_path / "a.jsonl", num_samples=3, logprobs=True, batch_size=5)
+    found = answers(run, tmp_path / "b.jsonl", num_samples=3, logprobs=True, batch_size=batch_size)
+    for one, other in zip(found, expected, strict=True):
+        for key, value in one.items():
+            approximate = key in ("score", "logprob", "logprobs")
+            assert (pytest.approx(value, abs=1e-4) if approximate else value) == other[key]
+
+
+def test_samples_belong_to_seed_prompt_and_number(run: RunFolder, tmp_path: Path) -> None:
+    four = answers(run, tmp_path / "4.jsonl", num_samples=4)
+    two = answers(run, tmp_path / "2.jsonl", num_samples=2)
+    assert [line["response"] for line in two] == [a["response"] for a in four if a["sample"] < 2]
+    assert len({line["response"] for line in four if line["id"] == 0}) == 4
+    other = answers(run, tmp_path / "o.jsonl", num_samples=2, seed=1)
+    assert [line["response"] for line in two] != [line["response"] for line in other]
+    twice = [Prompt(i, "Anna", "x") for i in range(2)]
+    same = answers(run, tmp_path / "t.jsonl", twice)
+    assert same[0]["response"] != same[1]["response"]
+
+
+def test_random_numbers_are_those_of_a_longer_answer() -> None:
+    short, long = random_numbers(1, 2, 3, 5), random_numbers(1, 2, 3, 50)
+    assert torch.equal(long[:5], short) and long.dtype == torch.float32
+    assert float(long.min()) >= 0 and float(long.max()) < 1
+    others = [random_numbers(*place, 5) for place in ((0, 2, 3), (1, 3, 3), (1, 2, 4), (1, 3, 2))]
+    assert not any(torch.equal(short, other) for other in others)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_logprobs_are_those_of_the_bare_sequence(
+    run: RunFolder, tmp_path: Path, temperature: float
+) -> None:
+    lines = answers(
+        run, tmp_path / "a.jsonl", temperature=temperature, logprobs=True, token_ids=True
+    )
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(run.backbone)
+    policy: Any = PeftModel.from_pretrained(base, str(run.policy_adapter)).eval()
+    answerer = reopened(run)
+    for line, prompt in zip(lines, PROMPTS, strict=True):
+        ids = answerer.render(prompt.messages)
+        with torch.no_grad():
+            logits = policy(torch.tensor([[*ids, *line["token_ids"]]])).logits[0]
+        expected = (logits / (temperature or 1.0)).log_softmax(-1)
+        rows = torch.arange(len(ids) - 1, len(ids) - 1 + len(line["token_ids"]))
+        picked = expected[rows, torch.tensor(line["token_ids"])].tolist()
+        assert line["logprobs"] == pytest.approx(picked, abs=1e-4)
+        assert line["logprob"] == pytest.approx(sum(picked), abs=1e-3)
+
+
+def reward_of(run: RunFolder, ids: list[int]) -> list[float]:
+    """Scores of both members, read by plain PEFT."""
+    from peft import PeftModel
+
+    found = []
+    for folder in run.reward_members():
+        base = AutoModelForSequenceClassification.from_pretrained(run.backbone, num_labels=1)
+        model: Any = PeftModel.from_pretrained(base, str(folder)).eval()
+        model.config.pad_token_id = 0
+        with torch.no_grad():
+            found.append(float(model(torch.tensor([ids])).logits))
+    return found
+
+
+@pytest.mark.parametrize("combine", ["mean", "min"])
+def test_scores_are_the_ensembles(run: RunFolder, combine: str) -> None:
+    cfg = load_config(run.config, [f"ppo.reward_ensemble={combine}"])
+    answerer = open_answerer(run, cfg, "policy", run.policy_adapter, run.reward_members())
+    uniforms = torch.stack([random_numbers(0, i, 0, NEW) for i in range(2)])
+    sampling = generation_command_sampling()
+    found = answerer.answer([p.messages for p in PROMPTS[:2]], uniforms, sampling, (), 2, False)
+    for answer, prompt in zip(found, PROMPTS, strict=False):
+        members = reward_of(run, [*answerer.render(prompt.messages), *answer.ids])
+        assert members[0] != pytest.approx(members[1], abs=1e-2)
+        expected = min(members) if combine == "min" else sum(members) / 2
+        assert answer.score == pytest.approx(expected, abs=1e-4)
+
+
+def generation_command_sampling() -> Any:
+    from chatllama.generate import Sampling
+
+    return Sampling(NEW)
+
+
+def test_best_of_keeps_what_the_reward_model_likes_best(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = answers(run, tmp_path / "n.jsonl", num_samples=8)
+    best = answers(run, tmp_path / "b.jsonl", best_of=8, batch_size=30)
+    assert len(best) == len(TEXTS)
+    for line in best:
+        own = [sample for sample in samples if sample["id"] == line["id"]]
+        winner = max(own, key=lambda sample: sample["score"])
+        assert line["response"] == winner["response"] and line["best_of"] == 8
+        assert line["score"] == pytest.approx(winner["score"], abs=1e-4)
+        mean = sum(sample["score"] for sample in own) / 8
+        assert line["mean_candidate_score"] == pytest.approx(mean, abs=1e-4)
+    error = capsys.readouterr().err
+    # log 8 - 7/8 = 2.0794 - 0.875
+    assert "KL to policy at most 1.204 nats" in error
+
+
+def test_kl_bound_of_best_of_n() -> None:
+    assert best_of_kl(1) == 0
+    assert best_of_kl(4) == pytest.approx(1.3862943611 - 0.75)
+
+
+def test_roles_are_different_models(run: RunFolder, tmp_path: Path) -> None:
+    texts = {
+        role: [a["response"] for a in answers(run, tmp_path / role, role=role, temperature=0.0)]
+        for role in ("base", "sft", "policy", "ema")
+    }
+    assert len({tuple(text) for text in texts.values()}) == 4
+    default = answers(run, tmp_path / "default", temperature=0.0)
+    assert [line["response"] for line in default] == texts["policy"]
+
+
+def test_a_run_without_rewards_answers_as_sft_without_scores(
+    without_rewards: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = answers(without_rewards, tmp_path / "a.jsonl")
+    assert "score" not in lines[0]
+    error = capsys.readouterr().err
+    assert "6 answers by sft" in error and "score" not in error
+    with pytest.raises(ValueError, match=r"--best-of 4: .* has no reward model"):
+        answers(without_rewards, tmp_path / "b.jsonl", best_of=4)
+    with pytest.raises(ValueError, match=r"--role ema: .* has none; .*policy-ema is missing"):
+        answers(without_rewards, tmp_path / "b.jsonl", role="ema")
+    assert not (tmp_path / "b.jsonl").exists()
+
+
+# --- stop strings --------------------------------------------------------------------------------
+
+PIECES = ["ab", "c", "\n", "\nUser", ":", "d", "abc"]
+
+
+def spell(ids: Any) -> str:
+    return "".join(PIECES[i] for i in ids)
+
+
+@pytest.mark.parametrize(
+    ("ids", "stops", "expected"),
+    [
+        ([0, 1, 5], ["c"], (2, "ab")),  # a token
+        ([0, 1, 5], ["b"], (1, "a")),  # a part of one
+        ([0, 1, 3, 4, 5], ["\nUser:"], (4, "abc")),  # spread over several
+        ([0, 1, 3, 4, 5], ["c\nU"], (3, "ab")),  # from inside one into inside another
+        ([5, 6], ["c", "bc"], (2, "da")),  # of two in one token, the earlier
+        ([5, 6], ["bc", "c"], (2, "da")),
+        ([0, 1, 6], ["cab", "bc"], (2, "a")),  # complete first
+        ([0, 1, 5], ["x"], None),
+        ([0, 1, 5], [], None),
+        ([], ["x"], None),
+        ([6], ["abc"], (1, "")),
+    ],
+)
+def test_stop_strings_across_tokens(ids: Any, stops: Any, expected: Any) -> None:
+    assert cut_at_stop(ids, stops, spell) == expected
+
+
+def test_stop_string_that_later_bytes_would_hide(tiny_tokenizer_dir: Path) -> None:
+    tokenizer = load_tokenizer(tiny_tokenizer_dir)
+    vocabulary = tokenizer.get_vocab()
+    # é = C3 A9, then half a character: the decoder would replace the whole run of bytes.
+    ids = [vocabulary[f"<0x{byte:02X}>"] for byte in (0xC3, 0xA9, 0xC3)]
+    assert "é" not in decode(tokenizer, ids)
+    assert cut_at_stop(ids, ["é"], lambda some: decode(tokenizer, some)) == (2, "")
+
+
+def test_answers_end_before_the_stop_string(run: RunFolder, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"token_ids": True, "num_samples": 4}
+    before = answers(run, tmp_path / "a.jsonl", **options)
+    number, found = next(
+        (i, match)
+        for i, line in enumerate(before)
+        if (match := re.search(r"(?<=.)[ -~]{4}", line["response"]))
+    )
+    # Of several tokens: most have one character.
+    whole, stop = before[number], found[0]
+    after = answers(run, tmp_path / "b.jsonl", **options, logprobs=True, stops=(stop,))
+    line = after[number]
+    assert line["response"] == whole["response"][: found.start()].strip() and line["finished"]
+    taken = line["token_ids"]
+    assert taken == whole["token_ids"][: len(taken)] and len(taken) < len(whole["token_ids"])
+    tokenizer = load_tokenizer(run.backbone)
+    assert stop in decode(tokenizer, taken) and stop not in decode(tokenizer, taken[:-1])
+    assert len(line["logprobs"]) == line["num_tokens"] == len(taken)
+    # Scored as the finished turn that the user gets.
+    turn = [*PROMPTS[whole["id"]].messages, {"role": "assistant", "content": line["response"]}]
+    ids = render(tokenizer, ChatSection(), cast(Any, turn)).ids
+    assert ids[-1] == 2
+    assert line["score"] == pytest.approx(sum(reward_of(run, ids)) / 2, abs=1e-4)
+    untouched = [(a, b) for a, b in zip(before, after, strict=True) if stop not in a["response"]]
+    assert untouched and all(a["response"] == b["response"] for a, b in untouched)
+
+
+# --- the file ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"num_samples": 3}, {"best_of": 3}, {}])
+@pytest.mark.parametrize("kept_lines", [0, 1, 5])
+def test_an_interrupted_file_is_continued_to_the_same_bytes(
+    run: RunFolder, tmp_path: Path, options: dict[str, Any], kept_lines: int
+) -> None:
+    out = tmp_path / "a.jsonl"
+    answers(run, out, **options)
+    whole = out.read_bytes()
+    lines = whole.split(b"\n")
+    out.write_bytes(b"\n".join([*lines[:kept_lines], lines[kept_lines][:25]]))
+    answers(run, out, **options)
+    assert out.read_bytes() == whole
+
+
+def test_a_finished_file_is_left_alone(
+    run: RunFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "new" / "a.jsonl"
+    answers(run, out, best_of=2)
+    whole, summary = out.read_bytes(), capsys.readouterr().err.splitlines()
+    monkeypatch.setattr(generation_command, "_answer_all", None)
+    answers(run, out, best_of=2)
+    assert out.read_bytes() == whole
+    again = capsys.readouterr().err.splitlines()
+    assert again == [line for line in summary if "a second" not in line]
+
+
+def test_each_batch_is_written_when_it_is_done(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, seen = tmp_path / "a.jsonl", []
+    real = Answerer.answer
+
+    def answer(*args: Any) -> Any:
+        seen.append(len(out.read_text().splitlines()))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(Answerer, "answer", answer)
+    with pytest.raises(KeyboardInterrupt):
+        answers(run, out, batch_size=2)
+    assert seen == [0, 2, 4] and len(out.read_text().splitlines()) == 4
+
+
+def test_other_settings_and_prompts_are_refused(run: RunFolder, tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    answers(run, out)
+    whole = out.read_bytes()
+    for options, message in (
+        ({"seed": 1, "top_p": 0.5}, "top_p was 1.0, is 0.5; seed was 0, is 1"),
+        ({"stops": ("x",)}, r"stops was \[\], is \['x'\]"),
+        ({"prompts": PROMPTS[:3]}, "other prompts"),
+        ({"prompts": [*PROMPTS[:5], Prompt(5, "ho", "x")]}, "other prompts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            answers(run, out, **cast(Any, options))
+    assert out.read_bytes() == whole
+    answers(run, out, batch_size=2)  # which changes no answer
+
+
+def test_a_retrained_adapter_is_another_setting(
+    run: RunFolder, without_rewards: RunFolder, tmp_path: Path
+) -> None:
+    import shutil
+
+    answers(without_rewards, tmp_path / "a.jsonl")
+    (without_rewards.root / "sft").unlink()
+    shutil.copytree(run.policy_adapter, without_rewards.sft_adapter)
+    with pytest.raises(ValueError, match=r"made otherwise .adapter was"):
+        answers(without_rewards, tmp_path / "a.jsonl")
+
+
+def test_files_of_others_are_not_touched(run: RunFolder, tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    out.write_text("precious\n")
+    with pytest.raises(ValueError, match=r"exists, without a.jsonl.settings.json beside it"):
+        answers(run, out)
+    assert out.read_text() == "precious\n"
+    other = tmp_path / "b.jsonl"
+    lines = answers(run, other)
+    settings = answers_file.settings_path(other)
+    lines[1]["id"] = 7
+    other.write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
+    with pytest.raises(ValueError, match=r"b.jsonl:2: id 7, sample 0 where id 1, sample 0"):
+        answers(run, other)
+    other.write_text(json.dumps(lines[0]) + "\nnonsense\n")
+    with pytest.raises(ValueError, match=r"b.jsonl:2: not an answer"):
+        answers(run, other)
+    settings.write_text("{")
+    with pytest.raises(ValueError, match=r"settings.json: damaged"):
+        answers(run, other)
+
+
+# --- prompts -------------------------------------------------------------------------------------
+
+
+def test_prompts_of_a_jsonl_file(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "a\u2028b"}]
+    records = [{"prompt": "x\ny"}, {"messages": turns, "id": "k"}, {"prompt": turns, "more": 1}]
+    text = "\n\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    file.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    first, second, third = read_prompts([], file, ["ignored"])
+    assert (first.id, first.content, first.where) == (0, "x\ny", f"{file}:1")
+    assert first.messages == [{"role": "user", "content": "x\ny"}]
+    assert (second.id, second.messages, second.where) == ("k", turns, f"{file}:3")
+    assert (third.id, third.messages) == (2, turns)
+
+
+def test_prompts_of_text_and_arguments(tmp_path: Path) -> None:
+    file = tmp_path / "p.txt"
+    file.write_bytes(b"one \r\n\r\ntwo\n")
+    assert [(p.id, p.content) for p in read_prompts([], file, None)] == [(0, "one "), (1, "two")]
+    assert [p.content for p in read_prompts([], None, iter(["a\n", "\n", "b"]))] == ["a", "b"]
+    assert [p.content for p in read_prompts(["a\nb", "c"], None, iter(["d"]))] == ["a\nb", "c"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "no prompts"),
+        ("\n\n", "no prompts"),
+        ('{"prompt": "a"}\n{"prompt": ', r"p.jsonl:2: broken JSON \(.*, column 12\)"),
+        ('"a"', "p.jsonl:1: expected an object"),
+        ('{"text": "a"}', "expected one of `prompt` and `messages`; it has 'text'"),
+        ('{"prompt": "a", "messages": []}', "expected one of"),
+        ('{"messages": "a"}', "`messages` must be a list"),
+        ('{"messages": [{"role": "user"}]}', "message 0 must have `role` and `content`"),
+        ('{"messages": []}', "must be by 'user'; it is missing"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "it is by 'assistant'"),
+        ('{"prompt": "  "}', "p.jsonl:1: the prompt is empty"),
+        ('{"prompt": "a", "id": [1]}', r"`id` must be a number or a string, not \[1\]"),
+        ('{"prompt": "a", "id": true}', "`id` must be"),
+    ],
+)
+def test_bad_prompts_are_named(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_prompts([], file, None)
+
+
+def test_one_source_of_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "p.csv"
+    for arguments, name, message in (
+        (["a"], file, "give one of the two"),
+        ([], None, "no prompts: give them"),
+        ([], file, "unknown type '.csv'; known: .jsonl, .txt"),
+        ([], tmp_path / "none.txt", "no such file"),
+        ([" "], None, "prompt 0: the prompt is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_prompts(arguments, name, None)
+    (tmp_path / "p.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"p.txt: not UTF-8"):
+        read_prompts([], tmp_path / "p.txt", None)
+
+
+def test_prompts_that_do_not_fit_are_named_before_any_answer(
+    run: RunFolder, tmp_path: Path
+) -> None:
+    long = Prompt(1, "the river " * 60, "p.jsonl:2")
+    out = tmp_path / "a.jsonl"
+    with pytest.raises(ValueError, match=r"p.jsonl:2: a prompt of \d+ tokens .* 256 positions$"):
+        answers(run, out, [PROMPTS[0], long])
+    with pytest.raises(ValueError, match=r"256 positions \(2 prompts are too long\)"):
+        answers(run, tmp_path / "b.jsonl", [long, long])
+    assert out.read_text() == ""
+    room = 256 - len(reopened(run).render(PROMPTS[0].messages))
+    assert answers(run, tmp_path / "fits.jsonl", PROMPTS[:1], max_new_tokens=room)
+    with pytest.raises(ValueError, match=rf"--max-new-tokens {room + 1} do not fit"):
+        answers(run, tmp_path / "d.jsonl", PROMPTS[:1], max_new_tokens=room + 1)
+    turns: Any = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    with pytest.raises(ValueError, match="p:3: message 1 has role 'user'"):
+        answers(run, tmp_path / "c.jsonl", [Prompt(0, turns, "p:3")])
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.1}, "--temperature -0.1: must be 0 or more"),
+        ({"temperature": math.nan}, "--temperature nan"),
+        ({"top_p": 1.1}, "--top-p 1.1: must be above 0 and at most 1"),
+        ({"top_k": -1}, "--top-k -1: must be at least 0"),
+        ({"max_new_tokens": 0}, "--max-new-tokens 0: must be at least 1"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"seed": -1}, "--seed -1: must be at least 0"),
+        ({"num_samples": 0}, "--n 0"),
+        ({"best_of": 0}, "--best-of 0"),
+        ({"num_samples": 2, "best_of": 4}, "--n 2 and --best-of 4: give one of the two"),
+        ({"stops": ("x", "")}, "--stop ''"),
+        ({"num_samples": 2, "temperature": 0.0}, "--n 2 with temperature 0 would give 2 equal"),
+        ({"best_of": 2, "temperature": 0.0}, "--best-of 2 with temperature 0"),
+    ],
+)
+def test_options_out_of_range(
+    run: RunFolder, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        answers(run, tmp_path / "a.jsonl", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line_passes_everything(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(generation_command, "generate_command", lambda *args: seen.append(args))
+    command = (
+        "generate RUN first --role ema --temperature 0.5 --top-p 0.9 --top-k 7 "
+        "--max-new-tokens 9 --batch-size 3 --seed 5 --n 2 --stop a"
+    )
+    words = [
+        *command.split(),
+        *("--stop", "b c", "--token-ids", "--logprobs", "--out", "o.jsonl", "second one"),
+    ]
+    assert cli.main(words) == 0
+    ((folder, prompts, options, out),) = seen
+    assert (folder, out) == (Path("RUN"), Path("o.jsonl"))
+    assert [prompt.content for prompt in prompts] == ["first", "second one"]
+    assert options == Options(
+        "ema", 0.5, 0.9, 7, 9, 3, 5, ("a", "b c"), num_samples=2, token_ids=True, logprobs=True
+    )
+    file = tmp_path / "p.txt"
+    file.write_text("x\n")
+    assert cli.main(["generate", "RUN", "--file", str(file), "--best-of", "4"]) == 0
+    assert seen[1][1:] == ([Prompt(0, "x", f"{file}:1")], Options(best_of=4), None)
+
+
+def test_answers_on_the_terminal(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Anna\nthe river\n"))
+    assert cli.main(["generate", str(run.root)]) == 0
+    both = capsys.readouterr()
+    lines = both.out.split("\n")
+    assert lines[0] == "> Anna" and lines[1].startswith("< ") and "(score " in both.out
+    assert "2 answers by policy" in both.err
+    assert cli.main(["generate", str(run.root), "Anna"]) == 0
+    alone = capsys.readouterr().out
+    assert "> " not in alone and f"< {alone.strip()}" in both.out
+    assert not any(ord(c) < 32 and c != "\n" and c != "\t" for c in both.out)
+    assert cli.main(["generate", str(run.root / "nowhere"), "a"]) == 2
+    assert "is not a run folder" in capsys.readouterr().err

@@ -1,0 +1,198 @@
+"""`chatllama selftest`: every check in turn, as a table that says what was found and allowed."""
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+
+from chatllama.libraries import quiet_libraries
+from trainers.selftest.convergence import Convergence, converge
+from trainers.selftest.gradient_oracle import SETTINGS, Setting, check_gradient
+from trainers.selftest.identities import (
+    bradley_terry,
+    gae_error,
+    kl_errors,
+    reinforce_error,
+    sampler_distance,
+    start_errors,
+)
+from trainers.selftest.world import World
+
+GRADIENT_LIMIT = 1e-5
+"""Relative error of gradients; float32 log-probabilities reach 5e-7 to 2e-6."""
+GRPO_LIMIT = 1e-4
+"""grpo divides by a pair's deviation: where two returns nearly agree, rounding grows."""
+LOGPROB_LIMIT = 1e-4
+"""Nats."""
+GAP_LIMIT = 0.95
+"""Share of the gap from J(pi_ref) to J* that training closes."""
+KL_LIMIT = 1e-5
+SAMPLER_LIMIT = 1.3
+BAYES_LIMIT = 0.01
+CORRELATION_LIMIT = 0.97
+WORLD_SEED = 1
+"""Of the world of all checks but convergence, which makes one for each of its seeds."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report."""
+
+    name: str
+    passed: bool
+    found: str
+    allowed: str
+    seconds: float = 0.0
+
+
+def selftest(seeds: Sequence[int], quick: bool = False) -> bool:
+    """True when every check passes; prints what each found.
+
+    Args:
+        seeds: of the training runs, one each.
+        quick: leave the training runs out.
+    """
+    quiet_libraries()
+    torch.set_num_threads(1)  # the models are too small for more
+    console, started = Console(), time.perf_counter()
+    console.print("PPO against the closed form: every response of a tiny LLaMA is enumerated.")
+    checks: list[Check] = []
+    runs: list[Convergence] = []
+    with tempfile.TemporaryDirectory(prefix="chatllama-selftest-") as folder, console.status(""):
+        world = World.make(Path(folder) / "world", WORLD_SEED)
+        checks += identities(world)
+        for setting in SETTINGS:
+            checks.append(gradient(world, setting))
+        console.print(_table(checks))
+        for seed in () if quick else seeds:
+            runs.append(converge(World.make(Path(folder) / f"seed-{seed}", seed)))
+        if runs:
+            console.print(_convergence_table(runs))
+    failed = [check.name for check in checks if not check.passed]
+    failed += [f"training, seed {run.seed}" for run in runs if not converged(run)]
+    verdict = f"[bold red]FAILED: {'; '.join(failed)}[/]" if failed else "[green]all pass[/]"
+    seconds = time.perf_counter() - started
+    console.print(f"{len(checks) + len(runs)} checks in {seconds:.0f} s: {verdict}")
+    return not failed
+
+
+def gradient(world: World, setting: Setting) -> Check:
+    """The gradient oracle in one setting."""
+    started = time.perf_counter()
+    outcome = check_gradient(world, setting)
+    limit = GRPO_LIMIT if setting.estimator == "grpo" else GRADIENT_LIMIT
+    found = f"{outcome.policy_error:.1e}"
+    if outcome.value_error is not None:
+        found += f", value {outcome.value_error:.1e}"
+    if outcome.first_log_ratio:
+        found += f", first log ratio {outcome.first_log_ratio:.1e}"
+    passed = (
+        max(outcome.policy_error, outcome.value_error or 0.0) <= limit
+        and not outcome.first_log_ratio
+        and outcome.reference_error <= LOGPROB_LIMIT
+    )
+    seconds = time.perf_counter() - started
+    return Check(f"gradient: {setting.name}", passed, found, f"{limit:g}", seconds)
+
+
+def converged(run: Convergence) -> bool:
+    """Whether training closed enough of the gap."""
+    return run.progress[-1].share_closed >= GAP_LIMIT
+
+
+def identities(world: World, only: int | None = None) -> list[Check]:
+    """The small truths.
+
+    Args:
+        world: of those that need a model.
+        only: number of a single one.
+    """
+    checks: list[tuple[str, Callable[[], tuple[bool, str, str]]]] = [
+        ("GAE is its O(T^2) sum", _gae),
+        ("ratio 1 gives REINFORCE", _reinforce),
+        ("means of the KL estimators", lambda: _kl(world)),
+        ("PPO starts from SFT", lambda: _start(world)),
+        ("sampled as scored, T 0.7", lambda: _sampler(world)),
+        ("Bradley-Terry", lambda: _bradley_terry(world)),
+    ]
+    chosen = checks if only is None else [checks[only]]
+    return [_timed(name, check) for name, check in chosen]
+
+
+def _timed(name: str, check: Callable[[], tuple[bool, str, str]]) -> Check:
+    started = time.perf_counter()
+    passed, found, allowed = check()
+    return Check(name, passed, found, allowed, time.perf_counter() - started)
+
+
+def _gae() -> tuple[bool, str, str]:
+    error = gae_error()
+    return error <= 1e-12, f"{error:.1e}", "1e-12"
+
+
+def _reinforce() -> tuple[bool, str, str]:
+    error = reinforce_error()
+    return error == 0, f"{error:.1e}", "0 exactly"
+
+
+def _kl(world: World) -> tuple[bool, str, str]:
+    errors = kl_errors(world)
+    found = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    return max(errors.values()) <= KL_LIMIT, found, f"{KL_LIMIT:g}"
+
+
+def _start(world: World) -> tuple[bool, str, str]:
+    errors = start_errors(world)
+    passed = max(errors["policy"], errors["reference"]) <= LOGPROB_LIMIT and errors["base"] > 0.1
+    found = f"policy {errors['policy']:.1e}, reference {errors['reference']:.1e} nats off"
+    return passed, f"{found}; the base {errors['base']:.1f}", f"{LOGPROB_LIMIT:g}"
+
+
+def _sampler(world: World) -> tuple[bool, str, str]:
+    distance = sampler_distance(world)
+    return distance <= SAMPLER_LIMIT, f"{distance:.2f} noise floors apart", f"{SAMPLER_LIMIT}"
+
+
+def _bradley_terry(world: World) -> tuple[bool, str, str]:
+    found = bradley_terry(world)
+    passed = found["lost"] <= BAYES_LIMIT and found["correlation"] >= CORRELATION_LIMIT
+    text = f"accuracy {found['lost']:.4f} below, correlation {found['correlation']:.3f}"
+    return passed, text, f"{BAYES_LIMIT}, {CORRELATION_LIMIT}"
+
+
+def _table(checks: Sequence[Check]) -> Table:
+    table = Table("check", "found", "allowed", "", Column("s", justify="right"))
+    for check in checks:
+        seconds = f"{check.seconds:.1f}"
+        table.add_row(check.name, check.found, check.allowed, _verdict(check.passed), seconds)
+    return table
+
+
+def _convergence_table(runs: Sequence[Convergence]) -> Table:
+    title = f"PPO trained for real, {GAP_LIMIT:.0%} of the gap to J* wanted"
+    names = "seed", "J(pi_ref)", "J*", "closed", "KL to pi*", "episodes", "s", ""
+    table = Table(*names, title=title)
+    for run in runs:
+        for progress in run.progress:
+            last = progress is run.progress[-1]
+            table.add_row(
+                str(run.seed),
+                f"{run.start:.3f}",
+                f"{run.best:.3f}",
+                f"{progress.share_closed:.1%}",
+                f"{progress.kl_to_best:.3f}",
+                str(progress.episodes),
+                f"{progress.seconds:.0f}",
+                _verdict(converged(run)) if last else "",
+                end_section=last,
+            )
+    return table
+
+
+def _verdict(passed: bool) -> str:
+    return "[green]pass[/]" if passed else "[bold red]FAIL[/]"
