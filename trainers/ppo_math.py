@@ -232,7 +232,9 @@ def value_loss(
     near = old_values + (values - old_values).clamp(-clip_range, clip_range)
     plain, clipped = (values - returns).square(), (near - returns).square()
     loss = 0.5 * torch.maximum(plain, clipped).sum() / num_tokens
-    return ValueLoss(loss=loss, clipped=(clipped > plain).sum().detach())
+    # Within the range `near` is the value but for rounding, which must not count as clipping.
+    beyond = (values - old_values).abs() > clip_range
+    return ValueLoss(loss=loss, clipped=(beyond & (clipped > plain)).sum().detach())
 
 
 def kl_loss(
