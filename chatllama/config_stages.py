@@ -83,7 +83,8 @@ class SftSection(OptimizerSection):
     max_length: Positive = 2048
     """Tokens of a training sequence; longer conversations are cut, and counted."""
     packing: bool = True
-    """Fill each sequence with several conversations that do not see each other."""
+    """Fill each sequence with several conversations that do not see each other. false: one each;
+    a step's rows then go from short to long, so that microbatches need little padding."""
 
 
 class RewardSection(OptimizerSection):

@@ -28,6 +28,15 @@ class TokenReport:
         counts += [f"{count} left out: {reason}" for reason, count in self.left_out.items()]
         return "; ".join([f"{self.num_kept} of {self.num_read} examples", *counts])
 
+    @property
+    def facts(self) -> dict[str, float]:
+        """The counts for a stage's result."""
+        return {
+            "examples": self.num_kept,
+            "examples_changed": sum(self.changed.values()),
+            "examples_left_out": sum(self.left_out.values()),
+        }
+
 
 def tokenize(
     records: Dataset,

@@ -14,6 +14,8 @@ from chatllama.tokenizer import decode, encode, load_tokenizer
 from data.collate import (
     PreferenceCollator,
     batch_indices,
+    bucket_by_length,
+    fill_rate,
     ordered_pairs,
     pad_left,
     pad_right,
@@ -95,6 +97,7 @@ def test_left_out_and_changed_are_counted(tokenizer: PreTrainedTokenizerFast) ->
     assert (report.num_read, report.num_kept) == (4, 3)
     assert report.changed == {"cut inside the answer": 1}
     assert report.left_out == {"no answer within 60 tokens": 1}
+    assert report.facts == {"examples": 3, "examples_changed": 1, "examples_left_out": 1}
     assert report.summary() == (
         "3 of 4 examples; 1 cut inside the answer; 1 left out: no answer within 60 tokens"
     )
@@ -221,6 +224,14 @@ def test_steps_cover_each_epoch_before_the_next() -> None:
     assert sorted(batch_indices(3, 9, 0, seed=0)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     with pytest.raises(ValueError, match="num_examples = 0"):
         batch_indices(0, 4, 0, seed=0)
+
+
+def test_buckets_and_fill_rate_by_hand() -> None:
+    lengths = [5, 1, 3, 9, 2, 4, 7]
+    assert bucket_by_length(lengths, 3) == [1, 2, 0, 4, 5, 3, 6]  # 1 3 5, 2 4 9, 7
+    assert bucket_by_length([2, 2, 1], 3) == [2, 0, 1]
+    # Microbatches of 2: 5 1, 3 9, 2 4, 7 take 10 + 18 + 8 + 7 positions for 31 tokens.
+    assert fill_rate(lengths, 2) == pytest.approx(31 / 43)
 
 
 def test_real_pairs_become_tokens(testdata: Path) -> None:

@@ -93,6 +93,29 @@ def test_every_pass_holds_each_row_once_and_the_seed_decides_the_order():
     assert order(0) == order(0) != order(1)
 
 
+def test_unpacked_rows_of_a_step_are_sorted_by_length():
+    sizes = [5, 1, 4, 2, 3, 6]
+    train = Dataset.from_list([{"input_ids": [7] * n, "mask": [1] * n} for n in sizes])
+    section = SftSection(steps=3, batch_size=4, microbatch_size=2)
+    rows = arrange_rows(train, train, section, max_length=8, packing=False, seed=0)
+    lengths = [len(ids) for ids in rows.train["input_ids"]]
+    steps = [lengths[:4], lengths[4:8], lengths[8:]]
+    assert all(step == sorted(step) for step in steps)
+    assert sorted(lengths) == sorted(sizes * 2)  # two passes
+    positions = sum(2 * longest for longest in lengths[1::2])
+    assert rows.facts == {"fill_rate": pytest.approx(42 / positions)}
+    assert rows.held_out is not None
+    assert [len(ids) for ids in rows.held_out["input_ids"]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_fill_rate_of_packed_rows():
+    train = Dataset.from_list([{"input_ids": [1] * n} for n in (6, 4, 3)])
+    section = SftSection(epochs=1.0, batch_size=2, microbatch_size=2)
+    rows = arrange_rows(train, None, section, max_length=8, packing=True, seed=0)
+    # 6 alone and 4 + 3 together: 13 tokens in two rows of 7
+    assert rows.num_rows == 2 and rows.facts == {"fill_rate": pytest.approx(13 / 14)}
+
+
 # --- loss
 
 

@@ -47,6 +47,9 @@ class Rows:
     """Optimizer steps."""
     num_rows: int
     """Rows of one pass, before repetition."""
+    facts: dict[str, float]
+    """`fill_rate` (share of computed positions that hold tokens) and what was shortened or left
+    out, for the stage's result."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class InstructionTrainer(SFTTrainer):
         self._num_chunks = head_chunks(positions, llama.config.vocab_size)
         self._correct_and_trained = torch.zeros(2, dtype=torch.long, device=self.args.device)
         ends = slice(section.batch_size - 1, None, section.batch_size)
-        self._tokens_after = np.cumsum(_row_lengths(rows.train))[ends]
+        self._tokens_after = np.cumsum(row_lengths(rows.train))[ends]
 
     def run(self, checkpoint: Path | None) -> dict[str, float]:
         """Trains, evaluates, and returns the closing numbers.
@@ -243,7 +246,7 @@ class InstructionTrainer(SFTTrainer):
         return 0
 
 
-def _row_lengths(rows: Dataset) -> np.ndarray:
+def row_lengths(rows: Dataset) -> np.ndarray:
     """Tokens of each row, read without making Python lists of them."""
     batches = rows.select_columns("input_ids").with_format("arrow").iter(1000)
     columns = [cast(pa.Table, batch)["input_ids"] for batch in batches]

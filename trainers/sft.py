@@ -6,6 +6,7 @@ Conversations become tokens in `data/sft.py`; the loss and the loop are in `inst
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -31,6 +32,7 @@ from chatllama.roles import (
 from chatllama.run_folder import RunFolder, write_json
 from chatllama.tokenizer import save_tokenizer
 from chatllama.tracking import Tracker
+from data.collate import bucket_by_length, fill_rate
 from data.mixture import load_mixture
 from data.sft import tokenize_conversations
 from trainers.engine import gathered, partitioned_loading, zero_settings
@@ -40,7 +42,7 @@ from trainers.hf_trainer import (
     fixed_order,
     trainer_settings,
 )
-from trainers.instruction_trainer import IGNORED, InstructionTrainer, Rows
+from trainers.instruction_trainer import IGNORED, InstructionTrainer, Rows, row_lengths
 
 
 def load_rows(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Rows:
@@ -74,8 +76,11 @@ def load_rows(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Rows:
     )
     if distributed.rank() == 0:
         print(mixture.summary())
-        print(f"{report.summary()}; {rows.num_rows} rows of at most {section.max_length} tokens")
-    return rows
+        print(
+            f"{report.summary()}; {rows.num_rows} rows of at most {section.max_length} tokens, "
+            f"{rows.facts['fill_rate']:.1%} filled"
+        )
+    return replace(rows, facts=rows.facts | report.facts)
 
 
 def arrange_rows(
@@ -87,7 +92,7 @@ def arrange_rows(
     packing: bool,
     seed: int,
 ) -> Rows:
-    """Packed rows in training order.
+    """Rows in training order: packed, or with each step's rows sorted by length.
 
     Args:
         train: `input_ids` and `mask` (1 = trains; no such column: all), one document a row.
@@ -106,8 +111,16 @@ def arrange_rows(
     evaluation = _with_labels(held_out) if held_out is not None and len(held_out) else None
     if evaluation is not None and packing:
         evaluation = cast(Dataset, pack_dataset(evaluation, max_length))
+    elif evaluation is not None:
+        places = bucket_by_length(row_lengths(evaluation).tolist(), len(evaluation))
+        evaluation = evaluation.select(places)
     order = fixed_order(cast(Dataset, rows), steps * section.batch_size, seed)
-    return Rows(order, evaluation, steps, len(rows))
+    lengths = row_lengths(order).tolist()
+    if not packing:
+        places = bucket_by_length(lengths, section.batch_size)
+        order, lengths = order.select(places), [lengths[place] for place in places]
+    facts = {"fill_rate": fill_rate(lengths, section.microbatch_size)}
+    return Rows(order, evaluation, steps, len(rows), facts)
 
 
 def _with_labels(documents: Dataset) -> Dataset:
@@ -228,7 +241,7 @@ def train_sft(
                 MetricsToTracker(tracker, "sft"),
             ],
         )
-        return trainer.run(checkpoint)
+        return trainer.run(checkpoint) | rows.facts
 
 
 def export_sft(
