@@ -1,27 +1,22 @@
 """Answers of one role to batches of prompts, with log-probabilities and reward scores.
 
-Loads the acting role's adapter and the reward model's, nothing else. Prompts come rendered; files
-and printing are in `generation_command.py`.
+Loading the model is in `loading.py`, files and printing are in `generation_command.py`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from chatllama.backbone import backbone_path, base_path, load_backbone
-from chatllama.chat_format import Message, check_contract, end_of_turn_ids, render
-from chatllama.config import ChatSection, Config
+from chatllama.chat_format import Message, end_of_turn_ids, render
+from chatllama.config import ChatSection
 from chatllama.distributed import device
-from chatllama.export import load_adapter
 from chatllama.generate import Sampling, generate
-from chatllama.libraries import quiet_libraries
+from chatllama.loading import LoadedRun
 from chatllama.roles import (
-    Adapter,
     Role,
     RoleModel,
     acting_as,
@@ -29,9 +24,8 @@ from chatllama.roles import (
     response_logprobs,
     score_sequences,
 )
-from chatllama.run_folder import RunFolder
 from chatllama.stop_strings import cut_at_stop
-from chatllama.tokenizer import decode, load_tokenizer
+from chatllama.tokenizer import decode
 
 
 @dataclass(frozen=True)
@@ -61,6 +55,13 @@ class Answerer:
     reward_roles: list[Role]
     combine: Literal["mean", "min"]
     """How the members of a reward ensemble make one score."""
+
+    @classmethod
+    def of(cls, loaded: LoadedRun, acting: Role) -> "Answerer":
+        """A role of an opened run."""
+        combine = loaded.config.ppo.reward_ensemble
+        roles = loaded.reward_roles
+        return cls(loaded.model, acting, loaded.tokenizer, loaded.chat, roles, combine)
 
     def render(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, ready for the assistant's first token."""
@@ -190,45 +191,3 @@ def random_numbers(seed: int, prompt: int, sample: int, count: int) -> torch.Ten
     """`count` float32 numbers in [0, 1) that belong to one sample of one prompt."""
     numbers = np.random.default_rng([seed, prompt, sample]).random(count, dtype=np.float32)
     return torch.from_numpy(numbers)
-
-
-def open_answerer(
-    run: RunFolder, cfg: Config, acting: Role, adapter: Path | None, rewards: Sequence[Path]
-) -> Answerer:
-    """The run's backbone with one role's adapter and the reward model's.
-
-    Args:
-        run: the run's folder.
-        cfg: its config.
-        acting: role that answers.
-        adapter: the role's adapter. None: it acts without.
-        rewards: folders of the reward model's members; empty: no scores.
-
-    Raises:
-        ValueError: an adapter is damaged or was made under another chat contract, or the
-            backbone cannot be loaded.
-    """
-    quiet_libraries()
-    tokenizer = load_tokenizer(
-        backbone_path(cfg.backbone, run),
-        revision=cfg.backbone.revision,
-        trust_remote_code=cfg.backbone.trust_remote_code,
-    )
-    folders = [] if adapter is None else [(acting, adapter)]
-    reward_roles = [f"reward_{i}" if i else "reward" for i in range(len(rewards))]
-    folders += zip(reward_roles, rewards, strict=True)
-    adapters: dict[Role, Adapter] = {}
-    heads: dict[Role, dict[str, torch.Tensor]] = {}
-    for role, folder in folders:
-        saved = load_adapter(folder)
-        check_contract(saved.info["contract"], tokenizer, cfg.chat, str(folder))
-        adapters[role] = Adapter(saved.lora, saved.state)
-        if role in reward_roles:
-            heads[role] = saved.head
-    model = RoleModel(
-        load_backbone(cfg.backbone, base_path(cfg, run)), adapters, heads=tuple(heads)
-    )
-    for role, head in heads.items():
-        model.heads[role].load_state_dict(head)
-    model.to(device()).eval().requires_grad_(False)
-    return Answerer(model, acting, tokenizer, cfg.chat, reward_roles, cfg.ppo.reward_ensemble)

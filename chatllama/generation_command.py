@@ -110,10 +110,12 @@ def _answer_all(
 
     Every batch is written, or printed, as soon as it is done.
     """
-    from chatllama.answering import open_answerer
+    from chatllama.answering import Answerer
+    from chatllama.loading import load_run, reward_role
 
     acting = "reference" if plan.role == "sft" else plan.role
-    answerer = open_answerer(run, cfg, acting, plan.adapter, plan.rewards)
+    rewards = [reward_role(number) for number in range(len(plan.rewards))]
+    answerer = Answerer.of(load_run(run, cfg, [acting, *rewards]), acting)
     _check_lengths(answerer, prompts, plan.max_new_tokens)
     # Batches begin where they would without an interruption, so that not even rounding differs.
     per_batch = max(1, plan.batch_size // plan.drawn)

@@ -1,5 +1,6 @@
-"""A finished run opened for inference: its backbone once, its adapters as roles."""
+"""A run opened for inference: its backbone once, its adapters as roles."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,47 +26,71 @@ class LoadedRun:
     tokenizer: PreTrainedTokenizerFast
     chat: ChatSection
     config: Config
+    reward_roles: list[Role]
+    """The loaded members of the reward ensemble; empty: nothing can be scored."""
 
 
-def load_run(run: RunFolder) -> LoadedRun:
-    """The run's backbone with every adapter that has been written so far.
+def role_folders(run: RunFolder) -> dict[Role, Path]:
+    """The adapters that the run has written so far: reference, policy, ema, reward, reward_1 ..."""
+    members = run.reward_members() if run.reward_adapter.is_dir() else []
+    folders: dict[Role, Path] = {
+        "reference": run.sft_adapter,
+        "policy": run.policy_adapter,
+        "ema": run.ema_adapter,
+        **{reward_role(number): folder for number, folder in enumerate(members)},
+    }
+    return {role: folder for role, folder in folders.items() if folder.is_dir()}
+
+
+def reward_role(member: int) -> Role:
+    """The role of member 0, 1, ... of the reward ensemble."""
+    return f"reward_{member}" if member else "reward"
+
+
+def load_run(
+    run: RunFolder, cfg: Config | None = None, roles: Sequence[Role] | None = None
+) -> LoadedRun:
+    """The run's backbone with its adapters.
+
+    Args:
+        run: the run's folder.
+        cfg: its config. None: read here.
+        roles: those to load; `base`, and `reference` after full fine-tuning, have no adapter.
+            None: all that have been written so far.
 
     Raises:
-        ValueError: not a run folder, no adapter yet, or an adapter that was made under another
-            chat contract.
+        ValueError: not a run folder, nothing trained yet, or an adapter that is missing, damaged
+            or made under another chat contract.
     """
     quiet_libraries()
     if not run.config.is_file():
         raise ValueError(f"{run.root} is no run folder: {run.config} is missing")
-    cfg = load_config(run.config)
+    cfg = cfg or load_config(run.config)
+    folders = role_folders(run)
+    if not folders and not run.full_model.is_dir():
+        raise ValueError(f"{run.root} holds no adapter yet: has train_sft.py finished?")
+    bare = ("base",) if cfg.lora is not None else ("base", "reference")
+    wanted = list(folders) if roles is None else [role for role in roles if role not in bare]
+    if missing := [role for role in wanted if role not in folders]:
+        raise ValueError(f"{run.root} has no adapter for {missing[0]}; there: {sorted(folders)}")
     tokenizer = load_tokenizer(
         backbone_path(cfg.backbone, run),
         revision=cfg.backbone.revision,
         trust_remote_code=cfg.backbone.trust_remote_code,
     )
-    adapters: dict[Role, Adapter] = {}
-    heads: dict[Role, dict] = {}
-    folders: tuple[tuple[Role, Path], ...] = (
-        ("reference", run.sft_adapter),
-        ("policy", run.policy_adapter),
-        ("reward", run.reward_adapter),
+    saved = {role: load_adapter(folders[role]) for role in wanted}
+    for role, adapter in saved.items():
+        check_contract(adapter.info["contract"], tokenizer, cfg.chat, str(folders[role]))
+    rewards = [role for role in wanted if role.startswith("reward")]
+    model = RoleModel(
+        load_backbone(cfg.backbone, base_path(cfg, run)),
+        {role: Adapter(adapter.lora, adapter.state) for role, adapter in saved.items()},
+        heads=tuple(rewards),
     )
-    for role, folder in folders:
-        if not folder.is_dir():
-            continue
-        saved = load_adapter(folder)
-        check_contract(saved.info["contract"], tokenizer, cfg.chat, str(folder))
-        adapters[role] = Adapter(saved.lora, saved.state)
-        if saved.head:
-            heads[role] = saved.head
-    if not adapters:
-        raise ValueError(f"{run.root} holds no adapter yet: has train_sft.py finished?")
-    backbone = load_backbone(cfg.backbone, base_path(cfg, run))
-    model = RoleModel(backbone, adapters, heads=tuple(heads))
-    for role, head in heads.items():
-        model.heads[role].load_state_dict(head)
+    for role in rewards:
+        model.heads[role].load_state_dict(saved[role].head)
     model.to(device()).eval().requires_grad_(False)
-    return LoadedRun(model, tokenizer, cfg.chat, cfg)
+    return LoadedRun(model, tokenizer, cfg.chat, cfg, rewards)
 
 
 def find_tokenizer(cfg: Config) -> PreTrainedTokenizerFast | None:

@@ -11,12 +11,13 @@ from core_models import LORA, REWARD_LORA, tiny_llama
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from chatllama import answers_file, cli, generation_command
-from chatllama.answering import Answerer, open_answerer, random_numbers
+from chatllama.answering import Answerer, random_numbers
 from chatllama.chat_format import describe_contract, render
 from chatllama.config import ChatSection
 from chatllama.config_loader import load_config
 from chatllama.export import save_adapter
 from chatllama.generation_plan import Options, best_of_kl
+from chatllama.loading import load_run
 from chatllama.prompt_files import Prompt, read_prompts
 from chatllama.roles import Adapter, RoleModel, adapter_parameters, adapter_state
 from chatllama.run_folder import RunFolder
@@ -77,8 +78,7 @@ def answers(
 
 
 def reopened(run: RunFolder, role: str = "policy") -> Answerer:
-    folders = {"policy": run.policy_adapter, "base": None, "reference": run.sft_adapter}
-    return open_answerer(run, load_config(run.config), role, folders[role], run.reward_members())
+    return Answerer.of(load_run(run, roles=[role, "reward", "reward_1"]), role)
 
 
 # --- answers -------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def reward_of(run: RunFolder, ids: list[int]) -> list[float]:
 @pytest.mark.parametrize("combine", ["mean", "min"])
 def test_scores_are_the_ensembles(run: RunFolder, combine: str) -> None:
     cfg = load_config(run.config, [f"ppo.reward_ensemble={combine}"])
-    answerer = open_answerer(run, cfg, "policy", run.policy_adapter, run.reward_members())
+    answerer = Answerer.of(load_run(run, cfg), "policy")
     uniforms = torch.stack([random_numbers(0, i, 0, NEW) for i in range(2)])
     sampling = generation_command_sampling()
     found = answerer.answer([p.messages for p in PROMPTS[:2]], uniforms, sampling, (), 2, False)

@@ -1,5 +1,6 @@
 """A finished run opened for inference."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,39 @@ def test_after_full_fine_tuning_the_base_is_sfts_model(tiny: TinyRun, tmp_path: 
     trainer.engine.model.eval()
     for role in ("reference", "policy"):
         assert torch.equal(logits(loaded.model, role), logits(trainer.engine.model, role)), role
+
+
+def test_members_of_the_ensemble_and_the_average_are_loaded(
+    tmp_path: Path, tiny_tokenizer_dir: Path
+):
+    tiny = TinyRun.make(tmp_path, tiny_tokenizer_dir, members=2)
+    run = RunFolder(tiny.folder)
+    dump_config(tiny.config(), run.config)
+    saved = load_adapter(run.sft_adapter)
+    state = {name: tensor + 0.25 for name, tensor in saved.state.items()}
+    save_adapter(run.ema_adapter, state, LORA, saved.info)
+    loaded = load_run(run)
+    assert loaded.reward_roles == ["reward", "reward_1"]
+    for name, tensor in adapter_state(loaded.model, "ema").items():
+        assert torch.equal(tensor, state[name])
+    for member, role in zip(run.reward_members(), loaded.reward_roles, strict=True):
+        weight = load_adapter(member).head["weight"]
+        assert torch.equal(loaded.model.heads[role].weight, weight)  # type: ignore[arg-type]
+    some = load_run(run, roles=["base", "ema"]).model
+    assert set(some.lora) == {"ema"} and not some.heads
+    with pytest.raises(ValueError, match="has no adapter for policy; there: "):
+        load_run(run, roles=["policy"])
+
+
+def test_after_full_fine_tuning_sft_alone_is_enough(tiny: TinyRun, tmp_path: Path):
+    full = TinyRun(tiny.base, tmp_path / "full")
+    cfg = full.config(lora=None)
+    run = RunFolder(full.folder)
+    dump_config(cfg, run.config)
+    with pytest.raises(ValueError, match="holds no adapter yet"):
+        load_run(run)
+    make_run(cfg)
+    shutil.rmtree(run.stage("reward"))
+    loaded = load_run(run)
+    assert loaded.reward_roles == [] and not loaded.model.lora
+    assert torch.equal(logits(loaded.model, "reference"), logits(loaded.model, "base"))
