@@ -16,7 +16,6 @@ from chatllama.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerFast
 
     from chatllama.chat_format import Message
     from chatllama.generate import Sampling
@@ -113,6 +112,7 @@ def model_answer(loaded: "LoadedRun", sampling: "Sampling", generator: "torch.Ge
     from chatllama.chat_format import end_of_turn_ids, render
     from chatllama.generate import stream
     from chatllama.roles import acting_as, autocast
+    from chatllama.text_stream import stream_text
 
     model, tokenizer = loaded.model.eval(), loaded.tokenizer
     stop_ids = end_of_turn_ids(tokenizer, loaded.chat)
@@ -156,28 +156,6 @@ def fit(
             )
         turns = turns[2:]
     return [*head, *turns]
-
-
-def stream_text(tokenizer: "PreTrainedTokenizerFast", ids: Iterator[int]) -> Iterator[str]:
-    """Text of token ids as soon as it is certain: characters made of several tokens come whole.
-
-    tokenizers' own DecodeStream raises on bytes that are no UTF-8, which a model may well sample;
-    here they come out as U+FFFD.
-    """
-    from chatllama.tokenizer import control_tokens, decode
-
-    controls = set(control_tokens(tokenizer).values())
-    seen: list[int] = []
-    told = 0
-    for index in ids:
-        if index in controls:
-            continue
-        seen.append(index)
-        certain = decode(tokenizer, seen).rstrip("\ufffd")
-        if len(certain) > told:
-            yield certain[told:]
-            told = len(certain)
-    yield decode(tokenizer, seen)[told:]  # bytes that never became a character
 
 
 def converse(lines: Iterator[str], answer: Answer, conversation: Conversation) -> None:

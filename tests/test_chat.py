@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from chatllama import chat as chat_module
-from chatllama.chat import ChatRole, Conversation, chat, converse, fit, model_answer, stream_text
+from chatllama.chat import ChatRole, Conversation, chat, converse, fit, model_answer
 
 if TYPE_CHECKING:
     from chatllama.chat_format import Message
@@ -80,21 +80,6 @@ def test_the_oldest_exchanges_give_way() -> None:
     assert fit(turns, words, 2) == [system, turns[5]]
     with pytest.raises(ValueError, match="takes 2 tokens and 1 are left"):
         fit(turns, words, 1)
-
-
-def test_characters_of_several_tokens_come_whole(tiny_tokenizer_dir: Path) -> None:
-    from chatllama.tokenizer import decode, encode, load_tokenizer
-
-    tokenizer = load_tokenizer(str(tiny_tokenizer_dir))
-    text = "Anna paints 🚀 日本 naïve"
-    ids = encode(tokenizer, text)
-    eos = tokenizer.eos_token_id
-    assert isinstance(eos, int)
-    pieces = list(stream_text(tokenizer, iter([*ids, eos])))
-    assert "".join(pieces) == text and len(pieces) > 5
-    assert not any("\ufffd" in piece for piece in pieces)
-    half = ids[: len(encode(tokenizer, "Anna paints ")) + 2]  # two of the rocket's four bytes
-    assert "".join(stream_text(tokenizer, iter(half))) == decode(tokenizer, half)
 
 
 @dataclass
