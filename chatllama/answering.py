@@ -118,7 +118,7 @@ class Answerer:
         """Answers with their numbers, from one forward pass for each kind of number."""
         logprobs: list[list[float]] | None = None
         if temperature is not None:
-            logprobs = self._logprobs(prompts, [end.ids for end in ended], temperature)
+            logprobs = self.logprobs(prompts, [end.ids for end in ended], temperature)
         scores: list[float] | None = None
         if self.reward_roles:
             # An answer cut at a string is scored as the finished turn that the user gets.
@@ -126,7 +126,7 @@ class Answerer:
                 self._with_answer(messages, end.text) if end.by_string else [*prompt, *end.ids]
                 for messages, prompt, end in zip(conversations, prompts, ended, strict=True)
             ]
-            scores = self._scores(whole)
+            scores = self.scores(whole)
         return [
             Answer(
                 end.text,
@@ -142,12 +142,14 @@ class Answerer:
         answered: list[Message] = [*messages, {"role": "assistant", "content": text}]
         return render(self.tokenizer, self.chat, answered).ids
 
-    def _logprobs(
+    @torch.no_grad()
+    def logprobs(
         self,
         prompts: Sequence[Sequence[int]],
         responses: Sequence[Sequence[int]],
         temperature: float,
     ) -> list[list[float]]:
+        """Log-probabilities of the responses' tokens by the acting role, in one forward pass."""
         width, room = max(map(len, prompts)), max(map(len, responses))
         tokens = torch.zeros(len(prompts), width + room, dtype=torch.long)
         mask = torch.zeros(tokens.shape, dtype=torch.bool)
@@ -164,7 +166,9 @@ class Answerer:
             for row, response in zip(scores.logprobs, responses, strict=True)
         ]
 
-    def _scores(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+    @torch.no_grad()
+    def scores(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """The reward model's scores of whole conversations as token ids, in one forward pass."""
         tokens = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)
         mask = torch.zeros(tokens.shape, dtype=torch.bool)
         for row, ids in enumerate(sequences):

@@ -19,28 +19,10 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from chatllama.config import LoraSection
+from chatllama.scalar_head import ScalarHead
 
 Role = str
 """base, reference, policy, reward, value; further reward adapters have names of their own."""
-
-
-class ScalarHead(nn.Linear):
-    """One float32 number per position, whatever the type of the backbone.
-
-    Weights start from N(0, 1 / sqrt(H + 1)) (Stiennon 2020; Huang 2024, arXiv 2403.17031). A
-    reward head has no bias, so that it loads as the `score` of a classification model.
-    """
-
-    def __init__(self, hidden_size: int, bias: bool) -> None:
-        super().__init__(hidden_size, 1, bias=bias, dtype=torch.float32)
-        nn.init.normal_(self.weight, std=(hidden_size + 1) ** -0.5)
-        if bias:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Scores of hidden states: (..., H) any float -> (...) float32."""
-        with torch.autocast(input.device.type, enabled=False):
-            return super().forward(input.float()).squeeze(-1)
 
 
 @dataclass(frozen=True)
@@ -78,19 +60,13 @@ class RoleModel(nn.Module):
         backbone.requires_grad_(False)
         self.backbone: LlamaForCausalLM | PeftModel = backbone
         for role, adapter in adapters.items():
-            config = lora_config(adapter.lora, role, dropout)
-            if isinstance(self.backbone, PeftModel):
-                self.backbone.add_adapter(role, config)
-            else:
-                wrapped = get_peft_model(self.backbone, config, adapter_name=role)
-                self.backbone = cast(PeftModel, wrapped)
-            self.adapter_names[role] = role
+            self._make_adapter(role, lora_config(adapter.lora, role, dropout))
         self.heads = nn.ModuleDict(
             {role: ScalarHead(backbone.config.hidden_size, role == "value") for role in heads}
         )
         for role, source in (shared or {}).items():
             self.adapter_names[role] = self.adapter_names[source]
-        self._lora_layers = [m for m in self.backbone.modules() if isinstance(m, LoraLayer)]
+        self._lora_layers = _lora_layers(self.backbone)
         self.lora = {role: adapter.lora for role, adapter in adapters.items()}
         self.trainable_roles = tuple(r for r, a in adapters.items() if a.trainable)
         for role, adapter in adapters.items():
@@ -103,6 +79,42 @@ class RoleModel(nn.Module):
             head.requires_grad_(trains_head[role])
         self._acting: Role = "base"
         _activate(self, "base")
+
+    def _make_adapter(self, role: Role, config: LoraConfig) -> None:
+        if isinstance(self.backbone, PeftModel):
+            self.backbone.add_adapter(role, config)
+        else:
+            wrapped = get_peft_model(self.backbone, config, adapter_name=role)
+            self.backbone = cast(PeftModel, wrapped)
+        self.adapter_names[role] = role
+
+    def add(self, role: Role, adapter: Adapter) -> None:
+        """One more role, frozen and for inference, while the model is in use.
+
+        Raises:
+            ValueError: the adapter does not fit the backbone; nothing has changed then.
+        """
+        assert role not in self.adapter_names and adapter.state is not None and not self.training
+        try:
+            self._make_adapter(role, lora_config(adapter.lora, role))
+            self._lora_layers = _lora_layers(self.backbone)
+            _load_state(self, role, adapter.state)
+        except ValueError:
+            self.remove(role)
+            raise
+        self.lora[role] = adapter.lora
+        self.eval().requires_grad_(False)
+        _activate(self, self._acting)
+
+    def remove(self, role: Role) -> None:
+        """Forgets a role that `add` made; it must not be acting."""
+        assert role != self._acting
+        self.adapter_names.pop(role, None)
+        self.lora.pop(role, None)
+        if role in self.peft_model.peft_config:
+            self.peft_model.delete_adapter(role)
+        self._lora_layers = _lora_layers(self.backbone)
+        _activate(self, self._acting)
 
     @property
     def peft_model(self) -> PeftModel:
@@ -165,6 +177,10 @@ def acting_as(model: RoleModel, role: Role) -> Iterator[None]:
         yield
     finally:
         _activate(model, before)
+
+
+def _lora_layers(backbone: nn.Module) -> list[LoraLayer]:
+    return [module for module in backbone.modules() if isinstance(module, LoraLayer)]
 
 
 def _activate(model: RoleModel, role: Role) -> None:
