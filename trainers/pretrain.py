@@ -114,6 +114,7 @@ def _new_llama(
         num_key_value_heads=section.num_kv_heads,
         max_position_embeddings=section.max_positions,
         tie_word_embeddings=True,
+        initializer_range=section.hidden_size**-0.5,  # keeps the scale of signals at any width
         bos_token_id=cast(int, tokenizer.bos_token_id),
         eos_token_id=cast(int, tokenizer.eos_token_id),
         pad_token_id=cast(int, tokenizer.pad_token_id),
