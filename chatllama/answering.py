@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from chatllama.chat_format import Message, end_of_turn_ids, render
 from chatllama.config import ChatSection
 from chatllama.distributed import device
-from chatllama.generate import Sampling, generate
+from chatllama.generate import generate
 from chatllama.loading import LoadedRun
 from chatllama.roles import (
     Role,
@@ -24,6 +24,7 @@ from chatllama.roles import (
     response_logprobs,
     score_sequences,
 )
+from chatllama.sampling import Sampling
 from chatllama.stop_strings import cut_at_stop
 from chatllama.tokenizer import decode
 

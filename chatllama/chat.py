@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import torch
 
     from chatllama.chat_format import Message
-    from chatllama.generate import Sampling
     from chatllama.loading import LoadedRun
     from chatllama.roles import Role
+    from chatllama.sampling import Sampling
 
 ChatRole = Literal["base", "sft", "policy"]
 ACTING: "dict[ChatRole, Role]" = {"base": "base", "sft": "reference", "policy": "policy"}
@@ -81,8 +81,8 @@ def chat(
 
     import torch
 
-    from chatllama.generate import Sampling
     from chatllama.loading import load_run
+    from chatllama.sampling import Sampling
 
     generator = torch.Generator()
     if seed is None:

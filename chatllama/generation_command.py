@@ -145,7 +145,7 @@ def _answer_batch(
     import torch
 
     from chatllama.answering import random_numbers
-    from chatllama.generate import Sampling
+    from chatllama.sampling import Sampling
 
     drawn = [(number, sample) for number in batch for sample in range(plan.drawn)]
     uniforms = [random_numbers(plan.seed, *place, plan.max_new_tokens) for place in drawn]

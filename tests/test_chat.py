@@ -94,8 +94,8 @@ def test_a_real_model_answers_in_its_role(tiny_llama_dir: Path) -> None:
     from transformers import LlamaForCausalLM
 
     from chatllama.config import ChatSection, LoraSection
-    from chatllama.generate import Sampling
     from chatllama.roles import Adapter, RoleModel
+    from chatllama.sampling import Sampling
     from chatllama.tokenizer import load_tokenizer
 
     llama = LlamaForCausalLM.from_pretrained(tiny_llama_dir)

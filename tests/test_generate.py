@@ -7,14 +7,14 @@ import torch
 from core_models import VOCABULARY, Batch, ragged_batch, role_model, tiny_llama
 from transformers import LlamaForCausalLM
 
-from chatllama import generate as module
-from chatllama.config import GenerationSection
-from chatllama.generate import Sampling, generate, next_tokens, stream
+from chatllama import decoding_batch
+from chatllama.decoding_batch import DecodingBatch
+from chatllama.generate import generate, stream
 from chatllama.roles import acting_as, response_logprobs
+from chatllama.sampling import Sampling
 
 PROMPTS = [[5, 9, 30], [7], [11, 40, 41, 42, 80, 3, 12], [20, 21], [33, 60, 61, 9], [8, 8]]
 STOPS = [2, *range(10, 30)]
-ALMOST_ONE = 1 - 2**-24  # the largest number that torch.rand gives
 
 
 @pytest.fixture(scope="module")
@@ -24,121 +24,6 @@ def llama() -> LlamaForCausalLM:
 
 def draw(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(rows, length, generator=torch.Generator().manual_seed(seed))
-
-
-def grid_counts(logits: torch.Tensor, sampling: Sampling, rows: int = 6000) -> torch.Tensor:
-    """How often each token comes up over evenly spaced uniforms: rows * p, give or take one."""
-    counts = torch.zeros(len(logits), dtype=torch.long)
-    for chunk in ((torch.arange(rows) + 0.5) / rows).split(1500):
-        chosen = next_tokens(logits.expand(len(chunk), -1), chunk, sampling)
-        counts += chosen.bincount(minlength=len(logits))
-    return counts
-
-
-def assert_distribution(counts: torch.Tensor, expected: torch.Tensor) -> None:
-    assert ((counts - expected * counts.sum()).abs() <= 1.1).all()
-    assert (counts[expected == 0] == 0).all()
-
-
-# --- one token -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
-def test_next_tokens_follow_the_softmax_over_the_whole_vocabulary(temperature: float):
-    logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(1)) * 2
-    expected = (logits.double() / temperature).softmax(-1)
-    assert_distribution(grid_counts(logits, Sampling(1, temperature)), expected)
-
-
-@pytest.mark.parametrize("top_k", [1, 5, 50, 96, 1000])
-def test_top_k(top_k: int):
-    logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(2))
-    kept = logits.sort(descending=True).indices[:top_k]
-    expected = torch.zeros(VOCABULARY, dtype=torch.float64)
-    expected[kept] = logits.double()[kept].softmax(-1)
-    assert_distribution(grid_counts(logits, Sampling(1, top_k=top_k)), expected)
-
-
-def test_top_p_by_hand():
-    # p = .5, .3, .15, .05 (in another order): .7 keeps .5 and .3, as .5 alone does not reach it;
-    # renormalised 5/8 and 3/8.
-    logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log()
-    counts = grid_counts(logits, Sampling(1, top_p=0.7))
-    assert_distribution(counts, torch.tensor([0, 5 / 8, 0, 3 / 8]))
-    # .45 keeps the first only, .96 all.
-    assert_distribution(grid_counts(logits, Sampling(1, top_p=0.45)), torch.tensor([0.0, 1, 0, 0]))
-    everything = torch.tensor([0.15, 0.5, 0.05, 0.3])
-    assert_distribution(grid_counts(logits, Sampling(1, top_p=0.96)), everything)
-
-
-def test_top_p_after_top_k():
-    # top_k 2 leaves .5 and .3 = .625 and .375 of what is left; top_p .6 keeps the first only.
-    logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log()
-    counts = grid_counts(logits, Sampling(1, top_k=2, top_p=0.6))
-    assert_distribution(counts, torch.tensor([0.0, 1, 0, 0]))
-    counts = grid_counts(logits, Sampling(1, top_k=2, top_p=0.65))
-    assert_distribution(counts, torch.tensor([0, 5 / 8, 0, 3 / 8]))
-
-
-def test_top_p_with_temperature_cuts_the_tempered_distribution():
-    # Temperature .5 squares: .25, .09, .0225, .0025 of .365: .685, .247, ...: .6 keeps one token.
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    counts = grid_counts(logits, Sampling(1, temperature=0.5, top_p=0.6))
-    assert_distribution(counts, torch.tensor([1.0, 0, 0, 0]))
-
-
-@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.995])
-def test_top_p_is_exact_where_the_first_candidates_do_not_suffice(top_p: float):
-    vocabulary = 1500
-    assert vocabulary > module.NUCLEUS_CANDIDATES
-    # Nearly flat, shuffled: .9 needs about 1,340 tokens.
-    order = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(3))
-    logits = (-0.0002 * torch.arange(vocabulary, dtype=torch.float64))[order]
-    probabilities = logits.softmax(-1)
-    total, kept = 0.0, []
-    for token in probabilities.argsort(descending=True).tolist():
-        if total >= top_p:
-            break
-        kept.append(token)
-        total += float(probabilities[token])
-    assert (len(kept) > module.NUCLEUS_CANDIDATES) == (top_p > 0.8)
-    expected = torch.zeros(vocabulary, dtype=torch.float64)
-    expected[kept] = probabilities[kept] / total
-    assert_distribution(grid_counts(logits.float(), Sampling(1, top_p=top_p)), expected)
-
-
-def test_rows_of_one_batch_do_not_share_their_nucleus():
-    flat, sharp = torch.zeros(1500), torch.zeros(1500)
-    sharp[7] = 20.0
-    uniforms = torch.full((2,), 0.999)
-    chosen = next_tokens(torch.stack([sharp, flat]), uniforms, Sampling(1, top_p=0.9))
-    assert chosen[0] == 7
-    alone = next_tokens(flat[None], uniforms[:1], Sampling(1, top_p=0.9))
-    assert chosen[1] == alone[0]
-
-
-@pytest.mark.parametrize(
-    "sampling",
-    [Sampling(1), Sampling(1, top_k=3), Sampling(1, top_p=0.9), Sampling(1, 0.7, 4, 0.8)],
-)
-@pytest.mark.parametrize("seed", range(5))
-def test_tokens_of_probability_zero_are_never_sampled(sampling: Sampling, seed: int):
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(200, 5000, generator=generator)
-    forbidden = torch.rand(logits.shape, generator=generator) < 0.5
-    forbidden[:, :3], forbidden[:, -3:] = True, True
-    logits[forbidden] = -math.inf
-    for uniform in (0.0, ALMOST_ONE, 2**-24, 0.5):
-        chosen = next_tokens(logits, torch.full((200,), uniform), sampling)
-        assert not forbidden.gather(1, chosen[:, None]).any()
-
-
-def test_temperature_zero_takes_the_likeliest():
-    logits = torch.tensor([[0.1, 3.0, 2.9], [5.0, 1.0, 1.0]])
-    assert next_tokens(logits, torch.tensor([0.0, 0.9]), Sampling(1, 0.0)).tolist() == [1, 0]
-
-
-# --- whole responses -----------------------------------------------------------------------------
 
 
 def test_greedy_equals_transformers_for_ragged_prompts(llama: LlamaForCausalLM):
@@ -169,23 +54,24 @@ def test_greedy_equals_transformers_for_ragged_prompts(llama: LlamaForCausalLM):
 def test_a_response_depends_on_nothing_but_its_prompt_and_numbers(
     llama: LlamaForCausalLM, sampling: Sampling, monkeypatch
 ):
-    kept: list[int] = []
-    keep_rows = module._Slots.keep_rows
+    admitted: list[tuple[int, int]] = []
+    admit = DecodingBatch.admit
 
-    def spy(self, rows):
-        kept.append(len(rows))
-        return keep_rows(self, rows)
+    def spy(self, requests):
+        admitted.append((len(self.running), len(requests)))
+        return admit(self, requests)
 
-    monkeypatch.setattr(module._Slots, "keep_rows", spy)
+    monkeypatch.setattr(DecodingBatch, "admit", spy)
     prompts = PROMPTS * 3
     uniforms = draw(len(prompts), 40)
     stops = STOPS[:8]
     alone = generate(llama, prompts, sampling, stops, uniforms, batch_size=1)
-    assert not kept
-    for batch_size in (4, 18):
+    assert admitted == [(0, 1)] * len(prompts)
+    for batch_size in (4, 7, 18):
         together = generate(llama, prompts, sampling, stops, uniforms, batch_size)
         assert together == alone
-    assert len(set(kept)) > 2  # batches did thin out
+    # Slots were refilled beside running rows, or there were enough for all.
+    assert any(running for running, _ in admitted) and admitted[-1] == (0, len(prompts))
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(1))
     shuffled = generate(
         llama, [prompts[i] for i in order], sampling, stops, uniforms[order], batch_size=5
@@ -253,17 +139,17 @@ def test_decoding_and_scoring_agree_on_the_sampled_tokens(
 ):
     # PPO.md P3: 3.8e-6 in float32 between the cache and the forward pass.
     model = role_model(tiny_llama(rope=rope))
-    prompts = sorted(PROMPTS, key=len)
+    prompts = sorted(PROMPTS, key=lambda prompt: (len(prompt), prompt))  # as they are read
     steps: list[torch.Tensor] = []
-    sample = module.next_tokens
+    sample = decoding_batch.next_tokens
 
-    def recorded(logits, uniforms, sampling):
-        chosen = sample(logits, uniforms, sampling)
-        logprobs = (logits / sampling.temperature).log_softmax(-1)
+    def recorded(logits, uniforms, rows):
+        chosen = sample(logits, uniforms, rows)
+        logprobs = (logits / rows.temperature).log_softmax(-1)
         steps.append(logprobs.gather(1, chosen[:, None])[:, 0])
         return chosen
 
-    monkeypatch.setattr(module, "next_tokens", recorded)
+    monkeypatch.setattr(decoding_batch, "next_tokens", recorded)
     with acting_as(model, "policy"):
         responses = generate(
             model.llama, prompts, Sampling(30, temperature), [], draw(6, 30), batch_size=6
@@ -295,12 +181,6 @@ def test_the_acting_role_speaks():
             said.append(generate(model.llama, PROMPTS, Sampling(12, 0.0), [], draw(6, 12), 6))
     assert said[0] != said[1] != said[2] != said[0]
     assert said[0] == generate(tiny_llama(), PROMPTS, Sampling(12, 0.0), [], draw(6, 12), 6)
-
-
-def test_sampling_is_read_from_the_config():
-    section = GenerationSection(max_new_tokens=7, temperature=0.5, top_k=3, top_p=0.8)
-    assert Sampling.of(section) == Sampling(7, 0.5, 3, 0.8)
-    assert Sampling.of(GenerationSection()) == Sampling(256, 1.0, 0, 1.0)
 
 
 # --- streaming and errors ------------------------------------------------------------------------

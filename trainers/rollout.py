@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from chatllama.config import GenerationSection
 from chatllama.distributed import all_any, all_gather_objects, device, rank, world_size
-from chatllama.generate import Sampling, generate
+from chatllama.generate import generate
 from chatllama.roles import (
     Role,
     RoleModel,
@@ -23,6 +23,7 @@ from chatllama.roles import (
     response_logprobs,
     score_sequences,
 )
+from chatllama.sampling import Sampling
 from chatllama.tokenizer import decode
 from trainers.dealing import collect, deal
 from trainers.engine import Engine
@@ -121,8 +122,6 @@ def sample_responses(
     uniforms = torch.rand(len(prompts), generation.max_new_tokens, generator=generator)
     own = list(range(rank(), len(prompts), world_size()))
     in_step = engine.partitions() and not engine.gathers
-    if in_step and len(own) < -(-len(prompts) // world_size()):
-        own.append(0)  # sampled again, to the same tokens, to keep step with the others
     model = engine.model
     model.eval()
     with engine.whole(), acting_as(model, role), autocast(model):

@@ -40,7 +40,7 @@ BRADLEY_TERRY = _selftest("test_identity[bradley-terry]")
 
 PPO_MATH, ROLES, ROLLOUT = "trainers/ppo_math.py", "chatllama/roles.py", "trainers/rollout.py"
 UPDATE, LOOP, REWARDS = "trainers/ppo_update.py", "trainers/ppo.py", "trainers/ppo_rewards.py"
-SETUP, SAMPLING = "trainers/ppo_setup.py", "chatllama/generate.py"
+SETUP, SAMPLING = "trainers/ppo_setup.py", "chatllama/sampling.py"
 
 _GUARDS = "tests/test_ppo_guards.py::test_"
 _MATH = "tests/test_ppo_math.py::test_"
@@ -401,11 +401,11 @@ SCORING_BUGS = (
     Mutation(
         "temperature only in scoring",
         SAMPLING,
-        "probabilities = (logits.float() / sampling.temperature).softmax(-1)",
-        "probabilities = logits.float().softmax(-1)",
+        ".div_(rows.temperature).exp_()",
+        ".exp_()",
         (
             SAMPLER,
-            "tests/test_generate.py::test_next_tokens_follow_the_softmax_over_the_whole_vocabulary",
+            "tests/test_sampling.py::test_next_tokens_follow_the_softmax_over_the_whole_vocabulary",
         ),
     ),
     Mutation(
@@ -504,20 +504,20 @@ SCORING_BUGS = (
         SAMPLING,
         "section.top_k, section.top_p)",
         "section.top_k or 50, section.top_p)",
-        ("tests/test_generate.py::test_sampling_is_read_from_the_config",),
+        ("tests/test_sampling.py::test_sampling_is_read_from_the_config",),
     ),
     Mutation(
         "the sampler attends to the padding",
-        SAMPLING,
-        "seen[:, :width] = mask",
-        "seen[:, :width] = True",
+        "chatllama/key_value_slots.py",
+        "return (columns >= starts)[:, None, None], self.end - starts",
+        "return (columns >= 0 * starts)[:, None, None], self.end - starts",
         (SAMPLER, "tests/test_generate.py::test_greedy_equals_transformers_for_ragged_prompts"),
     ),
     Mutation(
         "positions that stand still in sampling",
-        SAMPLING,
-        "tokens, positions = chosen[:, None], positions[:, -1:] + 1",
-        "tokens, positions = chosen[:, None], positions[:, -1:]",
+        "chatllama/decoding_batch.py",
+        "position_ids=positions,",
+        "position_ids=0 * positions,",
         (SAMPLER, "tests/test_generate.py::test_greedy_equals_transformers_for_ragged_prompts"),
     ),
 )

@@ -10,7 +10,7 @@ import torch
 from chatllama.backbone import load_backbone
 from chatllama.config import BackboneSection, DeepSpeedSection, LoraSection
 from chatllama.distributed import all_sum, rank, shut_down, world_size
-from chatllama.generate import Sampling, generate
+from chatllama.generate import generate
 from chatllama.roles import (
     Adapter,
     Role,
@@ -21,6 +21,7 @@ from chatllama.roles import (
     response_logprobs,
     score_sequences,
 )
+from chatllama.sampling import Sampling
 from trainers.engine import (
     Engine,
     OptimizerSettings,
