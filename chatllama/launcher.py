@@ -179,6 +179,7 @@ def stage_command(
         port = port or free_port()
     if port is not None:
         command += ["--master_port", str(port)]
+    command += ["--log_level", "error"]  # what the stage itself says is what people want to read
     command += [str(script_path(stage)), str(config)]
     return [*command, "--resume"] if resume else command
 
@@ -192,12 +193,15 @@ def _deepspeed() -> str:
     return found
 
 
-def stage_environment(ranks: int, cores: int) -> dict[str, str]:
+def stage_environment(ranks: int, cores: int, cpu_only: bool) -> dict[str, str]:
     """This process's environment, with the cores shared out and this Python's tools on the PATH.
 
-    DeepSpeed looks for `ninja` on the PATH, which lacks it if .venv has not been activated.
+    DeepSpeed looks for `ninja` on the PATH, which lacks it if .venv has not been activated. Told
+    that there is no GPU, it does not warn of that in every process.
     """
     environment = dict(os.environ)
+    if cpu_only:
+        environment.setdefault("DS_ACCELERATOR", "cpu")
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
     tools = str(Path(sys.executable).parent)
     path = environment.get("PATH", "")

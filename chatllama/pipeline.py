@@ -104,7 +104,7 @@ def run_pipeline(
             _say(f"{stage}: finished before, skipped")
             continue
         command = stage_command(stage, run.config, ranks, gpus, launch, resume)
-        environment = stage_environment(ranks, count_cores())
+        environment = stage_environment(ranks, count_cores(), not gpus and launch.hostfile is None)
         _run_stage(run, stage, command, environment, launch.arguments)
     write_summary(run)
     print_results(run, write_report(run))

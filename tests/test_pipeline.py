@@ -199,8 +199,9 @@ def test_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     command = stage_command("reward", Path("r/config.yaml"), 2, 0, Launch(master_port=1234), True)
     assert Path(command[0]).name == "deepspeed"
     assert command[1:5] == ["--num_gpus", "2", "--master_port", "1234"]
-    assert Path(command[5]).is_file() and Path(command[5]).name == "train_rm.py"
-    assert command[6:] == ["r/config.yaml", "--resume"]
+    assert command[5:7] == ["--log_level", "error"]
+    assert Path(command[7]).is_file() and Path(command[7]).name == "train_rm.py"
+    assert command[8:] == ["r/config.yaml", "--resume"]
     ports = {stage_command("sft", Path("c"), 1, 0, Launch(), False)[4] for _ in range(3)}
     assert all(1024 <= int(port) <= 65535 for port in ports)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1,2")
@@ -221,11 +222,14 @@ def test_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("PATH", "/bin")
-    environment = launcher.stage_environment(2, 8)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    environment = launcher.stage_environment(2, 8, cpu_only=True)
     assert environment["OMP_NUM_THREADS"] == "4"
+    assert environment["DS_ACCELERATOR"] == "cpu"
+    assert "DS_ACCELERATOR" not in launcher.stage_environment(2, 8, cpu_only=False)
     assert environment["PATH"] == f"{Path(PYTHON).parent}:/bin"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert launcher.stage_environment(4, 2)["OMP_NUM_THREADS"] == "3"
+    assert launcher.stage_environment(4, 2, cpu_only=True)["OMP_NUM_THREADS"] == "3"
 
 
 def test_exit_codes() -> None:
