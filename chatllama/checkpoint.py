@@ -1,17 +1,28 @@
-"""Folders `checkpoints/step-N`: complete or absent, the newest found, old ones removed.
+"""Folders `checkpoints/step-N`: complete or absent, verified when read, old ones removed.
 
-What stands in them is the business of whoever writes (`trainers/engine.py`, the Trainer).
+What stands in them is the business of whoever writes (`trainers/engine.py`, the Trainer). A
+checkpoint is written beside the others, listed in a manifest with sizes and hashes, flushed to disk
+and only then renamed, so that a kill at any moment leaves the last good one as it was.
 """
 
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from chatllama.distributed import barrier, rank
-from chatllama.export import replace_folder
+from safetensors import SafetensorError
+
+from chatllama.config import DeepSpeedSection
+from chatllama.distributed import all_gather_objects, barrier, is_launched, rank, world_size
+from chatllama.durable import put_back, replace_folder
+from chatllama.manifest import DamagedError, verify, write_manifest
 from chatllama.run_folder import RunFolder, Stage
 
 STEP = "step-"
+DAMAGED = "damaged-"
+REMOVED = ".removed"
 
 
 def step_folders(folder: Path) -> list[Path]:
@@ -27,24 +38,102 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(STEP))
 
 
-def checkpoint_to_resume(run: RunFolder, stage: Stage, resume: bool) -> Path | None:
-    """The newest checkpoint to go on from; None: start from the beginning.
+def layout_of(section: DeepSpeedSection) -> dict[str, Any]:
+    """How this start splits what a checkpoint holds: `ranks`, `zero_stage` (null: no launcher)."""
+    return {"ranks": world_size(), "zero_stage": section.stage if is_launched() else None}
+
+
+def checkpoint_to_resume(
+    run: RunFolder, stage: Stage, resume: bool, layout: dict[str, Any]
+) -> Path | None:
+    """The newest good checkpoint to go on from; None: start from the beginning.
+
+    Every rank must call. A damaged one is set aside as `damaged-step-N`, with a warning.
 
     Raises:
-        ValueError: there are checkpoints and no `--resume`: a fresh start would mix with them.
+        ValueError: there are checkpoints and no `--resume`: a fresh start would mix with them; or
+            all of them are damaged; or this start has another layout.
     """
-    found = step_folders(run.checkpoints(stage))
+    folder = run.checkpoints(stage)
+    if rank() == 0:
+        _clean_up(folder)
+    barrier()
+    found = step_folders(folder)
     if not found:
         return None
     if not resume:
         raise ValueError(
             f"{found[-1]} exists from an earlier start. Go on from it with --resume, or remove "
-            f"{run.checkpoints(stage)} to start afresh"
+            f"{folder} to start afresh"
         )
-    return found[-1]
+    checkpoint, manifest = newest_good(folder)
+    _check_layout(checkpoint, manifest["layout"], layout)
+    return checkpoint
 
 
-def publish(written: Path, folder: Path, step: int, limit: int) -> None:
+def newest_good(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint whose files are as they were written, and its manifest.
+
+    Every rank must call; rank 0 reads, and sets damaged ones aside.
+
+    Raises:
+        ValueError: all of them are damaged: names what is wrong with each.
+    """
+    chosen = all_gather_objects(_newest_good(folder) if rank() == 0 else None)[0]
+    if isinstance(chosen, str):
+        raise ValueError(chosen)
+    return chosen
+
+
+def _newest_good(folder: Path) -> tuple[Path, dict[str, Any]] | str:
+    """The answer of `newest_good`, or the message of its error."""
+    wrong = []
+    for checkpoint in reversed(step_folders(folder)):
+        try:
+            manifest = verify(checkpoint)
+        except (DamagedError, OSError) as error:
+            wrong.append((checkpoint, str(error)))
+            continue
+        for damaged, text in wrong:
+            aside = folder / f"{DAMAGED}{damaged.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            damaged.rename(aside)
+            print(f"warning: {text}. {damaged.name} is set aside as {aside.name}; going on from "
+                  f"{checkpoint}", file=sys.stderr, flush=True)  # fmt: skip
+        return checkpoint, manifest
+    texts = "; ".join(text for _, text in wrong)
+    return (
+        f"no checkpoint in {folder} can be used: {texts}. Remove {folder} to start the stage "
+        "afresh, or bring an undamaged copy back"
+    )
+
+
+def _check_layout(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Nothing, if optimizer states of `checkpoint` are split as this start splits them.
+
+    Raises:
+        ValueError: names both layouts and the way back.
+    """
+    if saved == now:
+        return
+    flags = "without the launcher: python ..."
+    if saved["zero_stage"] is not None:
+        flags = f"deepspeed with {saved['ranks']} ranks and deepspeed.stage={saved['zero_stage']}"
+    raise ValueError(
+        f"{checkpoint} was written by {_words(saved)}; this start has {_words(now)}, and "
+        f"DeepSpeed's optimizer states cannot be split anew. Resume with {flags}, or remove "
+        f"{checkpoint.parent} to start the stage afresh"
+    )
+
+
+def _words(layout: dict[str, Any]) -> str:
+    if layout["zero_stage"] is None:
+        return "one process without the deepspeed launcher"
+    ranks = f"{layout['ranks']} rank{'s' if layout['ranks'] > 1 else ''}"
+    return f"{ranks} under ZeRO-{layout['zero_stage']} (the deepspeed launcher)"
+
+
+def publish(written: Path, folder: Path, step: int, limit: int, layout: dict[str, Any]) -> None:
     """Makes the complete folder `written` the checkpoint of `step`; every rank must call.
 
     Args:
@@ -52,18 +141,29 @@ def publish(written: Path, folder: Path, step: int, limit: int) -> None:
         folder: of the checkpoints.
         step: N of `step-N`.
         limit: checkpoints kept.
+        layout: of `layout_of`.
+
+    Raises:
+        ValueError: the disk is full or cannot be written; older checkpoints are as they were.
     """
     barrier()
     if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_folder(written, folder / f"{STEP}{step}")
-        for outdated in step_folders(folder)[:-limit]:
-            shutil.rmtree(outdated)
+        with explained(written, folder, step):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_manifest(written, {"step": step, "layout": layout})
+            replace_folder(written, folder / f"{STEP}{step}")
+            for outdated in step_folders(folder)[:-limit]:
+                _remove(outdated)
     barrier()
 
 
 def save_step(
-    run: RunFolder, stage: Stage, step: int, limit: int, write: Callable[[Path], None]
+    run: RunFolder,
+    stage: Stage,
+    step: int,
+    limit: int,
+    layout: dict[str, Any],
+    write: Callable[[Path], None],
 ) -> None:
     """Writes the checkpoint of `step` beside the others and publishes it; every rank must call.
 
@@ -72,12 +172,65 @@ def save_step(
         stage: whose checkpoints.
         step: finished steps.
         limit: checkpoints kept.
+        layout: of `layout_of`.
         write: writes this rank's part into the folder it is given.
+
+    Raises:
+        ValueError: the disk is full or cannot be written; older checkpoints are as they were.
     """
-    unfinished = run.stage(stage) / ".unfinished"
+    unfinished, folder = run.stage(stage) / ".unfinished", run.checkpoints(stage)
     if rank() == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+        with explained(unfinished, folder, step):
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
     barrier()
-    write(unfinished)
-    publish(unfinished, run.checkpoints(stage), step, limit)
+    with explained(unfinished, folder, step):
+        write(unfinished)
+    publish(unfinished, folder, step, limit, layout)
+
+
+@contextmanager
+def explained(unfinished: Path, folder: Path, step: int) -> Iterator[None]:
+    """A failure to write becomes a message that says what is left; its half files are removed.
+
+    Args:
+        unfinished: where the checkpoint is being written.
+        folder: of the checkpoints.
+        step: N of `step-N`.
+
+    Raises:
+        ValueError: inside, something could not be written.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(_existing(folder)).free  # before the half files go
+        shutil.rmtree(unfinished, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        good = step_folders(folder)
+        kept = f"{good[-1]} is as it was" if good else "there is no earlier one"
+        raise ValueError(
+            f"the checkpoint of step {step} could not be written below {unfinished.parent}: "
+            f"{reason.strip().splitlines()[0]} ({free / 1e9:.2f} GB free there). {kept}. Make "
+            "room or give the right to write, and go on with --resume"
+        ) from error
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _remove(checkpoint: Path) -> None:
+    """Removes a checkpoint; killed half-way, it is none any more."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}{REMOVED}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _clean_up(folder: Path) -> None:
+    """Ends what a killed process left half done among the checkpoints."""
+    for old in sorted(folder.glob(f".{STEP}*.old")):
+        put_back(folder / old.name.removeprefix(".").removesuffix(".old"))
+    for doomed in folder.glob(f".{STEP}*{REMOVED}"):
+        shutil.rmtree(doomed, ignore_errors=True)

@@ -5,7 +5,6 @@ base, stage). No config.json: transformers would take the folder for a whole mod
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from chatllama.config import LoraSection
+from chatllama.durable import replace_folder
 from chatllama.run_folder import write_json
 
 WEIGHTS = "adapter_model.safetensors"
@@ -111,26 +111,6 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], where: str) -> None:
             raise ValueError(f"{where}: tensor {name} holds NaN or infinity")
         if not name.endswith("bias") and not tensor.any():
             raise ValueError(f"{where}: tensor {name} is all zero: it was never trained")
-
-
-def replace_folder(beside: Path, folder: Path) -> None:
-    """Moves the complete folder `beside` to `folder`, flushed to disk, in place of an older one."""
-    for path in sorted(beside.rglob("*")):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    try:
-        beside.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_adapter(folder: Path) -> SavedAdapter:

@@ -26,7 +26,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from chatllama.export import INFO, replace_folder
+from chatllama.durable import replace_folder
+from chatllama.export import INFO
 from chatllama.libraries import quiet_libraries
 from chatllama.meta_params import ASSUMED_POSITIONS, MetaParams, read_params
 from chatllama.meta_reference import reference_logits

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from chatllama.durable import replace_text
+
 Stage = Literal["sft", "reward", "ppo"]
 STAGES: tuple[Stage, ...] = ("sft", "reward", "ppo")
 
@@ -113,7 +115,4 @@ class RunFolder:
 
 def write_json(path: Path, content: object) -> None:
     """Replaces `path` by `content` as JSON in one step, so that no reader sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(path)
+    replace_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,9 +1,33 @@
+"""Checkpoints: the newest good one is found, and no fault of disk or process tears one."""
+
+import errno
+import os
+import random
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from chatllama.checkpoint import checkpoint_to_resume, publish, save_step, step_folders, step_of
+from chatllama import checkpoint as checkpoints
+from chatllama import durable
+from chatllama.checkpoint import (
+    checkpoint_to_resume,
+    newest_good,
+    publish,
+    save_step,
+    step_folders,
+    step_of,
+)
+from chatllama.manifest import MANIFEST, DamagedError, verify
 from chatllama.run_folder import RunFolder
+
+LAYOUT = {"ranks": 1, "zero_stage": None}
 
 
 @pytest.fixture
@@ -12,11 +36,17 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def save(run: RunFolder, step: int, limit: int = 2, text: str = "x") -> None:
-    save_step(run, "ppo", step, limit, lambda folder: _write(folder, text))
+    save_step(run, "ppo", step, limit, LAYOUT, lambda folder: _write(folder, text))
+
+
+def resume(run: RunFolder, layout: dict[str, Any] = LAYOUT) -> Path | None:
+    return checkpoint_to_resume(run, "ppo", True, layout)
 
 
 def _write(folder: Path, text: str) -> None:
     (folder / "part").write_text(text)
+    (folder / "ranks").mkdir(exist_ok=True)
+    (folder / "ranks" / "0").write_text(text * 100)
 
 
 def names(run: RunFolder) -> list[str]:
@@ -31,22 +61,22 @@ def test_the_newest_are_kept(run: RunFolder):
     assert [step_of(p) for p in step_folders(run.checkpoints("ppo"))] == [20, 100]
     save(run, 7, limit=3)
     assert names(run) == ["step-7", "step-20", "step-100"]
+    assert sorted(p.name for p in run.checkpoints("ppo").iterdir()) == sorted(names(run))
 
 
 def test_no_folder_no_checkpoints(run: RunFolder):
     assert step_folders(run.checkpoints("ppo")) == []
-    assert checkpoint_to_resume(run, "ppo", resume=False) is None
-    assert checkpoint_to_resume(run, "ppo", resume=True) is None
+    assert checkpoint_to_resume(run, "ppo", False, LAYOUT) is None
+    assert resume(run) is None
 
 
 def test_resuming_takes_the_newest_and_starting_afresh_is_refused(run: RunFolder):
     save(run, 9)
     save(run, 11)
-    found = checkpoint_to_resume(run, "ppo", resume=True)
-    assert found == run.checkpoints("ppo") / "step-11"
+    assert resume(run) == run.checkpoints("ppo") / "step-11"
     with pytest.raises(ValueError, match=r"step-11 exists .* with --resume, or remove .*checkpoi"):
-        checkpoint_to_resume(run, "ppo", resume=False)
-    assert checkpoint_to_resume(run, "sft", resume=False) is None
+        checkpoint_to_resume(run, "ppo", False, LAYOUT)
+    assert checkpoint_to_resume(run, "sft", False, LAYOUT) is None
 
 
 def test_a_checkpoint_is_replaced_whole(run: RunFolder):
@@ -54,7 +84,7 @@ def test_a_checkpoint_is_replaced_whole(run: RunFolder):
     (run.checkpoints("ppo") / "step-3" / "leftover").write_text("")
     save(run, 3, text="new")
     folder = run.checkpoints("ppo") / "step-3"
-    assert [path.name for path in folder.iterdir()] == ["part"]
+    assert sorted(path.name for path in folder.iterdir()) == [MANIFEST, "part", "ranks"]
     assert (folder / "part").read_text() == "new"
 
 
@@ -66,7 +96,7 @@ def test_what_was_interrupted_is_no_checkpoint(run: RunFolder):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        save_step(run, "ppo", 4, 2, dies)
+        save_step(run, "ppo", 4, 2, LAYOUT, dies)
     assert names(run) == ["step-3"]
     save(run, 4, text="whole")
     assert (run.checkpoints("ppo") / "step-4" / "part").read_text() == "whole"
@@ -84,5 +114,209 @@ def test_publishing_moves_the_folder(run: RunFolder, tmp_path: Path):
     written = tmp_path / "written"
     written.mkdir()
     _write(written, "x")
-    publish(written, run.checkpoints("sft"), 8, limit=1)
+    publish(written, run.checkpoints("sft"), 8, 1, LAYOUT)
     assert (run.checkpoints("sft") / "step-8" / "part").is_file() and not written.exists()
+
+
+# --- damage --------------------------------------------------------------------------------------
+
+
+def cut_off(folder: Path) -> None:
+    os.truncate(folder / "ranks" / "0", 99)
+
+
+def flip(folder: Path) -> None:
+    (folder / "part").write_text("y")
+
+
+DAMAGES = {
+    r"ranks/0 has 99 bytes; 100 were written": cut_off,
+    r"part is corrupted: its content is not what was written": flip,
+    r"part is missing": lambda folder: (folder / "part").unlink(),
+    r"manifest\.json is missing": lambda folder: (folder / MANIFEST).unlink(),
+    r"manifest\.json is damaged": lambda folder: os.truncate(folder / MANIFEST, 20),
+    r"manifest\.json is damaged: it lists": lambda folder: (folder / MANIFEST).write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    run: RunFolder, message: str, capsys: pytest.CaptureFixture[str]
+):
+    save(run, 3)
+    save(run, 4)
+    folder = run.checkpoints("ppo")
+    DAMAGES[message](folder / "step-4")
+    with pytest.raises(DamagedError, match=message):
+        verify(folder / "step-4")
+    assert resume(run) == folder / "step-3"
+    said = capsys.readouterr().err
+    assert f"{folder / 'step-4'}" in said and "going on from " + str(folder / "step-3") in said
+    assert names(run) == ["step-3"] and (folder / "damaged-step-4").is_dir()
+    DAMAGES[message](folder / "step-3")
+    with pytest.raises(ValueError, match=rf"no checkpoint .* can be used: .*{message}.* afresh"):
+        resume(run)
+    assert names(run) == ["step-3"]
+
+
+def test_a_rollback_passes_over_a_damaged_checkpoint(run: RunFolder):
+    save(run, 3)
+    save(run, 4)
+    flip(run.checkpoints("ppo") / "step-4")
+    checkpoint, manifest = newest_good(run.checkpoints("ppo"))
+    assert checkpoint.name == "step-3" and manifest["step"] == 3
+
+
+def test_another_layout_is_refused(run: RunFolder):
+    save_step(run, "ppo", 4, 2, {"ranks": 2, "zero_stage": 2}, lambda folder: _write(folder, "x"))
+    with pytest.raises(ValueError, match=r"2 ranks under ZeRO-2.*one process without .*stage=2"):
+        resume(run)
+    with pytest.raises(ValueError, match=r"step-4 was .* 2 ranks under ZeRO-2.* 2 .*under ZeRO-3"):
+        resume(run, {"ranks": 2, "zero_stage": 3})
+    assert resume(run, {"ranks": 2, "zero_stage": 2})
+    save(run, 5)
+    with pytest.raises(ValueError, match=r"by one process .* has 1 rank under ZeRO-0.* python"):
+        resume(run, {"ranks": 1, "zero_stage": 0})
+
+
+# --- disks that cannot be written -----------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """256 KiB of disk, where this process may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("no right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(small_disk: Path):
+    run = RunFolder(small_disk / "run")
+    save(run, 3)
+
+    def too_much(folder: Path) -> None:
+        (folder / "a").write_bytes(b"x" * 400_000)
+
+    with pytest.raises(ValueError) as caught:
+        save_step(run, "ppo", 4, 2, LAYOUT, too_much)
+    message = str(caught.value)
+    assert "checkpoint of step 4 could not be written below" in message
+    assert "No space left on device (0.00 GB free there)" in message
+    assert f"{run.checkpoints('ppo') / 'step-3'} is as it was" in message
+    assert not (run.stage("ppo") / ".unfinished").exists()  # its room is free again
+    assert resume(run) == run.checkpoints("ppo") / "step-3"
+    save(run, 4)
+
+
+def test_a_full_disk_while_torch_writes(small_disk: Path):
+    import torch
+
+    run = RunFolder(small_disk / "run")
+    with pytest.raises(ValueError, match=r"step 4 could not be written .*there is no earlier one"):
+        save_step(run, "ppo", 4, 2, LAYOUT, lambda f: torch.save(torch.zeros(99999), f / "a"))
+
+
+def test_a_read_only_disk_keeps_the_old_checkpoint(small_disk: Path):
+    run = RunFolder(small_disk / "run")
+    save(run, 3)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(ValueError, match=r"step 4 .*: Read-only file system .*step-3 is as it was"):
+        save(run, 4)
+    assert names(run) == ["step-3"]
+
+
+@pytest.mark.parametrize("place", ["flush", "rename", "manifest", "write"])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_failing_write_anywhere_keeps_the_old_checkpoint(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, place: str, again: bool
+):
+    save(run, 3)
+    save(run, 4)
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if place == "flush":
+            patch.setattr(durable, "flush", full)
+        elif place == "rename":
+            patch.setattr(Path, "rename", full)
+        elif place == "manifest":
+            patch.setattr(checkpoints, "write_manifest", full)
+        write = full if place == "write" else lambda folder: _write(folder, "new")
+        with pytest.raises(ValueError, match=r"No space left on device .*step-4 is as it was"):
+            save_step(run, "ppo", 4 if again else 5, 2, LAYOUT, write)
+    assert names(run) == ["step-3", "step-4"]
+    assert verify(run.checkpoints("ppo") / "step-4")["step"] == 4
+    save(run, 5)
+    assert names(run) == ["step-4", "step-5"]
+
+
+# --- kill -9 -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick_run() -> Iterator[RunFolder]:
+    """A run folder in memory where there is such a place: 50 kills must not wait for a disk."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as name:
+        yield RunFolder(Path(name) / "run")
+
+
+def saves_until_killed(run: RunFolder, first: int, tell: int) -> None:
+    """Saves of 30 files each, every third step twice; a byte for each that begins."""
+
+    def write(folder: Path) -> None:
+        os.write(tell, b"x")
+        for number in range(30):
+            (folder / f"part-{number}").write_bytes(os.urandom(20_000))
+
+    for step in range(first, first + 10_000):
+        for _ in range(2 if step % 3 == 0 else 1):
+            save_step(run, "ppo", step, 2, LAYOUT, write)
+
+
+@pytest.mark.slow
+def test_kill_at_fifty_moments_of_saving(quick_run: RunFolder):
+    run, rng, reached, hits = quick_run, random.Random(0), 0, 0
+    started = time.monotonic()
+    for step in range(-5, 0):
+        save_step(run, "sft", step, 9, LAYOUT, lambda folder: _write(folder, "x" * 20_000))
+    usual = 3 * (time.monotonic() - started) / 5
+    for _ in range(50):
+        hear, tell = os.pipe()
+        child = os.fork()
+        if child == 0:
+            saves_until_killed(run, reached + 1, tell)
+        for _ in range(rng.randint(1, 3)):
+            os.read(hear, 1)
+        time.sleep(rng.uniform(0.0, usual))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(hear)
+        os.close(tell)
+        places = [run.stage("ppo"), run.checkpoints("ppo")]
+        hits += any(p.name.startswith(".") for f in places if f.is_dir() for p in f.iterdir())
+        found = resume(run)
+        # the newest that was ever published is still there, and good
+        assert (0 if found is None else step_of(found)) >= reached
+        if found is not None:
+            reached = step_of(found)
+            assert len(verify(found)["files"]) == 30
+        assert not list(run.checkpoints("ppo").glob("damaged-*"))
+    assert reached >= 20 and hits >= 10, (reached, hits)  # it did hit saves in progress
+
+
+def test_a_kill_between_the_two_renames_is_undone(run: RunFolder):
+    save(run, 3, limit=1)
+    folder = run.checkpoints("ppo")
+    (folder / "step-3").rename(folder / ".step-3.old")
+    assert resume(run) == folder / "step-3"
+    shutil.copytree(folder / "step-3", folder / ".step-3.old")
+    shutil.copytree(folder / "step-3", folder / ".step-2.removed")
+    assert resume(run) == folder / "step-3"
+    assert [path.name for path in folder.iterdir()] == ["step-3"]

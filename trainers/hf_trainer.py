@@ -23,8 +23,8 @@ from transformers import (
 
 from chatllama import distributed
 from chatllama.batching import lr_factor
-from chatllama.checkpoint import publish
-from chatllama.config import OptimizerSection
+from chatllama.checkpoint import layout_of, publish
+from chatllama.config import DeepSpeedSection, OptimizerSection
 from chatllama.run_folder import RunFolder, Stage
 from chatllama.tracking import Tracker
 
@@ -126,10 +126,13 @@ class StepFolders(TrainerCallback):
     A folder of that name is therefore always whole. Keeps the newest `limit`.
     """
 
-    def __init__(self, run: RunFolder, stage: Stage, limit: int) -> None:
+    def __init__(
+        self, run: RunFolder, stage: Stage, limit: int, deepspeed: DeepSpeedSection
+    ) -> None:
         self.unfinished = run.stage(stage) / ".unfinished"
         self.folder = run.checkpoints(stage)
         self.limit = limit
+        self.layout = layout_of(deepspeed)
         self._remove_unfinished()
 
     def on_save(
@@ -141,7 +144,7 @@ class StepFolders(TrainerCallback):
     ) -> None:
         """Publishes the checkpoint that all ranks have written."""
         written = self.unfinished / f"checkpoint-{state.global_step}"
-        publish(written, self.folder, state.global_step, self.limit)
+        publish(written, self.folder, state.global_step, self.limit, self.layout)
 
     def on_train_end(
         self,

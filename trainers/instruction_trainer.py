@@ -27,6 +27,7 @@ from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsag
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from chatllama import distributed
+from chatllama.checkpoint import explained
 from chatllama.config import OptimizerSection
 from trainers.hf_trainer import build_optimizer, build_schedule
 from trainers.losses import TokenLoss, head_chunks, token_loss
@@ -237,6 +238,12 @@ class InstructionTrainer(SFTTrainer):
         """The model's part of a checkpoint; DeepSpeed's own files hold it already."""
         if not self.is_deepspeed_enabled:
             super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A checkpoint that cannot be written ends the stage with a message."""
+        unfinished = Path(cast(str, self.args.output_dir))
+        with explained(unfinished, unfinished.parent / "checkpoints", self.state.global_step):
+            super()._save_checkpoint(model, trial)
 
     def create_model_card(self, *args: object, **kwargs: object) -> None:
         """Nothing: checkpoints are for resuming."""

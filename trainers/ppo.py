@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from chatllama.batching import lr_factor, ppo_batches
-from chatllama.checkpoint import checkpoint_to_resume, step_folders
+from chatllama.checkpoint import checkpoint_to_resume, layout_of, newest_good
 from chatllama.config import Config, PpoSection
 from chatllama.distributed import rank, world_size
 from chatllama.roles import adapter_parameters
@@ -79,7 +79,7 @@ class PpoTrainer:
         """
         section = self.cfg.ppo
         started = time.monotonic()
-        checkpoint = checkpoint_to_resume(self.run, "ppo", resume)
+        checkpoint = checkpoint_to_resume(self.run, "ppo", resume, layout_of(self.cfg.deepspeed))
         metrics: dict[str, float] = {}
         with Tracker(self.run, "ppo", self.cfg.tracking, section.steps, rank()) as tracker:
             if checkpoint is None:
@@ -237,7 +237,7 @@ class PpoTrainer:
 
     def _rolled_back(self, state: PpoState) -> PpoState:
         """The last good checkpoint restored, with lower learning rates from there on."""
-        good = load_state(self.cfg, self.engine, step_folders(self.run.checkpoints("ppo"))[-1])
+        good = load_state(self.cfg, self.engine, newest_good(self.run.checkpoints("ppo"))[0])
         scale = state.lr_scale * self.cfg.ppo.health.rollback_lr_factor
         good = replace(good, lr_scale=scale, rollbacks=state.rollbacks + 1)
         self.guard.begin(good)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from chatllama.checkpoint import save_step
+from chatllama.checkpoint import layout_of, save_step
 from chatllama.config import Config
 from chatllama.distributed import rank
 from chatllama.roles import Role, adapter_parameters, adapter_state
@@ -56,7 +56,8 @@ def save_state(cfg: Config, run: RunFolder, engine: Engine, state: PpoState) -> 
                     whole = {name: t.cpu().contiguous() for name, t in tensors.items()}
                     save_file(whole, folder / f"{role}.safetensors")
 
-    save_step(run, "ppo", state.step, cfg.ppo.save_total_limit, write)
+    limit, layout = cfg.ppo.save_total_limit, layout_of(cfg.deepspeed)
+    save_step(run, "ppo", state.step, limit, layout, write)
 
 
 def load_state(cfg: Config, engine: Engine, checkpoint: Path) -> PpoState:

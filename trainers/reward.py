@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from chatllama.backbone import base_path, load_backbone
 from chatllama.batching import lr_factor, microbatches_per_step, optimizer_steps
 from chatllama.chat_format import check_contract
-from chatllama.checkpoint import checkpoint_to_resume, save_step
+from chatllama.checkpoint import checkpoint_to_resume, layout_of, save_step
 from chatllama.config import Config
 from chatllama.distributed import all_sum, barrier, device, rank, world_size
 from chatllama.export import load_adapter, save_adapter
@@ -158,7 +158,7 @@ def train_member(
     engine = _build_engine(cfg, model)
     total = optimizer_steps(section, len(data.train))
     collator = PreferenceCollator(pad_id)
-    checkpoint = checkpoint_to_resume(own_run, "reward", resume)
+    checkpoint = checkpoint_to_resume(own_run, "reward", resume, layout_of(cfg.deepspeed))
     first, loss = 0, float("nan")
     title = f"reward, member {number + 1} of {section.ensemble}" if section.ensemble > 1 else None
     with Tracker(own_run, "reward", cfg.tracking, total, rank(), title) as tracker:
@@ -183,6 +183,7 @@ def train_member(
                     "reward",
                     done,
                     section.save_total_limit,
+                    layout_of(cfg.deepspeed),
                     lambda folder, done=done, loss=loss: engine.save(
                         folder, {"step": done, "loss": loss}
                     ),

@@ -19,9 +19,10 @@ from trl import SFTConfig, pack_dataset  # pyright: ignore[reportPrivateImportUs
 from chatllama import distributed
 from chatllama.backbone import backbone_path, load_backbone
 from chatllama.batching import microbatches_per_step, optimizer_steps
-from chatllama.checkpoint import checkpoint_to_resume, step_of
+from chatllama.checkpoint import checkpoint_to_resume, layout_of, step_of
 from chatllama.config import Config, OptimizerSection
-from chatllama.export import INFO, check_tensors, replace_folder, save_adapter
+from chatllama.durable import replace_folder
+from chatllama.export import INFO, check_tensors, save_adapter
 from chatllama.roles import (
     Adapter,
     RoleModel,
@@ -222,7 +223,7 @@ def train_sft(
     Raises:
         ValueError: there are checkpoints and `resume` is off.
     """
-    checkpoint = checkpoint_to_resume(run, "sft", resume)
+    checkpoint = checkpoint_to_resume(run, "sft", resume, layout_of(cfg.deepspeed))
     adapted = isinstance(model, RoleModel)
     tracker = Tracker(run, "sft", cfg.tracking, rows.steps, distributed.rank())
     with tracker, acting_as(model, "policy") if adapted else nullcontext():
@@ -237,7 +238,7 @@ def train_sft(
             use_bfloat16=cfg.backbone.dtype == "bfloat16",
             max_length=cfg.sft.max_length,
             callbacks=[
-                StepFolders(run, "sft", cfg.sft.save_total_limit),
+                StepFolders(run, "sft", cfg.sft.save_total_limit, cfg.deepspeed),
                 MetricsToTracker(tracker, "sft"),
             ],
         )
