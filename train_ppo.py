@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(*weak, sep="\n")
     from trainers import evaluate, ppo, ppo_setup, ppo_text, stage
 
-    stage.join()
+    stage.join(run, "ppo", arguments.lock)
     tokenizer = stage.open_stage(cfg, run)
 
     prompts, ends = ppo_setup.load_prompts(cfg, tokenizer), ppo_setup.turn_ends(cfg, tokenizer)
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         now = time.monotonic()
         seconds = {"wall_seconds": measured - started, "evaluation_seconds": now - measured}
         write_json(run.result("ppo"), numbers | seconds)
-    distributed.shut_down()
+    stage.leave()
 
 
 if __name__ == "__main__":

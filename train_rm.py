@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run.read_result("sft")
     from trainers import reward, reward_data, reward_doctor, stage
 
-    stage.join()
+    stage.join(run, "reward", arguments.lock)
     tokenizer = stage.open_stage(cfg, run)
 
     data = reward_data.load_preferences(cfg, tokenizer)
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if distributed.rank() == 0:
         write_json(run.result("reward"), numbers | {"wall_seconds": time.monotonic() - started})
-    distributed.shut_down()
+    stage.leave()
 
 
 if __name__ == "__main__":

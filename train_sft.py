@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     from trainers import pretrain, sft, stage
 
-    stage.join()
+    stage.join(run, "sft", arguments.lock)
     pretrain.ensure_backbone(cfg, run)
     tokenizer = stage.open_stage(cfg, run)
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if distributed.rank() == 0:
         seconds = {"wall_seconds": time.monotonic() - started}
         write_json(run.result("sft"), numbers | seconds | pretrain.backbone_seconds(run))
-    distributed.shut_down()
+    stage.leave()
 
 
 if __name__ == "__main__":

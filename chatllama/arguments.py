@@ -4,6 +4,7 @@ Imports nothing heavy: `--help` and config errors must come at once.
 """
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from chatllama import interruption, run_lock
 from chatllama.batching import check_batches
 from chatllama.config import Config
 from chatllama.config_loader import ConfigError, load_config
@@ -32,6 +34,8 @@ class StageArguments:
 
     config: Config
     resume: bool
+    lock: str | None
+    """Token of the lock of the `chatllama run` that started this stage."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,6 +76,7 @@ def parse_stage_arguments(description: str, argv: Sequence[str] | None = None) -
         action="store_true",
         help="go on from the newest checkpoint of this stage",
     )
+    parser.add_argument("--run-lock", metavar="TOKEN", help=argparse.SUPPRESS)
     # The deepspeed launcher passes this to every script; the ranks' environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args(argv)
@@ -82,7 +87,7 @@ def parse_stage_arguments(description: str, argv: Sequence[str] | None = None) -
         if _is_rank_zero():
             print(error, file=sys.stderr)
         raise SystemExit(2) from error
-    return StageArguments(config=config, resume=arguments.resume)
+    return StageArguments(config=config, resume=arguments.resume, lock=arguments.run_lock)
 
 
 def run_stage(main: Callable[[], None]) -> None:
@@ -90,18 +95,32 @@ def run_stage(main: Callable[[], None]) -> None:
 
     The message comes from the rank that met the mistake, without the traceback that only a
     programmer could use (CHATLLAMA_DEBUG=1 shows it). The launcher then stops the other ranks.
+    SIGTERM and SIGUSR1 end it with exit code 75 (`interruption.py`).
     """
+    interruption.listen()
     try:
         main()
-    except ValueError as error:
-        if os.environ.get("CHATLLAMA_DEBUG") == "1":
+        return
+    except interruption.Interrupted as reason:
+        code, message = interruption.EXIT_CODE, str(reason) if _is_rank_zero() else ""
+    except (ValueError, OSError) as error:
+        if os.environ.get("CHATLLAMA_DEBUG") == "1" or not _is_users(error):
+            run_lock.release_all()
             raise
         where = "" if _is_rank_zero() else f" (rank {os.environ['RANK']})"
         script = Path(sys.argv[0]).name
-        sys.stdout.flush()
-        print(f"{script}{where}: error: {error}", file=sys.stderr)
-        print("(CHATLLAMA_DEBUG=1 shows where it happened)", file=sys.stderr, flush=True)
-        os._exit(2)  # other ranks may be waiting for us inside a collective
+        message = f"{script}{where}: error: {error}\n(CHATLLAMA_DEBUG=1 shows where it happened)"
+        code = 2
+    sys.stdout.flush()
+    print(message, file=sys.stderr, end="\n" if message else "", flush=True)
+    run_lock.release_all()
+    os._exit(code)  # other ranks may be waiting for us inside a collective
+
+
+def _is_users(error: ValueError | OSError) -> bool:
+    """Whether the user can do something about it: a wrong setting, or a disk."""
+    disk = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+    return isinstance(error, ValueError) or error.errno in disk
 
 
 def _is_rank_zero() -> bool:

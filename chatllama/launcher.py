@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,6 +19,7 @@ from types import FrameType
 from chatllama.batching import check_batches
 from chatllama.config import Config
 from chatllama.config_errors import ConfigError
+from chatllama.interruption import EXIT_CODE
 from chatllama.run_folder import Stage
 
 SCRIPTS: dict[Stage, str] = {"sft": "train_sft.py", "reward": "train_rm.py", "ppo": "train_ppo.py"}
@@ -148,7 +149,7 @@ def script_path(stage: Stage) -> Path:
 
 
 def stage_command(
-    stage: Stage, config: Path, ranks: int, gpus: int, launch: Launch, resume: bool
+    stage: Stage, config: Path, ranks: int, gpus: int, launch: Launch, resume: bool, lock: str
 ) -> list[str]:
     """The command line that runs a stage through the `deepspeed` launcher.
 
@@ -159,6 +160,7 @@ def stage_command(
         gpus: GPUs at hand; 0 means CPU.
         launch: machines and port.
         resume: whether to go on from the newest checkpoint.
+        lock: token of the run folder's lock, under which the stage works.
 
     Raises:
         ValueError: the launcher or the script is missing.
@@ -180,7 +182,7 @@ def stage_command(
     if port is not None:
         command += ["--master_port", str(port)]
     command += ["--log_level", "error"]  # what the stage itself says is what people want to read
-    command += [str(script_path(stage)), str(config)]
+    command += [str(script_path(stage)), str(config), "--run-lock", lock]
     return [*command, "--resume"] if resume else command
 
 
@@ -210,41 +212,70 @@ def stage_environment(ranks: int, cores: int, cpu_only: bool) -> dict[str, str]:
     return environment
 
 
-def run_to_end(command: list[str], environment: Mapping[str, str]) -> int:
+def run_to_end(
+    command: list[str], environment: Mapping[str, str], ask_to_stop: Callable[[], bool]
+) -> int:
     """Exit code of the command, whose output passes straight through; 128 + N if signal N ended it.
 
-    On SIGINT, SIGTERM or SIGHUP all processes of the command get SIGTERM (which, unlike SIGINT,
-    prints no traceback per rank), time to end, and are then killed. None outlives this call.
+    On SIGINT, SIGTERM, SIGUSR1 or SIGHUP the command is asked to stop by itself; once asked, only
+    SIGINT cuts the wait short. A command that cannot be asked, or will not wait, gets SIGTERM in
+    all its processes (which, unlike SIGINT, prints no traceback per rank), time to end, and is then
+    killed. None outlives this call.
+
+    Args:
+        command: what to run.
+        environment: its environment.
+        ask_to_stop: tells the command to save and end; False if it cannot be told now.
 
     Raises:
-        KeyboardInterrupt: SIGINT came.
-        SystemExit: with 128 + N, SIGTERM or SIGHUP came.
+        KeyboardInterrupt: SIGINT came, and the command did not end by itself with code 75.
+        SystemExit: with 128 + N, the same for the other signals.
     """
     received: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
 
-    watched = [signal.SIGINT, signal.SIGTERM]
+    watched = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup stays in force
         watched.append(signal.SIGHUP)
     before = {signum: signal.signal(signum, note) for signum in watched}
     try:
-        process = subprocess.Popen(command, env=dict(environment), start_new_session=True)
+        process = subprocess.Popen(
+            command, env=dict(environment), start_new_session=True, preexec_fn=_ignore_sigusr1
+        )
         try:
-            while process.poll() is None and not received:
-                time.sleep(0.1)
+            _wait(process, received, ask_to_stop)
         finally:
             _end_group(process, ask_first=bool(received))
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-    if received and received[0] == signal.SIGINT:
-        raise KeyboardInterrupt
-    if received:
-        raise SystemExit(128 + received[0])
     code = process.wait()
+    if received and code != EXIT_CODE:
+        if received[0] == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + received[0])
     return code if code >= 0 else 128 - code
+
+
+def _ignore_sigusr1() -> None:
+    """Schedulers send it to every process of a job; only the ranks, later, know what to do."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def _wait(process: subprocess.Popen, received: list[int], ask_to_stop: Callable[[], bool]) -> None:
+    """Returns when the command has ended, or must be ended."""
+    asked_after = 0
+    # The launcher may be ended by the same signal; its ranks then save without it.
+    while process.poll() is None or (asked_after and _living(process.pid)):
+        if asked_after and signal.SIGINT in received[asked_after:]:
+            return
+        if received and not asked_after:
+            if not ask_to_stop():
+                return
+            asked_after = len(received)
+        time.sleep(0.1 if process.poll() is None else 0.5)
 
 
 def _end_group(process: subprocess.Popen, ask_first: bool) -> None:

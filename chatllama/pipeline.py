@@ -3,8 +3,11 @@
 Finished stages are skipped. Starting processes is in `launcher.py`, the page in `report.py`.
 """
 
+import json
+import os
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +20,7 @@ from rich.table import Table
 from chatllama.batching import check_batches
 from chatllama.config import Config
 from chatllama.config_loader import dump_config, load_config
+from chatllama.interruption import EXIT_CODE
 from chatllama.launcher import (
     Launch,
     choose_ranks,
@@ -38,6 +42,7 @@ from chatllama.results import (
     write_summary,
 )
 from chatllama.run_folder import STAGES, RunFolder, Stage
+from chatllama.run_lock import lock_path, locked, read_owner
 
 # Sections and keys that change nothing of what a stage has learned.
 FREE_SECTIONS = ("tracking",)
@@ -49,7 +54,7 @@ class StageFailed(Exception):
     """A stage ended without a result.
 
     Attributes:
-        exit_code: of the launcher, never 0.
+        exit_code: of the launcher, never 0; 75 where the stage saved and ended on a signal.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -79,8 +84,17 @@ def run_pipeline(
         StageFailed: a stage failed; nothing after it was run.
     """
     cfg = load_config(config_path, overrides)
-    launch = launch or Launch()
     run = RunFolder(Path(cfg.run_dir))
+    with locked(run, "run") as lock:
+        _run_stages(cfg, run, launch or Launch(), lock, resume, redo_from)
+        write_summary(run)
+        print_results(run, write_report(run))
+
+
+def _run_stages(
+    cfg: Config, run: RunFolder, launch: Launch, lock: str, resume: bool, redo_from: Stage | None
+) -> None:
+    """Every stage that is not finished, under the run folder's lock."""
     redone = STAGES[STAGES.index(redo_from) :] if redo_from is not None else ()
     finished: list[Stage] = [s for s in STAGES if run.result(s).is_file() and s not in redone]
     waiting: list[Stage] = [s for s in STAGES if s not in finished]
@@ -97,17 +111,14 @@ def run_pipeline(
         )
     for stage in redone:
         _forget(run, stage)
-    run.root.mkdir(parents=True, exist_ok=True)
     dump_config(cfg, run.config)
     for stage in STAGES:
         if stage in finished:
             _say(f"{stage}: finished before, skipped")
             continue
-        command = stage_command(stage, run.config, ranks, gpus, launch, resume)
+        command = stage_command(stage, run.config, ranks, gpus, launch, resume, lock)
         environment = stage_environment(ranks, count_cores(), not gpus and launch.hostfile is None)
         _run_stage(run, stage, command, environment, launch.arguments)
-    write_summary(run)
-    print_results(run, write_report(run))
 
 
 def _plan_ranks(cfg: Config, launch: Launch) -> tuple[int, int]:
@@ -222,22 +233,48 @@ def _run_stage(
         StageFailed: it ended without one.
     """
     _say(f"{stage}: {shlex.join(command)}")
-    code = run_to_end(command, environment)
+    run.interrupted(stage).unlink(missing_ok=True)
+    again = shlex.join(["chatllama", "run", str(run.config), "--resume", *launch_arguments])
+    try:
+        code = run_to_end(command, environment, lambda: _ask_to_stop(run, stage))
+    except (SystemExit, KeyboardInterrupt):
+        if not run.interrupted(stage).is_file():
+            raise
+        code = EXIT_CODE
     if run.result(stage).is_file():
         if code != 0:
             _say(f"{stage}: the launcher ended with code {code} after the stage had finished")
         return
+    if code == EXIT_CODE or run.interrupted(stage).is_file():
+        raise StageFailed(f"{_interruption(run, stage)}. To go on:\n  {again}", EXIT_CODE)
     code = code or 1  # the launcher answers 0 when it is itself killed by a signal
     # A rank killed by signal N makes the launcher exit with 256 - N.
     cause = f" (signal {256 - code})" if 224 < code < 256 else ""
     if code == 256 - 9:
         cause = " (killed by signal 9: probably out of memory)"
-    again = shlex.join(["chatllama", "run", str(run.config), "--resume", *launch_arguments])
     raise StageFailed(
         f"stage {stage} failed with exit code {code}{cause}. To go on from its newest checkpoint, "
         f"if there is one, or from its start:\n  {again}",
         code,
     )
+
+
+def _interruption(run: RunFolder, stage: Stage) -> str:
+    """How a stage ended that was told to stop."""
+    if not run.interrupted(stage).is_file():
+        return f"stage {stage} was told to stop while it made no steps"
+    told = json.loads(run.interrupted(stage).read_text(encoding="utf-8"))
+    return f"stage {stage} was told to stop ({told['signal']}) and is saved at step {told['step']}"
+
+
+def _ask_to_stop(run: RunFolder, stage: Stage) -> bool:
+    """Tells rank 0 to save after its step and to end; False if it is not there, or elsewhere."""
+    owner = read_owner(lock_path(run, "stage"))
+    if owner is None or not owner.is_here or owner.is_gone():
+        return False
+    os.kill(owner.pid, signal.SIGUSR1)
+    _say(f"{stage}: asked to save after its step and to end; Ctrl-C (again) ends it at once")
+    return True
 
 
 def print_results(run: RunFolder, report: Path) -> None:

@@ -101,6 +101,10 @@ class RunFolder:
         """Written last by a stage: its closing numbers. Its presence means: finished."""
         return self.root / stage / "result.json"
 
+    def interrupted(self, stage: Stage) -> Path:
+        """Says at which step a stage was saved when it was told to stop."""
+        return self.root / stage / "interrupted.json"
+
     def read_result(self, stage: Stage) -> dict[str, float]:
         """Closing numbers of a finished stage.
 

@@ -247,6 +247,15 @@ def samples_path(run: RunFolder, stage: Stage) -> Path:
     return run.stage(stage) / "samples.jsonl"
 
 
+def logged_metrics(run: RunFolder, stage: Stage, step: int) -> dict[str, float]:
+    """What metrics.jsonl says of a step, null being NaN; empty if it was not logged."""
+    found: dict[str, float] = {}
+    for line in read_lines(run.metrics(stage)):
+        if line["step"] == step:
+            found.update({k: math.nan if v is None else v for k, v in line.items()})
+    return {name: value for name, value in found.items() if name not in ("step", "time")}
+
+
 def read_lines(path: Path) -> list[dict]:
     """The JSON objects of a .jsonl file; none if it is missing.
 

@@ -38,7 +38,7 @@ def started(monkeypatch: pytest.MonkeyPatch, run: RunFolder) -> list[list[str]]:
     """Commands that were started; each one finishes its stage."""
     commands: list[list[str]] = []
 
-    def finish(command: list[str], environment: dict[str, str]) -> int:
+    def finish(command: list[str], *_: object) -> int:
         commands.append(command)
         script = next(Path(word).name for word in command if word.endswith(".py"))
         stage: Stage = next(s for s in STAGES if launcher.SCRIPTS[s] == script)
@@ -196,21 +196,23 @@ def test_number_of_processes() -> None:
 
 def test_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    command = stage_command("reward", Path("r/config.yaml"), 2, 0, Launch(master_port=1234), True)
+    command = stage_command(
+        "reward", Path("r/config.yaml"), 2, 0, Launch(master_port=1234), True, "abc"
+    )
     assert Path(command[0]).name == "deepspeed"
     assert command[1:5] == ["--num_gpus", "2", "--master_port", "1234"]
     assert command[5:7] == ["--log_level", "error"]
     assert Path(command[7]).is_file() and Path(command[7]).name == "train_rm.py"
-    assert command[8:] == ["r/config.yaml", "--resume"]
-    ports = {stage_command("sft", Path("c"), 1, 0, Launch(), False)[4] for _ in range(3)}
+    assert command[8:] == ["r/config.yaml", "--run-lock", "abc", "--resume"]
+    ports = {stage_command("sft", Path("c"), 1, 0, Launch(), False, "")[4] for _ in range(3)}
     assert all(1024 <= int(port) <= 65535 for port in ports)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1,2")
-    command = stage_command("sft", Path("c"), 2, 3, Launch(), False)
+    command = stage_command("sft", Path("c"), 2, 3, Launch(), False, "")
     assert command[1:3] == ["--include", "localhost:3,1"]
     hosts = tmp_path / "hosts"
     hosts.write_text("# two\na slots=4\n\nb slots=8\n")
     assert hostfile_slots(hosts) == [4, 8]
-    command = stage_command("sft", Path("c"), 8, 0, Launch(hostfile=hosts), False)
+    command = stage_command("sft", Path("c"), 8, 0, Launch(hostfile=hosts), False, "")
     assert command[1:3] == ["--hostfile", str(hosts)] and "--num_gpus" not in command
     hosts.write_text("a slots=4\nb 8\n")
     with pytest.raises(ValueError, match="line 2: 'b 8'"):
@@ -232,10 +234,14 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launcher.stage_environment(4, 2, cpu_only=True)["OMP_NUM_THREADS"] == "3"
 
 
+def never() -> bool:
+    return False
+
+
 def test_exit_codes() -> None:
-    assert run_to_end([PYTHON, "-c", "raise SystemExit(5)"], os.environ) == 5
+    assert run_to_end([PYTHON, "-c", "raise SystemExit(5)"], os.environ, never) == 5
     kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    assert run_to_end([PYTHON, "-c", kill], os.environ) == 128 + 9
+    assert run_to_end([PYTHON, "-c", kill], os.environ, never) == 128 + 9
 
 
 def test_no_process_outlives_a_failed_command(tmp_path: Path) -> None:
@@ -246,7 +252,7 @@ def test_no_process_outlives_a_failed_command(tmp_path: Path) -> None:
         open({str(pid_file)!r}, "w").write(str(child.pid))
         sys.exit(4)
     """
-    assert run_to_end([PYTHON, "-c", textwrap.dedent(code)], os.environ) == 4
+    assert run_to_end([PYTHON, "-c", textwrap.dedent(code)], os.environ, never) == 4
     assert_gone(int(pid_file.read_text()))
 
 
@@ -266,7 +272,7 @@ def test_a_signal_ends_every_process(tmp_path: Path, signum: int, exit_code: int
         import os, sys
         from chatllama.launcher import run_to_end
         try:
-            run_to_end([sys.executable, "-c", {textwrap.dedent(child)!r}], os.environ)
+            run_to_end([sys.executable, "-c", {textwrap.dedent(child)!r}], os.environ, bool)
         except KeyboardInterrupt:
             sys.exit(130)
     """
@@ -289,7 +295,7 @@ def assert_gone(pid: int) -> None:
 
 def test_signal_handlers_come_back() -> None:
     before: Any = signal.getsignal(signal.SIGINT)
-    run_to_end([PYTHON, "-c", ""], os.environ)
+    run_to_end([PYTHON, "-c", ""], os.environ, never)
     assert signal.getsignal(signal.SIGINT) is before
 
 

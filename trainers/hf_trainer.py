@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from chatllama import distributed
+from chatllama import distributed, interruption
 from chatllama.batching import lr_factor
 from chatllama.checkpoint import layout_of, publish
 from chatllama.config import DeepSpeedSection, OptimizerSection
@@ -123,17 +123,42 @@ def build_schedule(
 class StepFolders(TrainerCallback):
     """Moves each checkpoint that the Trainer has completed to `checkpoints/step-N`.
 
-    A folder of that name is therefore always whole. Keeps the newest `limit`.
+    A folder of that name is therefore always whole. Keeps the newest `limit`. A signal to stop
+    makes one after the step that runs, and ends the stage.
     """
 
     def __init__(
         self, run: RunFolder, stage: Stage, limit: int, deepspeed: DeepSpeedSection
     ) -> None:
+        self.run = run
+        self.stage: Stage = stage
+        self.stopping = False
         self.unfinished = run.stage(stage) / ".unfinished"
         self.folder = run.checkpoints(stage)
         self.limit = limit
         self.layout = layout_of(deepspeed)
         self._remove_unfinished()
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """From here on signals wait for the end of a step."""
+        interruption.begin_steps()
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Asks the Trainer for a checkpoint if any rank was told to stop."""
+        self.stopping = interruption.stop_requested()
+        control.should_save |= self.stopping
 
     def on_save(
         self,
@@ -145,6 +170,8 @@ class StepFolders(TrainerCallback):
         """Publishes the checkpoint that all ranks have written."""
         written = self.unfinished / f"checkpoint-{state.global_step}"
         publish(written, self.folder, state.global_step, self.limit, self.layout)
+        if self.stopping:
+            interruption.stop(self.run, self.stage, state.global_step)
 
     def on_train_end(
         self,
@@ -156,6 +183,7 @@ class StepFolders(TrainerCallback):
         """Nothing is left beside the checkpoints."""
         distributed.barrier()
         self._remove_unfinished()
+        interruption.end_steps()
 
     def _remove_unfinished(self) -> None:
         if distributed.rank() == 0:

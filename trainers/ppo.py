@@ -9,13 +9,14 @@ from dataclasses import replace
 
 import torch
 
+from chatllama import interruption
 from chatllama.batching import lr_factor, ppo_batches
 from chatllama.checkpoint import checkpoint_to_resume, layout_of, newest_good
 from chatllama.config import Config, PpoSection
 from chatllama.distributed import rank, world_size
 from chatllama.roles import adapter_parameters
 from chatllama.run_folder import RunFolder
-from chatllama.tracking import Tracker
+from chatllama.tracking import Tracker, logged_metrics
 from data.collate import batch_indices
 from trainers.engine import Engine
 from trainers.evaluate import measure_policy
@@ -89,19 +90,14 @@ class PpoTrainer:
             else:
                 state = load_state(self.cfg, self.engine, checkpoint)
                 tracker.resume_from(state.step)
+                metrics = logged_metrics(self.run, "ppo", state.step)  # no step may be left
             self.guard.begin(state)
-            while state.step < section.steps:
-                state, rollout, texts, metrics = self.advance(state)
-                tracker.log(state.step, metrics)
-                self._show_sample(tracker, state, rollout, texts)
-                decision = self.guard.judge(state, metrics, rollout)
-                if decision == "stop":
-                    raise self.guard.stopped(state)
-                if decision == "rollback":
-                    state = self._rolled_back(state)
-                    tracker.rewind(state.step)
-                elif section.save_every and state.step % section.save_every == 0:
-                    self._save(replace(state, health=self.guard.monitor.state()))
+            with interruption.steps():
+                while state.step < section.steps:
+                    state, rollout, texts, metrics = self.advance(state)
+                    tracker.log(state.step, metrics)
+                    self._show_sample(tracker, state, rollout, texts)
+                    state = self._step_done(tracker, state, metrics, rollout)
         return {
             **{name.removeprefix("ppo/"): value for name, value in metrics.items()},
             "steps": section.steps,
@@ -125,6 +121,29 @@ class PpoTrainer:
             metrics |= measure_policy(self.cfg, self.engine, self.scorer, self.prompts, self.ends)
         state = replace(state, step=step, kl_coef=_next_kl_coef(section, state, metrics))
         return state, rollout, texts, metrics
+
+    def _step_done(
+        self, tracker: Tracker, state: PpoState, metrics: dict[str, float], rollout: Rollout
+    ) -> PpoState:
+        """Judges and saves a step; gives the state to go on from.
+
+        Raises:
+            ValueError: the health monitor stops the run.
+            Interrupted: a signal came; the step is saved.
+        """
+        every = self.cfg.ppo.save_every
+        decision = self.guard.judge(state, metrics, rollout)
+        if decision == "stop":
+            raise self.guard.stopped(state)
+        stopping = interruption.stop_requested()
+        if decision == "rollback":
+            state = self._rolled_back(state)
+            tracker.rewind(state.step)
+        elif stopping or (every and state.step % every == 0):
+            self._save(replace(state, health=self.guard.monitor.state()))
+        if stopping:
+            interruption.stop(self.run, "ppo", state.step)
+        return state
 
     def start(self) -> PpoState:
         """Step 0: score statistics of the reference's answers, folded into the value head too.

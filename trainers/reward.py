@@ -10,12 +10,14 @@ import gc
 import json
 import shutil
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from chatllama import interruption
 from chatllama.backbone import base_path, load_backbone
 from chatllama.batching import lr_factor, microbatches_per_step, optimizer_steps
 from chatllama.chat_format import check_contract
@@ -166,28 +168,30 @@ def train_member(
             state = engine.load(checkpoint)
             first, loss = state["step"], state["loss"]
             tracker.resume_from(first)
-        for step in range(first, total):
-            seed_step(seed, step)
-            batch = batch_indices(len(data.train), section.batch_size, step, seed)
-            factor = lr_factor(step, total, section.lr_schedule, section.warmup_steps)
-            metrics = _optimizer_step(cfg, engine, data.train, batch, collator, factor)
-            done, loss = step + 1, metrics["reward/loss"]
-            if done % cfg.tracking.log_every == 0 or done == total:
-                tracker.log(done, metrics)
-            if section.eval_every and done % section.eval_every == 0 and done < total:
-                scores = score_answers(model, data.held_out, collator, section.microbatch_size)
-                tracker.log(done, _evaluation_metrics(measure(data.held_out, scores)))
-            if section.save_every and done % section.save_every == 0:
-                save_step(
-                    own_run,
-                    "reward",
-                    done,
-                    section.save_total_limit,
-                    layout_of(cfg.deepspeed),
-                    lambda folder, done=done, loss=loss: engine.save(
-                        folder, {"step": done, "loss": loss}
-                    ),
-                )
+        with interruption.steps():
+            for step in range(first, total):
+                seed_step(seed, step)
+                batch = batch_indices(len(data.train), section.batch_size, step, seed)
+                factor = lr_factor(step, total, section.lr_schedule, section.warmup_steps)
+                metrics = _optimizer_step(cfg, engine, data.train, batch, collator, factor)
+                done, loss = step + 1, metrics["reward/loss"]
+                if done % cfg.tracking.log_every == 0 or done == total:
+                    tracker.log(done, metrics)
+                if section.eval_every and done % section.eval_every == 0 and done < total:
+                    scores = score_answers(model, data.held_out, collator, section.microbatch_size)
+                    tracker.log(done, _evaluation_metrics(measure(data.held_out, scores)))
+                stopping = interruption.stop_requested()
+                if stopping or (section.save_every and done % section.save_every == 0):
+                    save_step(
+                        own_run,
+                        "reward",
+                        done,
+                        section.save_total_limit,
+                        layout_of(cfg.deepspeed),
+                        partial(engine.save, state={"step": done, "loss": loss}),
+                    )
+                if stopping:
+                    interruption.stop(run, "reward", done)
         scores = score_answers(model, data.held_out, collator, section.microbatch_size)
         tracker.log(total, _evaluation_metrics(measure(data.held_out, scores)))
     return Member(loss, scores.tolist(), padding_error(model, data.held_out, pad_id))

@@ -6,17 +6,36 @@ from chatllama.backbone import backbone_path, base_path
 from chatllama.chat_format import describe_contract
 from chatllama.config import Config
 from chatllama.config_loader import dump_config
-from chatllama.distributed import rank
+from chatllama.distributed import rank, shut_down
 from chatllama.libraries import quiet_libraries
 from chatllama.run_folder import RunFolder, Stage
+from chatllama.run_lock import acquire, release_all
 from chatllama.tokenizer import load_tokenizer
 from trainers.engine import initialise
 
 
-def join() -> None:
-    """Quiets the libraries and meets the other ranks; comes first in every stage."""
+def join(run: RunFolder, stage: Stage, lock: str | None) -> None:
+    """Locks the run folder, quiets the libraries and meets the other ranks; comes first.
+
+    Args:
+        run: its folder is made if it is not there.
+        stage: which one begins.
+        lock: token of the `chatllama run` that started this process, if one did.
+
+    Raises:
+        ValueError: another process works in the run folder.
+    """
+    if rank() == 0:
+        acquire(run, "stage", lock)
+        run.interrupted(stage).unlink(missing_ok=True)
     quiet_libraries()
     initialise()
+
+
+def leave() -> None:
+    """Leaves the other ranks in step with them and unlocks the run folder; comes last."""
+    shut_down()
+    release_all()
 
 
 def open_stage(cfg: Config, run: RunFolder) -> PreTrainedTokenizerFast:
