@@ -16,15 +16,9 @@ from chatllama.config import ChatSection
 from chatllama.distributed import device
 from chatllama.generate import generate
 from chatllama.loading import LoadedRun
-from chatllama.roles import (
-    Role,
-    RoleModel,
-    acting_as,
-    autocast,
-    response_logprobs,
-    score_sequences,
-)
+from chatllama.roles import Role, RoleModel, acting_as, autocast
 from chatllama.sampling import Sampling
+from chatllama.scoring import response_logprobs, score_sequences
 from chatllama.stop_strings import cut_at_stop
 from chatllama.tokenizer import decode
 

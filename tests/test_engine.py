@@ -62,7 +62,7 @@ def test_it_is_adamw_with_clipping_on_two_groups(base: str):
     for number in (0, 5):
         _, norm = step(engine, number)
         tokens, mask, response_mask = data()
-        from chatllama.roles import policy_and_value, response_logprobs, score_sequences
+        from chatllama.scoring import policy_and_value, response_logprobs, score_sequences
 
         arguments = (tokens, mask, response_mask, 0.8)
         with torch.no_grad():

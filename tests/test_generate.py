@@ -10,8 +10,9 @@ from transformers import LlamaForCausalLM
 from chatllama import decoding_batch
 from chatllama.decoding_batch import DecodingBatch
 from chatllama.generate import generate, stream
-from chatllama.roles import acting_as, response_logprobs
+from chatllama.roles import acting_as
 from chatllama.sampling import Sampling
+from chatllama.scoring import response_logprobs
 
 PROMPTS = [[5, 9, 30], [7], [11, 40, 41, 42, 80, 3, 12], [20, 21], [33, 60, 61, 9], [8, 8]]
 STOPS = [2, *range(10, 30)]

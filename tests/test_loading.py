@@ -54,7 +54,7 @@ def test_the_policy_speaks_and_the_reward_model_scores_as_in_training(tiny: Tiny
     for role in ("base", "reference", "policy"):
         assert torch.equal(logits(loaded.model, role), logits(trainer.engine.model, role)), role
     assert not torch.equal(logits(loaded.model, "policy"), logits(loaded.model, "reference"))
-    from chatllama.roles import score_sequences
+    from chatllama.scoring import score_sequences
 
     with torch.no_grad():
         scores = score_sequences(loaded.model, rollout.tokens, rollout.mask)

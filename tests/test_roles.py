@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import LlamaForSequenceClassification
 
-from chatllama import roles
+from chatllama import scoring
 from chatllama.config import LoraSection
 from chatllama.roles import (
     Adapter,
@@ -31,9 +31,11 @@ from chatllama.roles import (
     acting_as,
     adapter_parameters,
     adapter_state,
+    lora_config,
+)
+from chatllama.scoring import (
     hidden_states,
     last_token_index,
-    lora_config,
     policy_and_value,
     policy_value_and_text,
     response_logprobs,
@@ -289,7 +291,7 @@ def test_a_step_leaves_base_reference_and_reward_untouched(model: RoleModel):
 def test_nan_outside_the_response_mask_gets_no_gradient(model: RoleModel, monkeypatch):
     batch = ragged_batch(extra_right=2)
     clean = joint_gradients(model, batch)
-    whole = roles.hidden_states
+    whole = scoring.hidden_states
 
     def poisoned(model, role, tokens, mask):
         hidden = whole(model, role, tokens, mask)
@@ -298,7 +300,7 @@ def test_nan_outside_the_response_mask_gets_no_gradient(model: RoleModel, monkey
         window[:, -room - 1 : -1] = batch.response_mask
         return torch.where(window[..., None], hidden, torch.nan)
 
-    monkeypatch.setattr(roles, "hidden_states", poisoned)
+    monkeypatch.setattr(scoring, "hidden_states", poisoned)
     dirty = joint_gradients(model, batch)
     for name, gradient in clean.items():
         assert torch.equal(dirty[name], gradient), name
@@ -463,9 +465,9 @@ def test_a_model_without_value_head_gives_no_values():
 def test_forward_runs_the_named_function(model: RoleModel):
     batch = ragged_batch()
     with torch.no_grad():
-        rewards = model("scores", batch.tokens, batch.mask)
+        rewards = model(score_sequences, batch.tokens, batch.mask)
         assert torch.equal(rewards, score_sequences(model, batch.tokens, batch.mask))
-        scores, _ = model("policy_and_value", batch.tokens, batch.mask, batch.response_mask, 0.7)
+        scores, _ = model(policy_and_value, batch.tokens, batch.mask, batch.response_mask, 0.7)
         direct = response_logprobs(
             model, "policy", batch.tokens, batch.mask, batch.response_mask, 0.7
         )

@@ -12,6 +12,7 @@ import torch
 
 from chatllama.config import PpoSection
 from chatllama.distributed import all_max, all_sum, device, rank, world_size
+from chatllama.scoring import policy_and_value, policy_value_and_text
 from trainers.engine import Engine
 from trainers.ppo_math import kl_loss, policy_loss, value_loss
 from trainers.ppo_text import TextShare, TextStream
@@ -147,10 +148,10 @@ class Update:
         inputs = (part.tokens, part.mask, part.response_mask, self.temperature)
         text_logprob = torch.zeros((), device=device())
         if text is None:
-            scores, values = self.engine("policy_and_value", *inputs)
+            scores, values = self.engine(policy_and_value, *inputs)
         else:
             scores, values, text_logprob = self.engine(
-                "policy_value_and_text", *inputs, text.tokens, text.mask, text.trains
+                policy_value_and_text, *inputs, text.tokens, text.mask, text.trains
             )
         policy = policy_loss(
             scores.logprobs,

@@ -26,8 +26,9 @@ from chatllama.config import Config
 from chatllama.distributed import all_sum, barrier, device, rank, world_size
 from chatllama.export import load_adapter, save_adapter
 from chatllama.reward_models import member_folder
-from chatllama.roles import Adapter, RoleModel, adapter_parameters, adapter_state, score_sequences
+from chatllama.roles import Adapter, RoleModel, adapter_parameters, adapter_state
 from chatllama.run_folder import RunFolder, write_json
+from chatllama.scoring import score_sequences
 from chatllama.statistics import wilson_interval
 from chatllama.tracking import Tracker
 from data.collate import PreferenceCollator, answer_pairs, batch_indices
@@ -231,7 +232,7 @@ def _optimizer_step(
     sums = torch.zeros(4, device=device())
     for rows in microbatches(batch, section.microbatch_size):
         tokens, mask, pairs = collator([train[i] for i in rows])
-        scores = engine("scores", tokens.to(device()), mask.to(device()))
+        scores = engine(score_sequences, tokens.to(device()), mask.to(device()))
         better, worse = scores[pairs.better.to(device())], scores[pairs.worse.to(device())]
         weight = pairs.weight.to(device())
         loss = pairwise_loss(

@@ -28,8 +28,9 @@ from chatllama.config import RewardSection
 from chatllama.distributed import device, rank
 from chatllama.results import BAYES_SLACK
 from chatllama.reward_models import doctor_path
-from chatllama.roles import RoleModel, score_sequences
+from chatllama.roles import RoleModel
 from chatllama.run_folder import RunFolder, write_json
+from chatllama.scoring import score_sequences
 from data.collate import answer_pairs, pad_left, pad_right
 from trainers.preference_doctor import (
     Concern,

@@ -14,16 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from chatllama.config import GenerationSection
 from chatllama.distributed import all_any, all_gather_objects, device, rank, world_size
 from chatllama.generate import generate
-from chatllama.roles import (
-    Role,
-    RoleModel,
-    acting_as,
-    autocast,
-    policy_and_value,
-    response_logprobs,
-    score_sequences,
-)
+from chatllama.roles import Role, RoleModel, acting_as, autocast
 from chatllama.sampling import Sampling
+from chatllama.scoring import policy_and_value, response_logprobs, score_sequences
 from chatllama.tokenizer import decode
 from trainers.dealing import collect, deal
 from trainers.engine import Engine

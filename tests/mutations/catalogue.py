@@ -41,6 +41,7 @@ BRADLEY_TERRY = _selftest("test_identity[bradley-terry]")
 PPO_MATH, ROLES, ROLLOUT = "trainers/ppo_math.py", "chatllama/roles.py", "trainers/rollout.py"
 UPDATE, LOOP, REWARDS = "trainers/ppo_update.py", "trainers/ppo.py", "trainers/ppo_rewards.py"
 SETUP, SAMPLING = "trainers/ppo_setup.py", "chatllama/sampling.py"
+SCORING = "chatllama/scoring.py"
 
 _GUARDS = "tests/test_ppo_guards.py::test_"
 _MATH = "tests/test_ppo_math.py::test_"
@@ -379,21 +380,21 @@ LOSS_BUGS = (
 SCORING_BUGS = (
     Mutation(
         "log-probabilities shifted by one",
-        ROLES,
+        SCORING,
         "hidden = hidden_states(model, role, tokens, mask)[:, -response_length - 1 : -1]",
         "hidden = hidden_states(model, role, tokens, mask)[:, -response_length:]",
         (LAMBDA_1, START),
     ),
     Mutation(
         "log-probability of the likeliest token",
-        ROLES,
+        SCORING,
         "picked = logits.gather(-1, targets[:, None]).squeeze(-1) - normalizer",
         "picked = logits.amax(-1) - normalizer",
         (LAMBDA_1, START),
     ),
     Mutation(
         "temperature only in sampling",
-        ROLES,
+        SCORING,
         "logits = logits.float() / temperature",
         "logits = logits.float()",
         (TEMPERED, SAMPLER),
@@ -410,21 +411,21 @@ SCORING_BUGS = (
     ),
     Mutation(
         "value that sees the action",
-        ROLES,
+        SCORING,
         'hidden = hidden_states(model, "value", tokens, mask)[:, -response_length - 1 : -1]',
         'hidden = hidden_states(model, "value", tokens, mask)[:, -response_length:]',
         (LAMBDA_1, "tests/test_roles.py::test_values_are_of_the_state_before_the_token"),
     ),
     Mutation(
         "attention to the padding",
-        ROLES,
+        SCORING,
         "attention_mask=mask.long(),",
         "attention_mask=torch.ones_like(tokens),",
         (LAMBDA_1, START),
     ),
     Mutation(
         "reward read by the number of tokens, under left padding",
-        ROLES,
+        SCORING,
         "return mask.shape[1] - 1 - mask.flip(1).long().argmax(1)",
         "return mask.sum(1) - 1",
         (LAMBDA_1, "tests/test_roles.py::test_last_token_index_on_either_side"),

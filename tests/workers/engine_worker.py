@@ -11,17 +11,9 @@ from chatllama.backbone import load_backbone
 from chatllama.config import BackboneSection, DeepSpeedSection, LoraSection
 from chatllama.distributed import all_sum, rank, shut_down, world_size
 from chatllama.generate import generate
-from chatllama.roles import (
-    Adapter,
-    Role,
-    RoleModel,
-    ScalarHead,
-    acting_as,
-    adapter_parameters,
-    response_logprobs,
-    score_sequences,
-)
+from chatllama.roles import Adapter, Role, RoleModel, ScalarHead, acting_as, adapter_parameters
 from chatllama.sampling import Sampling
+from chatllama.scoring import policy_and_value, response_logprobs, score_sequences
 from trainers.engine import (
     Engine,
     OptimizerSettings,
@@ -101,7 +93,7 @@ def step(engine: Engine, number: int) -> tuple[float, float]:
         with torch.no_grad():
             reference = response_logprobs(engine.model, "reference", *arguments).logprobs
             targets = score_sequences(engine.model, tokens[part], mask[part])
-        scores, values = engine("policy_and_value", *arguments)
+        scores, values = engine(policy_and_value, *arguments)
         kl = scores.logprobs - reference
         error = torch.where(response_mask[part], values - targets[:, None], 0)
         loss = (kl.square().sum() - scores.logprobs.sum() + error.square().sum()) / count

@@ -5,12 +5,8 @@ from typing import Literal
 import torch
 
 from chatllama.distributed import device
-from chatllama.roles import (
-    Adapter,
-    RoleModel,
-    adapter_parameters,
-    score_sequences,
-)
+from chatllama.roles import Adapter, RoleModel, adapter_parameters
+from chatllama.scoring import score_sequences
 from trainers.losses import pairwise_loss
 from trainers.ppo_math import gae, kl_loss, masked, policy_loss
 from trainers.ppo_setup import build_engine, build_roles
