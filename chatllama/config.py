@@ -180,6 +180,11 @@ class GenerationSection(Section):
     """Sample among the likeliest tokens of this total probability only. 1: all."""
     batch_size: Positive = 64
     """Responses sampled at a time, on one rank."""
+    merge_lora: Literal["auto", "always", "never"] = "auto"
+    """Sample PPO's rollouts with the adapter added into a second copy of the matrices that it
+    changes (their memory twice while sampling; the base itself is not touched). auto: where the
+    base is float32 and whole, since in bfloat16 the sum is rounded. always is refused where the
+    base is quantised or split by ZeRO-3."""
 
 
 class EvaluationSection(Section):

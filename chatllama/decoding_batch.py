@@ -24,7 +24,7 @@ class Request:
     stop_ids: Collection[int]
     """Ids that end it."""
     uniforms: torch.Tensor
-    """(max_new_tokens,) float32 in [0, 1): all of its randomness."""
+    """(at least max_new_tokens,) float32 in [0, 1): all of its randomness."""
     logprobs: int | None = None
     """Likeliest tokens to report beside the sampled one's log-probability. None: neither."""
 
@@ -94,7 +94,7 @@ class DecodingBatch:
         assert 0 < len(requests) <= self.free
         for request in requests:
             check_request(self._llama, request.prompt, request.sampling.max_new_tokens)
-            assert request.uniforms.shape == (request.sampling.max_new_tokens,)
+            assert len(request.uniforms) >= request.sampling.max_new_tokens
         first = len(self._rows)
         hidden = self._read_prompts([tuple(request.prompt) for request in requests], requests)
         for request in requests:

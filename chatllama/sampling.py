@@ -1,17 +1,18 @@
 """One token per row from logits, by inverting the cumulative distribution.
 
-The random numbers are handed in. Top-k and top-p are exact, ties included, without sorting the
-whole vocabulary where few tokens hold the probability. Nothing here knows a model.
+The random numbers are handed in. Top-k and top-p are exact, ties included, and sort the whole
+vocabulary only where its likeliest tokens do not hold enough. Nothing here knows a model.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from chatllama.config import GenerationSection
 
-FIRST_CANDIDATES = (64, 1024)
+CANDIDATES = 1024
 BLOCK = 256
 
 
@@ -45,29 +46,32 @@ class RowSampling:
     """(B, 1) int64; 0: all tokens."""
     top_p: torch.Tensor
     """(B, 1) float32."""
-    all_greedy: bool
-    some_greedy: bool
-    max_top_k: int
-    min_top_k: int
-    cuts_top_p: bool
+    truncated: torch.Tensor
+    """(B,) bool; top_k or top_p leaves tokens out."""
+    greedy_rows: int
+    truncated_rows: int
+    largest_top_k: int
+    tempered: bool
 
     @classmethod
     def of(cls, rows: Sequence[Sampling], device: torch.device | None = None) -> "RowSampling":
         """As tensors; one row serves for a batch of any size."""
         greedy = [row.temperature == 0 for row in rows]
-        top_ks = [0 if zero else row.top_k for row, zero in zip(rows, greedy, strict=True)]
-        top_ps = [1.0 if zero else row.top_p for row, zero in zip(rows, greedy, strict=True)]
+        truncated = [
+            not zero and (row.top_k > 0 or row.top_p < 1)
+            for row, zero in zip(rows, greedy, strict=True)
+        ]
         temperatures = [[row.temperature or 1.0] for row in rows]
         return cls(
             temperature=torch.tensor(temperatures, device=device),
             greedy=torch.tensor(greedy, device=device),
-            top_k=torch.tensor(top_ks, device=device)[:, None],
-            top_p=torch.tensor(top_ps, device=device)[:, None],
-            all_greedy=all(greedy),
-            some_greedy=any(greedy),
-            max_top_k=max(top_ks),
-            min_top_k=min(top_ks),
-            cuts_top_p=min(top_ps) < 1,
+            top_k=torch.tensor([[row.top_k] for row in rows], device=device),
+            top_p=torch.tensor([[row.top_p] for row in rows], device=device),
+            truncated=torch.tensor(truncated, device=device),
+            greedy_rows=sum(greedy),
+            truncated_rows=sum(truncated),
+            largest_top_k=max(row.top_k for row in rows),
+            tempered=any(row.temperature not in (0, 1) for row in rows),
         )
 
 
@@ -82,23 +86,27 @@ def next_tokens(logits: torch.Tensor, uniforms: torch.Tensor, rows: RowSampling)
     Raises:
         ValueError: a row of logits is NaN, or holds no finite number.
     """
-    if rows.all_greedy:
-        best, likeliest = logits.max(-1)
-    else:
-        best, likeliest = logits.amax(-1), None
-    if not bool(best.isfinite().all()):
+    if not bool(logits.amax(-1).isfinite().all()):
         raise ValueError("the model's logits are NaN or infinite: its weights are broken")
-    if rows.all_greedy:
-        assert likeliest is not None
-        return likeliest
-    # Unnormalised, the largest being 1: the sum below normalises.
-    weights = logits.float().sub(best.float()[:, None]).div_(rows.temperature).exp_()
-    if rows.max_top_k:
-        weights = _top_k(weights, rows)
-    if rows.cuts_top_p:
-        weights = _top_p(weights, rows.top_p)
-    chosen = _inverted(weights, uniforms)
-    return torch.where(rows.greedy, logits.argmax(-1), chosen) if rows.some_greedy else chosen
+    count = len(rows.greedy)
+    if rows.greedy_rows == count:
+        return logits.argmax(-1)
+    scaled = logits.float() / rows.temperature if rows.tempered else logits.float()
+    probabilities = scaled.softmax(-1)
+    if rows.truncated_rows == count:
+        chosen = _truncated(probabilities, uniforms, rows.top_k, rows.top_p, rows.largest_top_k)
+    else:
+        chosen = _inverted(probabilities, uniforms)
+        if rows.truncated_rows:
+            some = rows.truncated
+            chosen[some] = _truncated(
+                probabilities[some],
+                uniforms[some],
+                rows.top_k[some],
+                rows.top_p[some],
+                rows.largest_top_k,
+            )
+    return torch.where(rows.greedy, logits.argmax(-1), chosen) if rows.greedy_rows else chosen
 
 
 def _inverted(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
@@ -128,54 +136,68 @@ def _inverted(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     return (block * BLOCK + torch.searchsorted(within, rest)).squeeze(-1)
 
 
-def _top_k(weights: torch.Tensor, rows: RowSampling) -> torch.Tensor:
-    """Weights with zeros behind each row's k likeliest tokens."""
-    vocabulary = weights.shape[-1]
-    largest = min(rows.max_top_k, vocabulary)
-    best = weights.topk(largest).values
-    last = best.gather(1, rows.top_k.expand(len(best), 1).clamp(1, largest) - 1)
-    kept = (rows.top_k - (best > last).sum(-1, keepdim=True)).expand(len(best), 1)
-    if rows.min_top_k == 0:
-        everything = rows.top_k == 0
-        last = torch.where(everything, 0.0, last)
-        kept = torch.where(everything, vocabulary, kept)
-    return _cut(weights, last, kept)
+def _truncated(
+    weights: torch.Tensor,
+    uniforms: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    largest_top_k: int,
+) -> torch.Tensor:
+    """Tokens sampled among the likeliest only: (B,) int64.
 
-
-def _top_p(weights: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Weights with zeros outside the fewest likeliest tokens that hold `top_p` of the total."""
-    everything = top_p >= 1
-    wanted = torch.where(everything, 0.0, top_p * weights.sum(-1, keepdim=True))
-    best = _likeliest(weights, wanted)
-    # Tokens are kept until their total reaches what is wanted; the first always.
-    number = (best.cumsum(-1) - best < wanted).sum(-1, keepdim=True).clamp(min=1)
-    last = best.gather(1, number - 1)
-    tied = number - (best > last).sum(-1, keepdim=True)
-    vocabulary = weights.shape[-1]
-    return _cut(
-        weights, torch.where(everything, 0.0, last), torch.where(everything, vocabulary, tied)
-    )
-
-
-def _likeliest(weights: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """So many of the largest weights, in falling order, that every row holds what is wanted."""
-    for count in FIRST_CANDIDATES:
-        best = weights.topk(min(count, weights.shape[-1])).values
-        if bool((best.sum(-1, keepdim=True) >= wanted).all()):
-            return best
-    return weights.sort(descending=True).values
-
-
-def _cut(weights: torch.Tensor, last: torch.Tensor, tied: torch.Tensor) -> torch.Tensor:
-    """Weights above `last`, and the first `tied` of those equal to it; zeros elsewhere.
+    First the rank of the token is found among the sorted weights, then its id, by looking for its
+    weight; of equal weights the smaller id has the smaller rank.
 
     Args:
-        weights: (B, V) float32.
-        last: (B, 1) float32.
-        tied: (B, 1) int64.
+        weights: (B, V) float32, not negative.
+        uniforms: (B,) float32 in [0, 1).
+        top_k: (B or 1, 1) int64; 0: all tokens.
+        top_p: (B or 1, 1) float32; the fewest likeliest that hold this share of what top_k left.
+        largest_top_k: of `top_k`.
     """
-    equal = weights == last
-    if bool((equal.sum(-1, keepdim=True) > tied).any()):
-        equal &= equal.cumsum(-1) <= tied
-        return torch.where((weights > last) | equal, weights, 0.0)
-    return torch.where(weights >= last, weights, 0.0)
+    vocabulary = weights.shape[-1]
+    limit = torch.where(top_k > 0, top_k, vocabulary).clamp(max=vocabulary)
+    limit = limit.expand(len(weights), 1)
+    whole = weights.sum(-1, keepdim=True)
+    for count in (min(max(CANDIDATES, largest_top_k), vocabulary), vocabulary):
+        best = _largest(weights, count)
+        cumulative = best.cumsum(-1)
+        among = cumulative.gather(1, limit.clamp(max=count) - 1)
+        wanted = top_p * torch.where(limit <= count, among, whole)
+        reached = (cumulative[:, -1:] >= wanted) | (limit <= count)
+        if count == vocabulary or bool(reached.all()):
+            return _by_rank(weights, best, cumulative, limit, wanted, uniforms)
+    raise AssertionError
+
+
+def _by_rank(
+    weights: torch.Tensor,
+    best: torch.Tensor,
+    cumulative: torch.Tensor,
+    limit: torch.Tensor,
+    wanted: torch.Tensor,
+    uniforms: torch.Tensor,
+) -> torch.Tensor:
+    """Tokens at which the cumulative weight of the kept ones reaches (1 - u) of its total."""
+    # Tokens are kept until their total reaches what is wanted; the first always.
+    kept = (cumulative - best < wanted).sum(-1, keepdim=True).clamp(min=1)
+    kept = torch.minimum(kept, limit)
+    goal = (1 - uniforms[:, None]) * cumulative.gather(1, kept - 1)
+    rank = torch.searchsorted(cumulative, goal)
+    weight = best.gather(1, rank)
+    among_equals = rank - (best > weight).sum(-1, keepdim=True)
+    row, token = (weights == weight).nonzero(as_tuple=True)
+    first = torch.searchsorted(row, torch.arange(len(weights), device=row.device))
+    return token[first + among_equals.squeeze(1)]
+
+
+def _largest(weights: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` largest of each row in falling order: (B, count)."""
+    if weights.device.type != "cpu":
+        return weights.topk(count).values
+    # NumPy partitions and sorts numbers without their indices, with vector instructions: 1.6 and
+    # 5 ms for 64 x 32,000, against 19 ms of topk(1024) and 140 ms of torch.sort.
+    numbers = weights.numpy()
+    if count < numbers.shape[1]:
+        numbers = np.partition(numbers, numbers.shape[1] - count, axis=1)[:, -count:]
+    return torch.from_numpy(np.sort(numbers, axis=1)[:, ::-1].copy())

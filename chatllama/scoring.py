@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from chatllama.chosen_tokens import chosen_logprobs
 from chatllama.roles import Role, RoleModel, acting_as, autocast
 
 
@@ -68,18 +69,13 @@ def response_logprobs(
     response_length = response_mask.shape[1]
     hidden = hidden_states(model, role, tokens, mask)[:, -response_length - 1 : -1]
     chosen = hidden[response_mask]
-    with acting_as(model, role), autocast(model):
-        logits = model.llama.lm_head(chosen)
-    logits = logits.float() / temperature
     targets = tokens[:, -response_length:][response_mask]
-    normalizer = logits.logsumexp(-1)
-    picked = logits.gather(-1, targets[:, None]).squeeze(-1) - normalizer
-    with torch.no_grad():
-        logprobs = logits.detach() - normalizer.detach()[:, None]
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
+    with acting_as(model, role), autocast(model):
+        head = model.llama.lm_head
+        logprobs, entropy = chosen_logprobs(head, chosen, targets, temperature)
     zeros = torch.zeros(response_mask.shape, device=tokens.device)
     return TokenScores(
-        logprobs=zeros.masked_scatter(response_mask, picked),
+        logprobs=zeros.masked_scatter(response_mask, logprobs),
         entropy=zeros.masked_scatter(response_mask, entropy),
     )
 

@@ -293,7 +293,7 @@ def test_epochs_of_minibatches_are_steps_one_after_another(
     optimizer, position, norms, losses = oracle_optimizer(own), 4, [], []
     for epoch in (0, 1):
         for members in minibatches(own.cfg.ppo, own.cfg.seed, 1, epoch):
-            rows = [row for m in members for row in (2 * m, 2 * m + 1)]
+            rows = [row for m in members for row in shifted.microbatches(2)[m]]
             loss, parts = oracle_loss(own, shifted, targets, rows, position)
             norms.append(oracle_step(own, optimizer, loss, 1 - position / 8))
             losses.append(parts["policy"] * int(targets.mask[rows].sum()))
@@ -353,7 +353,7 @@ def test_an_update_stops_once_the_kl_is_above_its_target(
     own = build(tiny, **sizes)
     optimizer = oracle_optimizer(own)
     for position, members in enumerate(minibatches(own.cfg.ppo, own.cfg.seed, 0, 0)):
-        rows = [row for m in members for row in (2 * m, 2 * m + 1)]
+        rows = [row for m in members for row in rollout.microbatches(2)[m]]
         loss, _ = oracle_loss(own, rollout, targets, rows, position)
         oracle_step(own, optimizer, loss, 1 - position / 12)
     assert_close(weights(stopping.engine.model), weights(own.engine.model))
@@ -370,7 +370,7 @@ def test_the_target_is_compared_with_one_minibatch(
     whole = build(tiny, **sizes)._update(rollout, targets, state_at(0))
     # all of the KL is the second minibatch's; the metric averages over the tokens of both
     second = minibatches(build(tiny, **sizes).cfg.ppo, 0, 0, 0)[1]
-    rows = [row for m in second for row in (2 * m, 2 * m + 1)]
+    rows = [row for m in second for row in rollout.microbatches(2)[m]]
     share = int(targets.mask[rows].sum()) / int(targets.mask.sum())
     kl = whole["ppo/approx_kl"] / share
     sizes["epochs"] = 2

@@ -83,6 +83,24 @@ def test_select_cuts_only_empty_columns():
         assert torch.equal(whole.__dict__[name], value), name
 
 
+def test_microbatches_hold_rows_of_similar_lengths():
+    # prompt and response lengths; four microbatches of two, so two stretches of four rows
+    lengths = [(2, 6), (5, 1), (1, 5), (4, 2), (2, 1), (6, 6), (3, 2), (5, 5)]
+    rollout = arrange([[1] * p for p, _ in lengths], [[7] * r for _, r in lengths], [2], 0)
+    # by response: rows 1 4 (1 token), 3 6 (2) | 2 7 (5), 0 5 (6); then each stretch by prompt
+    assert rollout.microbatches(2) == [[4, 6], [3, 1], [2, 0], [7, 5]]
+    widths = [rollout.select(rows).tokens.shape[1] for rows in rollout.microbatches(2)]
+    assert widths == [3 + 2, 5 + 2, 2 + 6, 6 + 6]
+    # one stretch; and two of six and two rows
+    assert rollout.microbatches(8) == [[2, 4, 0, 6, 3, 1, 7, 5]]
+    assert rollout.microbatches(3) == [[2, 4, 6], [3, 1, 7], [0, 5]]
+
+
+def test_microbatches_of_equal_rows_follow_their_order():
+    rollout = arrange([[1, 5]] * 5, [[7, 2]] * 5, [2], 0)
+    assert rollout.microbatches(2) == [[0, 1], [2, 3], [4]]
+
+
 # --- dealing
 
 

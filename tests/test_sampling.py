@@ -80,7 +80,7 @@ def test_top_p_with_temperature_cuts_the_tempered_distribution():
 @pytest.mark.parametrize("top_p", [0.5, 0.9, 0.995])
 def test_top_p_is_exact_where_the_first_candidates_do_not_suffice(top_p: float):
     vocabulary = 1500
-    assert vocabulary > max(module.FIRST_CANDIDATES)
+    assert vocabulary > module.CANDIDATES
     # Nearly flat, shuffled: .9 needs about 1,340 tokens.
     order = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(3))
     logits = (-0.0002 * torch.arange(vocabulary, dtype=torch.float64))[order]
@@ -91,7 +91,7 @@ def test_top_p_is_exact_where_the_first_candidates_do_not_suffice(top_p: float):
             break
         kept.append(token)
         total += float(probabilities[token])
-    assert (len(kept) > max(module.FIRST_CANDIDATES)) == (top_p > 0.8)
+    assert (len(kept) > module.CANDIDATES) == (top_p > 0.8)
     expected = torch.zeros(vocabulary, dtype=torch.float64)
     expected[kept] = probabilities[kept] / total
     assert_distribution(grid_counts(logits.float(), Sampling(1, top_p=top_p)), expected)
@@ -121,6 +121,45 @@ def test_tokens_of_probability_zero_are_never_sampled(sampling: Sampling, seed: 
     for uniform in (0.0, ALMOST_ONE, 2**-24, 0.5):
         chosen = next_tokens(logits, torch.full((200,), uniform), sampling)
         assert not forbidden.gather(1, chosen[:, None]).any()
+
+
+def test_of_equally_likely_tokens_the_first_are_kept():
+    # bfloat16 logits tie all the time. Weights 4, 1, 1, 1, 1: top_k 3 keeps tokens 2, 0 and 1;
+    # top_p .6 wants 4.8 of 8, so one of the ones.
+    logits = torch.tensor([1.0, 1.0, 4.0, 1.0, 1.0]).log()
+    counts = grid_counts(logits, Sampling(1, top_k=3))
+    assert_distribution(counts, torch.tensor([1 / 6, 1 / 6, 4 / 6, 0, 0]))
+    counts = grid_counts(logits, Sampling(1, top_p=0.6))
+    assert_distribution(counts, torch.tensor([1 / 5, 0, 4 / 5, 0, 0]))
+
+
+def test_every_row_in_its_own_way():
+    logits = torch.randn(6, 3000, generator=torch.Generator().manual_seed(4)) * 3
+    uniforms = torch.tensor([0.1, 0.9, 0.5, 0.3, 0.99, 0.7])
+    rows = [
+        Sampling(1),
+        Sampling(1, 0.0),
+        Sampling(1, 0.5, top_k=2000),
+        Sampling(1, top_p=0.999),
+        Sampling(1, 2.0, top_k=7, top_p=0.5),
+        Sampling(1, 1.0, top_k=5000, top_p=0.9),
+    ]
+    together = next_tokens(logits, uniforms, rows).tolist()
+    assert together == [
+        int(next_tokens(logits[i : i + 1], uniforms[i : i + 1], row)) for i, row in enumerate(rows)
+    ]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_broken_logits_are_refused(bad: float):
+    logits = torch.zeros(2, 10)
+    logits[1, 3] = bad
+    for sampling in (Sampling(1), Sampling(1, 0.0), Sampling(1, top_p=0.5)):
+        with pytest.raises(ValueError, match="its weights are broken"):
+            next_tokens(logits, torch.zeros(2), sampling)
+    logits[1] = -math.inf
+    with pytest.raises(ValueError, match="its weights are broken"):
+        next_tokens(logits, torch.zeros(2), Sampling(1))
 
 
 def test_temperature_zero_takes_the_likeliest():

@@ -1,8 +1,8 @@
 """One PPO update: epochs of minibatches of microbatches over a rollout batch.
 
-The arithmetic is in `ppo_math.py`, the optimiser in `engine.py`. The rows of a microbatch stay
-together from scoring to the last epoch; minibatches are drawn anew from them, by the seed alone,
-so that the number of ranks changes nothing.
+The arithmetic is in `ppo_math.py`, the optimiser in `engine.py`. The rows of a microbatch, which
+are of similar length, stay together from scoring to the last epoch; minibatches are drawn anew from
+them, by the seed alone, so that the number of ranks changes nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,6 +38,16 @@ class Targets:
         )
 
 
+@dataclass(frozen=True)
+class Part:
+    """One microbatch, cut out once for all epochs."""
+
+    rollout: Rollout
+    targets: Targets
+    num_tokens: int
+    """Tokens that are learnt from."""
+
+
 @dataclass
 class Tally:
     """Sums over tokens, and peaks, of the update so far on this rank."""
@@ -50,10 +60,7 @@ class Tally:
 
 
 def minibatches(section: PpoSection, seed: int, step: int, epoch: int) -> list[list[int]]:
-    """Microbatch numbers of each minibatch, in random order.
-
-    Microbatch m holds rows [m * microbatch_size, (m + 1) * microbatch_size).
-    """
+    """Numbers of `Rollout.microbatches` in each minibatch, in random order."""
     generator = torch.Generator().manual_seed(hash((seed, step, epoch)) % 2**63)
     count = section.rollout_batch_size // section.microbatch_size
     order = torch.randperm(count, generator=generator).tolist()
@@ -97,6 +104,7 @@ class Update:
         resting = ("policy",) if warming_up else ()
         tally = Tally(torch.zeros(9, device=device()), torch.zeros(2, device=device()))
         norms: list[float] = []
+        parts = self._parts()
         per_epoch = section.rollout_batch_size // section.minibatch_size
         done = self.step * section.epochs * per_epoch
         factor, stopped = 0.0, False
@@ -104,7 +112,8 @@ class Update:
             for number, members in enumerate(minibatches(section, self.seed, self.step, epoch)):
                 first = epoch == 0 and number == 0
                 position = done + epoch * per_epoch + number
-                approx_kl = self._accumulate(members, position, tally, warming_up, first)
+                chosen = [parts[m] for m in members]
+                approx_kl = self._accumulate(chosen, position, tally, warming_up, first)
                 factor = self.lr_factor(position)
                 norms.append(self.engine.step(factor, resting))
                 self.after_step()
@@ -115,27 +124,35 @@ class Update:
                 break
         return self._metrics(tally, norms, factor, per_epoch * section.epochs)
 
+    def _parts(self) -> list[Part]:
+        """The microbatches."""
+        counts = self.targets.mask.sum(1).tolist()
+        parts = []
+        for rows in self.rollout.microbatches(self.section.microbatch_size):
+            rollout = self.rollout.select(rows)
+            targets = self.targets.select(rows, rollout.response_mask.shape[1])
+            parts.append(Part(rollout, targets, sum(counts[row] for row in rows)))
+        return parts
+
     def _accumulate(
-        self, members: list[int], position: int, tally: Tally, warming_up: bool, first: bool
+        self, parts: list[Part], position: int, tally: Tally, warming_up: bool, first: bool
     ) -> float:
         """Backward passes of one minibatch; its approximate KL per token if that is asked for."""
-        size = self.section.microbatch_size
-        all_rows = [row for m in members for row in range(m * size, (m + 1) * size)]
         # A minibatch of which nothing is learnt (all filtered) still steps, with gradient 0.
-        num_tokens = float(self.targets.mask[all_rows].sum().clamp(min=1))
-        text = self.text.batch(position, len(members)) if self.text is not None else None
+        num_tokens = float(max(1, sum(part.num_tokens for part in parts)))
+        text = self.text.batch(position, len(parts)) if self.text is not None else None
         before = tally.sums[4].clone()
-        for place in range(rank(), len(members), world_size()):
-            rows = list(range(members[place] * size, (members[place] + 1) * size))
+        for place in range(rank(), len(parts), world_size()):
             share = text.share(place) if text is not None else None
-            self.engine.backward(self._loss(rows, num_tokens, share, tally, warming_up, first))
+            loss = self._loss(parts[place], num_tokens, share, tally, warming_up, first)
+            self.engine.backward(loss)
         if self.section.target_kl is None:
             return 0.0
         return float(all_sum(tally.sums[4] - before)) / num_tokens
 
     def _loss(
         self,
-        rows: list[int],
+        microbatch: Part,
         num_tokens: float,
         text: TextShare | None,
         tally: Tally,
@@ -143,8 +160,7 @@ class Update:
         first: bool,
     ) -> torch.Tensor:
         """The loss of one microbatch, a share of the minibatch's."""
-        section, part = self.section, self.rollout.select(rows)
-        goal = self.targets.select(rows, part.response_mask.shape[1])
+        section, part, goal = self.section, microbatch.rollout, microbatch.targets
         inputs = (part.tokens, part.mask, part.response_mask, self.temperature)
         text_logprob = torch.zeros((), device=device())
         if text is None:

@@ -6,7 +6,9 @@ Shapes: B responses of all ranks, P prompt, R response, T = P + R.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -14,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from chatllama.config import GenerationSection
 from chatllama.distributed import all_any, all_gather_objects, device, rank, world_size
 from chatllama.generate import generate
-from chatllama.roles import Role, RoleModel, acting_as, autocast
+from chatllama.roles import Role, RoleModel, acting_as, autocast, mergeable, merged_as
 from chatllama.sampling import Sampling
 from chatllama.scoring import policy_and_value, response_logprobs, score_sequences
 from chatllama.tokenizer import decode
@@ -85,6 +87,24 @@ class Rollout:
             picked[name] = picked[name][:, :length]
         return Rollout(**picked)
 
+    def microbatches(self, size: int) -> list[list[int]]:
+        """Rows that are scored, and later learnt from, together: `size` each, the last maybe fewer.
+
+        They are of similar lengths, so that little of a microbatch is padding: in order of the
+        response's length, and within about the square root of as many stretches in order of the
+        prompt's.
+        """
+        lengths = self.lengths.tolist()
+        prompts = (self.mask.sum(1) - self.lengths).tolist()
+        rows = sorted(range(len(lengths)), key=lambda row: lengths[row])
+        count = -(-len(rows) // size)
+        stretch = size * -(-count // max(1, round(count**0.5)))
+        for start in range(0, len(rows), stretch):
+            rows[start : start + stretch] = sorted(
+                rows[start : start + stretch], key=lambda row: prompts[row]
+            )
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
     def response_ids(self, row: int) -> list[int]:
         """The response's ids, its stop token included."""
         width = self.response_mask.shape[1]
@@ -117,7 +137,7 @@ def sample_responses(
     in_step = engine.partitions() and not engine.gathers
     model = engine.model
     model.eval()
-    with engine.whole(), acting_as(model, role), autocast(model):
+    with engine.whole(), _sampling_as(engine, role, generation.merge_lora), autocast(model):
         responses = generate(
             model.llama,
             [prompts[i] for i in own],
@@ -132,6 +152,22 @@ def sample_responses(
         for i, response in share:
             merged[i] = response
     return merged
+
+
+def _sampling_as(
+    engine: Engine, role: Role, merge: Literal["auto", "always", "never"]
+) -> AbstractContextManager[None]:
+    """The role acting, its adapter merged or not."""
+    model = engine.model
+    possible = mergeable(model) and not engine.partitions()
+    if merge == "always" and not possible:
+        raise ValueError(
+            "generation.merge_lora always: the backbone is quantised or split by ZeRO-3, so "
+            "adapters cannot be merged into it; use auto or never"
+        )
+    if merge == "always" or (merge == "auto" and possible and model.llama.dtype == torch.float32):
+        return merged_as(model, role)
+    return acting_as(model, role)
 
 
 def arrange(
@@ -191,7 +227,9 @@ def score(
     names = ("logprobs", "ref_logprobs", "entropy", "values")
     filled = {name: torch.zeros_like(rollout.__dict__[name]) for name in names}
     members = torch.zeros(len(rollout.tokens), len(reward_roles), device=rollout.tokens.device)
-    for rows, counts in deal(len(rollout.tokens), microbatch_size):
+    microbatches = rollout.microbatches(microbatch_size)
+    for (number,), counts in deal(len(microbatches), 1):
+        rows = microbatches[number]
         part = rollout.select(rows)
         batch = (part.tokens, part.mask, part.response_mask)
         policy, values = policy_and_value(model, *batch, temperature)

@@ -301,8 +301,8 @@ LOSS_BUGS = (
     Mutation(
         "tokens of one microbatch as the normaliser",
         UPDATE,
-        "num_tokens = float(self.targets.mask[all_rows].sum().clamp(min=1))",
-        "num_tokens = float(self.targets.mask[all_rows[:size]].sum().clamp(min=1))",
+        "num_tokens = float(max(1, sum(part.num_tokens for part in parts)))",
+        "num_tokens = float(max(1, parts[0].num_tokens))",
         (LAMBDA_1, "tests/test_ppo_update.py::test_two_steps_are_what_the_oracle_does[plain]"),
     ),
     Mutation(
@@ -387,23 +387,23 @@ SCORING_BUGS = (
     ),
     Mutation(
         "log-probability of the likeliest token",
-        SCORING,
-        "picked = logits.gather(-1, targets[:, None]).squeeze(-1) - normalizer",
-        "picked = logits.amax(-1) - normalizer",
+        "chatllama/chosen_tokens.py",
+        "picked = logits.gather(1, targets[rows, None]) - total.log()",
+        "picked = logits.amax(1, keepdim=True) - total.log()",
         (LAMBDA_1, START),
     ),
     Mutation(
         "temperature only in sampling",
-        SCORING,
-        "logits = logits.float() / temperature",
-        "logits = logits.float()",
+        "chatllama/chosen_tokens.py",
+        "logits /= temperature",
+        "logits /= 1.0",
         (TEMPERED, SAMPLER),
     ),
     Mutation(
         "temperature only in scoring",
         SAMPLING,
-        ".div_(rows.temperature).exp_()",
-        ".exp_()",
+        "scaled = logits.float() / rows.temperature if",
+        "scaled = logits.float() if",
         (
             SAMPLER,
             "tests/test_sampling.py::test_next_tokens_follow_the_softmax_over_the_whole_vocabulary",
