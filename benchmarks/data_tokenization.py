@@ -1,12 +1,15 @@
 """Rate of reading and tokenising beside plain `datasets.map`, and memory of reading a large file.
 
-    python benchmarks/data_tokenization.py TOKENIZER_FOLDER DATA_FILE [--records 20000]
+    python benchmarks/data_tokenization.py TOKENIZER_FOLDER DATA_FILE [--records 20000] [--rounds 2]
     python benchmarks/data_tokenization.py TOKENIZER_FOLDER DATA_FILE --stream-mb 1000
 
 DATA_FILE holds conversations in any format that chatllama reads; it is repeated (each copy with a
-number of its own, so that nothing comes from a cache) until there are enough records. Nothing is
-downloaded. Rows are printed as JSON: what was done, processes, seconds, tokens a second, and the
-peak resident memory of this process and its largest child in MiB.
+number of its own, so that nothing comes from a cache) until there are enough records. Every round
+does everything once, on text of its own, so that ratios can be taken within a round. Nothing is
+downloaded. Rows are printed as JSON: what was done, processes, seconds on the clock and of the
+processors (of all processes; the figure to trust on a shared machine), tokens per processor second,
+and the peak resident memory of this process and its largest child in MiB. Results of ours:
+`benchmarks/results/data.md`.
 """
 
 import argparse
@@ -36,6 +39,7 @@ def main() -> None:
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("--records", type=int, default=20_000)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--stream-mb", type=int, help="read a file of this size instead")
     parser.add_argument("--max-length", type=int, default=2048)
     arguments = parser.parse_args()
@@ -50,11 +54,10 @@ def main() -> None:
             _tokenize(arguments, Path(folder))
 
 
-def _records(source: Path) -> Iterator[list[dict[str, str]]]:
+def _records(source: Path, number: int) -> Iterator[list[dict[str, str]]]:
     """The conversations of a file again and again, each time with another number."""
     data, _ = read_source(DataSource(path=str(source)), "sft")
     rows: list[list[dict[str, str]]] = data["messages"][:]
-    number = 0
     while True:
         for messages in rows:
             number += 1
@@ -62,11 +65,11 @@ def _records(source: Path) -> Iterator[list[dict[str, str]]]:
             yield [first, *messages[1:]]
 
 
-def _write(source: Path, file: Path, enough: Callable[[int, int], bool]) -> None:
+def _write(source: Path, file: Path, enough: Callable[[int, int], bool], first: int = 0) -> None:
     """Conversations as jsonl until `enough(number, bytes)`."""
     size = 0
     with file.open("w", encoding="utf-8") as stream:
-        for number, messages in enumerate(_records(source)):
+        for number, messages in enumerate(_records(source, first)):
             if enough(number, size):
                 return
             line = json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
@@ -78,15 +81,13 @@ def _stream(arguments: argparse.Namespace, folder: Path) -> None:
     file = folder / "large.jsonl"
     limit = arguments.stream_mb * 2**20
     _write(arguments.data, file, lambda _, size: size >= limit)
-    before = _peak()
-    begin = time.perf_counter()
+    before, watch = _peak(), _Watch()
     data, _ = read_source(DataSource(path=str(file)), "sft")
-    seconds = time.perf_counter() - begin
     row = {
         "what": f"read {arguments.stream_mb} MiB of jsonl",
         "records": len(data),
-        "seconds": round(seconds, 1),
-        "mib_per_second": round(arguments.stream_mb / seconds, 1),
+        **watch.seconds(),
+        "mib_per_cpu_second": round(arguments.stream_mb / watch.seconds()["cpu_seconds"], 1),
         "peak_mib_before": before,
         "peak_mib": _peak(),
     }
@@ -94,34 +95,33 @@ def _stream(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def _tokenize(arguments: argparse.Namespace, folder: Path) -> None:
-    file = folder / "data.jsonl"
-    _write(arguments.data, file, lambda number, _: number >= arguments.records)
-    begin = time.perf_counter()
-    data, _ = read_source(DataSource(path=str(file)), "sft")
-    _print("read", time.perf_counter() - begin, 0, None)
     tokenizer = load_tokenizer(arguments.tokenizer)
-    chat = ChatSection(template="llama2")
-    workers = num_workers(len(data))
-
-    begin = time.perf_counter()
-    ours, _ = tokenize_conversations(data, tokenizer, chat, arguments.max_length)
-    _print("ours: chat layout, loss mask, exact ids", time.perf_counter() - begin,
-           sum(map(len, ours["input_ids"][:])), workers)  # fmt: skip
-    begin = time.perf_counter()
-    tokenize_conversations(data, tokenizer, chat, arguments.max_length)
-    _print("ours again, from the cache", time.perf_counter() - begin, 0, workers)
-
-    for batched in (False, True):
-        begin = time.perf_counter()
-        plain = data.map(
-            _plain,
-            batched=batched,
-            remove_columns=data.column_names,
-            fn_kwargs={"tokenizer": tokenizer, "max_length": arguments.max_length},
-            num_proc=workers,
-        )
-        what = f"datasets.map, fast tokenizer on joined text, {'batched' if batched else 'by row'}"
-        _print(what, time.perf_counter() - begin, sum(map(len, plain["input_ids"][:])), workers)
+    chat, length = ChatSection(template="llama2"), arguments.max_length
+    for number in range(1, arguments.rounds + 1):
+        file = folder / f"data-{number}.jsonl"
+        first = number * 10**6
+        _write(arguments.data, file, lambda count, _: count >= arguments.records, first)
+        watch = _Watch()
+        data, _ = read_source(DataSource(path=str(file)), "sft")
+        _print(number, "read", watch, None, None)
+        workers = num_workers(len(data))
+        for what in ("ours: chat layout, loss mask, exact ids", "ours again, from the cache"):
+            watch = _Watch()
+            ours, _ = tokenize_conversations(data, tokenizer, chat, length)
+            _print(number, what, watch, None if "cache" in what else ours, workers)
+        for batched in (False, True):
+            watch = _Watch()
+            plain = data.map(
+                _plain,
+                batched=batched,
+                remove_columns=data.column_names,
+                fn_kwargs={"tokenizer": tokenizer, "max_length": length},
+                num_proc=workers,
+            )
+            what = (
+                f"datasets.map, fast tokenizer on joined text, {'batched' if batched else 'by row'}"
+            )
+            _print(number, what, watch, plain, workers)
 
 
 def _plain(
@@ -137,12 +137,35 @@ def _plain(
     return {"input_ids": encoded["input_ids"]}
 
 
-def _print(what: str, seconds: float, tokens: int, workers: int | None) -> None:
+class _Watch:
+    """Time since it was made."""
+
+    def __init__(self) -> None:
+        self._begin = time.perf_counter(), self._cpu()
+
+    def seconds(self) -> dict[str, float]:
+        """On the clock, and of the processors: this process and its finished children."""
+        clock, cpu = time.perf_counter() - self._begin[0], self._cpu() - self._begin[1]
+        return {"seconds": round(clock, 2), "cpu_seconds": round(cpu, 2)}
+
+    @staticmethod
+    def _cpu() -> float:
+        times = os.times()
+        return times.user + times.system + times.children_user + times.children_system
+
+
+def _print(
+    number: int, what: str, watch: _Watch, made: datasets.Dataset | None, workers: int | None
+) -> None:
+    seconds = watch.seconds()
+    tokens = None if made is None else sum(map(len, made["input_ids"][:]))
     row = {
+        "round": number,
         "what": what,
         "processes": workers or 1,
-        "seconds": round(seconds, 2),
-        "tokens_per_second": round(tokens / seconds) if tokens else None,
+        **seconds,
+        "tokens": tokens,
+        "tokens_per_cpu_second": tokens and round(tokens / max(seconds["cpu_seconds"], 0.01)),
         "peak_mib": _peak(),
     }
     print(json.dumps(row), flush=True)

@@ -19,6 +19,8 @@ from chatllama.config_base import (
     PositiveFloat,
     Schedule,
     Section,
+    language_codes,
+    split_language,
 )
 from chatllama.config_ppo import PpoSection, RewardSource
 from chatllama.config_stages import (
@@ -49,6 +51,8 @@ __all__ = [
     "SftSection",
     "StageSection",
     "TrackingSection",
+    "language_codes",
+    "split_language",
 ]
 
 

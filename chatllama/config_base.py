@@ -1,6 +1,8 @@
 """What every section of the YAML is made of: the strict base class, number types, `DataSource`."""
 
 import codecs
+import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -38,7 +40,50 @@ Format = Literal[
     "oasst",
     "prompts",
     "turns",
+    "translation",
 ]
+
+
+LANGUAGES = {
+    "ar": "Arabic", "bg": "Bulgarian", "bn": "Bengali", "ca": "Catalan", "cs": "Czech",
+    "da": "Danish", "de": "German", "el": "Greek", "en": "English", "es": "Spanish",
+    "et": "Estonian", "fa": "Persian", "fi": "Finnish", "fr": "French", "gu": "Gujarati",
+    "ha": "Hausa", "he": "Hebrew", "hi": "Hindi", "hr": "Croatian", "hu": "Hungarian",
+    "id": "Indonesian", "is": "Icelandic", "it": "Italian", "ja": "Japanese", "kk": "Kazakh",
+    "km": "Khmer", "ko": "Korean", "lt": "Lithuanian", "lv": "Latvian", "nl": "Dutch",
+    "no": "Norwegian", "pl": "Polish", "ps": "Pashto", "pt": "Portuguese", "ro": "Romanian",
+    "ru": "Russian", "sk": "Slovak", "sl": "Slovenian", "sr": "Serbian", "sv": "Swedish",
+    "sw": "Swahili", "ta": "Tamil", "th": "Thai", "tr": "Turkish", "uk": "Ukrainian",
+    "ur": "Urdu", "vi": "Vietnamese", "zh": "Chinese",
+}  # fmt: skip
+
+
+def split_language(language: str) -> tuple[str, str]:
+    """Code and English name of a language written as `de`, `pt-BR` or `nds=Low German`.
+
+    Raises:
+        ValueError: a code without a name that is known here.
+    """
+    code, _, name = (part.strip() for part in language.partition("="))
+    known = LANGUAGES.get(re.split("[-_]", code)[0].lower())
+    if not code or not (name or known):
+        raise ValueError(
+            f"unknown language {language!r}; known: {', '.join(LANGUAGES)}; or write its name "
+            "too, as in nds=Low German"
+        )
+    return code, name or str(known)
+
+
+def language_codes(languages: Sequence[str]) -> tuple[str, str]:
+    """The codes of a source and a target language.
+
+    Raises:
+        ValueError: an unknown one, or the same twice.
+    """
+    source, target = (split_language(each)[0] for each in languages)
+    if source == target:
+        raise ValueError(f"from {source!r} into itself is no translation")
+    return source, target
 
 
 class Section(BaseModel):
@@ -125,6 +170,9 @@ class DataSource(Section):
     ) = None
     """How records are laid out: a name, or which column holds what, as in
     `{prompt: question, completion: answer}`. null: told from the keys of the first record."""
+    languages: Annotated[list[str], Field(min_length=2, max_length=2)] | None = None
+    """With format `translation`: from which language into which, as in [de, en] (or
+    `nds=Low German`). `path` may then be that of two aligned files, PATH.de and PATH.en."""
     split: str = "train"
     """Split to read, for hub data sets and folders."""
     subset: str | None = None
@@ -137,6 +185,21 @@ class DataSource(Section):
     """Sampling proportion in the mixture; give it to all sources or to none."""
     epochs: PositiveFloat = 1.0
     """With weights: the most passes over this source. Without: the passes it contributes."""
+
+    @field_validator("languages")
+    @classmethod
+    def _check_languages(cls, languages: list[str] | None) -> list[str] | None:
+        if languages is not None:
+            language_codes(languages)
+        return languages
+
+    @model_validator(mode="after")
+    def _check_translation(self) -> "DataSource":
+        if (self.format == "translation") != (self.languages is not None):
+            raise ValueError(
+                "format translation and languages (as in languages: [de, en]) go together"
+            )
+        return self
 
     @field_validator("encoding")
     @classmethod

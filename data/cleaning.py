@@ -1,8 +1,9 @@
 """Cleaned copies of a config's sources, and a log of every record that is not in them.
 
-What is dropped: records that cannot be decoded or cannot serve, later exact copies, training
-records that ask what the stage's eval_data asks, and those that give away an evaluation set. Near
-duplicates and long records stay: they are a judgement, not a defect.
+What is dropped: records that cannot be decoded or cannot serve, those whose tokens break a rule,
+later exact copies, training records that ask what the stage's eval_data asks, and those that give
+away an evaluation set. So nothing of severity error is left, but for what no record can cure.
+Near duplicates and long records stay: they are a judgement, not a defect.
 """
 
 import json
@@ -95,8 +96,8 @@ def drop_reasons(cfg: Config, one: Checked, checked: list[Checked]) -> list[str]
     seen: dict[str, str] = {}
     reasons: list[str] = []
     for i, row in enumerate(_rows(one)):
-        if row["severity"] != GOOD:
-            reasons.append(row["problem"])
+        if row["severity"] != GOOD or i in one.failed:
+            reasons.append(one.failed.get(i) or row["problem"])
             continue
         before = seen.setdefault(identity(row), row["where"])
         if before != row["where"]:

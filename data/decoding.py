@@ -12,7 +12,7 @@ import lzma
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -48,7 +48,7 @@ def decode(
         format: of the source; `text` and `lines` open a file of any name.
     """
     kind = suffix(file.path)
-    plain = format in ("text", "lines")
+    plain = format in ("text", "lines") or file.aligned is not None
     if kind not in TYPES and not plain:
         hint = "for plain text of any name give format: text (or lines)"
         error = f"unknown file type {kind!r}; known: {', '.join((*TYPES, *COMPRESSIONS))}; {hint}"
@@ -73,6 +73,9 @@ def _records(
     file: DataFile, kind: str, encoding: str, columns: Sequence[str] | None, format: object
 ) -> Iterator[Decoded]:
     """`decode`, with exceptions for damage and for errors after which reading cannot go on."""
+    if file.aligned is not None:
+        yield from _aligned(file, file.aligned, encoding)
+        return
     if kind == ".parquet":
         yield from _parquet(file)
         return
@@ -135,6 +138,22 @@ def _single_lines(lines: Iterator[Line]) -> Iterator[Decoded]:
             yield where, line
         elif line.strip():
             yield where, {"text": line}
+
+
+def _aligned(file: DataFile, other: Path, encoding: str) -> Iterator[Decoded]:
+    """Every line with the same line of the other file."""
+    with _open(file.path) as stream, _open(other) as stream_there:
+        here = _lines(stream, file.name, encoding)
+        there = _lines(stream_there, other.name, encoding)
+        for one, two in zip_longest(here, there):
+            if one is None or two is None:
+                place, shorter = (two, file.name) if one is None else (one, other.name)
+                assert place is not None
+                wrong = f"{shorter} has no such line: the files are not aligned"
+                raise RecordError(f"{place[0]}: {wrong}")
+            where, text = one
+            broken = next((each for each in (text, two[1]) if isinstance(each, RecordError)), None)
+            yield where, broken or {"source": text, "target": two[1]}
 
 
 def _paragraphs(lines: Iterator[Line]) -> Iterator[Decoded]:

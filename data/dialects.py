@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from chatllama.config import ColumnMapping, Format
 from data.layouts import PROMPT_KEYS, Malformed, Raw, Unusable, checked_list, mapping, shorten
+from data.translation import as_instruction
 
 Piece = tuple[str, Raw, Format]
 """What to add to the place, an object, and its layout."""
@@ -112,6 +113,8 @@ def translate(fields: Raw, format: Format, kind: str) -> list[Piece]:
             return [("", *_labelled(fields, kind))]
         case "oasst":
             return _tree(fields, kind)
+        case "translation":
+            return [("", as_instruction(fields), "prompt_completion")]
         case _:
             return [("", fields, format)]
 
@@ -248,13 +251,13 @@ def _tree(fields: Raw, kind: str) -> list[Piece]:
     for path, replies in _nodes(root, only_best=kind != "preferences"):
         asks = path[-1].get("role") != "assistant"
         turns = [{"role": node.get("role"), "content": node.get("text")} for node in path]
-        ranked = [reply for reply in replies if isinstance(reply.get("rank"), int)]
+        ranked = [reply for reply in replies if _rank(reply) is not None]
         if kind == "prompts" and asks:
             made.append(({"messages": turns}, "prompts"))
         elif kind == "preferences" and asks and len(ranked) > 1:
-            ranked.sort(key=lambda reply: cast(int, reply["rank"]))
+            ranked.sort(key=_order)
             answers = [reply.get("text") for reply in ranked]
-            ranks = [reply["rank"] for reply in ranked]
+            ranks = [_rank(reply) for reply in ranked]
             made.append(({"messages": turns, "answers": answers, "ranks": ranks}, "ranked"))
         elif kind == "sft" and not asks and not any(reply.get("replies") for reply in replies):
             made.append(({"messages": turns}, "messages"))
@@ -280,12 +283,26 @@ def _nodes(root: Raw, *, only_best: bool) -> Iterator[tuple[list[Raw], list[Raw]
             for i, reply in enumerate(checked_list([] if value is None else value, "replies"))
         ]
         yield path, replies
-        followed = sorted(replies, key=_rank)
+        followed = sorted(replies, key=_order)
         if only_best and path[-1].get("role") != "assistant":
             followed = followed[:1]
         waiting += [[*path, reply] for reply in reversed(followed)]
 
 
-def _rank(reply: Raw) -> float:
+def _rank(reply: Raw) -> int | None:
+    """The place among the answers to one message, from 0; None for a message without."""
     rank = reply.get("rank")
-    return float(rank) if isinstance(rank, int) else float("inf")
+    if rank is None or rank == "":
+        return None
+    try:
+        number = float(cast(Any, rank))
+        if isinstance(rank, bool) or not number.is_integer():
+            raise ValueError(rank)
+    except (TypeError, ValueError):
+        raise Malformed(f"rank: expected a whole number or null, got {shorten(rank)}") from None
+    return int(number)
+
+
+def _order(reply: Raw) -> float:
+    rank = _rank(reply)
+    return float("inf") if rank is None else rank

@@ -5,7 +5,7 @@ sources are in `doctor_records.py` and `doctor_tokens.py`; here are those betwee
 mixture, and what training and evaluation have in common.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from datasets import Dataset
@@ -44,6 +44,8 @@ class Checked:
     """All records, from `read_rows`."""
     usable: list[int]
     """Rows that can serve."""
+    failed: dict[int, str] = field(default_factory=dict)
+    """Of those, the ones whose tokens are wrong, and why."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,7 @@ def examine(
             continue
         checked.append(one)
         if tokenizer is not None:
-            good = one.rows.select(one.usable)
-            lengths[one.health.name] = (
-                check_tokens(good, tokenizer, cfg.chat, one.health, findings) if len(good) else []
-            )
+            lengths[one.health.name] = _check_tokens(one, tokenizer, cfg, findings)
     for stage in stages:
         if stage != "pretraining":
             own = [one for one in checked if one.part.stage == stage]
@@ -131,6 +130,18 @@ def _check_source(part: StageSource, findings: Findings) -> Checked | None:
     if not usable:
         findings.add("error", "nothing_usable", health.name, "no record can serve")
     return Checked(part, health, rows, usable)
+
+
+def _check_tokens(
+    one: Checked, tokenizer: PreTrainedTokenizerFast, cfg: Config, findings: Findings
+) -> list[int]:
+    """Tokens of every usable record; what is wrong with them goes into `one` and `findings`."""
+    if not one.usable:
+        return []
+    good = one.rows.select(one.usable)
+    found = check_tokens(good, tokenizer, cfg.chat, one.health, findings)
+    one.failed = {i: why for i, why in zip(one.usable, found.problems, strict=True) if why}
+    return found.lengths
 
 
 def _check_stage(cfg: Config, stage: str, own: list[Checked], findings: Findings) -> None:

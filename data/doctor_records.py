@@ -12,18 +12,20 @@ from data.decontaminate import record_texts
 from data.doctor_report import Findings, SourceHealth
 from data.duplicates import near_duplicates
 from data.readers import GOOD, MALFORMED
+from data.trees import JOINED
 from data.words import script, words
 
 # Reasons that belong to a layout: such records are passed over, and nothing is wrong with them.
 EXPECTED = (
     "labelled as a bad answer",
     "no answer with the other label to the same prompt",
-    "joined with the other answers to its prompt",
     "a tie",
     "all answers are tied",
     "the annotators disagree",
     "no ranked answers in the tree",
 )
+# Nothing is lost: the record is a part of one that stands elsewhere.
+_PARTS = ("joined with the other answers to its prompt", JOINED)
 _REASONS = (
     ("empty_side", re.compile(r"^empty |^no turns|^no instances|^no answers")),
     ("role_order", re.compile(r"^roles do not|^the last turn|^role ")),
@@ -83,6 +85,8 @@ def _unusable(row: dict[str, Any], malformed: bool, source: str, findings: Findi
         findings.add("error", "malformed", source, "malformed record", problem)
         return
     check = next((name for name, pattern in _REASONS if pattern.search(problem)), "unusable")
+    if problem in _PARTS:
+        return
     if problem in EXPECTED:
         findings.add("warning", "passed_over", source, problem, where)
     else:

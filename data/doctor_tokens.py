@@ -15,6 +15,7 @@ from chatllama.tokenizer import decode, encode
 from data.decontaminate import record_texts
 from data.doctor_report import Findings, SourceHealth, percentiles
 from data.readers import code_digest
+from data.sft import fit, nothing_within
 from data.workers import num_workers
 
 
@@ -62,14 +63,24 @@ MESSAGES = {
 }
 
 
+@dataclass(frozen=True)
+class CheckedTokens:
+    """What is known of each usable record of a source, in order."""
+
+    lengths: list[int]
+    """Tokens, of the longest of its sequences."""
+    problems: list[str]
+    """The first check of its tokens that fails, in words, or ""."""
+
+
 def check_tokens(
     good: Dataset,
     tokenizer: PreTrainedTokenizerFast,
     chat: ChatSection,
     health: SourceHealth,
     findings: Findings,
-) -> list[int]:
-    """Tokens of every record, the longest of its sequences; the defects go into `findings`.
+) -> CheckedTokens:
+    """Lengths and failed checks of every record; the defects go into `findings`.
 
     Args:
         good: usable rows of `read_rows`.
@@ -88,41 +99,40 @@ def check_tokens(
                 "tokens": Value("int64"),
                 "trained": Value("int64"),
                 "problems": List(Value("string")),
+                "cut": Value("string"),
                 "where": Value("string"),
             }
         ),
         remove_columns=good.column_names,
-        fn_kwargs={"tokenizer": tokenizer, "chat": chat, "rules": rules, "code": code_digest()},
+        fn_kwargs={
+            "tokenizer": tokenizer,
+            "chat": chat,
+            "rules": rules,
+            "limit": health.max_length,
+            "code": code_digest(),
+        },
         num_proc=num_workers(len(good)),
     )
     lengths: list[int] = shown["length"][:]
     health.num_tokens = sum(shown["tokens"][:])
     health.num_trained_tokens = sum(shown["trained"][:])
     health.lengths = percentiles(lengths)
-    wheres: list[str] = shown["where"][:]
-    for where, problems in zip(wheres, shown["problems"][:], strict=True):
+    first: list[str] = []
+    for where, problems in zip(shown["where"][:], shown["problems"][:], strict=True):
+        first.append("")
         for problem in problems:
             name, _, reason = problem.partition(": ")
             message = MESSAGES.get(name, "cannot be laid out")
             example = f"{where}: {reason}" if reason else where
             findings.add("error", name, health.name, message, example)
-    _check_limit(lengths, wheres, health, findings)
-    _check_characters(good, tokenizer, health, findings)
-    return lengths
-
-
-def _check_limit(
-    lengths: list[int], wheres: list[str], health: SourceHealth, findings: Findings
-) -> None:
-    limit = health.max_length
-    if limit is None:
-        return
-    for length, where in zip(lengths, wheres, strict=True):
-        if length > limit:
+            first[-1] = first[-1] or message
+    for where, length, cut in zip(shown["where"][:], lengths, shown["cut"][:], strict=True):
+        if cut:
             health.truncated += 1
-            done = "cut" if health.kind == "sft" else "left out"
-            message = f"over {limit} tokens: {done}"
+            message = f"over {health.max_length} tokens: {cut}"
             findings.add("warning", "truncated", health.name, message, f"{where}: {length} tokens")
+    _check_characters(good, tokenizer, health, findings)
+    return CheckedTokens(lengths, first)
 
 
 def _check_characters(
@@ -154,6 +164,7 @@ def _measure(
     tokenizer: PreTrainedTokenizerFast,
     chat: ChatSection,
     rules: TokenRules,
+    limit: int | None,
     code: str,
 ) -> dict[str, Any]:
     """Figures and failed checks of one row; `code` only names the cache entry."""
@@ -161,7 +172,8 @@ def _measure(
         ids = encode(tokenizer, row["text"])
         # BOS and EOS are put around it; every token is trained.
         num = len(ids) + 1 + (tokenizer.bos_token_id is not None)
-        return {"length": num, "tokens": num, "trained": num, "problems": [], "where": row["where"]}
+        figures = {"length": num, "tokens": num, "trained": num}
+        return {**figures, "problems": [], "cut": "", "where": row["where"]}
     lengths, trained, problems = [0], 0, list[str]()
     try:
         for conversation in _conversations(row):
@@ -181,8 +193,19 @@ def _measure(
         "tokens": sum(lengths),
         "trained": trained,
         "problems": list(dict.fromkeys(problems)),
+        "cut": _cut(row, tokenizer, chat, limit) if limit and max(lengths) > limit else "",
         "where": row["where"],
     }
+
+
+def _cut(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerFast, chat: ChatSection, limit: int
+) -> str:
+    """What training does with a record that is too long."""
+    if row.get("answers") or row["messages"][-1]["role"] != "assistant":
+        return "left out"
+    _, mask, changed = fit(row["messages"], tokenizer, chat, limit)
+    return changed if any(mask) else f"left out, {nothing_within(limit)}"
 
 
 def _conversations(row: dict[str, Any]) -> list[list[Any]]:

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,34 @@ class DataFile:
     path: Path
     name: str
     """How errors call it: as the config does, as far as that goes."""
+    aligned: Path | None = None
+    """The file whose lines are the translations of this one's."""
+
+
+def find_aligned(path: str, codes: Sequence[str]) -> list[DataFile] | None:
+    """The pair of files `path`.de and `path`.en, packed or not; None where neither is there.
+
+    Args:
+        path: what their names have in common.
+        codes: of the source and the target language.
+
+    Raises:
+        ValueError: only one of the two is there.
+    """
+    given = Path(path).expanduser()
+    for base in [Path()] if given.is_absolute() else [Path.cwd(), PROJECT_ROOT]:
+        names = [[f"{base / given}.{code}{packed}" for packed in ("", *COMPRESSIONS)]
+                 for code in codes]  # fmt: skip
+        found = [next((Path(n) for n in some if Path(n).is_file()), None) for some in names]
+        source, target = found
+        if source and target:
+            return [
+                DataFile(source, f"{path}.{source.name.removeprefix(given.name + '.')}", target)
+            ]
+        if source or target:
+            missing = codes[1] if source else codes[0]
+            raise ValueError(f"{source or target} is there, but no {path}.{missing} beside it")
+    return None
 
 
 def find_files(path: str, split: str = "train") -> list[DataFile] | None:

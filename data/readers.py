@@ -11,6 +11,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,9 +19,9 @@ import datasets
 from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 
-from chatllama.config import ColumnMapping, DataSource, Format
+from chatllama.config import ColumnMapping, DataSource, Format, language_codes
 from data.decoding import decode
-from data.files import PROJECT_ROOT, DataFile, find_files
+from data.files import PROJECT_ROOT, DataFile, find_aligned, find_files
 from data.labelled import LabelledAnswers, is_good
 from data.layouts import RecordError, Unusable
 from data.records import (
@@ -34,6 +35,7 @@ from data.records import (
     parse_records,
     record_key,
 )
+from data.trees import JOINED, MessageTrees, is_tree_message
 
 MAX_LEFT_OUT = 0.5  # above this share, the format is probably not what the file holds
 MAX_MALFORMED = 10_000  # a file with more is not what the config says
@@ -109,14 +111,14 @@ def read_rows(source: DataSource, kind: Kind) -> Dataset:
     Raises:
         ValueError: there is no such file or data set, or it is empty.
     """
-    files = find_files(source.path, source.split)
+    files = source_files(source)
     reading = source.model_dump(exclude={"weight", "epochs"})
     arguments = {"reading": reading, "kind": kind, "code": code_digest()}
     if files is None:
         data = _load_hub(source)
         generator, arguments = _hub_rows, {**arguments, "data": data}
     else:
-        digests = [(str(file.path), file.name, _file_digest(file.path)) for file in files]
+        digests = [(file, _file_digest(file)) for file in files]
         generator, arguments = _file_rows, {**arguments, "files": digests}
     try:
         return Dataset.from_generator(generator, features=_features(kind), gen_kwargs=arguments)
@@ -128,12 +130,24 @@ def read_rows(source: DataSource, kind: Kind) -> Dataset:
 
 def decode_source(source: DataSource) -> Iterator[tuple[str, object]]:
     """Place and object of everything in a source; a `RecordError` in place of what is broken."""
-    files = find_files(source.path, source.split)
+    files = source_files(source)
     if files is None:
         yield from _hub_objects(_load_hub(source), source.path)
         return
     for file in files:
         yield from decode(file, source.encoding, source.columns, source.format)
+
+
+def source_files(source: DataSource) -> list[DataFile] | None:
+    """The files of a source; None where it can only be a data set of the hub.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    aligned = None
+    if source.languages is not None:
+        aligned = find_aligned(source.path, language_codes(source.languages))
+    return aligned or find_files(source.path, source.split)
 
 
 def code_digest() -> str:
@@ -145,25 +159,24 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
-def _file_digest(file: Path) -> str:
+def _file_digest(file: DataFile) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
+    for path in filter(None, (file.path, file.aligned)):
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 
 def _file_rows(
-    reading: dict[str, Any], kind: Kind, files: list[tuple[str, str, str]], code: str
+    reading: dict[str, Any], kind: Kind, files: list[tuple[DataFile, str]], code: str
 ) -> Iterator[dict[str, object]]:
     """Rows of local files. Their digests and `code` only name the cache entry."""
     source = DataSource(**reading)
     objects = (
         each
-        for path, name, _ in files
-        for each in decode(
-            DataFile(Path(path), name), source.encoding, source.columns, source.format
-        )
+        for file, _ in files
+        for each in decode(file, source.encoding, source.columns, source.format)
     )
     yield from _rows(objects, source, kind)
 
@@ -201,13 +214,18 @@ def _rows(
     """A row for each record of the decoded objects, whether or not it can serve."""
     format, num_malformed = source.format, 0
     number = -1
-    joined = LabelledAnswers()
+    joined, trees = LabelledAnswers(), MessageTrees()
     for number, (where, raw) in enumerate(objects):
         try:
             if isinstance(raw, RecordError):
                 raise raw
             if format is None:
                 format = detect_format(raw, kind, where)
+            if source.languages is not None and isinstance(raw, dict):
+                raw = {**raw, "languages": source.languages}
+            if format == "oasst" and is_tree_message(raw):
+                trees.add(number, where, raw)
+                continue
             found = parse_records(raw, format, kind, where)
         except RecordError as error:
             num_malformed += 1
@@ -222,7 +240,7 @@ def _rows(
                 joined.add(number, place, record, is_good(raw, format))
             else:
                 yield _row(kind, number, place, format, record)
-    for number, place, record in joined.preferences():
+    for number, place, record in chain(joined.preferences(), trees.records(kind)):
         yield _row(kind, number, place, format, record)
     if number < 0:
         raise RecordError(f"{source.path}: no records")
@@ -281,7 +299,8 @@ def _keep_usable(
     )
     # Labels need not pair up, and a bad answer is not for SFT: no sign of a wrong format.
     too_many = 1.0 if report.format == "kto" else MAX_LEFT_OUT
-    if len(bad) > too_many * len(rows) or not report.num_kept:
+    num_joined = report.left_out.get(JOINED, 0)
+    if len(bad) - num_joined > too_many * (len(rows) - num_joined) or not report.num_kept:
         raise RecordError(
             f"more than {MAX_LEFT_OUT:.0%} of the records cannot serve as {kind}; is it the right "
             f"format?\n{report.summary()}"

@@ -42,6 +42,7 @@ Kind = Literal["sft", "preferences", "prompts", "text"]
 # Formats that can serve each kind, in the order in which they are tried.
 _CONVERSATIONS: tuple[Format, ...] = (
     "self_instruct", "alpaca", "messages", "sharegpt", "prompt_completion", "utterances", "oasst",
+    "translation",
 )  # fmt: skip
 _PREFERENCES: tuple[Format, ...] = ("hh", "preference", "ranked", "comparison")
 KIND_FORMATS: dict[Kind, tuple[Format, ...]] = {
@@ -205,8 +206,6 @@ def detect_format(raw: object, kind: Kind, where: str) -> Format:
     if usable:
         return usable[0]
     looks = f" (it looks like {' or '.join(fitting)})" if fitting else ""
-    if {"message_id", "parent_id"} <= fields.keys():
-        looks = " (single messages of OASST; read the file of its trees instead)"
     raise RecordError(
         f"{where}: no format for {kind} fits a record with the keys "
         f"{sorted(map(str, fields))}{looks}; {_formats_for(kind)}; or say which column holds "
@@ -240,6 +239,8 @@ def fitting_formats(fields: Raw) -> list[Format]:
         return ["hh" if transcript else "preference"]
     if "message_tree_id" in has and isinstance(fields.get("prompt"), Mapping):
         return ["oasst"]
+    if {"message_id", "role", "text"} <= has and "prompt" not in has:
+        return ["oasst"]
     if two_answer_keys(fields):
         return ["comparison"]
     if isinstance(fields.get("answers"), list) or isinstance(fields.get("output"), list):
@@ -255,6 +256,7 @@ def fitting_formats(fields: Raw) -> list[Format]:
         "text": "text" in has,
         "turns": isinstance(fields.get("turns"), list),
         "question_answer": question_answer_keys(fields) is not None,
+        "translation": isinstance(fields.get("translation"), Mapping),
     }
     fitting: list[Format] = [format for format, fits in tests.items() if fits]
     answered = set(fitting) & {"messages", "sharegpt", "alpaca", "prompt_completion"}

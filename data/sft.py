@@ -63,15 +63,13 @@ def tokenize_text(
     return examples, TokenReport(len(dataset), len(dataset), changed, {})
 
 
-def _conversation(
-    record: dict[str, Any],
+def fit(
+    messages: list[Message],
     tokenizer: PreTrainedTokenizerFast,
     chat: ChatSection,
     max_length: int,
-    code: str,
-) -> dict[str, Any]:
-    """One example; `code` only names the cache entry."""
-    messages: list[Message] = record["messages"]
+) -> tuple[list[int], list[int], str]:
+    """Ids and mask of a conversation within `max_length` tokens, and what was cut ("": nothing)."""
     rendered, changed = render(tokenizer, chat, messages), ""
     shortest = 3 if messages[0]["role"] == "system" else 2
     while len(rendered.ids) > max_length and len(messages) > shortest:
@@ -80,7 +78,24 @@ def _conversation(
     ids, mask = rendered.ids, [int(trained) for trained in rendered.mask]
     if len(ids) > max_length:
         ids, mask, changed = ids[:max_length], mask[:max_length], "cut inside the answer"
-    left_out = "" if any(mask) else f"no answer within {max_length} tokens"
+    return ids, mask, changed
+
+
+def nothing_within(max_length: int) -> str:
+    """Why a conversation whose mask `fit` leaves empty is left out."""
+    return f"no answer within {max_length} tokens"
+
+
+def _conversation(
+    record: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    chat: ChatSection,
+    max_length: int,
+    code: str,
+) -> dict[str, Any]:
+    """One example; `code` only names the cache entry."""
+    ids, mask, changed = fit(record["messages"], tokenizer, chat, max_length)
+    left_out = "" if any(mask) else nothing_within(max_length)
     return {"input_ids": ids, "mask": mask, "changed": changed, "left_out": left_out}
 
 

@@ -146,12 +146,6 @@ def test_trees_give_threads_prompts_and_rankings() -> None:
             parse_record(bare, "oasst", kind, "f:1")
 
 
-def test_single_messages_of_a_tree_are_refused_with_a_hint() -> None:
-    raw = {"message_id": "a", "parent_id": None, "text": "q", "role": "prompter", "lang": "en"}
-    with pytest.raises(RecordError, match="read the file of its trees instead"):
-        detect_format(raw, "sft", "f:1")
-
-
 def test_questions_of_several_turns_give_the_first() -> None:
     raw = {"question_id": 81, "category": "writing", "turns": ["q", "again"]}
     assert detect_format(raw, "prompts", "f:1") == "turns"

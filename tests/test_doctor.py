@@ -13,6 +13,7 @@ from chatllama import cli
 from chatllama.config import Config
 from chatllama.config_loader import load_config
 from chatllama.tokenizer import load_tokenizer
+from data.cleaning import write_cleaned
 from data.doctor import Examination, examine
 from data.doctor_tokens import TokenRules, drops, sequence_problems
 from data.show import page, shown_records
@@ -256,6 +257,62 @@ def test_template_without_eos_is_found_in_every_record(
     checks = found(examine(config(sft={"data": SFT}), tokenizer))
     assert checks["label_without_eos"] == ("error", 12) and checks["double_bos"] == ("error", 12)
     assert checks["prompt_is_no_prefix"] == ("error", 12)
+
+
+def test_fix_drops_what_breaks_a_rule_of_tokens(
+    config: Callable[..., Config],
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """The layout loses the EOS, doubles the BOS or fails, for three of the records."""
+    from chatllama.chat_format import Rendered
+    from data import doctor_tokens
+
+    original = doctor_tokens.render
+
+    def broken(tokenizer: Any, chat: Any, messages: Any, **options: Any) -> Rendered:
+        rendered = original(tokenizer, chat, messages, **options)
+        asked = messages[0]["content"]
+        if "the night train" in asked:
+            raise ValueError("no such token")
+        if "seven wooden chairs" in asked and not options:
+            return Rendered(rendered.ids[:-1], rendered.mask[:-1])
+        if "snow on a red roof" in asked:
+            return Rendered([BOS, *rendered.ids], [False, *rendered.mask])
+        return rendered
+
+    monkeypatch.setattr(doctor_tokens, "render", broken)
+    cfg = config(sft={"data": SFT})
+    examination = examine(cfg, tokenizer)
+    assert found(examination) == {
+        "label_without_eos": ("error", 1),
+        "double_bos": ("error", 1),
+        "cannot_be_rendered": ("error", 1),
+    }
+    cleaned = write_cleaned(cfg, tmp_path / "config.yaml", examination, tmp_path / "cleaned")
+    assert (cleaned.num_kept, cleaned.num_dropped) == (9, 3)
+    dropped = [json.loads(line) for line in cleaned.log.read_text().splitlines()]
+    assert [entry["reason"] for entry in dropped] == [
+        "cannot be laid out", doctor_tokens.MESSAGES["label_without_eos"],
+        doctor_tokens.MESSAGES["double_bos"],
+    ]  # fmt: skip
+    assert examine(load_config(cleaned.config), tokenizer).report.exit_code == 0
+
+
+def test_what_becomes_of_long_records(
+    config: Callable[..., Config], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    two = SFT[0]["messages"] + ask("And then?", LONG)["messages"]
+    long = [{"messages": two}, ask("Write at length.", LONG), ask(LONG, "No.")]
+    cfg = config(sft={"data": [*SFT, *long], "max_length": 300})
+    report = examine(cfg, tokenizer).report
+    assert {each.message for each in report.findings if each.check == "truncated"} == {
+        "over 300 tokens: lost whole exchanges at the end",
+        "over 300 tokens: cut inside the answer",
+        "over 300 tokens: left out, no answer within 300 tokens",
+    }
+    assert report.sources[0].truncated == 3
 
 
 def test_dropped_characters(

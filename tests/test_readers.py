@@ -3,13 +3,14 @@
 import csv
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 
-from chatllama.config import DataSource
+from chatllama.config import DataSource, Format
 from data.files import PROJECT_ROOT, find_files
 from data.readers import _hub_objects, _load_hub, read_source
 from data.records import Kind
@@ -130,6 +131,43 @@ def test_hub_data_set_is_read_through_its_local_copy(tmp_path: Path) -> None:
         _load_hub(DataSource(path=str(tmp_path), split="none"))
 
 
+def copy_of_hub(cache: Path, name: str, file: Path) -> None:
+    """The data set `name` of the hub, as `datasets` keeps it once it was downloaded."""
+    files = {"train": str(file)}
+    builder = datasets.load_dataset_builder("json", data_files=files, cache_dir=str(cache / "new"))
+    builder.download_and_prepare()
+    owner, short = name.split("/")
+    folder = cache / f"{owner}___{short}" / "default" / "0.0.0" / "0123456789abcdef"
+    shutil.copytree(builder.cache_dir, folder)
+    (folder / "json-train.arrow").rename(folder / f"{short}-train.arrow")
+    info = json.loads((folder / "dataset_info.json").read_text())
+    (folder / "dataset_info.json").write_text(json.dumps({**info, "config_name": "default"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "kind", "format", "size"),
+    [
+        ("tatsu-lab/alpaca", "llama_factory/alpaca_en_demo.json", "sft", "alpaca", 999),
+        ("Anthropic/hh-rlhf", "hh_rlhf/harmless-base-first1800.jsonl.gz", "preferences", "hh",
+         1791),
+    ],
+)  # fmt: skip
+def test_ids_of_the_hub(
+    testdata: Path, tmp_path: Path, name: str, path: str, kind: Kind, format: Format, size: int
+) -> None:
+    copy_of_hub(tmp_path / "cache", name, testdata / path)
+    data, report = read(name, kind)
+    assert (len(data), report.format) == (size, format)
+    assert data["where"][0] == f"{name}: record 1"
+    with pytest.raises(ValueError, match=f"no file '{name}', and no data set .* split 'test'"):
+        read_source(DataSource(path=name, split="test"), kind)
+
+
+def test_ids_that_the_hub_does_not_have() -> None:
+    with pytest.raises(ValueError, match="no file 'some/set', and no data set of that name"):
+        read("some/set", "sft")
+
+
 def test_txt_is_text_between_blank_lines(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes(b"\r\n\r\none\r\nstill one\r\n \r\n\r\ntwo")
@@ -247,6 +285,9 @@ REAL: list[tuple[str, Kind, str, int, dict[str, int]]] = [
     ("ja_instruction/data.jsonl", "sft", "utterances", 669, {}),
     ("oasst/oaast_rm_zh.json", "sft", "ranked", 775, {}),
     ("text/tinyshakespeare.txt", "text", "text", 7222, {}),
+    ("text/ahmedessaa_tinystories_30k.txt", "text", "text", 1, {}),
+    ("text/cs336_tinystories_sample.txt", "text", "text", 2, {}),
+    ("text/niklas6_tinystories.txt", "text", "text", 1230, {}),
     ("llama_factory/c4_demo.jsonl", "text", "text", 300, {}),
     ("sharegpt/dpo_zh_500.jsonl", "preferences", "preference", 500, {}),
     (
@@ -294,6 +335,7 @@ def test_lines_of_real_hh_pairs(testdata: Path) -> None:
 MMLU = ["question", "A", "B", "C", "D", "answer"]
 NAMED: list[tuple[str, Kind, dict[str, Any], int]] = [
     ("reviews/rt-polarity.neg", "text", {"format": "lines"}, 5331),
+    ("reviews/rt-polarity.pos", "text", {"format": "lines"}, 5331),
     ("reviews/rt-polarity.*", "prompts", {"format": "lines"}, 10662),
     ("reviews/nsmc_first20000.jsonl", "text", {"format": {"text": "review"}}, 20000),
     ("hellaswag/hellaswag_val_first1000.jsonl", "prompts", {"format": {"prompt": "ctx"}}, 1000),
@@ -310,6 +352,16 @@ def test_real_data_that_must_be_told(
     source = DataSource.model_validate({"path": str(testdata / path), **options})
     data, report = read_source(source, kind)
     assert (len(data), report.left_out) == (size, {})
+
+
+def test_no_real_file_is_forgotten(testdata: Path) -> None:
+    """Every data file of the folder has a row above."""
+    patterns = [path for path, *_ in (*REAL, *NAMED)] + ["mmlu/dev/*"]
+    weights = ("stories260k", "llama_tokenizer")
+    files = [file for file in testdata.rglob("*") if file.is_file() and file.name != "LICENSE"]
+    data = [file for file in files if file.relative_to(testdata).parts[0] not in weights]
+    unread = [file for file in data if not any(file.match(pattern) for pattern in patterns)]
+    assert [file.name for file in unread] == ["README.md"]
 
 
 def test_real_labels_that_pair_up(testdata: Path) -> None:

@@ -1,8 +1,6 @@
 """Ids equal to sentencepiece's own, the BOS/EOS/pad policy, training and saving."""
 
-import gzip
 import json
-import random
 import shutil
 import threading
 from pathlib import Path
@@ -30,23 +28,6 @@ HARD_TEXTS = [
 ]  # fmt: skip
 
 
-def real_texts(testdata: Path) -> list[str]:
-    """About 50,000 lines and records from every kind of file."""
-    texts: list[str] = []
-    for name in ("reviews/rt-polarity.pos", "reviews/rt-polarity.neg"):
-        texts += (testdata / name).read_text("latin-1").splitlines(keepends=True)
-    for name in ("ko_chatbot/ChatbotData.csv", "reviews/nsmc_first20000.jsonl"):
-        texts += (testdata / name).read_text("utf-8").splitlines()
-    for file in sorted((testdata / "llama_factory").glob("alpaca*.json")):
-        texts += [value for row in json.loads(file.read_text("utf-8")) for value in row.values()]
-    texts += (testdata / "ja_instruction/data.jsonl").read_text("utf-8").splitlines()
-    with gzip.open(testdata / "hh_rlhf/harmless-base-first1800.jsonl.gz", "rt") as lines:
-        texts += [json.loads(line)["chosen"] for line in lines]
-    for file in sorted((testdata / "text").iterdir()):
-        texts += file.read_text("utf-8", errors="replace").splitlines()[:5000]
-    return [text for text in texts if isinstance(text, str)]
-
-
 def assert_equal_to_sentencepiece(folder: Path, texts: list[str]) -> None:
     tokenizer = load_tokenizer(folder)
     reference = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
@@ -61,25 +42,6 @@ def assert_equal_to_sentencepiece(folder: Path, texts: list[str]) -> None:
 @pytest.mark.parametrize("folder", ["llama_tokenizer", "stories260k/hf", "stories260k/meta"])
 def test_equals_sentencepiece_on_hard_texts(testdata: Path, folder: str) -> None:
     assert_equal_to_sentencepiece(testdata / folder, HARD_TEXTS)
-
-
-@pytest.mark.parametrize("folder", ["llama_tokenizer", "stories260k/hf"])
-def test_equals_sentencepiece_on_real_texts(testdata: Path, folder: str) -> None:
-    texts = random.Random(0).sample(real_texts(testdata), 22_000)
-    assert_equal_to_sentencepiece(testdata / folder, texts)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("folder", ["llama_tokenizer", "stories260k/hf"])
-def test_equals_sentencepiece_on_everything(testdata: Path, folder: str) -> None:
-    texts = real_texts(testdata)
-    rng = random.Random(1)
-    alphabets = ["ab", "abc ", "a \n", "= -", "the ot ", "<s>/unk0xA", " ▁a", "()[]{}: \t"]
-    texts += [
-        "".join(rng.choices(rng.choice(alphabets), k=rng.randint(1, 60))) for _ in range(20_000)
-    ]
-    texts.append("".join(texts[:2000]))
-    assert_equal_to_sentencepiece(testdata / folder, texts)
 
 
 def test_known_llama_ids(testdata: Path) -> None:
