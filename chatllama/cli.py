@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from chatllama import __version__
+from chatllama.data_generation_arguments import add_data_generate_arguments
 from chatllama.generation_arguments import add_generate_arguments, generate_options
+from chatllama.translation_scores import add_eval_arguments, eval_options
 
 Command = Callable[[argparse.Namespace], None]
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
@@ -58,9 +60,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add_generate_arguments(generate)
     import_ = _add(commands, "import", _import, "make a Hugging Face folder of Meta's checkpoint")
     _add_import_arguments(import_)
+    eval_ = _add(commands, "eval", _eval, "score a run's translations with sacrebleu")
+    add_eval_arguments(eval_)
     report = _add(commands, "report", _report, "write report.html of a run, finished or not")
     report.add_argument("run", metavar="RUN", help="run folder")
-    about = "check the data of a config, or look at its tokens"
+    about = "check the data of a config, look at its tokens, or make more of it"
     data = commands.add_parser("data", help=about, description=about, allow_abbrev=False)
     _add_data_commands(data.add_subparsers(title="commands", metavar="COMMAND", required=True))
     selftest = _add(commands, "selftest", _selftest, "PPO against the closed form, here and now")
@@ -175,6 +179,8 @@ def _add_selftest_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_data_commands(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
 ) -> None:
+    grow = _add(commands, "generate", _data_generate, "prompts, answers, pairs from a model's API")
+    add_data_generate_arguments(grow)
     check = _add(commands, "check", _data_check, "what is wrong with a config's data; 1: errors")
     show = _add(commands, "show", _data_show, "records as tokens, coloured by loss mask")
     for parser, some in ((check, "all"), (show, "sft")):
@@ -241,6 +247,19 @@ def _import(arguments: argparse.Namespace) -> None:
     )
 
 
+def _eval(arguments: argparse.Namespace) -> None:
+    from chatllama.config import language_codes
+    from chatllama.translation_scores import Translations, evaluate_translation
+    from data.translation_pairs import read_requests
+
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ValueError(f"--limit {arguments.limit}: must be at least 1")
+    requests = read_requests(arguments.translation, arguments.languages)[: arguments.limit]
+    name = Path(arguments.translation).name
+    translations = Translations(name, requests, *language_codes(arguments.languages))
+    evaluate_translation(Path(arguments.run), translations, eval_options(arguments))
+
+
 def _report(arguments: argparse.Namespace) -> None:
     from chatllama.report import write_report
     from chatllama.run_folder import RunFolder
@@ -276,6 +295,15 @@ def _data_show(arguments: argparse.Namespace) -> None:
     if tokenizer is None:
         raise ValueError("backbone.from_scratch has not been built yet, so there are no tokens")
     show_command(cfg, tokenizer, arguments.stage or "sft", arguments.n, arguments.html)
+
+
+def _data_generate(arguments: argparse.Namespace) -> None:
+    from data.growing_command import Wanted, generate_data
+    from data.growing_cost import Prices
+
+    known = Wanted.__annotations__
+    values = {name: value for name, value in vars(arguments).items() if name in known}
+    generate_data(Wanted(**values, prices=Prices(arguments.price_in, arguments.price_out)))
 
 
 def _selftest(arguments: argparse.Namespace) -> None:

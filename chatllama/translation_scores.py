@@ -1,0 +1,154 @@
+"""`chatllama eval RUN --translation FILE`: a run translates, sacrebleu compares with references.
+
+Answers are made, kept and continued as by `chatllama generate`; requests and references come from
+`data/translation_pairs.py`.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chatllama.generation_plan import Options, check_options, make_plan
+from chatllama.prompt_files import Prompt
+from chatllama.run_folder import RunFolder, write_json
+
+# Languages written without spaces between words, or joined ones: what sacrebleu counts as a word.
+TOKENIZERS = {"zh": "zh", "ja": "char", "ko": "char", "th": "char", "km": "char"}
+NUM_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Translations:
+    """What is to be translated."""
+
+    name: str
+    """Of the set, for file names."""
+    requests: Sequence[tuple[str, str, str]]
+    """Place, request and reference of every sentence."""
+    source: str
+    """Language code."""
+    target: str
+    """Language code."""
+
+
+def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares what can be typed."""
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run folder")
+    add(
+        "--translation",
+        required=True,
+        metavar="FILE",
+        help="pairs in any format, or two aligned files without their endings (news for news.de "
+        "and news.en)",
+    )
+    add(
+        "--languages",
+        nargs=2,
+        required=True,
+        metavar=("FROM", "TO"),
+        help="language codes, such as de en",
+    )
+    add("--role", choices=("base", "sft", "policy", "ema"), help="who translates (default: newest)")
+    add("--max-new-tokens", type=int, metavar="N", help="longest answer")
+    add("--batch-size", type=int, metavar="N", help="sentences at a time")
+    add("--limit", type=int, metavar="N", help="the first N sentences only")
+    parser.epilog = "Answers and scores go to RUN/translation; what was interrupted is continued."
+
+
+def eval_options(arguments: argparse.Namespace) -> Options:
+    """The likeliest translation, as the arguments say."""
+    return Options(
+        role=arguments.role,
+        temperature=0.0,
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.batch_size,
+    )
+
+
+def evaluate_translation(
+    run_dir: Path, translations: Translations, options: Options
+) -> dict[str, Any]:
+    """BLEU and chrF of a run's translations, printed and written beside the answers.
+
+    Args:
+        run_dir: the run's folder.
+        translations: what to translate and to compare with.
+        options: who translates, and how.
+
+    Raises:
+        ValueError: no run, no such role, or answers there that were made otherwise.
+    """
+    from chatllama.config_loader import load_config
+    from chatllama.generation_command import generate_command
+
+    check_options(options)
+    run = RunFolder(run_dir)
+    if not run.config.is_file():
+        raise ValueError(f"{run_dir} is not a run folder: {run.config} is missing")
+    role = make_plan(run, load_config(run.config), options).role
+    direction = f"{translations.source}-{translations.target}"
+    stem = f"{translations.name}.{len(translations.requests)}.{direction}.{role}"
+    out = run.root / "translation" / f"{stem}.jsonl"
+    out.parent.mkdir(exist_ok=True)
+    prompts = [Prompt(i, ask, where) for i, (where, ask, _) in enumerate(translations.requests)]
+    generate_command(run_dir, prompts, options, out)
+    answers = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    found = [answer["response"] for answer in answers]
+    references = [reference for _, _, reference in translations.requests]
+    result = {
+        "role": role,
+        "sentences": len(found),
+        "unfinished": sum(not answer["finished"] for answer in answers),
+        "empty": sum(not text for text in found),
+        **translation_scores(found, references, translations.target),
+    }
+    write_json(out.with_suffix(".scores.json"), result)
+    print("\n".join(_summary(result, direction)))
+    print(f"written: {out.with_suffix('.scores.json')}")
+    return result
+
+
+def translation_scores(
+    found: Sequence[str], references: Sequence[str], target: str
+) -> dict[str, dict[str, Any]]:
+    """Sacrebleu's BLEU and chrF of a corpus: score, half of its 95 % interval, and signature.
+
+    The interval is a bootstrap over sentences; None where there is one sentence only.
+
+    Args:
+        found: translations.
+        references: one for each.
+        target: code of their language, which decides what counts as a word.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+    tokenizer = TOKENIZERS.get(target.replace("_", "-").split("-")[0].lower(), "13a")
+    resamples = NUM_RESAMPLES if len(found) > 1 else 1
+    scores: dict[str, dict[str, Any]] = {}
+    for name, metric in (("bleu", BLEU(tokenize=tokenizer)), ("chrf", CHRF())):
+        score = metric.corpus_score(list(found), [list(references)], n_bootstrap=resamples)
+        signature = metric.get_signature().format()
+        told = json.loads(score.format(width=4, signature=signature, is_json=True))
+        scores[name] = {
+            "score": score.score,
+            "plus_minus": told.get("confidence_var"),
+            "signature": signature,
+        }
+    return scores
+
+
+def _summary(result: dict[str, Any], direction: str) -> list[str]:
+    """The closing lines."""
+    lines = [f"{result['sentences']} sentences {direction} by {result['role']}"]
+    if result["unfinished"] or result["empty"]:
+        lines[0] += f"; {result['unfinished']} cut by max_new_tokens, {result['empty']} empty"
+    for name, label in (("bleu", "BLEU"), ("chrf", "chrF")):
+        own = result[name]
+        error = "" if own["plus_minus"] is None else f" +- {own['plus_minus']:.1f}"
+        lines.append(f"{label} {own['score']:.1f}{error}  ({own['signature']})")
+    return lines
