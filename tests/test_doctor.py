@@ -265,7 +265,7 @@ def test_fix_drops_what_breaks_a_rule_of_tokens(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """The layout loses the EOS, doubles the BOS or fails, for three of the records."""
+    """The layout breaks a rule for six of the records, another one for each."""
     from chatllama.chat_format import Rendered
     from data import doctor_tokens
 
@@ -280,23 +280,27 @@ def test_fix_drops_what_breaks_a_rule_of_tokens(
             return Rendered(rendered.ids[:-1], rendered.mask[:-1])
         if "snow on a red roof" in asked:
             return Rendered([BOS, *rendered.ids], [False, *rendered.mask])
+        if "a letter without stamp" in asked:
+            return Rendered(rendered.ids, [False] * len(rendered.ids))
+        if "the market at noon" in asked:
+            return Rendered(rendered.ids, [True] * len(rendered.ids))
+        if "two quiet children" in asked and options:
+            return Rendered([*rendered.ids, 5], [*rendered.mask, False])
         return rendered
 
     monkeypatch.setattr(doctor_tokens, "render", broken)
     cfg = config(sft={"data": SFT})
     examination = examine(cfg, tokenizer)
-    assert found(examination) == {
-        "label_without_eos": ("error", 1),
-        "double_bos": ("error", 1),
-        "cannot_be_rendered": ("error", 1),
-    }
+    checks = (
+        "cannot_be_rendered", "label_without_eos", "double_bos", "trains_nothing",
+        "trains_everything", "prompt_is_no_prefix",
+    )  # fmt: skip
+    assert found(examination) == dict.fromkeys(checks, ("error", 1))
     cleaned = write_cleaned(cfg, tmp_path / "config.yaml", examination, tmp_path / "cleaned")
-    assert (cleaned.num_kept, cleaned.num_dropped) == (9, 3)
+    assert (cleaned.num_kept, cleaned.num_dropped) == (6, 6)
     dropped = [json.loads(line) for line in cleaned.log.read_text().splitlines()]
-    assert [entry["reason"] for entry in dropped] == [
-        "cannot be laid out", doctor_tokens.MESSAGES["label_without_eos"],
-        doctor_tokens.MESSAGES["double_bos"],
-    ]  # fmt: skip
+    messages = {"cannot_be_rendered": "cannot be laid out", **doctor_tokens.MESSAGES}
+    assert [entry["reason"] for entry in dropped] == [messages[check] for check in checks]
     assert examine(load_config(cleaned.config), tokenizer).report.exit_code == 0
 
 

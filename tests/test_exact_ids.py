@@ -38,12 +38,12 @@ def json_lines(file: Path) -> Iterator[Any]:
 
 
 def code_texts() -> Iterator[str]:
-    """The modules of Python's own library, whole and cut at blank lines between definitions."""
+    """The modules of Python's own library: the short ones whole, all of them cut at blank lines."""
     for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         with tokenize.open(file) as source:
             text = source.read()
-        yield text[:20_000]
-        yield from text.split("\n\n\n")
+        if len(text) < 5_000:
+            yield text
         yield from text.split("\n\n")
 
 

@@ -563,3 +563,16 @@ def test_answers_on_the_terminal(
     assert not any(ord(c) < 32 and c != "\n" and c != "\t" for c in both.out)
     assert cli.main(["generate", str(run.root / "nowhere"), "a"]) == 2
     assert "is not a run folder" in capsys.readouterr().err
+
+
+def test_translations_of_a_run_are_scored(without_rewards: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "news.de").write_text("Anna malt.\nDer Fluss ist alt.\n")
+    (tmp_path / "news.en").write_text("Anna paints.\nThe river is old.\n")
+    command = ["eval", str(without_rewards.root), "--translation", str(tmp_path / "news")]
+    command += ["--languages", "de", "en", "--max-new-tokens", "5"]
+    assert cli.main(command) == 0
+    file = without_rewards.root / "translation/news.2.de-en.sft.scores.json"
+    scores = json.loads(file.read_text())
+    assert scores["sentences"] == 2 and 0 <= scores["bleu"]["score"] < 20
+    (line, _) = (file.parent / "news.2.de-en.sft.jsonl").read_text().splitlines()
+    assert json.loads(line)["prompt"].endswith("from German to English.\n\nAnna malt.")
