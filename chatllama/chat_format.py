@@ -226,9 +226,14 @@ def _segments(
             return templates.chatml(turns, system, ends, prompt)
 
 
+def default_system(chat: ChatSection) -> str:
+    """System prompt of a conversation that brings none; "" for none."""
+    return chat.system if chat.system is not None else _DEFAULT_SYSTEM.get(chat.template, "")
+
+
 def _turns(chat: ChatSection, messages: Sequence[Message]) -> tuple[list[templates.Turn], str]:
     """Question and answer pairs without outer blanks, and the system prompt that holds."""
-    system = chat.system if chat.system is not None else _DEFAULT_SYSTEM.get(chat.template, "")
+    system = default_system(chat)
     texts = [message["content"].strip() for message in messages]
     if messages[0]["role"] == "system":
         system, *texts = texts

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from chatllama import __version__
 from chatllama.data_generation_arguments import add_data_generate_arguments
+from chatllama.export_options import add_export_arguments, export_options
 from chatllama.generation_arguments import add_generate_arguments, generate_options
 from chatllama.translation_scores import add_eval_arguments, eval_options
 
@@ -58,6 +59,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     _add_chat_arguments(chat)
     generate = _add(commands, "generate", _generate, "answer many prompts, into a file or here")
     add_generate_arguments(generate)
+    export = _add(commands, "export", _export, "adapter, merged model, reward model, GGUF files")
+    add_export_arguments(export)
     import_ = _add(commands, "import", _import, "make a Hugging Face folder of Meta's checkpoint")
     _add_import_arguments(import_)
     eval_ = _add(commands, "eval", _eval, "score a run's translations with sacrebleu")
@@ -234,6 +237,12 @@ def _generate(arguments: argparse.Namespace) -> None:
     lines = None if sys.stdin.isatty() else sys.stdin
     prompts = read_prompts(arguments.prompts, arguments.file, lines)
     generate_command(Path(arguments.run), prompts, generate_options(arguments), arguments.out)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from chatllama.export_command import export_run
+
+    export_run(Path(arguments.run), export_options(arguments), arguments.out)
 
 
 def _import(arguments: argparse.Namespace) -> None:

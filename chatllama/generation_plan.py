@@ -84,7 +84,7 @@ def make_plan(run: RunFolder, cfg: "Config", options: Options) -> Plan:
         ValueError: the run has no such role, or no reward model to choose the best answer with.
     """
     section = cfg.generation
-    role, adapter = _find_role(run, cfg, options.role)
+    role, adapter = find_role(run, cfg, options.role)
     rewards = run.reward_members() if run.reward_adapter.is_dir() else []
     best_of = options.best_of
     if best_of is not None and not rewards:
@@ -112,7 +112,7 @@ def make_plan(run: RunFolder, cfg: "Config", options: Options) -> Plan:
     )
 
 
-def _find_role(
+def find_role(
     run: RunFolder, cfg: "Config", role: GenerationRole | None
 ) -> tuple[GenerationRole, Path | None]:
     """The role that answers and its adapter; the base, and SFT of all weights, have none."""

@@ -9,14 +9,13 @@ import copy
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, cast
 
 import torch
-from safetensors import safe_open
 from torch.nn.functional import embedding
 from transformers import (
     GenerationConfig,
@@ -32,6 +31,7 @@ from chatllama.libraries import quiet_libraries
 from chatllama.meta_params import ASSUMED_POSITIONS, MetaParams, read_params
 from chatllama.meta_reference import reference_logits
 from chatllama.meta_shards import MetaShards
+from chatllama.model_files import open_model
 from chatllama.run_folder import write_json
 from chatllama.safetensors_writer import write_model
 from chatllama.sentencepiece_bpe import read_model
@@ -299,7 +299,7 @@ def _check(
 @torch.no_grad()
 def _written_logits(folder: Path, config: LlamaConfig, tokens: torch.Tensor) -> torch.Tensor:
     """Logits (T, V) float32 of transformers' LLaMA, with one of its layers in memory at a time."""
-    weight = _written_weights(folder)
+    weight = open_model(folder).tensor
     single = copy.deepcopy(config)
     single.num_hidden_layers, single.vocab_size, single.pad_token_id = 1, 1, None
     single.dtype = torch.float32
@@ -314,17 +314,3 @@ def _written_logits(folder: Path, config: LlamaConfig, tokens: torch.Tensor) -> 
         hidden = model(inputs_embeds=hidden, use_cache=False).last_hidden_state
     norm.weight.copy_(weight("model.norm.weight"))
     return norm(hidden)[0] @ weight("lm_head.weight").float().T
-
-
-def _written_weights(folder: Path) -> Callable[[str], torch.Tensor]:
-    """Reads one tensor of the folder at a time."""
-    places: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            places |= dict.fromkeys(opened.keys(), file)
-
-    def weight(name: str) -> torch.Tensor:
-        with safe_open(places[name], framework="pt") as opened:
-            return opened.get_tensor(name)
-
-    return weight

@@ -13,7 +13,8 @@ import torch
 
 from chatllama.run_folder import write_json
 
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+TORCH_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_NAMES = {dtype: name for name, dtype in TORCH_TYPES.items()}
 
 
 def write_model(

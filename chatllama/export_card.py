@@ -1,0 +1,177 @@
+"""README.md of an exported folder: what it is, where it comes from, how it is loaded."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from chatllama import __version__
+from chatllama.chat_format import default_system
+from chatllama.config import Config, DataSource, OptimizerSection
+from chatllama.results import read_summary, result_table
+from chatllama.run_folder import RunFolder, Stage
+
+Kind = Literal["adapter", "merged", "reward", "reward-merged", "gguf"]
+TITLES: dict[Kind, str] = {
+    "adapter": "LoRA adapter",
+    "merged": "merged model",
+    "reward": "reward model (LoRA adapter)",
+    "reward-merged": "reward model",
+    "gguf": "GGUF files",
+}
+_LOADING: dict[Kind, str] = {
+    "adapter": """\
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "THIS_FOLDER")
+```
+
+    vllm serve {base} --enable-lora --max-lora-rank {rank} \\
+        --lora-modules policy=THIS_FOLDER --chat-template THIS_FOLDER/chat_template.jinja""",
+    "merged": """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+```""",
+    "reward": """\
+```python
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+base = AutoModelForSequenceClassification.from_pretrained(
+    "{base}", num_labels=1, pad_token_id={pad}
+)
+model = PeftModel.from_pretrained(base, "THIS_FOLDER")
+```
+
+The score of a conversation is read at its last token, the end of the assistant's turn.""",
+    "reward-merged": """\
+```python
+from transformers import AutoModelForSequenceClassification
+
+model = AutoModelForSequenceClassification.from_pretrained("THIS_FOLDER")
+```
+
+The score of a conversation is read at its last token, the end of the assistant's turn.""",
+    "gguf": """\
+    llama-cli -m model.gguf --jinja
+    ollama create NAME -f Modelfile
+
+`adapter.gguf`, where it is there, is the adapter alone, for a GGUF of the base:
+`llama-cli -m BASE.gguf --lora adapter.gguf`.""",
+}
+# vLLM reserves room for one of these.
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def model_card(
+    kind: Kind,
+    run: RunFolder,
+    cfg: Config,
+    *,
+    role: str,
+    base: str,
+    rank: int | None,
+    pad_id: int,
+    checks: Mapping[str, float],
+    example: str,
+    notes: list[str],
+) -> str:
+    """The page.
+
+    Args:
+        kind: what the folder holds.
+        run: where metrics lie.
+        cfg: of the run.
+        role: sft, policy, ema or reward.
+        base: name of the base.
+        rank: of the adapter, where there is one.
+        pad_id: the padding token.
+        checks: the export gate's numbers.
+        example: a prompt as text.
+        notes: what the reader must know.
+    """
+    room = next((r for r in _VLLM_RANKS if rank and r >= rank), rank)
+    library = "peft" if kind in ("adapter", "reward") else "transformers"
+    front = [f"library_name: {library}", "tags: [chatllama, llama, rlhf, lora]"]
+    if not _is_local(cfg):
+        front.insert(0, f"base_model: {base}")
+    lines = ["---", *front, "---", "", f"# {run.root.resolve().name}: {role}, {TITLES[kind]}", ""]
+    lines += [_LOADING[kind].format(base=base, rank=room, pad=pad_id), ""]
+    lines += [f"- {note}" for note in notes]
+    lines += ["", "## Lineage", "", *_lineage(run, cfg, base, rank), ""]
+    lines += ["## Measured", "", *_metrics(run), ""]
+    lines += ["## Chat template", "", *_chat(cfg, example), ""]
+    if checks:
+        lines += ["## Checked", "", "A fresh process with plain transformers found, against the"]
+        lines += ["run's own computation:", ""]
+        lines += [f"- {name.replace('_', ' ')}: {value:.2g}" for name, value in checks.items()]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def portable(path: str) -> str:
+    """A hub id or relative path as it is; of an absolute path its last part."""
+    return Path(path).name if Path(path).is_absolute() else path
+
+
+def _is_local(cfg: Config) -> bool:
+    return cfg.backbone.path is None or Path(cfg.backbone.path).is_dir()
+
+
+def _lineage(run: RunFolder, cfg: Config, base: str, rank: int | None) -> list[str]:
+    revision = f", revision {cfg.backbone.revision}" if cfg.backbone.revision else ""
+    lines = [f"- base: {base}{revision} ({cfg.backbone.dtype})", f"- seed: {cfg.seed}"]
+    if rank is not None:
+        lora = cfg.adapter_lora
+        lines.append(f"- adapter: LoRA rank {rank}, alpha {lora.alpha:g}, {lora.target_modules}")
+    stages: tuple[tuple[Stage, OptimizerSection | Any], ...] = (
+        ("sft", cfg.sft),
+        ("reward", cfg.reward),
+        ("ppo", cfg.ppo),
+    )
+    for stage, section in stages:
+        if not run.result(stage).is_file():
+            continue
+        numbers = run.read_result(stage)
+        sources = ", ".join(_source(source) for source in section.data)
+        more = f", KL coefficient {cfg.ppo.kl_coef:g}" if stage == "ppo" else ""
+        lines.append(
+            f"- {stage}: {numbers.get('steps', 0):g} steps, learning rate "
+            f"{section.learning_rate:g}{more}, data {sources or 'none named'}"
+        )
+    return [*lines, f"- made with chatllama {__version__}"]
+
+
+def _source(source: DataSource) -> str:
+    return portable(source.path) + (f" ({source.subset})" if source.subset else "")
+
+
+def _metrics(run: RunFolder) -> list[str]:
+    if not run.summary.is_file():
+        return ["The run has not been evaluated."]
+    heads, rows = result_table(read_summary(run))
+    if not rows:
+        return ["The run has no evaluation of answers."]
+    return [
+        "Held-out prompts of the run:",
+        "",
+        f"| {' | '.join(heads)} |",
+        f"|{'---|' * len(heads)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+
+
+def _chat(cfg: Config, example: str) -> list[str]:
+    system = default_system(cfg.chat)
+    said = f"System prompt: {system!r}." if system else "No system prompt."
+    return [
+        f"Layout `{cfg.chat.template}`, in `chat_template.jinja`. {said} A prompt as text:",
+        "",
+        "```",
+        example,
+        "```",
+    ]

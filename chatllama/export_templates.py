@@ -1,0 +1,205 @@
+"""The chat layouts in Jinja (transformers, vLLM, llama.cpp) and in Go's templates (Ollama).
+
+Each gives the text whose tokens are those of `chat_format.render`; tests compare them.
+"""
+
+import json
+
+from transformers import PreTrainedTokenizerFast
+
+from chatllama.chat_format import default_system, end_of_turn_ids
+from chatllama.config import ChatSection, GenerationSection
+
+_SYSTEM = """\
+{%- if messages[0]['role'] == 'system' -%}
+{%- set system = messages[0]['content'] | trim -%}{%- set turns = messages[1:] -%}
+{%- else -%}
+{%- set system = DEFAULT -%}{%- set turns = messages -%}
+{%- endif -%}
+"""
+_JINJA = {
+    "llama2": """\
+{%- for message in turns -%}
+{%- set text = message['content'] | trim -%}
+{%- if message['role'] == 'user' -%}
+{%- if loop.first and system -%}
+{%- set text = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + text -%}
+{%- endif -%}
+{{- BOS + '[INST] ' + (text | trim) + ' [/INST]' -}}
+{%- else -%}
+{{- (' ' + text if text else '') + EOS -}}
+{%- endif -%}
+{%- endfor -%}
+""",
+    "alpaca": """\
+{{- BOS -}}
+{%- for message in turns -%}
+{%- set text = message['content'] | trim -%}
+{%- if message['role'] == 'user' -%}
+{{- system + '\\n\\n' if loop.first and system else '' if loop.first else '\\n\\n' -}}
+{{- '### Instruction:\\n' + text -}}
+{{- '' if loop.last and not add_generation_prompt else '\\n\\n### Response:\\n' -}}
+{%- else -%}
+{{- text + EOS -}}
+{%- endif -%}
+{%- endfor -%}
+""",
+    "vicuna": """\
+{{- BOS -}}
+{%- for message in turns -%}
+{%- set text = message['content'] | trim -%}
+{%- if message['role'] == 'user' -%}
+{{- system + ' ' if loop.first and system else '' -}}
+{{- 'USER: ' + text if text else 'USER:' -}}
+{{- '' if loop.last and not add_generation_prompt else ' ASSISTANT:' -}}
+{%- else -%}
+{{- (' ' + text if text else '') + EOS -}}
+{%- endif -%}
+{%- endfor -%}
+""",
+    "llama3": """\
+{{- BOS -}}
+{%- if system -%}
+{{- '<|start_header_id|>system<|end_header_id|>\\n\\n' + system + '<|eot_id|>' -}}
+{%- endif -%}
+{%- for message in turns -%}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' -}}
+{{- (message['content'] | trim) + '<|eot_id|>' -}}
+{%- endfor -%}
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' if add_generation_prompt else '' -}}
+""",
+    "chatml": """\
+{{- BOS -}}
+{{- '<|im_start|>system\\n' + system + '<|im_end|>\\n' if system else '' -}}
+{%- for message in turns -%}
+{{- '\\n' if not loop.first else '' -}}
+{{- '<|im_start|>' + message['role'] + '\\n' + (message['content'] | trim) + '<|im_end|>' -}}
+{%- endfor -%}
+{{- '\\n<|im_start|>assistant\\n' if add_generation_prompt else '' -}}
+""",
+}
+_GO = {
+    "llama2": """\
+{{- $first := true }}
+{{- range .Messages }}
+{{- if eq .Role "user" }}
+{{- if not $first }}BOS{{ end }}[INST] {{ if and $first $.System }}<<SYS>>
+{{ $.System }}
+<</SYS>>
+
+{{ end }}{{ .Content }} [/INST]
+{{- $first = false }}
+{{- else if eq .Role "assistant" }} {{ .Content }}EOS
+{{- end }}
+{{- end }}""",
+    "alpaca": """\
+{{- if .System }}{{ .System }}
+
+{{ end }}
+{{- $first := true }}
+{{- range .Messages }}
+{{- if eq .Role "user" }}
+{{- if not $first }}
+
+{{ end }}### Instruction:
+{{ .Content }}
+
+### Response:
+{{ $first = false }}
+{{- else if eq .Role "assistant" }}{{ .Content }}EOS
+{{- end }}
+{{- end }}""",
+    "vicuna": """\
+{{- if .System }}{{ .System }} {{ end }}
+{{- range .Messages }}
+{{- if eq .Role "user" }}USER: {{ .Content }} ASSISTANT:
+{{- else if eq .Role "assistant" }} {{ .Content }}EOS
+{{- end }}
+{{- end }}""",
+    "llama3": """\
+{{- if .System }}<|start_header_id|>system<|end_header_id|>
+
+{{ .System }}<|eot_id|>{{ end }}
+{{- range .Messages }}
+{{- if ne .Role "system" }}<|start_header_id|>{{ .Role }}<|end_header_id|>
+
+{{ .Content }}<|eot_id|>{{ end }}
+{{- end }}<|start_header_id|>assistant<|end_header_id|>
+
+""",
+    "chatml": """\
+{{- if .System }}<|im_start|>system
+{{ .System }}<|im_end|>
+{{ end }}
+{{- range .Messages }}
+{{- if ne .Role "system" }}<|im_start|>{{ .Role }}
+{{ .Content }}<|im_end|>
+{{ end }}
+{{- end }}<|im_start|>assistant
+""",
+}
+
+
+def jinja_template(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> str:
+    """The layout as a chat template for transformers, vLLM and llama.cpp."""
+    system = json.dumps(default_system(chat), ensure_ascii=False)
+    if chat.template == "tokenizer":
+        own = tokenizer.chat_template
+        assert isinstance(own, str)
+        if chat.system is None:
+            return own
+        default = f"[{{'role': 'system', 'content': {system}}}]"
+        return (
+            "{%- if messages[0]['role'] != 'system' -%}"
+            f"{{%- set messages = {default} + messages -%}}{{%- endif -%}}{own}"
+        )
+    bos, eos = (json.dumps(str(t or "")) for t in (tokenizer.bos_token, tokenizer.eos_token))
+    text = _JINJA[chat.template].replace("BOS", bos).replace("EOS", eos)
+    return _SYSTEM.replace("DEFAULT", system) + text
+
+
+def modelfile(
+    tokenizer: PreTrainedTokenizerFast,
+    chat: ChatSection,
+    generation: GenerationSection,
+    gguf: str,
+    context: int,
+) -> str:
+    """An Ollama Modelfile.
+
+    Args:
+        tokenizer: of the model.
+        chat: layout and system prompt.
+        generation: how the model was sampled in training.
+        gguf: the model's file, beside the Modelfile.
+        context: longest text, in tokens.
+
+    Raises:
+        ValueError: the layout is a Jinja template of the tokenizer's, or a text holds what
+            Ollama would take for the end of it.
+    """
+    if chat.template == "tokenizer":
+        raise ValueError(
+            "chat.template is 'tokenizer', a Jinja template, which Ollama does not read: no "
+            "Modelfile; write its TEMPLATE by hand"
+        )
+    system = default_system(chat)
+    if '"""' in system:
+        raise ValueError('chat.system holds """, which would end SYSTEM in a Modelfile')
+    bos, eos = str(tokenizer.bos_token or ""), str(tokenizer.eos_token)
+    template = _GO[chat.template].replace("BOS", bos).replace("EOS", eos)
+    lines = [f"FROM ./{gguf}", f'TEMPLATE """{template}"""']
+    if system:
+        lines.append(f'SYSTEM """{system}"""')
+    for index in end_of_turn_ids(tokenizer, chat):
+        stop = tokenizer.convert_ids_to_tokens(index)
+        lines.append(f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}")
+    lines += [
+        f"PARAMETER temperature {generation.temperature}",
+        f"PARAMETER top_k {generation.top_k}",
+        f"PARAMETER top_p {generation.top_p}",
+        "PARAMETER min_p 0",
+        "PARAMETER repeat_penalty 1",
+        f"PARAMETER num_ctx {context}",
+    ]
+    return "\n".join(lines) + "\n"
