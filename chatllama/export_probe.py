@@ -8,7 +8,8 @@ import torch
 from chatllama.chat_format import Message, describe_contract, render
 from chatllama.distributed import device
 from chatllama.loading import LoadedRun
-from chatllama.roles import Role, response_logprobs, score_sequences
+from chatllama.roles import Role
+from chatllama.scoring import response_logprobs, score_sequences
 
 CONVERSATIONS: tuple[list[Message], ...] = (
     [{"role": "user", "content": "Write a note about the garden."}],
