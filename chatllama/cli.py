@@ -13,6 +13,7 @@ from chatllama import __version__
 from chatllama.data_generation_arguments import add_data_generate_arguments
 from chatllama.export_options import add_export_arguments, export_options
 from chatllama.generation_arguments import add_generate_arguments, generate_options
+from chatllama.server_arguments import add_serve_arguments, serve_settings
 from chatllama.translation_scores import add_eval_arguments, eval_options
 
 Command = Callable[[argparse.Namespace], None]
@@ -61,6 +62,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add_generate_arguments(generate)
     export = _add(commands, "export", _export, "adapter, merged model, reward model, GGUF files")
     add_export_arguments(export)
+    serve = _add(commands, "serve", _serve, "an OpenAI-compatible API, and a page to compare on")
+    add_serve_arguments(serve)
     import_ = _add(commands, "import", _import, "make a Hugging Face folder of Meta's checkpoint")
     _add_import_arguments(import_)
     eval_ = _add(commands, "eval", _eval, "score a run's translations with sacrebleu")
@@ -243,6 +246,12 @@ def _export(arguments: argparse.Namespace) -> None:
     from chatllama.export_command import export_run
 
     export_run(Path(arguments.run), export_options(arguments), arguments.out)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from chatllama.server import serve
+
+    serve(serve_settings(arguments))
 
 
 def _import(arguments: argparse.Namespace) -> None:

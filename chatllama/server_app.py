@@ -1,0 +1,244 @@
+"""The routes of the server: OpenAI's, vLLM's for adapters, and ours; no arithmetic here."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+
+from chatllama import __version__
+from chatllama.server_errors import ApiError, ErrorBody, of_validation
+from chatllama.server_guard import Guard
+from chatllama.server_schema import (
+    ChatRequest,
+    CompletionRequest,
+    LoadAdapter,
+    Scored,
+    TokenKlRequest,
+    UnloadAdapter,
+    Vote,
+)
+from chatllama.server_service import Service
+from chatllama.server_votes import vote_record
+
+PAGE = Path(__file__).parent / "page"
+PAGE_FILES = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/compare.js": ("compare.js", "text/javascript; charset=utf-8"),
+}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": about}
+    for status, about in {
+        400: "the request cannot be followed",
+        401: "no valid key",
+        403: "from another machine or web site",
+        404: "there is no such model",
+        408: "the request did not arrive in time",
+        413: "the body is too long",
+        415: "not application/json",
+        503: "the server is busy or stopping",
+        504: "the answer took too long",
+    }.items()
+}
+
+
+def build_app(service: Service) -> FastAPI:
+    """The application around a running service."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.engine.stop)
+
+    app = FastAPI(
+        title="chatllama",
+        version=__version__,
+        docs_url=None,  # these load scripts from elsewhere
+        redoc_url=None,
+        lifespan=lifespan,
+        responses=ERRORS,
+    )
+    _add_errors(app)
+    _add_page(app)
+    _add_state(app, service)
+    _add_answers(app, service)
+    _add_models(app, service)
+    _add_votes(app, service)
+    _describe(app)
+    open_paths = [*PAGE_FILES, "/health"]
+    routes = [path for path in app.openapi()["paths"] if "{" not in path]
+    app.add_middleware(
+        Guard,
+        settings=service.settings,
+        open_paths=open_paths,
+        routes=[*open_paths, *routes],
+        metrics=service.metrics,
+    )
+    return app
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def refused(_: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        return of_validation(error.errors()).response()
+
+    @app.exception_handler(HTTPException)
+    async def other(_: Request, error: HTTPException) -> Response:
+        return ApiError(error.status_code, str(error.detail), "http_error").response(error.headers)
+
+    @app.exception_handler(Exception)
+    async def bug(_: Request, error: Exception) -> Response:
+        # The traceback goes to the server's log, by way of starlette; the client learns nothing.
+        return ApiError(500, "internal error", "internal", type="server_error").response()
+
+
+def _add_page(app: FastAPI) -> None:
+    for path, (name, media_type) in PAGE_FILES.items():
+        content = (PAGE / name).read_bytes()
+
+        def page(content: bytes = content, media_type: str = media_type) -> Response:
+            return Response(content, media_type=media_type)
+
+        app.add_api_route(path, _without_arguments(page), include_in_schema=False)
+
+
+def _without_arguments(function: Any) -> Any:
+    """FastAPI would take arguments with defaults for query parameters."""
+
+    async def call() -> Response:
+        return function()
+
+    return call
+
+
+def _add_state(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        """Whether the server answers, and what the page must know of it."""
+        if not service.engine.alive:
+            raise ApiError(503, "the engine has stopped", "stopping", type="server_error")
+        return {
+            "status": "ok",
+            "version": __version__,
+            "reward": service.models.has_reward,
+            "key_required": bool(service.settings.api_keys),
+        }
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Counters and latencies in Prometheus' text format."""
+        engine = service.engine
+        gauges = {
+            "running": ("Answers being decoded.", float(engine.num_running)),
+            "waiting": ("Answers that wait for their turn.", float(engine.num_waiting)),
+            "adapters": ("Adapters loaded at run time.", float(service.models.num_loaded)),
+        }
+        text = service.metrics.text(gauges)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_answers(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(body: ChatRequest, http: Request) -> Response:
+        """An answer to a conversation."""
+        return await service.chat(body, http)
+
+    @app.post("/v1/completions", response_model=None)
+    async def completions(body: CompletionRequest, http: Request) -> Response:
+        """The continuation of one or several texts."""
+        return await service.complete(body, http)
+
+    @app.post("/v1/score")
+    async def score(body: Scored, http: Request) -> dict[str, Any]:
+        """What the reward model says about whole conversations."""
+        return await service.score(body, http)
+
+    @app.post("/v1/token_kl")
+    async def token_kl(body: TokenKlRequest, http: Request) -> dict[str, Any]:
+        """Log-probabilities of an answer's tokens by two models, and their differences."""
+        return await service.token_kl(body, http)
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    models = service.models
+
+    def card(served: Any) -> dict[str, Any]:
+        return {
+            "id": served.name,
+            "object": "model",
+            "created": served.created,
+            "owned_by": "chatllama",
+            "root": served.name,
+            "parent": None if served.name == "base" else "base",
+            "max_model_len": service.max_positions,
+        }
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        """Every name that `model` may take."""
+        return {"object": "list", "data": [card(served) for served in models.all]}
+
+    @app.get("/v1/models/{model}")
+    async def one_model(model: str) -> dict[str, Any]:
+        """One of them."""
+        return card(models.find(model))
+
+    @app.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
+    async def load_lora_adapter(body: LoadAdapter) -> Response:
+        """Loads an adapter from a folder below the adapter root."""
+        await models.load(body.lora_name, body.lora_path, body.load_inplace)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    @app.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
+    async def unload_lora_adapter(body: UnloadAdapter) -> Response:
+        """Forgets an adapter that was loaded so."""
+        await models.unload(body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+def _add_votes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/votes")
+    async def vote(body: Vote) -> dict[str, Any]:
+        """Appends a preference between two answers to the file of votes."""
+        service.check_prompt([message.plain() for message in body.messages])
+        try:
+            record = vote_record(body)
+            votes = await asyncio.to_thread(service.votes.append, record)
+        except OSError as error:
+            raise ApiError(
+                500, f"the file of votes cannot be written: {error.strerror}", "votes",
+                type="server_error",
+            ) from error  # fmt: skip
+        except ValueError as error:
+            raise ApiError(400, str(error), "invalid_value") from error
+        service.metrics.count("votes")
+        return {"object": "vote", "votes": votes}
+
+    @app.get("/v1/votes", response_class=PlainTextResponse)
+    async def votes() -> Response:
+        """All votes, as JSON lines that the reward stage reads."""
+        content = await asyncio.to_thread(service.votes.content)
+        disposition = {"content-disposition": 'attachment; filename="votes.jsonl"'}
+        return Response(content, media_type="application/jsonl", headers=disposition)
+
+
+def _describe(app: FastAPI) -> None:
+    """Takes FastAPI's own 422 out of the description: invalid bodies get 400, as OpenAI's do."""
+    described = app.openapi()
+    for path in described["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        described["components"]["schemas"].pop(name, None)
+    app.openapi_schema = described

@@ -1,0 +1,186 @@
+"""What stands before the routes: keys, hosts, sizes and times. Refuses before anything is parsed.
+
+Plain ASGI, so that streams pass through untouched and a client's leaving is seen.
+"""
+
+import asyncio
+import hmac
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import h11
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from chatllama.server_errors import ApiError
+from chatllama.server_metrics import Metrics
+from chatllama.server_settings import ServerSettings
+
+LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+PAGE_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+    "content-security-policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
+}
+
+
+class Guard:
+    """Lets well-behaved requests through to the application.
+
+    Args:
+        app: behind it.
+        settings: keys and limits.
+        open_paths: asked without a key: the page and /health.
+        routes: paths that metrics name.
+        metrics: counts answers.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: ServerSettings,
+        open_paths: Sequence[str],
+        routes: Sequence[str],
+        metrics: Metrics,
+    ) -> None:
+        self._app, self._settings, self._metrics = app, settings, metrics
+        self._open, self._routes = frozenset(open_paths), frozenset(routes)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request, or hands it on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, status = time.monotonic(), 500
+
+        async def noting_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                extra = [(k.encode(), v.encode()) for k, v in PAGE_HEADERS.items()]
+                message["headers"] = [*message["headers"], *extra]
+            await send(message)
+
+        try:
+            headers = Headers(scope=scope)
+            self._check_headers(scope, headers)
+            body = await self._read_body(headers, receive)
+            await self._app(scope, _replayed(body, receive), noting_send)
+        except ApiError as error:
+            close = {"connection": "close"} if error.status in (408, 413) else {}
+            if error.status == 401:
+                close["www-authenticate"] = "Bearer"
+            await error.response(close)(scope, receive, noting_send)
+        finally:
+            path = scope["path"] if scope["path"] in self._routes else "other"
+            self._metrics.request(path, status)
+            self._metrics.observe("request_seconds", time.monotonic() - started)
+
+    def _check_headers(self, scope: Scope, headers: Headers) -> None:
+        """Nothing, for a request that may go on to be read.
+
+        Raises:
+            ApiError: a wrong key, host, origin or type.
+        """
+        keys = self._settings.api_keys
+        host = headers.get("host", "")
+        if not keys:
+            # A name that resolves to this machine but belongs to a web site is not ours.
+            name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+            if name.lower() not in (*LOCAL_NAMES, self._settings.host):
+                raise ApiError(403, "this server is for its own machine only", "wrong_host")
+        origin = headers.get("origin")
+        if origin is not None and origin.partition("://")[2] != host:
+            raise ApiError(403, "requests from other web sites are refused", "wrong_origin")
+        if keys and scope["path"] not in self._open:
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            right = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys]
+            if scheme.lower() != "bearer" or not any(right):
+                raise ApiError(
+                    401, "give a valid key as `Authorization: Bearer KEY`", "invalid_api_key"
+                )
+        if scope["method"] == "POST":
+            kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json":
+                raise ApiError(
+                    415, "the body must be sent as application/json", "wrong_content_type"
+                )
+
+    async def _read_body(self, headers: Headers, receive: Receive) -> bytes:
+        most = self._settings.max_body
+        length = headers.get("content-length", "0")
+        too_long = ApiError(413, f"the body is over {most} bytes", "body_too_long")
+        if length.isdecimal() and int(length[:20]) > most:
+            raise too_long
+
+        async def whole() -> bytes:
+            body = bytearray()
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ApiError(400, "the client went away", "disconnected")
+                body += message.get("body", b"")
+                if len(body) > most:
+                    raise too_long
+                if not message.get("more_body"):
+                    return bytes(body)
+
+        seconds = self._settings.body_timeout
+        try:
+            return await asyncio.wait_for(whole(), seconds)
+        except asyncio.TimeoutError:  # not yet the builtin one in Python 3.10
+            raise ApiError(
+                408, f"the request did not arrive within {seconds:g} s", "request_timeout"
+            ) from None
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """A receive that gives the body once, then what really comes."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+class PatientProtocol(H11Protocol):
+    """uvicorn's HTTP with a limit on how long a request's head may take."""
+
+    head_seconds = 20.0
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """A client that sends nothing is let go."""
+        super().connection_made(transport)
+        self._arm()
+
+    def data_received(self, data: bytes) -> None:
+        """The clock stands still once the head is there."""
+        super().data_received(data)
+        if self.conn.their_state is h11.IDLE:
+            self._arm()
+        else:
+            self._disarm()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """No clock outlives its connection."""
+        self._disarm()
+        super().connection_lost(exc)
+
+    def _arm(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(self.head_seconds, self.transport.close)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -1,0 +1,69 @@
+"""Votes between two answers, appended to a file that `train_rm.py` reads as it is.
+
+Each line is a record of the format `ranked`: the better answer first, equal ranks for a tie. The
+reward stage counts ties and leaves them out.
+"""
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from chatllama.server_schema import Vote
+
+
+def vote_record(vote: Vote) -> dict[str, Any]:
+    """A vote as a record of the format `ranked`.
+
+    Raises:
+        ValueError: one answer is better, yet both are the same.
+    """
+    answers, models = list(vote.answers), list(vote.models)
+    decided = vote.verdict in ("a", "b")
+    if decided and answers[0].strip() == answers[1].strip():
+        raise ValueError("both answers are the same: neither can be better")
+    if vote.verdict == "b":
+        answers.reverse()
+        models.reverse()
+    return {
+        "prompt": [message.plain() for message in vote.messages],
+        "answers": answers,
+        "ranks": [0, 1] if decided else [0, 0],
+        "models": models,
+        "verdict": vote.verdict,
+        "reason": vote.reason.strip(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+class VoteFile:
+    """A file that grows by a line a vote.
+
+    Args:
+        path: made with the first vote.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock = path, threading.Lock()
+
+    def append(self, record: dict[str, Any]) -> int:
+        """Adds a line, flushed to disk; gives the number of lines.
+
+        Raises:
+            OSError: the file cannot be written.
+            UnicodeEncodeError: half a surrogate pair in the text.
+        """
+        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        with self._lock:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+            return self.content().count(b"\n")
+
+    def content(self) -> bytes:
+        """Every line so far."""
+        return self._path.read_bytes() if self._path.is_file() else b""
