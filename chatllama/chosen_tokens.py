@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-CHUNK_ELEMENTS = 2**22
+CHUNK_ELEMENTS = 2**21
 
 
 class _Chosen(torch.autograd.Function):
@@ -36,16 +36,17 @@ class _Chosen(torch.autograd.Function):
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
             logits = functional.linear(hidden[rows], weight).float()
-            logits /= temperature
-            logits -= logits.amax(-1, keepdim=True)
-            weights = logits.exp()
-            total = weights.sum(-1, keepdim=True)
-            picked = logits.gather(1, targets[rows, None]) - total.log()
+            if temperature != 1:
+                logits /= temperature
+            largest = logits.amax(-1, keepdim=True)
+            probabilities = logits.softmax(-1)
+            # The largest logit's probability says the normaliser: exp(0) over the sum.
+            normalizer = largest - probabilities.amax(-1, keepdim=True).log()
+            picked = logits.gather(1, targets[rows, None]) - normalizer
             logprobs[rows] = picked.squeeze(1)
-            mean_logit = logits.mul_(weights).sum(-1, keepdim=True) / total
-            entropy[rows] = (total.log() - mean_logit).squeeze(1)
+            entropy[rows] = normalizer.squeeze(1) - logits.mul_(probabilities).sum(-1)
             if slopes is not None:
-                expected = functional.linear((weights / total).to(hidden.dtype), weight.T)
+                expected = functional.linear(probabilities.to(hidden.dtype), weight.T)
                 slopes[rows] = (weight[targets[rows]] - expected) / temperature
         if slopes is not None:
             ctx.save_for_backward(slopes)

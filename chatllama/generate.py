@@ -2,7 +2,7 @@
 
 Every random number is handed in, one per (response, position), so a response does not depend on
 its batch neighbours, on the batch size or on the number of ranks. It scores nothing: log-
-probabilities are taken afterwards by the training forward pass (`roles.response_logprobs`).
+probabilities are taken afterwards by the training forward pass (`scoring.response_logprobs`).
 Rows come and go in a `DecodingBatch`; here is the queue in front of it.
 """
 

@@ -71,10 +71,11 @@ class _Layer(CacheLayerMixin):
             tensor[goals, :, window] = tensor[sources, :, window]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0  # asked for prompts only: a token comes with its mask
+        return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        return 0
+        # Prompts see themselves only; a token sees the window of all rows.
+        return 0 if self.slots.prompt_of is not None else self.slots.end - self.slots.low
 
     def get_max_length(self) -> int:
         return self.slots.capacity
@@ -116,18 +117,14 @@ class KeyValueSlots:
         """
         rows = len(self.starts) + len(prompt_of)
         assert rows <= self.most
-        capacity = longest + max(SPARE_COLUMNS, longest // 4)
-        if not self.starts and (self.capacity > 2 * capacity or self.allocated > 2 * rows):
+        if not self.starts and (self.capacity > 2 * longest or self.allocated > 2 * rows):
             self.allocated = self.capacity = 0
             for layer in self._layers:
                 layer.forget()
-        if rows > self.allocated or capacity > self.capacity:
-            if rows > self.allocated:
-                self.allocated = min(max(rows, 2 * self.allocated), self.most)
-            self.capacity = max(capacity, self.capacity)
-            for layer in self._layers:
-                if layer.is_initialized:
-                    layer.rebuild(self.low, self.end)
+        more_rows = min(max(rows, 2 * self.allocated), self.most)
+        self._resize(
+            self.allocated if rows <= self.allocated else more_rows, max(longest, self.capacity)
+        )
         if not self.starts:
             self.end = length
         elif self.end < length:
@@ -143,13 +140,19 @@ class KeyValueSlots:
         """What a forward pass of one token per row needs: its mask and its positions.
 
         Returns:
-            (n, 1, 1, W) bool over the columns in use, (n, 1) int64.
+            (n, W) int64, 1 where a column in use holds a token of the row; (n, 1) int64.
         """
         if self.end == self.capacity:
-            self._slide(self.end - self.low)
+            # No row is as long as that, so there is room on the left; too little is not worth
+            # moving everything for.
+            if self.low < SPARE_COLUMNS:
+                more = max(SPARE_COLUMNS, self.capacity // 4)
+                self._resize(self.allocated, self.capacity + more)
+            else:
+                self._slide(self.end - self.low)
         starts = torch.tensor(self.starts, device=self.device)[:, None]
         columns = torch.arange(self.low, self.end + 1, device=self.device)
-        return (columns >= starts)[:, None, None], self.end - starts
+        return (columns >= starts).long(), self.end - starts
 
     def close_token(self) -> None:
         """The token is part of its row from now on."""
@@ -172,6 +175,14 @@ class KeyValueSlots:
             self.starts[goal] = self.starts[source]
         del self.starts[left:]
         return moved
+
+    def _resize(self, allocated: int, capacity: int) -> None:
+        if (allocated, capacity) == (self.allocated, self.capacity):
+            return
+        self.allocated, self.capacity = allocated, capacity
+        for layer in self._layers:
+            if layer.is_initialized:
+                layer.rebuild(self.low, self.end)
 
     def _slide(self, new_end: int) -> None:
         low, end = self.low, self.end

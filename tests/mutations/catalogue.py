@@ -388,8 +388,8 @@ SCORING_BUGS = (
     Mutation(
         "log-probability of the likeliest token",
         "chatllama/chosen_tokens.py",
-        "picked = logits.gather(1, targets[rows, None]) - total.log()",
-        "picked = logits.amax(1, keepdim=True) - total.log()",
+        "picked = logits.gather(1, targets[rows, None]) - normalizer",
+        "picked = largest - normalizer",
         (LAMBDA_1, START),
     ),
     Mutation(
@@ -510,8 +510,8 @@ SCORING_BUGS = (
     Mutation(
         "the sampler attends to the padding",
         "chatllama/key_value_slots.py",
-        "return (columns >= starts)[:, None, None], self.end - starts",
-        "return (columns >= 0 * starts)[:, None, None], self.end - starts",
+        "return (columns >= starts).long(), self.end - starts",
+        "return (columns >= 0 * starts).long(), self.end - starts",
         (SAMPLER, "tests/test_generate.py::test_greedy_equals_transformers_for_ragged_prompts"),
     ),
     Mutation(
