@@ -269,8 +269,10 @@ def test_a_signal_ends_every_process(tmp_path: Path, signum: int, exit_code: int
         time.sleep(60)
     """
     parent = f"""
-        import os, sys
+        import os, signal, sys
         from chatllama.launcher import run_to_end
+        # the tests may run under nohup, or in the background
+        signal.signal({int(signum)}, signal.{"default_int_handler" if signum == 2 else "SIG_DFL"})
         try:
             run_to_end([sys.executable, "-c", {textwrap.dedent(child)!r}], os.environ, bool)
         except KeyboardInterrupt:

@@ -298,11 +298,11 @@ def test_bfloat16_is_within_its_tolerance():
 
 
 def test_a_score_read_at_the_last_column_is_found(monkeypatch: pytest.MonkeyPatch):
-    from chatllama import roles
+    from chatllama import scoring
 
     def last_column(mask: torch.Tensor) -> torch.Tensor:
         return torch.full((len(mask),), mask.shape[1] - 1)
 
-    monkeypatch.setattr(roles, "last_token_index", last_column)
+    monkeypatch.setattr(scoring, "last_token_index", last_column)
     found = padding_error(reward_model(), Dataset.from_list(pairs(10)), 0)
     assert found.error > found.tolerance
