@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         now = time.monotonic()
         seconds = {"wall_seconds": measured - started, "evaluation_seconds": now - measured}
         write_json(run.result("ppo"), numbers | seconds)
-    stage.leave()
+    stage.leave(run, "ppo")
 
 
 if __name__ == "__main__":

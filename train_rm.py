@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if distributed.rank() == 0:
         write_json(run.result("reward"), numbers | {"wall_seconds": time.monotonic() - started})
-    stage.leave()
+    stage.leave(run, "reward")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if distributed.rank() == 0:
         seconds = {"wall_seconds": time.monotonic() - started}
         write_json(run.result("sft"), numbers | seconds | pretrain.backbone_seconds(run))
-    stage.leave()
+    stage.leave(run, "sft")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@ Imports nothing heavy: `--help` and config errors must come at once.
 import argparse
 import errno
 import os
+import socket
 import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +41,17 @@ class StageArguments:
     """Token of the lock of the `chatllama run` that started this stage."""
 
 
+LOST_RANK_SECONDS = 5.0
+"""Time for the launcher, which looks every second, to end a rank that another one has left."""
+LOST_RANK_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
 class _Parser(argparse.ArgumentParser):
-    """Tells mistakes once, from rank 0, and ends every rank with exit code 2."""
+    """Tells mistakes once on each machine, and ends every rank with exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with a message."""
-        if _is_rank_zero():
+        if _speaks():
             super().error(message)
         raise SystemExit(2)
 
@@ -84,17 +92,19 @@ def parse_stage_arguments(description: str, argv: Sequence[str] | None = None) -
         config = load_config(arguments.config, arguments.overrides)
         check_batches(config, int(os.environ.get("WORLD_SIZE", "1")))
     except ConfigError as error:
-        if _is_rank_zero():
+        if _speaks():
             print(error, file=sys.stderr)
         raise SystemExit(2) from error
     return StageArguments(config=config, resume=arguments.resume, lock=arguments.run_lock)
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; a mistake of the user's ends it with one message and exit code 2.
+    """Runs a script's `main`; the first error of a job ends it on every rank and is what is shown.
 
-    The message comes from the rank that met the mistake, without the traceback that only a
-    programmer could use (CHATLLAMA_DEBUG=1 shows it). The launcher then stops the other ranks.
+    A mistake of the user's is told in one message, with exit code 2, by the rank that met it and
+    without the traceback that only a programmer could use (CHATLLAMA_DEBUG=1 shows it). Under a
+    launcher a rank with an error ends at once, so that the launcher stops the others, which may be
+    waiting for it inside a collective; those that notice keep quiet meanwhile.
     SIGTERM and SIGUSR1 end it with exit code 75 (`interruption.py`).
     """
     interruption.listen()
@@ -102,19 +112,38 @@ def run_stage(main: Callable[[], None]) -> None:
         main()
         return
     except interruption.Interrupted as reason:
-        code, message = interruption.EXIT_CODE, str(reason) if _is_rank_zero() else ""
-    except (ValueError, OSError) as error:
-        if os.environ.get("CHATLLAMA_DEBUG") == "1" or not _is_users(error):
-            run_lock.release_all()
-            raise
-        where = "" if _is_rank_zero() else f" (rank {os.environ['RANK']})"
-        script = Path(sys.argv[0]).name
-        message = f"{script}{where}: error: {error}\n(CHATLLAMA_DEBUG=1 shows where it happened)"
-        code = 2
+        code, message = interruption.EXIT_CODE, str(reason) if _speaks() else ""
+    except SystemExit as end:
+        if end.code:
+            _release_other_nodes()
+        raise
+    except Exception as error:
+        code, message = _failure(error)
     sys.stdout.flush()
     print(message, file=sys.stderr, end="\n" if message else "", flush=True)
     run_lock.release_all()
+    if code != interruption.EXIT_CODE:
+        _release_other_nodes()
     os._exit(code)  # other ranks may be waiting for us inside a collective
+
+
+def _failure(error: Exception) -> tuple[int, str]:
+    """Exit code and message; without a launcher the error itself where it is a programmer's."""
+    debugging = os.environ.get("CHATLLAMA_DEBUG") == "1"
+    if isinstance(error, ValueError | OSError) and _is_users(error) and not debugging:
+        return 2, _signed(f"error: {error}\n(CHATLLAMA_DEBUG=1 shows where it happened)")
+    if "WORLD_SIZE" not in os.environ:
+        run_lock.release_all()
+        raise error
+    if _lost_a_rank(error):
+        interruption.be_deaf()
+        time.sleep(LOST_RANK_SECONDS)
+        return 1, _signed(
+            f"error: another rank has gone ({str(error).splitlines()[0]}). Its own output says "
+            "why, on its own node; if it says nothing, it was killed, often for lack of memory"
+        )
+    traceback.print_exc()
+    return 1, _signed(f"error: {type(error).__name__}: {error}")
 
 
 def _is_users(error: ValueError | OSError) -> bool:
@@ -123,6 +152,33 @@ def _is_users(error: ValueError | OSError) -> bool:
     return isinstance(error, ValueError) or error.errno in disk
 
 
-def _is_rank_zero() -> bool:
+def _release_other_nodes() -> None:
+    """Ranks of other machines do not wait for one that failed before it had met them."""
+    if int(os.environ.get("CROSS_SIZE", "1")) > 1:
+        from chatllama.distributed import meet
+
+        meet()
+
+
+def _lost_a_rank(error: Exception) -> bool:
+    """Whether a collective failed because another rank ended."""
+    from torch.distributed import DistError
+
+    text = str(error)
+    return isinstance(error, DistError) or any(words in text for words in LOST_RANK_WORDS)
+
+
+def _signed(message: str) -> str:
+    """The message, with who speaks when that is not rank 0 of a single machine."""
+    nodes, rank = os.environ.get("CROSS_SIZE", "1"), os.environ.get("RANK", "0")
+    where = "" if (nodes, rank) == ("1", "0") else f" (rank {rank})"
+    if nodes != "1":
+        where = f" (rank {rank} on {socket.gethostname()})"
+    return f"{Path(sys.argv[0]).name}{where}: {message}"
+
+
+def _speaks() -> bool:
+    """True on rank 0; with several machines, where mistakes may differ, on one rank of each."""
     # Not `distributed.rank`: that module imports torch.
-    return os.environ.get("RANK", "0") == "0"
+    several = os.environ.get("CROSS_SIZE", "1") != "1"
+    return os.environ.get("LOCAL_RANK" if several else "RANK", "0") == "0"

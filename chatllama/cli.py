@@ -131,6 +131,14 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--master-port", type=int, metavar="P", help="port of rank 0 (default: a free one)"
     )
+    parser.add_argument(
+        "--node-rank",
+        type=int,
+        metavar="R",
+        help="start only the processes of line R (from 0) of the hostfile, without ssh: for Slurm, "
+        "or by hand on every machine (docs/multinode.md)",
+    )
+    parser.add_argument("--master-addr", metavar="HOST", help="the hostfile's first machine")
 
 
 def _add_chat_arguments(parser: argparse.ArgumentParser) -> None:
@@ -205,7 +213,13 @@ def _run(arguments: argparse.Namespace) -> None:
     from chatllama.launcher import Launch
     from chatllama.pipeline import StageFailed, run_pipeline
 
-    launch = Launch(arguments.num_gpus, arguments.hostfile, arguments.master_port)
+    launch = Launch(
+        arguments.num_gpus,
+        arguments.hostfile,
+        arguments.master_port,
+        arguments.node_rank,
+        arguments.master_addr,
+    )
     try:
         run_pipeline(
             arguments.config,

@@ -151,23 +151,40 @@ class DeepSpeedSection(Section):
 
     stage: Annotated[int, Field(ge=0, le=3)] = 2
     """ZeRO stage. 2 suits LoRA; 3 shards the backbone too, for models larger than one GPU."""
-    offload_optimizer: Literal["none", "cpu"] = "none"
-    """Where optimizer state lives (stages 1 to 3)."""
-    offload_param: Literal["none", "cpu"] = "none"
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where optimizer state lives (cpu: stages 1 to 3; nvme: stage 3)."""
+    offload_param: Literal["none", "cpu", "nvme"] = "none"
     """Where parameters live (stage 3)."""
+    nvme_path: str | None = None
+    """Folder on a local NVMe disk, the same path on every node, for what is offloaded to nvme.
+    Needs the system's libaio (Debian: libaio-dev) and a C++ compiler."""
     stage3_param_persistence_threshold: NonNegative = 100_000
     """Parameters with fewer elements stay whole on every rank (stage 3)."""
-
-    gather_for_rollouts: bool = True
-    """Stage 3: bring the whole model to every rank once per rollout batch (fast; each GPU must hold
-    it). false: layer by layer for every token, slower but within a shard's memory."""
+    gather_for_rollouts: bool | Literal["auto"] = "auto"
+    """Stage 3: true brings the whole model to every rank once per rollout batch (fast; each GPU
+    must hold it); false goes layer by layer for every token, slower but within a shard's memory.
+    auto: true where the model takes at most 80 % of every rank's free memory, else false with a
+    warning."""
 
     @model_validator(mode="after")
     def _check_offload(self) -> "DeepSpeedSection":
+        places = (self.offload_optimizer, self.offload_param)
         if self.offload_param != "none" and self.stage != 3:
-            raise ValueError(f"offload_param needs stage 3, not {self.stage}")
+            raise ValueError(
+                f"offload_param needs stage 3, not {self.stage}: below it every rank computes "
+                "with the whole parameters"
+            )
         if self.offload_optimizer != "none" and self.stage == 0:
-            raise ValueError("offload_optimizer needs stage 1, 2 or 3, not 0")
+            raise ValueError(
+                "offload_optimizer needs stage 1, 2 or 3, not 0, which is plain data parallelism"
+            )
+        if "nvme" in places and self.stage != 3:
+            raise ValueError(
+                f"offloading to nvme needs stage 3, not {self.stage}, where DeepSpeed would use "
+                "the CPU's memory instead"
+            )
+        if ("nvme" in places) != (self.nvme_path is not None):
+            raise ValueError("nvme_path and offloading to nvme go together: give both or neither")
         return self
 
 

@@ -3,7 +3,10 @@
 The only place that asks whether there is a GPU. Works alike with one process and no launcher.
 """
 
+import contextlib
 import os
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,11 +27,48 @@ def is_launched() -> bool:
     return "WORLD_SIZE" in os.environ
 
 
+def nodes() -> int:
+    """Number of machines of this job, as `deepspeed` or `torchrun` says; 1 without a launcher."""
+    return int(os.environ.get("CROSS_SIZE") or os.environ.get("GROUP_WORLD_SIZE") or "1")
+
+
+def leads_node() -> bool:
+    """True for one process of each machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def device() -> torch.device:
     """This process's device: its own GPU where there is one, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def processes_here() -> int:
+    """Number of this job's processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+
+
+def free_memory() -> int:
+    """Bytes that this process can still take on its device; on a CPU its share of what is free."""
+    if torch.cuda.is_available():
+        cached = torch.cuda.memory_reserved(device()) - torch.cuda.memory_allocated(device())
+        return torch.cuda.mem_get_info(device())[0] + cached
+    import psutil
+
+    return psutil.virtual_memory().available // processes_here()
+
+
+def meet() -> None:
+    """Waits up to a minute for all ranks to have started, if they have not met yet.
+
+    A rank that ends before it has met the others leaves those of other machines waiting for half
+    an hour; one that has met them is missed at once.
+    """
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        with contextlib.suppress(dist.DistError, RuntimeError):
+            dist.init_process_group(backend, timeout=timedelta(minutes=1))
 
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:
@@ -59,6 +99,15 @@ def all_gather_objects(value: object) -> list:
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Rank 0's `value` (any object), on every rank."""
+    if not dist.is_initialized():
+        return value
+    sent = [value]
+    dist.broadcast_object_list(sent, src=0)
+    return sent[0]
 
 
 def barrier() -> None:

@@ -65,6 +65,12 @@ def listen() -> None:
         signal.signal(signum, _signals.handle)
 
 
+def be_deaf() -> None:
+    """From now on the signals end this process at once: its job has failed."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def steps() -> Iterator[None]:
     """Signals that come inside wait for `stop_requested`."""

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -42,6 +42,10 @@ class Launch:
     """DeepSpeed's list of machines, `name slots=N` a line."""
     master_port: int | None = None
     """Port of rank 0. None: a free one (with a hostfile: DeepSpeed's default)."""
+    node_rank: int | None = None
+    """Start only the processes of this line of the hostfile, from 0. None: all, through ssh."""
+    master_addr: str | None = None
+    """Name or address of the first machine, where the others reach it."""
 
     @property
     def arguments(self) -> list[str]:
@@ -50,6 +54,8 @@ class Launch:
             ("--num-gpus", self.num_gpus),
             ("--hostfile", self.hostfile),
             ("--master-port", self.master_port),
+            ("--node-rank", self.node_rank),
+            ("--master-addr", self.master_addr),
         )
         return [word for flag, value in given if value is not None for word in (flag, str(value))]
 
@@ -60,6 +66,23 @@ class Launch:
             raise ValueError(f"--master-port {self.master_port}: must be within 1 to 65535")
         if self.hostfile is not None and not self.hostfile.is_file():
             raise ValueError(f"--hostfile {self.hostfile}: no such file")
+        if self.node_rank is None:
+            if self.master_addr is not None and self.hostfile is None:
+                raise ValueError("--master-addr is for several machines: give --hostfile too")
+            return
+        if self.hostfile is None or self.master_addr is None:
+            raise ValueError("--node-rank needs --hostfile and --master-addr, equal on all nodes")
+        machines = len(hostfile_slots(self.hostfile))
+        if not 0 <= self.node_rank < machines:
+            raise ValueError(
+                f"--node-rank {self.node_rank}: {self.hostfile} names {machines} machines, which "
+                f"are 0 to {machines - 1}"
+            )
+
+    @property
+    def leads(self) -> bool:
+        """Whether this machine looks after the run folder's common files."""
+        return not self.node_rank
 
 
 def count_gpus() -> int:
@@ -149,18 +172,24 @@ def script_path(stage: Stage) -> Path:
 
 
 def stage_command(
-    stage: Stage, config: Path, ranks: int, gpus: int, launch: Launch, resume: bool, lock: str
+    stage: Stage,
+    config: Sequence[str],
+    ranks: int,
+    gpus: int,
+    launch: Launch,
+    resume: bool,
+    lock: str,
 ) -> list[str]:
     """The command line that runs a stage through the `deepspeed` launcher.
 
     Args:
         stage: what to run.
-        config: the resolved YAML.
+        config: the YAML, and settings that replace its own.
         ranks: processes on this machine.
         gpus: GPUs at hand; 0 means CPU.
         launch: machines and port.
         resume: whether to go on from the newest checkpoint.
-        lock: token of the run folder's lock, under which the stage works.
+        lock: token of the run folder's lock, under which the stage works; empty: none.
 
     Raises:
         ValueError: the launcher or the script is missing.
@@ -171,6 +200,16 @@ def stage_command(
         command += ["--hostfile", str(launch.hostfile)]
         if launch.num_gpus is not None:
             command += ["--num_gpus", str(launch.num_gpus)]
+        if launch.master_addr is not None:
+            command += ["--master_addr", launch.master_addr]
+        if launch.node_rank is not None:
+            command += ["--no_ssh", "--node_rank", str(launch.node_rank)]
+        elif len(hostfile_slots(launch.hostfile)) > 1 and shutil.which("pdsh") is None:
+            raise ValueError(
+                "deepspeed starts the processes of other machines through pdsh, which is not "
+                "installed here (Debian: apt install pdsh). Without it start `chatllama run` on "
+                "every machine, with --node-rank and --master-addr (docs/multinode.md)"
+            )
     else:
         # With --num_gpus the launcher would ignore CUDA_VISIBLE_DEVICES and take the first GPUs.
         visible = [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x.isdigit()]
@@ -182,7 +221,9 @@ def stage_command(
     if port is not None:
         command += ["--master_port", str(port)]
     command += ["--log_level", "error"]  # what the stage itself says is what people want to read
-    command += [str(script_path(stage)), str(config), "--run-lock", lock]
+    command += [str(script_path(stage)), *config]
+    if lock:
+        command += ["--run-lock", lock]
     return [*command, "--resume"] if resume else command
 
 

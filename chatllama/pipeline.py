@@ -85,16 +85,38 @@ def run_pipeline(
     """
     cfg = load_config(config_path, overrides)
     run = RunFolder(Path(cfg.run_dir))
+    launch = launch or Launch()
+    # Machines that are started one by one may have run folders of their own.
+    given = [str(run.config)] if launch.node_rank is None else [config_path, *overrides]
+    if not launch.leads:
+        _run_stages(cfg, run, given, launch, "", resume, redo_from)
+        return
     with locked(run, "run") as lock:
-        _run_stages(cfg, run, launch or Launch(), lock, resume, redo_from)
+        _run_stages(cfg, run, given, launch, lock, resume, redo_from)
         write_summary(run)
         print_results(run, write_report(run))
 
 
 def _run_stages(
-    cfg: Config, run: RunFolder, launch: Launch, lock: str, resume: bool, redo_from: Stage | None
+    cfg: Config,
+    run: RunFolder,
+    given: Sequence[str],
+    launch: Launch,
+    lock: str,
+    resume: bool,
+    redo_from: Stage | None,
 ) -> None:
-    """Every stage that is not finished, under the run folder's lock."""
+    """Every stage that is not finished, under the run folder's lock.
+
+    Args:
+        cfg: checked.
+        run: its folder.
+        given: the YAML and settings, for the stages' command lines.
+        launch: machines, processes and port.
+        lock: token of the lock; empty where another machine holds it.
+        resume: as in `run_pipeline`.
+        redo_from: as in `run_pipeline`.
+    """
     redone = STAGES[STAGES.index(redo_from) :] if redo_from is not None else ()
     finished: list[Stage] = [s for s in STAGES if run.result(s).is_file() and s not in redone]
     waiting: list[Stage] = [s for s in STAGES if s not in finished]
@@ -111,14 +133,15 @@ def _run_stages(
         )
     for stage in redone:
         _forget(run, stage)
-    dump_config(cfg, run.config)
+    if launch.leads:
+        dump_config(cfg, run.config)
     for stage in STAGES:
         if stage in finished:
             _say(f"{stage}: finished before, skipped")
             continue
-        command = stage_command(stage, run.config, ranks, gpus, launch, resume, lock)
+        command = stage_command(stage, given, ranks, gpus, launch, resume, lock)
         environment = stage_environment(ranks, count_cores(), not gpus and launch.hostfile is None)
-        _run_stage(run, stage, command, environment, launch.arguments)
+        _run_stage(run, stage, command, environment, launch)
 
 
 def _plan_ranks(cfg: Config, launch: Launch) -> tuple[int, int]:
@@ -225,7 +248,7 @@ def _run_stage(
     stage: Stage,
     command: list[str],
     environment: dict[str, str],
-    launch_arguments: list[str],
+    launch: Launch,
 ) -> None:
     """Runs one stage to its result.
 
@@ -234,13 +257,15 @@ def _run_stage(
     """
     _say(f"{stage}: {shlex.join(command)}")
     run.interrupted(stage).unlink(missing_ok=True)
-    again = shlex.join(["chatllama", "run", str(run.config), "--resume", *launch_arguments])
+    again = shlex.join(["chatllama", "run", str(run.config), "--resume", *launch.arguments])
     try:
         code = run_to_end(command, environment, lambda: _ask_to_stop(run, stage))
     except (SystemExit, KeyboardInterrupt):
         if not run.interrupted(stage).is_file():
             raise
         code = EXIT_CODE
+    if code == 0 and not launch.leads:
+        return  # the result may not be visible here yet
     if run.result(stage).is_file():
         if code != 0:
             _say(f"{stage}: the launcher ended with code {code} after the stage had finished")

@@ -13,7 +13,8 @@ from workers.engine_worker import MAX_GRAD_NORM, PEAKS, build, data, run, step, 
 
 from chatllama.config import DeepSpeedSection
 from chatllama.roles import RoleModel, adapter_parameters
-from trainers.engine import Engine, OptimizerSettings, ParameterGroup, seed_step, zero_settings
+from trainers import engine as engine_module
+from trainers.engine import Engine, OptimizerSettings, ParameterGroup, seed_step
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -129,23 +130,14 @@ def test_seeds_of_steps_differ_and_repeat():
     assert len(seen) == 6
 
 
-def test_zero_settings(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    section = DeepSpeedSection(
-        stage=3, offload_optimizer="cpu", stage3_param_persistence_threshold=7
-    )
-    settings = zero_settings(section, microbatch_size=2, accumulation_steps=3, max_grad_norm=0.5)
-    assert settings["train_batch_size"] == 2 * 3 * 4
-    assert settings["train_micro_batch_size_per_gpu"] == 2
-    assert settings["gradient_accumulation_steps"] == 3
-    assert settings["gradient_clipping"] == 0.5  # DeepSpeed's own default would be 1.0
-    zero = settings["zero_optimization"]
-    assert zero["stage"] == 3 and zero["stage3_param_persistence_threshold"] == 7
-    assert zero["offload_optimizer"]["device"] == "cpu" and "offload_param" not in zero
-    plain = zero_settings(
-        DeepSpeedSection(stage=1), microbatch_size=1, accumulation_steps=1, max_grad_norm=1.0
-    )
-    assert plain["zero_optimization"] == {"stage": 1}
+def test_whether_to_gather_is_settled_once(base: str, monkeypatch: pytest.MonkeyPatch):
+    asked: list[RoleModel] = []
+    monkeypatch.setattr(engine_module, "whole_model_fits", lambda model: bool(asked.append(model)))
+    whole, split = build(base), build(base)
+    assert whole.gathers and not asked  # nothing is split
+    monkeypatch.setattr(split, "partitions", lambda: True)
+    assert not split.gathers and not split.gathers
+    assert asked == [split.model]
 
 
 # --- two ranks under the launcher ----------------------------------------------------------------

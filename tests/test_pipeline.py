@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,23 +198,42 @@ def test_number_of_processes() -> None:
 def test_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     command = stage_command(
-        "reward", Path("r/config.yaml"), 2, 0, Launch(master_port=1234), True, "abc"
+        "reward", ["r/config.yaml"], 2, 0, Launch(master_port=1234), True, "abc"
     )
     assert Path(command[0]).name == "deepspeed"
     assert command[1:5] == ["--num_gpus", "2", "--master_port", "1234"]
     assert command[5:7] == ["--log_level", "error"]
     assert Path(command[7]).is_file() and Path(command[7]).name == "train_rm.py"
     assert command[8:] == ["r/config.yaml", "--run-lock", "abc", "--resume"]
-    ports = {stage_command("sft", Path("c"), 1, 0, Launch(), False, "")[4] for _ in range(3)}
+    ports = {stage_command("sft", ["c"], 1, 0, Launch(), False, "")[4] for _ in range(3)}
     assert all(1024 <= int(port) <= 65535 for port in ports)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1,2")
-    command = stage_command("sft", Path("c"), 2, 3, Launch(), False, "")
+    command = stage_command("sft", ["c"], 2, 3, Launch(), False, "")
     assert command[1:3] == ["--include", "localhost:3,1"]
     hosts = tmp_path / "hosts"
     hosts.write_text("# two\na slots=4\n\nb slots=8\n")
     assert hostfile_slots(hosts) == [4, 8]
-    command = stage_command("sft", Path("c"), 8, 0, Launch(hostfile=hosts), False, "")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    command = stage_command("sft", ["c"], 8, 0, Launch(hostfile=hosts), False, "")
     assert command[1:3] == ["--hostfile", str(hosts)] and "--num_gpus" not in command
+    assert command[3:] == ["--log_level", "error", command[-2], "c"]
+    one = Launch(hostfile=hosts, node_rank=1, master_addr="a", master_port=1234)
+    command = stage_command("sft", ["c", "seed=1"], 8, 0, one, False, "")
+    assert command[3:10] == [
+        *("--master_addr", "a", "--no_ssh", "--node_rank", "1", "--master_port", "1234")
+    ]
+    assert command[-2:] == ["c", "seed=1"]
+    assert one.arguments[-4:] == ["--node-rank", "1", "--master-addr", "a"]
+    assert Launch(hostfile=hosts).leads and not one.leads
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="pdsh, which is not installed here"):
+        stage_command("sft", ["c"], 8, 0, Launch(hostfile=hosts), False, "")
+    with pytest.raises(ValueError, match="--node-rank needs --hostfile and --master-addr"):
+        Launch(hostfile=hosts, node_rank=0)
+    with pytest.raises(ValueError, match=r"--node-rank 2: .* names 2 machines, which are 0 to 1"):
+        Launch(hostfile=hosts, node_rank=2, master_addr="a")
+    with pytest.raises(ValueError, match="--master-addr is for several machines"):
+        Launch(master_addr="a")
     hosts.write_text("a slots=4\nb 8\n")
     with pytest.raises(ValueError, match="line 2: 'b 8'"):
         hostfile_slots(hosts)

@@ -66,6 +66,7 @@ def assert_equal_runs(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert off < 1e-4, (name, off)
     samples = [[s[role] for role in ("base", "sft")] for s in expected["evaluation"]["samples"]]
     assert [[s[r] for r in ("base", "sft")] for s in found["evaluation"]["samples"]] == samples
+    assert found["lonely"] == expected["lonely"] and found["lonely"][0]
     assert found["resumed"] and found["resumed_metrics"]
 
 

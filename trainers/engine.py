@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from torch import nn
 from chatllama.config import DeepSpeedSection
 from chatllama.distributed import device, is_launched, rank, world_size
 from chatllama.roles import RoleModel
+from trainers.zero import whole_model_fits, zero_settings
 
 
 @dataclass(frozen=True)
@@ -51,42 +52,6 @@ def initialise() -> None:
         torch.cuda.set_device(device())
     deepspeed.init_distributed(verbose=False)
     assert torch.distributed.get_world_size() == world_size()
-
-
-def zero_settings(
-    section: DeepSpeedSection,
-    *,
-    microbatch_size: int,
-    accumulation_steps: int,
-    max_grad_norm: float,
-) -> dict[str, Any]:
-    """DeepSpeed's own configuration for a section of ours.
-
-    Args:
-        section: ZeRO stage and offloading.
-        microbatch_size: sequences per forward pass, on one rank.
-        accumulation_steps: backward passes per optimizer step.
-        max_grad_norm: global norm to which gradients are scaled down.
-    """
-    zero: dict[str, Any] = {"stage": section.stage}
-    if section.stage == 3:
-        zero["stage3_param_persistence_threshold"] = section.stage3_param_persistence_threshold
-        zero["stage3_gather_16bit_weights_on_model_save"] = True
-    for key, place in (
-        ("offload_optimizer", section.offload_optimizer),
-        ("offload_param", section.offload_param),
-    ):
-        if place != "none":
-            zero[key] = {"device": place, "pin_memory": device().type == "cuda"}
-    return {
-        "train_batch_size": microbatch_size * accumulation_steps * world_size(),
-        "train_micro_batch_size_per_gpu": microbatch_size,
-        "gradient_accumulation_steps": accumulation_steps,
-        "gradient_clipping": max_grad_norm,
-        "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**31,
-    }
 
 
 @contextmanager
@@ -168,7 +133,7 @@ class Engine:
         self.groups = [(group.name, group.learning_rate) for group in groups]
         self.max_grad_norm = settings.max_grad_norm
         self.accumulation_steps = accumulation_steps
-        self.gathers = section.gather_for_rollouts
+        self._gathers: bool | Literal["auto"] = section.gather_for_rollouts
         self._backwards = 0
         self._deepspeed: Any = None
         if not is_launched():
@@ -275,14 +240,24 @@ class Engine:
         with gathered([parameter]):
             return parameter.detach().clone()
 
+    @property
+    def gathers(self) -> bool:
+        """Whether `whole` brings the model to every rank (`gather_for_rollouts`).
+
+        `auto` is settled by all ranks together when they first ask, before the first rollout.
+        """
+        if self._gathers == "auto":
+            self._gathers = not self.partitions() or whole_model_fits(self.model)
+        return self._gathers
+
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Weights are whole on every rank inside, without ZeRO-3's traffic layer by layer.
 
-        With `gather_for_rollouts: false` they stay split: every forward pass fetches layer by
-        layer, and all ranks must make equally many of them.
+        Where not `gathers` they stay split: every forward pass fetches layer by layer, and all
+        ranks must make equally many of them.
         """
-        if not (self.gathers and self.partitions()):
+        if not (self.partitions() and self.gathers):
             yield
             return
         # The hooks that fetch and drop each layer's weights would drop the gathered ones; their

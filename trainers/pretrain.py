@@ -20,6 +20,7 @@ from transformers import (
 from chatllama import distributed
 from chatllama.config import Config, FromScratch, OptimizerSection
 from chatllama.export import INFO
+from chatllama.nodes import copy_to_nodes
 from chatllama.run_folder import RunFolder
 from chatllama.tokenizer import load_tokenizer, train_tokenizer
 from chatllama.tracking import Tracker
@@ -49,6 +50,7 @@ def ensure_backbone(cfg: Config, run: RunFolder) -> None:
         print(f"training a backbone from text: {run.backbone}\n{mixture.summary()}", flush=True)
         train_tokenizer(mixture.train["text"], section.vocab_size, tokenizer_folder)
     distributed.barrier()
+    copy_to_nodes(run, tokenizer_folder)
     tokenizer = load_tokenizer(tokenizer_folder)
     documents, _ = tokenize_text(mixture.train, tokenizer, section.max_length)
     optimizer = _optimizer(section)
@@ -78,7 +80,10 @@ def ensure_backbone(cfg: Config, run: RunFolder) -> None:
         save_model(run.backbone, llama, tokenizer, info)
         shutil.rmtree(tokenizer_folder)
         shutil.rmtree(cast(str, args.output_dir), ignore_errors=True)
+    elif distributed.leads_node():
+        shutil.rmtree(tokenizer_folder, ignore_errors=True)
     distributed.barrier()
+    copy_to_nodes(run, run.backbone)
 
 
 def backbone_seconds(run: RunFolder) -> dict[str, float]:

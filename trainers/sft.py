@@ -20,7 +20,7 @@ from chatllama import distributed
 from chatllama.backbone import backbone_path, load_backbone
 from chatllama.batching import microbatches_per_step, optimizer_steps
 from chatllama.checkpoint import checkpoint_to_resume, layout_of, step_of
-from chatllama.config import Config, OptimizerSection
+from chatllama.config import Config, DeepSpeedSection, OptimizerSection
 from chatllama.durable import replace_folder
 from chatllama.export import INFO, check_tensors, save_adapter
 from chatllama.roles import (
@@ -36,7 +36,7 @@ from chatllama.tracking import Tracker
 from data.collate import bucket_by_length, fill_rate
 from data.mixture import load_mixture
 from data.sft import tokenize_conversations
-from trainers.engine import gathered, partitioned_loading, zero_settings
+from trainers.engine import gathered, partitioned_loading
 from trainers.hf_trainer import (
     MetricsToTracker,
     StepFolders,
@@ -44,6 +44,7 @@ from trainers.hf_trainer import (
     trainer_settings,
 )
 from trainers.instruction_trainer import IGNORED, InstructionTrainer, Rows, row_lengths
+from trainers.zero import zero_settings
 
 
 def load_rows(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Rows:
@@ -163,7 +164,7 @@ def sft_arguments(
     if distributed.is_launched():
         deepspeed = cfg.deepspeed
         if deepspeed.stage > stage_limit:
-            deepspeed = deepspeed.model_copy(update={"stage": stage_limit, "offload_param": "none"})
+            deepspeed = _without_splitting(deepspeed, stage_limit)
         zero = zero_settings(
             deepspeed,
             microbatch_size=section.microbatch_size,
@@ -182,6 +183,14 @@ def sft_arguments(
     )
     skip = {"skip_prepare_dataset": True}
     return SFTConfig(**settings, max_length=None, packing=False, dataset_kwargs=skip)
+
+
+def _without_splitting(section: DeepSpeedSection, stage: int) -> DeepSpeedSection:
+    """The section at a lower stage, where only the optimizer is offloaded, to the CPU."""
+    kept = section.model_dump(include={"offload_optimizer"} if stage else set())
+    if kept.get("offload_optimizer") == "nvme":
+        kept["offload_optimizer"] = "cpu"
+    return DeepSpeedSection(stage=stage, **kept)
 
 
 def build_policy(cfg: Config, run: RunFolder) -> LlamaForCausalLM | RoleModel:

@@ -2,12 +2,14 @@
 
 from transformers import PreTrainedTokenizerFast
 
+from chatllama import distributed
 from chatllama.backbone import backbone_path, base_path
 from chatllama.chat_format import describe_contract
 from chatllama.config import Config
 from chatllama.config_loader import dump_config
-from chatllama.distributed import rank, shut_down
+from chatllama.distributed import rank
 from chatllama.libraries import quiet_libraries
+from chatllama.nodes import check_run_folder, copy_to_nodes
 from chatllama.run_folder import RunFolder, Stage
 from chatllama.run_lock import acquire, release_all
 from chatllama.tokenizer import load_tokenizer
@@ -32,14 +34,9 @@ def join(run: RunFolder, stage: Stage, lock: str | None) -> None:
     initialise()
 
 
-def leave() -> None:
-    """Leaves the other ranks in step with them and unlocks the run folder; comes last."""
-    shut_down()
-    release_all()
-
-
 def open_stage(cfg: Config, run: RunFolder) -> PreTrainedTokenizerFast:
     """The backbone's tokenizer; the resolved config is written into the run folder."""
+    check_run_folder(cfg, run)
     if rank() == 0:
         dump_config(cfg, run.config)
     return load_tokenizer(
@@ -47,6 +44,13 @@ def open_stage(cfg: Config, run: RunFolder) -> PreTrainedTokenizerFast:
         revision=cfg.backbone.revision,
         trust_remote_code=cfg.backbone.trust_remote_code,
     )
+
+
+def leave(run: RunFolder, stage: Stage) -> None:
+    """Every machine has the results, all ranks part, the run folder is unlocked: comes last."""
+    copy_to_nodes(run, run.stage(stage))
+    distributed.shut_down()
+    release_all()
 
 
 def adapter_info(

@@ -19,6 +19,7 @@ from trainers.engine import initialise
 from trainers.evaluate import evaluate_roles
 from trainers.ppo import PpoTrainer
 from trainers.ppo_setup import export_ppo
+from trainers.rollout import sample_responses
 
 SIZES = {
     "steps": 2,
@@ -102,6 +103,9 @@ def run_variant(base: TinyRun, folder: Path, stage: int, name: str) -> dict[str,
     evaluate_roles(trainer.cfg, run, trainer.engine, trainer.scorer, trainer.prompts, trainer.ends)
     export_ppo(run, trainer.engine.model, {"base": tiny.base, "contract": {}, "stage": "ppo"})
     out["weights"] = weights(trainer)
+    # More ranks than prompts.
+    arguments = ([[70, 71, 72]], trainer.cfg.generation, trainer.ends.stop_ids, (9,))
+    out["lonely"] = sample_responses(trainer.engine, "policy", *arguments)
     barrier()
     out["metrics"] = metrics(run)
     out["evaluation"] = json.loads(run.evaluation.read_text())

@@ -1,0 +1,44 @@
+"""What tests/test_faults.py runs on two ranks: one meets a fault, the other waits for it."""
+
+import argparse
+import os
+import signal
+from pathlib import Path
+
+import torch
+
+from chatllama.arguments import run_stage
+from chatllama.distributed import all_sum, barrier, rank, shut_down
+from chatllama.nodes import views_of
+from chatllama.run_folder import RunFolder
+from trainers import stage
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--local_rank")
+    parser.add_argument("fault")
+    parser.add_argument("faulty", type=int)
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    if rank() == arguments.faulty and arguments.fault == "early":
+        raise ValueError("a mistake before the ranks have met")
+    stage.join(RunFolder(arguments.folder), "sft", None)
+    views = [sees for _, sees in views_of(arguments.folder)]
+    (arguments.folder / f"views-{rank()}").write_text(str(views))
+    (arguments.folder / f"pid-{rank()}").write_text(str(os.getpid()))
+    barrier()
+    if rank() == arguments.faulty:
+        match arguments.fault:
+            case "mistake":
+                raise ValueError("the first mistake")
+            case "crash":
+                raise RuntimeError("the first crash")
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+    all_sum(torch.ones(4))
+    shut_down()
+
+
+if __name__ == "__main__":
+    run_stage(main)
