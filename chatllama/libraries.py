@@ -1,6 +1,7 @@
 """How the libraries behave inside our commands."""
 
 import warnings
+from logging import LogRecord, getLogger
 
 import datasets
 import huggingface_hub.constants
@@ -13,3 +14,13 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL counts its uses at start
     warnings.filterwarnings("ignore", category=FutureWarning)
+    getLogger("accelerate.accelerator").addFilter(_concerns_users)
+
+
+def _concerns_users(record: LogRecord) -> bool:
+    """False for a warning that every accumulating run under DeepSpeed would begin with.
+
+    transformers' Trainer counts accumulation steps itself and tells accelerate of one; accelerate
+    then takes DeepSpeed's number, which is the right one.
+    """
+    return "Gradient accumulation steps mismatch" not in record.getMessage()

@@ -93,21 +93,24 @@ def answer_pairs(examples: Iterable[Mapping[str, Any]]) -> AnswerPairs:
 
 @dataclass(frozen=True)
 class PreferenceCollator:
-    """Examples of `tokenize_preferences` as one batch: every answer once, and their pairs."""
+    """Examples of `tokenize_preferences` as one batch: every answer with its prompt; their pairs.
+
+    For attention that only knows whole sequences; else `answer_rows.py` spares the repetition.
+    """
 
     pad_id: int
 
     def __call__(
         self, examples: Sequence[dict[str, Any]]
-    ) -> tuple[torch.Tensor, torch.Tensor, AnswerPairs]:
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], AnswerPairs]:
         """The batch.
 
         Returns:
-            (N, T) int64 ids of all answers with their prompts, padded on the right; (N, T) bool
-            mask, True on tokens; the pairs.
+            (N, T) int64 ids of all answers with their prompts, padded on the right, and (N, T)
+            bool mask, True on tokens; the pairs.
         """
         rows = [ids for example in examples for ids in example["answer_ids"]]
-        return (*pad_right(rows, self.pad_id), answer_pairs(examples))
+        return pad_right(rows, self.pad_id), answer_pairs(examples)
 
 
 def batch_indices(num_examples: int, batch_size: int, step: int, seed: int) -> list[int]:

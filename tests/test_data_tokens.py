@@ -206,7 +206,7 @@ def test_collator_holds_every_answer_once_and_weighs_prompts_alike() -> None:
             "ratings": [3.0, 3.0, 1.0],
         },
     ]
-    ids, mask, pairs = PreferenceCollator(pad_id=0)(examples)
+    (ids, mask), pairs = PreferenceCollator(pad_id=0)(examples)
     assert ids.tolist() == [[1, 4, 2, 0], [1, 2, 0, 0], [1, 5, 0, 0], [1, 6, 7, 2], [1, 8, 0, 0]]
     assert mask.sum(dim=1).tolist() == [3, 2, 2, 4, 2]
     assert pairs.better.tolist() == [0, 2, 3] and pairs.worse.tolist() == [1, 4, 4]

@@ -18,8 +18,9 @@ from chatllama.reward_models import check_gate, reward_folders
 from chatllama.roles import Adapter, RoleModel, adapter_parameters
 from chatllama.run_folder import RunFolder, write_json
 from chatllama.statistics import wilson_interval
+from data.answer_rows import SharedPromptCollator
 from data.collate import PreferenceCollator, answer_pairs
-from trainers import reward
+from trainers import reward, reward_scores
 from trainers.engine import Engine
 from trainers.reward_data import Preferences, bayes_accuracy
 
@@ -87,13 +88,16 @@ def train(cfg: Config, data: Preferences, folder: Path, model: RoleModel) -> rew
 def test_scores_do_not_depend_on_microbatches(microbatch_size: int):
     model, examples = reward_model(), lists(10)
     alone = [
-        reward.score_sequences(model.eval(), torch.tensor([ids]), torch.ones(1, len(ids)).bool())
+        reward_scores.score_sequences(
+            model.eval(), torch.tensor([ids]), torch.ones(1, len(ids)).bool()
+        )
         for row in examples.to_list()
         for ids in row["answer_ids"]
     ]
-    found = reward.score_answers(model, examples, PreferenceCollator(0), microbatch_size)
-    torch.testing.assert_close(found, torch.cat(alone).detach(), rtol=0, atol=1e-5)
-    assert found.std() > 0.1
+    for collator in (PreferenceCollator(0), SharedPromptCollator(0, 256)):
+        found = reward_scores.score_answers(model, examples, collator, microbatch_size)
+        torch.testing.assert_close(found, torch.cat(alone).detach(), rtol=0, atol=1e-5)
+        assert found.std() > 0.1
 
 
 def test_accuracy_by_hand_ties_count_half_and_prompts_weigh_alike():
@@ -106,7 +110,7 @@ def test_accuracy_by_hand_ties_count_half_and_prompts_weigh_alike():
     )
     scores = torch.tensor([1.0, 1.0, 3.0, 1.0, 2.0, 0.0, 5.0, 1.0])
     # A tie: 1/2. Right, right, wrong: 2/3. The first of two wrong, the second right: 1/2.
-    held_out = reward.measure(examples, scores)
+    held_out = reward_scores.measure(examples, scores)
     assert held_out.accuracy == pytest.approx((1 / 2 + 2 / 3 + 1 / 2) / 3)
     assert (held_out.num_pairs, held_out.num_prompts) == (6, 3)
     soft = {d: math.log1p(math.exp(-d)) for d in (0.0, 1.0, 2.0, -1.0, 4.0)}
@@ -183,12 +187,13 @@ class StubEngine:
 
     def __init__(self) -> None:
         self.model = reward_model()
-        self.rows: list[int] = []
+        self.tokens: list[int] = []
         self.losses: list[float] = []
 
-    def __call__(self, function: str, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        self.rows.append(len(tokens))
-        return torch.arange(len(tokens)).float()
+    def __call__(self, function: object, rows: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+        assert function is reward_scores.score_shared
+        self.tokens.append(int((more[1] >= 0).sum()))
+        return torch.arange(len(more[3])).float()
 
     def backward(self, loss: torch.Tensor) -> None:
         self.losses.append(float(loss))
@@ -200,13 +205,16 @@ class StubEngine:
 def stub_step(examples: Dataset, **section: Any) -> tuple[StubEngine, dict[str, float]]:
     engine, size = StubEngine(), len(examples)
     cfg = config(batch_size=size, microbatch_size=1, **section)
-    batch, collator = list(range(size)), PreferenceCollator(0)
-    return engine, reward._optimizer_step(cfg, cast(Engine, engine), examples, batch, collator, 1.0)
+    batch, collator = list(range(size)), reward_scores.collator_for(cfg, 0)
+    return engine, reward.optimizer_step(cfg, cast(Engine, engine), examples, batch, collator, 1.0)
 
 
 def test_all_answers_to_a_prompt_go_through_the_model_once():
-    engine, _ = stub_step(lists(2, sizes=(9,)))
-    assert engine.rows == [9, 9]  # not 36 pairs of two
+    examples = lists(2, sizes=(9,))
+    engine, _ = stub_step(examples)
+    # Not 36 pairs of two, and the prompt of two tokens once.
+    answers = [sum(len(ids) - 2 for ids in row["answer_ids"]) for row in examples.to_list()]
+    assert engine.tokens == [2 + answers[0], 2 + answers[1]]
 
 
 def test_every_option_of_the_loss_is_used():

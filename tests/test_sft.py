@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import MethodType
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from chatllama.libraries import quiet_libraries
 from chatllama.roles import RoleModel, acting_as, adapter_state
 from chatllama.run_folder import RunFolder
 from chatllama.tokenizer import load_tokenizer
-from trainers.instruction_trainer import IGNORED, InstructionTrainer, RowCollator, _LossForward
+from trainers.instruction_trainer import IGNORED, InstructionTrainer, RowCollator, end_in_loss
 from trainers.sft import arrange_rows, build_policy, sft_arguments
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -36,7 +35,7 @@ def llama(tiny_llama_dir: Path) -> LlamaForCausalLM:
 @pytest.fixture
 def loss_llama(tiny_llama_dir: Path) -> LlamaForCausalLM:
     model = LlamaForCausalLM.from_pretrained(tiny_llama_dir).eval()
-    model.forward = MethodType(_LossForward(False), model)
+    end_in_loss(model, use_bfloat16=False)
     return model
 
 
@@ -123,7 +122,7 @@ def test_loss_is_the_cross_entropy_of_the_labels(
     loss_llama: LlamaForCausalLM, llama: LlamaForCausalLM
 ):
     row = {"input_ids": [1, 20, 30, 40, 2], "labels": [IGNORED, IGNORED, 30, IGNORED, 2]}
-    losses = loss_llama(**RowCollator(0)([row]), loss_chunks=1)
+    losses = loss_llama(**RowCollator(0)([row]), as_loss=True)
     with torch.no_grad():
         logprobs = llama(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
     # token 2 (id 30) is predicted at position 1, token 4 (id 2) at position 3
@@ -134,7 +133,7 @@ def test_packed_documents_do_not_see_each_other(loss_llama: LlamaForCausalLM):
     ids = list(documents(3)["input_ids"])
     labels = [[IGNORED, *i[1:]] for i in ids]
     alone = [
-        loss_llama(**RowCollator(0)([{"input_ids": i, "labels": w}]), loss_chunks=1).loss_sum
+        loss_llama(**RowCollator(0)([{"input_ids": i, "labels": w}]), as_loss=True).loss_sum
         for i, w in zip(ids, labels, strict=True)
     ]
     apart = torch.stack(alone).sum()
@@ -144,20 +143,31 @@ def test_packed_documents_do_not_see_each_other(loss_llama: LlamaForCausalLM):
         "seq_lengths": [len(i) for i in ids],
     }
     short = {"input_ids": [1, 7], "labels": [IGNORED, IGNORED], "seq_lengths": [2]}
-    together = loss_llama(**RowCollator(0)([short, packed]), loss_chunks=2).loss_sum
+    together = loss_llama(**RowCollator(0)([short, packed]), as_loss=True).loss_sum
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=0)
     joined = {k: v for k, v in packed.items() if k != "seq_lengths"}
-    one_document = loss_llama(**RowCollator(0)([joined]), loss_chunks=1).loss_sum
+    one_document = loss_llama(**RowCollator(0)([joined]), as_loss=True).loss_sum
     assert not torch.isclose(one_document, apart, atol=1e-3)
 
 
 def test_padding_changes_nothing(loss_llama: LlamaForCausalLM):
     short = {"input_ids": [1, 20, 2], "labels": [IGNORED, 20, 2]}
     long = {"input_ids": [1, *range(50, 60)], "labels": [IGNORED] * 11}
-    alone = loss_llama(**RowCollator(0)([short]), loss_chunks=1).loss_sum
+    alone = loss_llama(**RowCollator(0)([short]), as_loss=True).loss_sum
     for pad in (0, 77):
-        beside = loss_llama(**RowCollator(pad)([short, long]), loss_chunks=1).loss_sum
+        beside = loss_llama(**RowCollator(pad)([short, long]), as_loss=True).loss_sum
         torch.testing.assert_close(beside, alone)
+
+
+def test_the_head_is_called_once_whatever_the_batch_holds(loss_llama: LlamaForCausalLM):
+    # ZeRO-3 gathers the head's weight at every call, on all ranks together.
+    calls = []
+    loss_llama.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    for trained in (0, 1, 5):
+        row = {"input_ids": [1, 5, 6, 7, 8, 9], "labels": [IGNORED] * (6 - trained) + [3] * trained}
+        assert torch.isfinite(loss_llama(**RowCollator(0)([row]), as_loss=True).loss_sum)
+        assert calls == [1]
+        calls.clear()
 
 
 # --- trainer
@@ -201,7 +211,6 @@ def make_trainer(cfg: Config) -> tuple[InstructionTrainer, RoleModel]:
         rows,
         load_tokenizer(str(cfg.backbone.path)),
         use_bfloat16=False,
-        max_length=32,
         callbacks=[],
     )
     return trainer, model

@@ -30,7 +30,7 @@ from chatllama import distributed
 from chatllama.checkpoint import explained
 from chatllama.config import OptimizerSection
 from trainers.hf_trainer import build_optimizer, build_schedule
-from trainers.losses import TokenLoss, head_chunks, token_loss
+from trainers.losses import TokenLoss, token_loss
 
 IGNORED = -100
 """Label of a token that does not train."""
@@ -93,7 +93,6 @@ class InstructionTrainer(SFTTrainer):
         rows: in training order.
         tokenizer: for the padding id and the checkpoints.
         use_bfloat16: run the forward pass under autocast to bfloat16.
-        max_length: tokens of the longest row.
         callbacks: checkpoints and metrics.
     """
 
@@ -108,7 +107,6 @@ class InstructionTrainer(SFTTrainer):
         tokenizer: PreTrainedTokenizerBase,
         *,
         use_bfloat16: bool,
-        max_length: int,
         callbacks: list[TrainerCallback],
     ) -> None:
         self.section = section
@@ -135,9 +133,7 @@ class InstructionTrainer(SFTTrainer):
         assert self.accelerator.num_processes == distributed.world_size(), (
             f"the trainer sees {self.accelerator.num_processes} ranks of {distributed.world_size()}"
         )
-        llama.forward = MethodType(_LossForward(use_bfloat16), llama)
-        positions = section.microbatch_size * max_length
-        self._num_chunks = head_chunks(positions, llama.config.vocab_size)
+        end_in_loss(llama, use_bfloat16)
         self._correct_and_trained = torch.zeros(2, dtype=torch.long, device=self.args.device)
         ends = slice(section.batch_size - 1, None, section.batch_size)
         self._tokens_after = np.cumsum(row_lengths(rows.train))[ends]
@@ -165,7 +161,7 @@ class InstructionTrainer(SFTTrainer):
     ) -> torch.Tensor:
         """This microbatch's share of the loss, times the ranks, as gradients are averaged."""
         assert num_items_in_batch is not None and not return_outputs
-        losses: TokenLoss = model(**inputs, loss_chunks=self._num_chunks)
+        losses: TokenLoss = model(**inputs, as_loss=True)
         self._correct_and_trained += _correct_and_trained(losses, inputs["labels"])
         num_tokens = torch.as_tensor(num_items_in_batch).clamp(min=1)
         return losses.loss_sum * self.accelerator.num_processes / num_tokens
@@ -185,7 +181,7 @@ class InstructionTrainer(SFTTrainer):
         totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         for inputs in self._evaluation_batches(cast(Dataset, rows)):
             with torch.no_grad():
-                losses: TokenLoss = model(**inputs, loss_chunks=self._num_chunks)
+                losses: TokenLoss = model(**inputs, as_loss=True)
             totals[0] += losses.loss_sum
             totals[1:] += _correct_and_trained(losses, inputs["labels"])
         loss, correct, trained = distributed.all_sum(totals).tolist()
@@ -265,6 +261,26 @@ def _correct_and_trained(losses: TokenLoss, labels: torch.Tensor) -> torch.Tenso
     return torch.stack([losses.num_correct, (labels[:, 1:] != IGNORED).sum()])
 
 
+def end_in_loss(llama: LlamaForCausalLM, use_bfloat16: bool) -> None:
+    """From now on `llama(..., labels=..., as_loss=True)` gives a `TokenLoss` instead of logits.
+
+    Args:
+        llama: otherwise as before.
+        use_bfloat16: run that forward pass under autocast to bfloat16.
+    """
+    llama.forward = MethodType(_LossForward(use_bfloat16), llama)
+    llama.lm_head.forward = MethodType(_head_forward, llama.lm_head)
+
+
+def _head_forward(
+    head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor | None = None
+) -> torch.Tensor | TokenLoss:
+    """Logits, or the loss of the targets: inside the head's own call, its weight is whole."""
+    if targets is None:
+        return nn.Linear.forward(head, hidden)
+    return token_loss(hidden, head.weight, targets)
+
+
 class _LossForward:
     """A causal LLaMA's forward pass that can end in the loss instead of logits."""
 
@@ -275,16 +291,16 @@ class _LossForward:
         self,
         llama: LlamaForCausalLM,
         *args: Any,
-        loss_chunks: int | None = None,
+        as_loss: bool = False,
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """`TokenLoss` of the labels when `loss_chunks` is given, else what the LLaMA returns.
+        """`TokenLoss` of the labels when `as_loss` is set, else what the LLaMA returns.
 
         Autocast is entered here, inside the engine's forward pass: DeepSpeed switches off one that
         was entered outside.
         """
-        if loss_chunks is None:
+        if not as_loss:
             kwargs["labels"] = labels
             return type(llama).forward(llama, *args, **kwargs)
         assert labels is not None
@@ -294,4 +310,4 @@ class _LossForward:
             hidden = llama.model(*args, use_cache=False, **kwargs).last_hidden_state[:, :-1]
             targets = labels[:, 1:]
             trained = targets != IGNORED
-            return token_loss(hidden[trained], llama.lm_head, targets[trained], loss_chunks)
+            return llama.lm_head(hidden[trained], targets[trained])

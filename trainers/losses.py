@@ -5,12 +5,11 @@ optimizer step, so that microbatches and ranks change nothing. PPO's losses are 
 Shape legend: N trained positions, H hidden, V vocabulary.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import cross_entropy, logsigmoid
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import logsigmoid
 
 
 class TokenLoss(NamedTuple):
@@ -24,52 +23,82 @@ class TokenLoss(NamedTuple):
 
 def token_loss(
     hidden: torch.Tensor,
-    head: Callable[[torch.Tensor], torch.Tensor],
+    weight: torch.Tensor,
     targets: torch.Tensor,
-    num_chunks: int = 1,
+    max_logits: int | None = None,
 ) -> TokenLoss:
     """Cross-entropy of the targets, summed, without ever holding all their logits.
 
-    With more than one chunk, a chunk's logits are computed again in the backward pass (a third
-    more work in the LM head) so that one chunk is the most that lives at a time. The number of
-    chunks is given, not derived from N, because under ZeRO-3 all ranks must call the head equally
-    often whatever their batches hold.
+    The positions go through the LM head a few at a time, and the gradient is taken there and then,
+    while their probabilities exist: nothing is computed twice, and what lives until the backward
+    pass is as small as `hidden` (and as `weight`, where that trains).
 
     Args:
         hidden: (N, H) any float, at the positions whose next token trains; N may be 0.
-        head: the LM head, called as a module (ZeRO-3 gathers its weight then): (n, H) -> (n, V).
+        weight: (V, H) any float, of the LM head; whole, so under ZeRO-3 inside the head's own call.
         targets: (N,) int64, the next tokens.
-        num_chunks: parts in which the N positions go through the head.
+        max_logits: numbers of float32 that may live at a time; None: 16 MiB of them on the CPU,
+            where more would leave the allocator's heap, 128 MiB elsewhere.
     """
-    parts = zip(hidden.tensor_split(num_chunks), targets.tensor_split(num_chunks), strict=True)
-    if num_chunks == 1 or not torch.is_grad_enabled():
-        losses = [_chunk_loss(rows, head, wanted) for rows, wanted in parts]
-    else:
-        losses = [
-            checkpoint(_chunk_loss, rows, head, wanted, use_reentrant=False)
-            for rows, wanted in parts
-        ]
-    sums, correct = zip(*losses, strict=True)
-    return TokenLoss(torch.stack(sums).sum(), torch.stack(correct).sum())
+    if max_logits is None:
+        max_logits = 2**22 if hidden.device.type == "cpu" else 2**25
+    rows = max(1, max_logits // len(weight))
+    trains = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
+    return TokenLoss(*_HeadLoss.apply(hidden, weight, targets, rows, trains))
 
 
-def _chunk_loss(
-    hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], targets: torch.Tensor
-) -> TokenLoss:
-    logits = head(hidden).float()
-    num_correct = (logits.detach().argmax(-1) == targets).sum()
-    return TokenLoss(cross_entropy(logits, targets, reduction="sum"), num_correct)
+class _HeadLoss(torch.autograd.Function):
+    """The loss of LM head and softmax, with its gradient from the forward pass."""
 
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        rows: int,
+        trains: tuple[bool, bool],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of the losses () float32 and number of right guesses () int64."""
+        loss_sum = torch.zeros((), device=hidden.device)
+        num_correct = torch.zeros((), dtype=torch.long, device=hidden.device)
+        ctx.grad_hidden = torch.empty_like(hidden) if trains[0] else None
+        ctx.grad_weight = torch.zeros_like(weight, dtype=torch.float32) if trains[1] else None
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            wanted = targets[part, None]
+            product = hidden[part] @ weight.t()  # in autocast's type
+            logits = product.float()
+            likeliest = logits.argmax(-1, keepdim=True)
+            probabilities = logits.softmax(-1)
+            # logsumexp - logit, by way of the likeliest token, whose probability is >= 1 / V
+            gaps = logits.gather(1, likeliest) - logits.gather(1, wanted)
+            loss_sum += (gaps - probabilities.gather(1, likeliest).log()).sum()
+            num_correct += (likeliest == wanted).sum()
+            if not any(trains):
+                continue
+            slopes = probabilities.scatter_add_(1, wanted, gaps.new_full(gaps.shape, -1.0))
+            slopes = slopes.to(product.dtype)
+            if ctx.grad_hidden is not None:
+                ctx.grad_hidden[part] = slopes @ weight
+            if ctx.grad_weight is not None:
+                ctx.grad_weight += slopes.t() @ hidden[part]
+        ctx.mark_non_differentiable(num_correct)
+        ctx.weight_type = weight.dtype
+        return loss_sum, num_correct
 
-def head_chunks(num_positions: int, vocab_size: int, max_logits: int = 2**27) -> int:
-    """Chunks for `token_loss` that keep a chunk's logits below about `max_logits` numbers.
-
-    Args:
-        num_positions: the most positions that a forward pass can train (microbatch x length).
-        vocab_size: V.
-        max_logits: float32 numbers; the default is 512 MiB of logits.
-    """
-    return -(-num_positions * vocab_size // max_logits)
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: torch.Tensor
+    ) -> Any:
+        """The gradients of `hidden` and `weight`, times that of the sum."""
+        scale = grad_outputs[0]
+        hidden = ctx.grad_hidden * scale if ctx.grad_hidden is not None else None
+        weight = None
+        if ctx.grad_weight is not None:
+            weight = (ctx.grad_weight * scale).to(ctx.weight_type)
+        return hidden, weight, None, None, None
 
 
 def pairwise_loss(

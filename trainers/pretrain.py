@@ -70,7 +70,6 @@ def ensure_backbone(cfg: Config, run: RunFolder) -> None:
             rows,
             tokenizer,
             use_bfloat16=cfg.backbone.dtype == "bfloat16",
-            max_length=section.max_length,
             callbacks=[MetricsToTracker(tracker, "sft")],
         )
         numbers = trainer.run(None)

@@ -9,7 +9,7 @@ token, which is the end of turn.
 import gc
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -28,11 +28,10 @@ from chatllama.export import load_adapter, save_adapter
 from chatllama.reward_models import member_folder
 from chatllama.roles import Adapter, RoleModel, adapter_parameters, adapter_state
 from chatllama.run_folder import RunFolder, write_json
-from chatllama.scoring import score_sequences
 from chatllama.statistics import wilson_interval
 from chatllama.tracking import Tracker
-from data.collate import PreferenceCollator, answer_pairs, batch_indices
-from trainers.dealing import collect, deal, microbatches
+from data.collate import batch_indices
+from trainers.dealing import microbatches
 from trainers.engine import (
     Engine,
     OptimizerSettings,
@@ -44,20 +43,18 @@ from trainers.engine import (
 from trainers.losses import pairwise_loss
 from trainers.reward_data import Preferences
 from trainers.reward_doctor import Member, PaddingError, padding_error
+from trainers.reward_scores import (
+    Collator,
+    HeldOut,
+    collator_for,
+    measure,
+    moved,
+    ordered,
+    score_answers,
+    scoring_of,
+)
 
 SEED_STRIDE = 1_000_003
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """How scores order answers that were not trained on; all prompts weigh the same."""
-
-    accuracy: float
-    """Share of pairs with the preferred answer scored higher; ties count one half."""
-    loss: float
-    """Mean pairwise loss, without margin, centring and smoothing."""
-    num_pairs: int
-    num_prompts: int
 
 
 def train_ensemble(
@@ -158,9 +155,9 @@ def train_member(
     """Trains adapter and head of one member, then scores the held-out answers."""
     section = cfg.reward
     own_run, seed = member_run(run, number), member_seed(cfg.seed, number)
-    engine = _build_engine(cfg, model)
+    engine = build_engine(cfg, model)
     total = optimizer_steps(section, len(data.train))
-    collator = PreferenceCollator(pad_id)
+    collator = collator_for(cfg, pad_id)
     checkpoint = checkpoint_to_resume(own_run, "reward", resume, layout_of(cfg.deepspeed))
     first, loss = 0, float("nan")
     title = f"reward, member {number + 1} of {section.ensemble}" if section.ensemble > 1 else None
@@ -174,7 +171,7 @@ def train_member(
                 seed_step(seed, step)
                 batch = batch_indices(len(data.train), section.batch_size, step, seed)
                 factor = lr_factor(step, total, section.lr_schedule, section.warmup_steps)
-                metrics = _optimizer_step(cfg, engine, data.train, batch, collator, factor)
+                metrics = optimizer_step(cfg, engine, data.train, batch, collator, factor)
                 done, loss = step + 1, metrics["reward/loss"]
                 if done % cfg.tracking.log_every == 0 or done == total:
                     tracker.log(done, metrics)
@@ -198,7 +195,7 @@ def train_member(
     return Member(loss, scores.tolist(), padding_error(model, data.held_out, pad_id))
 
 
-def _build_engine(cfg: Config, model: RoleModel) -> Engine:
+def build_engine(cfg: Config, model: RoleModel) -> Engine:
     """The optimiser over the reward adapter and its head."""
     section = cfg.reward
     parameters = adapter_parameters(model, "reward") + list(model.heads["reward"].parameters())
@@ -214,12 +211,12 @@ def _build_engine(cfg: Config, model: RoleModel) -> Engine:
     )
 
 
-def _optimizer_step(
+def optimizer_step(
     cfg: Config,
     engine: Engine,
     train: Dataset,
     batch: list[int],
-    collator: PreferenceCollator,
+    collator: Collator,
     factor: float,
 ) -> dict[str, float]:
     """One step of the optimiser over `batch`; its metrics over all ranks.
@@ -231,8 +228,8 @@ def _optimizer_step(
     engine.model.train()
     sums = torch.zeros(4, device=device())
     for rows in microbatches(batch, section.microbatch_size):
-        tokens, mask, pairs = collator([train[i] for i in rows])
-        scores = engine(score_sequences, tokens.to(device()), mask.to(device()))
+        inputs, pairs = collator([train[i] for i in rows])
+        scores = engine(scoring_of(inputs), *moved(inputs))
         better, worse = scores[pairs.better.to(device())], scores[pairs.worse.to(device())]
         weight = pairs.weight.to(device())
         loss = pairwise_loss(
@@ -247,57 +244,18 @@ def _optimizer_step(
         engine.backward(loss)
         with torch.no_grad():
             gap, middle = better - worse, (better + worse) / 2
-            means = [(weight * x).sum() for x in (_ordered(gap), gap, middle)]
+            means = [(weight * x).sum() for x in (ordered(gap), gap, middle)]
             sums += torch.stack([loss, *means])
     norm = engine.step(factor)
-    loss_sum, ordered, gaps, middles = all_sum(sums).tolist()
+    loss_sum, right, gaps, middles = all_sum(sums).tolist()
     return {
         "reward/loss": loss_sum,
-        "reward/accuracy": ordered / len(batch),
+        "reward/accuracy": right / len(batch),
         "reward/margin": gaps / len(batch),
         "reward/score_mean": middles / len(batch),
         "reward/grad_norm": norm,
         "reward/lr": section.learning_rate * factor,
     }
-
-
-def _ordered(gap: torch.Tensor) -> torch.Tensor:
-    """1 where the preferred answer scores higher, 0.5 for a tie."""
-    return (gap > 0).float() + 0.5 * (gap == 0).float()
-
-
-@torch.no_grad()
-def score_answers(
-    model: RoleModel, examples: Dataset, collator: PreferenceCollator, microbatch_size: int
-) -> torch.Tensor:
-    """Scores of all answers, example by example, dealt out over the ranks: (N,) float32."""
-    model.eval()
-    counts = [len(ranks) for ranks in examples["ranks"][:]]
-    firsts = [0]
-    for count in counts:
-        firsts.append(firsts[-1] + count)
-    scores = torch.zeros(firsts[-1], device=device())
-    for rows, counted in deal(len(examples), microbatch_size):
-        tokens, mask, _ = collator([examples[i] for i in rows])
-        found = score_sequences(model, tokens.to(device()), mask.to(device()))
-        if counted:
-            scores[firsts[rows[0]] : firsts[rows[-1] + 1]] = found
-    return collect(scores)
-
-
-def measure(examples: Dataset, scores: torch.Tensor) -> HeldOut:
-    """Accuracy and loss of scores.
-
-    Args:
-        examples: held-out ones.
-        scores: (N,) float32, of their answers, from `score_answers`.
-    """
-    pairs = answer_pairs(examples.select_columns(["ranks", "ratings"]).to_list())
-    scores = scores.cpu()
-    better, worse = scores[pairs.better], scores[pairs.worse]
-    accuracy = (pairs.weight * _ordered(better - worse)).sum() / len(examples)
-    loss = pairwise_loss(better, worse, torch.zeros_like(better), pairs.weight, len(examples))
-    return HeldOut(float(accuracy), float(loss), len(better), len(examples))
 
 
 def _evaluation_metrics(held_out: HeldOut) -> dict[str, float]:

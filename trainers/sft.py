@@ -245,7 +245,6 @@ def train_sft(
             rows,
             tokenizer,
             use_bfloat16=cfg.backbone.dtype == "bfloat16",
-            max_length=cfg.sft.max_length,
             callbacks=[
                 StepFolders(run, "sft", cfg.sft.save_total_limit, cfg.deepspeed),
                 MetricsToTracker(tracker, "sft"),
