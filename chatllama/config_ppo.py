@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from chatllama.config_base import (
-    Betas,
     DataSource,
     Fraction,
     NonNegative,
@@ -59,16 +58,10 @@ class PpoSection(StageSection):
     """Peak learning rate of value adapter and head. null: learning_rate."""
     lr_schedule: Schedule = "linear"
     """Over all optimizer steps, after warm-up."""
-    warmup_steps: NonNegative = 0
-    """Optimizer steps of linear warm-up."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of AdamW."""
-    adam_betas: Betas = [0.9, 0.95]
-    """Moment decay rates of AdamW."""
     adam_eps: PositiveFloat = 1e-5
     """Epsilon of AdamW (Huang 2024, arXiv 2403.17031)."""
-    max_grad_norm: PositiveFloat = 1.0
-    """Gradients are scaled down to this global norm."""
 
     kl_coef: NonNegativeFloat = 0.05
     """Reward subtracted per nat of log pi - log pi_ref (the first value, if adaptive)."""

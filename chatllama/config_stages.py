@@ -22,7 +22,7 @@ from chatllama.config_base import (
 
 
 class StageSection(Section):
-    """What the three stages have in common: saving and holding data out."""
+    """What the three stages have in common: data, saving, and AdamW."""
 
     data: list[DataSource] = []
     """Sources of the stage's training data."""
@@ -37,19 +37,6 @@ class StageSection(Section):
     """Steps between checkpoints. 0: only the finished stage is saved."""
     save_total_limit: Positive = 2
     """Checkpoints kept."""
-
-
-class OptimizerSection(StageSection):
-    """The optimiser of SFT and the reward model."""
-
-    epochs: PositiveFloat = 1.0
-    """Passes over the mixture (not used when `steps` is given)."""
-    steps: Positive | None = None
-    """Optimizer steps. null: from `epochs`."""
-    batch_size: Positive = 64
-    """Examples per optimizer step, over all ranks and accumulation steps."""
-    microbatch_size: Positive = 8
-    """Examples per forward pass, on one rank."""
     learning_rate: PositiveFloat = 1e-4
     """Peak learning rate."""
     lr_schedule: Schedule = "cosine"
@@ -64,6 +51,19 @@ class OptimizerSection(StageSection):
     """Epsilon of AdamW."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this global norm."""
+
+
+class OptimizerSection(StageSection):
+    """Passes and batches of SFT and the reward model."""
+
+    epochs: PositiveFloat = 1.0
+    """Passes over the mixture (not used when `steps` is given)."""
+    steps: Positive | None = None
+    """Optimizer steps. null: from `epochs`."""
+    batch_size: Positive = 64
+    """Examples per optimizer step, over all ranks and accumulation steps."""
+    microbatch_size: Positive = 8
+    """Examples per forward pass, on one rank."""
     eval_every: NonNegative = 0
     """Optimizer steps between evaluations on held-out data. 0: only at the end."""
 
