@@ -69,6 +69,11 @@ def load_backbone(
             f"backbone.path: {path!r} holds no safetensors weights (pickled checkpoints are not "
             f"loaded). {_first_line(error)}"
         ) from error
+    except ImportError as error:  # attention from a package of its own
+        raise ValueError(
+            f"backbone.attn_implementation: {section.attn_implementation} does not work here. "
+            f"{_first_line(error)} Install flash-attn (CUDA only) or choose sdpa"
+        ) from error
     except SafetensorError as error:
         raise ValueError(
             f"backbone.path: the weights in {path!r} are damaged: {_first_line(error)}"

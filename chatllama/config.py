@@ -109,7 +109,8 @@ class BackboneSection(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the frozen weights and of the matrix products. Adapters and heads are float32."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention kernel, as transformers names it."""
+    """Attention kernel, as transformers names it. With flash_attention_2 (CUDA, the package
+    flash-attn) the reward stage repeats a prompt for every answer."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False

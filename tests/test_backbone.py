@@ -1,5 +1,6 @@
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,13 @@ def test_weights_cut_off_are_refused(damaged: Path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"backbone\.path: the weights in .* are damaged"):
         load_backbone(section(damaged), str(damaged))
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed")
+def test_attention_without_its_package_is_refused(base: Path):
+    section = BackboneSection(path=str(base), attn_implementation="flash_attention_2")
+    with pytest.raises(ValueError, match=r"attn_implementation: flash_attention_2 .* flash-attn"):
+        load_backbone(section, str(base))
 
 
 def test_code_that_comes_with_a_model_does_not_run(damaged: Path):
