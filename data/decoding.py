@@ -20,7 +20,8 @@ import pyarrow
 import pyarrow.parquet
 
 from data.files import COMPRESSIONS, TYPES, DataFile, suffix
-from data.layouts import RecordError, shorten
+from data.json_arrays import ArrayReader
+from data.layouts import RecordError, shorten, unique_keys
 
 Decoded = tuple[str, object]
 Line = tuple[str, "str | RecordError"]
@@ -198,7 +199,7 @@ def _json(lines: Iterator[Line], name: str) -> Iterator[Decoded]:
 def parse_json(text: str, where: str, hint: str = "") -> object:
     """The value of a piece of JSON, or the error; the same key twice is one."""
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         if "\r" in text.strip():
             hint = "; the lines end with CR alone: convert the file to LF"
@@ -211,35 +212,27 @@ def parse_json(text: str, where: str, hint: str = "") -> object:
     return RecordError(f"{where}: {wrong}")
 
 
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return made
-
-
 def _array(where: str, first: str, lines: Iterator[Line], name: str) -> Iterator[Decoded]:
     """Records of a json array that begins on the line `first`."""
-    texts, numbers = [first], [int(where.rpartition(":")[2])]
-    for place, line in lines:
-        if isinstance(line, RecordError):
-            raise line
-        texts.append(line)
-        numbers.append(int(place.rpartition(":")[2]))
-    text = "\n".join(texts)
-    try:
-        records = json.loads(text, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        place = f"{name}:{numbers[min(error.lineno, len(numbers)) - 1]}"
-        raise RecordError(f"{place}: broken JSON ({error.msg}, column {error.colno})") from None
-    except RecursionError:
-        raise RecordError(f"{where}: broken JSON (nested too deeply)") from None
-    except ValueError as error:
-        raise RecordError(f"{where}: broken JSON ({error})") from None
-    for number, record in enumerate(records, start=1):
+    reader = ArrayReader((_number(where), first), map(_numbered, lines), name)
+    for number, record in enumerate(reader.values(), start=1):
         yield f"{name}: record {number}", record
+
+
+def _numbered(line: Line) -> tuple[int, str]:
+    """Number and text of a line.
+
+    Raises:
+        RecordError: it could not be decoded, and no later one can be understood without it.
+    """
+    where, text = line
+    if isinstance(text, RecordError):
+        raise text
+    return _number(where), text
+
+
+def _number(where: str) -> int:
+    return int(where.rpartition(":")[2])
 
 
 def _table(

@@ -254,6 +254,16 @@ def _checked(value: object, name: str) -> str:
     return value
 
 
+def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """The object of a JSON text; the same key twice in it is an error."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return made
+
+
 def string(fields: Raw, key: str, default: str | None = None) -> str:
     """`fields[key]`; a missing or null key is `default`, or an error where there is none."""
     value = fields.get(key)

@@ -62,10 +62,11 @@ def tokenize(
     """
     columns = Features({**features, "changed": Value("string"), "left_out": Value("string")})
     rows = records.map(
-        function,
+        _by_record,
+        batched=True,
         features=columns,
         remove_columns=records.column_names,
-        fn_kwargs={**arguments, "code": code_digest()},
+        fn_kwargs={"function": function, "arguments": {**arguments, "code": code_digest()}},
         num_proc=num_workers(len(records)),
     )
     reasons: list[str] = rows["left_out"][:]
@@ -81,3 +82,16 @@ def tokenize(
     if reasons and not kept:
         raise ValueError(f"no record can be used ({report.summary()})")
     return rows.select(kept).remove_columns(["changed", "left_out"]), report
+
+
+def _by_record(
+    records: dict[str, list[Any]],
+    function: Callable[..., dict[str, Any]],
+    arguments: dict[str, Any],
+) -> dict[str, list[Any]]:
+    """What `function` makes of each record of a batch: batches cost `datasets` far less."""
+    made = [
+        function(dict(zip(records, values, strict=True)), **arguments)
+        for values in zip(*records.values(), strict=True)
+    ]
+    return {name: [row[name] for row in made] for name in made[0]}

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,38 @@ def test_deep_and_huge_json(tmp_path: Path) -> None:
     assert found[2] == ("a.jsonl:3", {"a": "x"})
     assert "a.jsonl:1: broken JSON (nested too deeply)" in errors(found)[0]
     assert "a.jsonl:2: broken JSON (Exceeds" in errors(found)[1]
+
+
+def test_long_arrays_are_read_piece_by_piece(tmp_path: Path) -> None:
+    """However an array is laid out, its records come, and errors behind them have their line."""
+    rows = [{"text": f"[{i}], {{\u00e9\n" + "x" * (i % 50), "more": [[i]]} for i in range(3000)]
+    layouts = [
+        json.dumps(rows),
+        json.dumps(rows, indent=2, ensure_ascii=False),
+        "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n",
+        "[" + "\n,".join(map(json.dumps, rows)) + "]",
+    ]
+    file = tmp_path / "a.json"
+    for text in layouts:
+        file.write_text(text, encoding="utf-8")
+        found = run(file)
+        assert [value for _, value in found] == rows
+        assert found[-1][0] == "a.json: record 3000"
+    lines = layouts[2].split("\n")
+    broken = "\n".join([*lines[:2900], lines[2900].replace('"more":', '"more"'), *lines[2901:]])
+    file.write_text(broken, encoding="utf-8")
+    *good, (where, error) = run(file)
+    assert len(good) == 2899 and where == "a.json:2901"
+    assert str(error).startswith("a.json:2901: broken JSON (Expecting ':' delimiter, column ")
+
+
+def test_an_array_is_not_held_in_memory(tmp_path: Path) -> None:
+    row = {"text": "x" * 10_000}
+    (tmp_path / "a.json").write_text("[" + ",\n".join([json.dumps(row)] * 2000) + "]")
+    tracemalloc.start()
+    try:
+        count = sum(value == row for _, value in decode(DataFile(tmp_path / "a.json", "a.json")))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert count == 2000 and peak < 2 * 2**20  # of 20 MB
