@@ -23,6 +23,7 @@ from chatllama.config_base import (
     split_language,
 )
 from chatllama.config_ppo import PpoSection, RewardSource
+from chatllama.config_servers import ServersSection
 from chatllama.config_stages import (
     OptimizerSection,
     RewardSection,
@@ -207,6 +208,23 @@ class GenerationSection(Section):
     changes (their memory twice while sampling; the base itself is not touched). auto: where the
     base is float32 and whole, since in bfloat16 the sum is rounded. always is refused where the
     base is quantised or split by ZeRO-3."""
+    engine: Literal["local", "server"] = "local"
+    """Who samples PPO's rollouts: the trainer itself, or `servers`."""
+    servers: ServersSection | None = None
+    """With `engine: server`: where they are."""
+
+    @model_validator(mode="after")
+    def _servers(self) -> "GenerationSection":
+        if (self.engine == "server") != (self.servers is not None):
+            raise ValueError("engine server and servers go together: give both or neither")
+        if self.engine == "server" and self.merge_lora == "always":
+            raise ValueError("merge_lora always: with engine server nothing is sampled here")
+        if self.engine == "server" and (self.top_k or self.top_p < 1):
+            raise ValueError(
+                "engine server: top_k must be 0 and top_p 1, or the servers' log-probabilities "
+                "cannot be compared with the trainer's"
+            )
+        return self
 
 
 class EvaluationSection(Section):

@@ -234,11 +234,15 @@ def _add_votes(app: FastAPI, service: Service) -> None:
 
 
 def _describe(app: FastAPI) -> None:
-    """Takes FastAPI's own 422 out of the description: invalid bodies get 400, as OpenAI's do."""
+    """Corrects FastAPI's description: invalid bodies get 400, as OpenAI's do, and not 422."""
     described = app.openapi()
     for path in described["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)
+            for status, response in operation["responses"].items():
+                content = response.get("content", {})
+                if status != "200" and "text/plain" in content:  # errors are JSON everywhere
+                    content["application/json"] = content.pop("text/plain")
     for name in ("HTTPValidationError", "ValidationError"):
         described["components"]["schemas"].pop(name, None)
     app.openapi_schema = described

@@ -5,6 +5,7 @@ The arithmetic is in `ppo_math.py`, sampling and scoring in `rollout.py`, scores
 """
 
 import time
+from contextlib import closing, nullcontext
 from dataclasses import replace
 
 import torch
@@ -38,6 +39,7 @@ from trainers.ppo_state import PpoState, load_state, save_state
 from trainers.ppo_text import TextStream
 from trainers.ppo_update import Targets, Update
 from trainers.rollout import Rollout, TurnEnds, collect_rollout
+from trainers.server_pool import NoServerLeft, compare, open_pool
 
 
 class PpoTrainer:
@@ -66,6 +68,8 @@ class PpoTrainer:
         self.cfg, self.run, self.engine = cfg, run, engine
         self.scorer, self.prompts, self.ends, self.text = scorer, prompts, ends, text
         self.guard = Guard(cfg.ppo, run)
+        self.servers = open_pool(cfg, run, engine.model, ends)
+        self.sampler_gap: dict[str, float] = {}
         self.total_optimizer_steps = ppo_batches(cfg.ppo, world_size()).total_optimizer_steps
 
     def train(self, resume: bool) -> dict[str, float]:
@@ -92,9 +96,9 @@ class PpoTrainer:
                 tracker.resume_from(state.step)
                 metrics = logged_metrics(self.run, "ppo", state.step)  # no step may be left
             self.guard.begin(state)
-            with interruption.steps():
+            with interruption.steps(), closing(self.servers) if self.servers else nullcontext():
                 while state.step < section.steps:
-                    state, rollout, texts, metrics = self.advance(state)
+                    state, rollout, texts, metrics = self._advance_or_save(state)
                     tracker.log(state.step, metrics)
                     self._show_sample(tracker, state, rollout, texts)
                     state = self._step_done(tracker, state, metrics, rollout)
@@ -106,6 +110,18 @@ class PpoTrainer:
             "train_seconds": time.monotonic() - started,
         }
 
+    def _advance_or_save(
+        self, state: PpoState
+    ) -> tuple[PpoState, Rollout, list[str], dict[str, float]]:
+        """`advance`; where no server is left to sample, the state is saved before the run stops."""
+        try:
+            return self.advance(state)
+        except NoServerLeft as error:
+            self._save(replace(state, health=self.guard.monitor.state()))
+            raise ValueError(
+                f"{error}. Step {state.step} is saved: start the servers, then go on with --resume"
+            ) from error
+
     def advance(self, state: PpoState) -> tuple[PpoState, Rollout, list[str], dict[str, float]]:
         """One PPO step: the next state, the rollout, its texts, the metrics."""
         section = self.cfg.ppo
@@ -113,7 +129,7 @@ class PpoTrainer:
         if section.score_normalization == "running":
             state = replace(state, statistics=state.statistics.merged(rollout.scores))
         targets, metrics = self._targets(rollout, state)
-        metrics |= self._update(rollout, targets, state)
+        metrics |= self._update(rollout, targets, state) | self.sampler_gap
         step = state.step + 1
         if section.reference_refresh_every and step % section.reference_refresh_every == 0:
             self._copy_policy("reference", decay=0.0)
@@ -184,17 +200,24 @@ class PpoTrainer:
     def _collect(
         self, role: str, records: list[dict], seed: tuple[int, ...]
     ) -> tuple[Rollout, list[str]]:
-        return collect_rollout(
+        prompts = [record["input_ids"] for record in records]
+        served = None if self.servers is None else self.servers.sample(role, prompts, seed)
+        rollout, texts = collect_rollout(
             self.engine,
             role,
-            [record["input_ids"] for record in records],
+            prompts,
             [record["text"] for record in records],
             self.cfg.generation,
             self.ends,
             self.scorer,
             seed,
             self.cfg.ppo.microbatch_size,
+            responses=None if served is None else [response.ids for response in served],
         )
+        if self.servers is not None and served is not None:
+            limit = self.servers.section.max_logprob_gap
+            self.sampler_gap = compare(role, served, rollout, limit)
+        return rollout, texts
 
     def _targets(self, rollout: Rollout, state: PpoState) -> tuple[Targets, dict[str, float]]:
         """Advantages and returns of a rollout, and what there is to log about it."""

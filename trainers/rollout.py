@@ -260,6 +260,7 @@ def collect_rollout(
     seed: Sequence[int],
     microbatch_size: int,
     reference: Role = "reference",
+    responses: list[list[int]] | None = None,
 ) -> tuple[Rollout, list[str]]:
     """A scored batch of `role`'s answers and their texts, on every rank alike.
 
@@ -274,8 +275,10 @@ def collect_rollout(
         seed: integers that name this batch.
         microbatch_size: responses per scoring pass.
         reference: whose log-probabilities the policy's are compared with.
+        responses: token ids that were sampled elsewhere. None: they are sampled here.
     """
-    responses = sample_responses(engine, role, prompts, generation, ends.stop_ids, seed)
+    if responses is None:
+        responses = sample_responses(engine, role, prompts, generation, ends.stop_ids, seed)
     texts = [ends.decode(response) for response in responses]
     rollout = arrange(prompts, responses, ends.stop_ids, ends.pad_id)
     temperature = generation.temperature
