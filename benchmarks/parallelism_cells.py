@@ -178,6 +178,9 @@ def run_cell(folder: Path, cell: Cell, microbatch_size: int, zero: int, place: s
     from trainers.hf_trainer import forget_accelerator
 
     run_dir = folder / "runs" / place
+    if rank() == 0:
+        shutil.rmtree(run_dir, ignore_errors=True)  # of a start that was interrupted
+    barrier()
     command = [str(folder / "config.yaml"), *cell.overrides(run_dir, microbatch_size, zero)]
     mains: dict[str, Callable] = {
         "sft": train_sft.main,
@@ -212,7 +215,9 @@ def main() -> None:
     sys.path.insert(0, str(PROJECT))
 
     from chatllama import distributed
+    from trainers.engine import initialise
 
+    initialise()
     # Every script ends by leaving the process group; here the next cell still needs it.
     leave, distributed.shut_down = distributed.shut_down, distributed.barrier
     if distributed.is_launched():

@@ -59,6 +59,11 @@ def names(data: Preferences) -> list[str]:
 # --- data
 
 
+def test_a_single_held_out_pair_is_a_pair():
+    found = examine_data(preferences(pairs(30), pairs(1, start=500)))
+    assert found["held_out"]["pairs"] == found["held_out"]["prompts"] == 1
+
+
 def test_clean_data_raise_nothing_and_are_counted():
     train = [*pairs(300), example(400, [60, 61], [62], [63, 64, 65])]
     found = examine_data(preferences(train))

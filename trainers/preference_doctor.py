@@ -103,7 +103,9 @@ def _describe(rows: Rows, seen: Mapping[Pair, list[str]]) -> dict[str, Any]:
     """Counts of one part."""
     lengths = answer_lengths(rows)
     pairs = answer_pairs(rows)
-    longer = agreement((lengths[pairs.better] - lengths[pairs.worse]).astype(float))
+    # As arrays: NumPy takes a tensor of one index for a number.
+    better, worse = pairs.better.numpy(), pairs.worse.numpy()
+    longer = agreement((lengths[better] - lengths[worse]).astype(float))
     twisted = [(a, b) for a, b in seen if (b, a) in seen and a < b]
     return {
         "prompts": len(rows),
