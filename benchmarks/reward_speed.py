@@ -88,7 +88,7 @@ def child(arguments: argparse.Namespace) -> None:
 
 
 def _flops(examples: list[dict[str, Any]]) -> float:
-    """Of every answer with its prompt, whether or not somebody shares the prompt."""
+    """Of every answer with its prompt: who shares prompts does less than this."""
     return training_flops([len(ids) for row in examples for ids in row["answer_ids"]], 0)
 
 
@@ -161,6 +161,7 @@ def run_trl(arguments: argparse.Namespace, examples: Dataset, steps: int) -> Non
     """TRL's trainer as it is, without activation checkpointing and in float32 like the others."""
     from trl import RewardConfig, RewardTrainer  # pyright: ignore[reportPrivateImportUsage]
 
+    torch.manual_seed(arguments.seed)  # the score head is drawn
     recorder = Recorder()
     config = lora_config(LORA, "default")
     config.task_type = "SEQ_CLS"

@@ -187,6 +187,7 @@ def run_trl(arguments: argparse.Namespace, documents: Dataset, steps: int, packi
     """TRL's trainer as it is, without activation checkpointing and in float32 like the others."""
     from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
+    torch.manual_seed(arguments.seed)
     recorder = Recorder()
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(arguments.work / "model", dtype=torch.float32),
