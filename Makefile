@@ -8,7 +8,7 @@ BIN := $(CURDIR)/.venv/bin
 # The deepspeed launcher and ninja are looked up on PATH.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help venv demo test check mutations clean
+.PHONY: help venv demo test check mutations kills clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make test    install into .venv, then every test"
 	@echo "make check   install into .venv, then ruff, pyright and the unit tests"
 	@echo "make mutations  plant known bugs of PPO one at a time; the tests must see every one"
+	@echo "make kills   kill real training 50 times; nothing may be lost (minutes)"
 	@echo "make venv    install into .venv only (PYTHON=python3.12 chooses the interpreter)"
 	@echo "make clean   remove .venv and caches; runs/ stays"
 
@@ -49,6 +50,9 @@ check: venv
 
 mutations: venv
 	"$(BIN)/python" tests/mutations/run.py
+
+kills: venv
+	"$(BIN)/python" tests/kills/run.py
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache build dist

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from chatllama.arguments import parse_stage_arguments, run_stage
-from chatllama.run_folder import RunFolder, write_json
+from chatllama.run_folder import RunFolder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from trainers import evaluate, ppo, ppo_setup, ppo_text, stage
 
     stage.join(run, "ppo", arguments.lock)
-    tokenizer = stage.open_stage(cfg, run)
+    tokenizer = stage.open_stage(cfg, run, "ppo")
 
     prompts, ends = ppo_setup.load_prompts(cfg, tokenizer), ppo_setup.turn_ends(cfg, tokenizer)
     text = ppo_text.load_text(cfg, tokenizer, ends.pad_id)
@@ -44,11 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     measured = time.monotonic()
     evaluate.evaluate_roles(cfg, run, optimiser, roles.scorer, prompts, ends)
-    if distributed.rank() == 0:
-        now = time.monotonic()
-        seconds = {"wall_seconds": measured - started, "evaluation_seconds": now - measured}
-        write_json(run.result("ppo"), numbers | seconds)
-    stage.leave(run, "ppo")
+    now = time.monotonic()
+    numbers |= {"wall_seconds": measured - started, "evaluation_seconds": now - measured}
+    stage.finish(cfg, run, "ppo", numbers)
 
 
 if __name__ == "__main__":

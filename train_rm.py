@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from chatllama.arguments import parse_stage_arguments, run_stage
-from chatllama.run_folder import RunFolder, write_json
+from chatllama.run_folder import RunFolder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from trainers import reward, reward_data, reward_doctor, stage
 
     stage.join(run, "reward", arguments.lock)
-    tokenizer = stage.open_stage(cfg, run)
+    tokenizer = stage.open_stage(cfg, run, "reward")
 
     data = reward_data.load_preferences(cfg, tokenizer)
     examined = reward_doctor.open_diagnosis(run, data)
@@ -37,9 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     numbers = reward.closing_numbers(cfg, data, members)
     reward_doctor.close_diagnosis(run, cfg.reward, data, members, examined)
 
-    if distributed.rank() == 0:
-        write_json(run.result("reward"), numbers | {"wall_seconds": time.monotonic() - started})
-    stage.leave(run, "reward")
+    numbers |= {"wall_seconds": time.monotonic() - started}
+    stage.finish(cfg, run, "reward", numbers)
 
 
 if __name__ == "__main__":

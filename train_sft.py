@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from chatllama.arguments import parse_stage_arguments, run_stage
-from chatllama.run_folder import RunFolder, write_json
+from chatllama.run_folder import RunFolder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     stage.join(run, "sft", arguments.lock)
     pretrain.ensure_backbone(cfg, run)
-    tokenizer = stage.open_stage(cfg, run)
+    tokenizer = stage.open_stage(cfg, run, "sft")
 
     rows = sft.load_rows(cfg, tokenizer)
     model = sft.build_policy(cfg, run)
@@ -37,10 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     info = stage.adapter_info(cfg, run, tokenizer, "sft")
     sft.export_sft(cfg, run, model, tokenizer, info)
 
-    if distributed.rank() == 0:
-        seconds = {"wall_seconds": time.monotonic() - started}
-        write_json(run.result("sft"), numbers | seconds | pretrain.backbone_seconds(run))
-    stage.leave(run, "sft")
+    numbers |= {"wall_seconds": time.monotonic() - started} | pretrain.backbone_seconds(run)
+    stage.finish(cfg, run, "sft", numbers)
 
 
 if __name__ == "__main__":

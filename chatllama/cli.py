@@ -212,6 +212,7 @@ def _add_data_commands(
 def _run(arguments: argparse.Namespace) -> None:
     from chatllama.launcher import Launch
     from chatllama.pipeline import StageFailed, run_pipeline
+    from data.files import named_files
 
     launch = Launch(
         arguments.num_gpus,
@@ -227,6 +228,7 @@ def _run(arguments: argparse.Namespace) -> None:
             launch=launch,
             resume=arguments.resume,
             redo_from=arguments.redo_from,
+            find_files=named_files,
         )
     except StageFailed as error:
         print(f"chatllama: {error}", file=sys.stderr)

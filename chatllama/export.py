@@ -18,10 +18,9 @@ from safetensors.torch import save_file
 
 from chatllama.config import LoraSection
 from chatllama.durable import replace_folder
-from chatllama.run_folder import write_json
+from chatllama.run_folder import INFO, write_json
 
 WEIGHTS = "adapter_model.safetensors"
-INFO = "chatllama.json"
 HEAD_PREFIX = "base_model.model.score."
 
 

@@ -18,10 +18,11 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from chatllama import export_gate
-from chatllama.backbone import base_path
+from chatllama.backbone_path import base_path
 from chatllama.chat_format import Message, end_of_turn_ids
 from chatllama.config import Config
-from chatllama.export import INFO, SavedAdapter, load_adapter, replace_folder, save_adapter
+from chatllama.durable import replace_folder
+from chatllama.export import SavedAdapter, load_adapter, save_adapter
 from chatllama.export_card import Kind, model_card, portable
 from chatllama.export_gguf import write_adapter_gguf, write_model_gguf
 from chatllama.export_options import ExportOptions
@@ -31,7 +32,7 @@ from chatllama.generation_plan import find_role
 from chatllama.loading import load_run, reward_role
 from chatllama.model_files import ModelFiles, local_folder, merged, open_model
 from chatllama.roles import Role
-from chatllama.run_folder import RunFolder, write_json
+from chatllama.run_folder import INFO, RunFolder, write_json
 from chatllama.safetensors_writer import write_model
 from chatllama.tokenizer import save_tokenizer
 

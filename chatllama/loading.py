@@ -6,13 +6,15 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from chatllama.backbone import backbone_path, base_path, load_backbone
+from chatllama.backbone import load_backbone
+from chatllama.backbone_path import backbone_path, base_path
 from chatllama.chat_format import check_contract
 from chatllama.config import ChatSection, Config
 from chatllama.config_loader import load_config
 from chatllama.distributed import device
 from chatllama.export import load_adapter
 from chatllama.libraries import quiet_libraries
+from chatllama.lineage import check_base
 from chatllama.roles import Adapter, Role, RoleModel
 from chatllama.run_folder import RunFolder
 from chatllama.tokenizer import load_tokenizer
@@ -81,6 +83,7 @@ def load_run(
     saved = {role: load_adapter(folders[role]) for role in wanted}
     for role, adapter in saved.items():
         check_contract(adapter.info["contract"], tokenizer, cfg.chat, str(folders[role]))
+        check_base(cfg, run, adapter.info, str(folders[role]))
     rewards = [role for role in wanted if role.startswith("reward")]
     model = RoleModel(
         load_backbone(cfg.backbone, base_path(cfg, run)),

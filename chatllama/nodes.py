@@ -11,6 +11,7 @@ from pathlib import Path
 
 from chatllama import distributed
 from chatllama.config import Config
+from chatllama.durable import replace_text
 from chatllama.run_folder import RunFolder
 
 PIECE = 64 * 2**20
@@ -79,6 +80,19 @@ def copy_to_nodes(run: RunFolder, folder: Path) -> None:
                     file.write(piece)
         if writes:
             beside.replace(path)
+    distributed.barrier()
+
+
+def copy_file_to_nodes(path: Path) -> None:
+    """A small text file of rank 0 is there on every machine; all ranks call."""
+    if distributed.nodes() == 1:
+        return
+    text: str = distributed.from_rank_zero(
+        path.read_text(encoding="utf-8") if distributed.rank() == 0 else ""
+    )
+    lacks = not path.is_file() or path.read_text(encoding="utf-8") != text
+    if lacks and distributed.rank() != 0 and distributed.leads_node():
+        replace_text(path, text)
     distributed.barrier()
 
 

@@ -1,17 +1,16 @@
 """`chatllama run`: the stages in order, each through the `deepspeed` launcher; then the results.
 
-Finished stages are skipped. Starting processes is in `launcher.py`, the page in `report.py`.
+Finished stages are kept where they still hold (`decisions.py`). Starting processes is in
+`launcher.py`, the page in `report.py`.
 """
 
 import json
 import os
 import shlex
-import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,6 +19,7 @@ from rich.table import Table
 from chatllama.batching import check_batches
 from chatllama.config import Config
 from chatllama.config_loader import dump_config, load_config
+from chatllama.decisions import Decision, decide, forget, set_aside
 from chatllama.interruption import EXIT_CODE
 from chatllama.launcher import (
     Launch,
@@ -31,6 +31,7 @@ from chatllama.launcher import (
     stage_command,
     stage_environment,
 )
+from chatllama.lineage import FindFiles
 from chatllama.progress import duration
 from chatllama.report import write_report
 from chatllama.results import (
@@ -41,13 +42,8 @@ from chatllama.results import (
     reward_accuracy,
     write_summary,
 )
-from chatllama.run_folder import STAGES, RunFolder, Stage
+from chatllama.run_folder import RunFolder, Stage
 from chatllama.run_lock import lock_path, locked, read_owner
-
-# Sections and keys that change nothing of what a stage has learned.
-FREE_SECTIONS = ("tracking",)
-BACKBONE_KEYS = ("backbone", "seed")  # a backbone made from scratch rests on both
-FREE_KEYS = ("save_every", "save_total_limit", "eval_every", "allow_weak")
 
 
 class StageFailed(Exception):
@@ -69,8 +65,9 @@ def run_pipeline(
     launch: Launch | None = None,
     resume: bool = False,
     redo_from: Stage | None = None,
+    find_files: FindFiles,
 ) -> None:
-    """Brings a run to its end: every unfinished stage, the summary, the report, the table.
+    """Brings a run to its end: every stage that must be done, the summary, the report, the table.
 
     Args:
         config_path: the YAML file.
@@ -78,6 +75,7 @@ def run_pipeline(
         launch: machines, processes and port.
         resume: go on from the newest checkpoint of an interrupted stage.
         redo_from: do this stage and the later ones again; their results and checkpoints go.
+        find_files: of the config's data.
 
     Raises:
         ValueError: the config is wrong, or does not fit what the run folder holds.
@@ -89,10 +87,10 @@ def run_pipeline(
     # Machines that are started one by one may have run folders of their own.
     given = [str(run.config)] if launch.node_rank is None else [config_path, *overrides]
     if not launch.leads:
-        _run_stages(cfg, run, given, launch, "", resume, redo_from)
+        _run_stages(cfg, run, given, launch, "", resume, redo_from, find_files)
         return
     with locked(run, "run") as lock:
-        _run_stages(cfg, run, given, launch, lock, resume, redo_from)
+        _run_stages(cfg, run, given, launch, lock, resume, redo_from, find_files)
         write_summary(run)
         print_results(run, write_report(run))
 
@@ -105,8 +103,9 @@ def _run_stages(
     lock: str,
     resume: bool,
     redo_from: Stage | None,
+    find_files: FindFiles,
 ) -> None:
-    """Every stage that is not finished, under the run folder's lock.
+    """Every stage that must be done, under the run folder's lock.
 
     Args:
         cfg: checked.
@@ -116,32 +115,56 @@ def _run_stages(
         lock: token of the lock; empty where another machine holds it.
         resume: as in `run_pipeline`.
         redo_from: as in `run_pipeline`.
+        find_files: as in `run_pipeline`.
     """
-    redone = STAGES[STAGES.index(redo_from) :] if redo_from is not None else ()
-    finished: list[Stage] = [s for s in STAGES if run.result(s).is_file() and s not in redone]
-    waiting: list[Stage] = [s for s in STAGES if s not in finished]
-    _check_order(run, finished, waiting)
+    decisions = decide(cfg, run, redo_from, resume, find_files)
+    _check_machines(launch, decisions)
+    waiting = any(each.action != "keep" for each in decisions.values())
     gpus, ranks = _plan_ranks(cfg, launch) if waiting else (0, 1)
-    interrupted: list[Stage] = [
-        s for s in waiting if s not in redone and any(run.checkpoints(s).glob("step-*"))
-    ]
-    _check_config(cfg, run, finished, interrupted)
-    if interrupted and not resume:
-        raise ValueError(
-            f"stage {interrupted[0]} of {run.root} was interrupted and has checkpoints: add "
-            f"--resume to go on from the newest, or --from {interrupted[0]} to start it anew"
-        )
-    for stage in redone:
-        _forget(run, stage)
+    for stage, decision in decisions.items():
+        _prepare(run, stage, decision, launch)
     if launch.leads:
         dump_config(cfg, run.config)
-    for stage in STAGES:
-        if stage in finished:
-            _say(f"{stage}: finished before, skipped")
+    for stage, decision in decisions.items():
+        if decision.action == "keep":
             continue
         command = stage_command(stage, given, ranks, gpus, launch, resume, lock)
         environment = stage_environment(ranks, count_cores(), not gpus and launch.hostfile is None)
         _run_stage(run, stage, command, environment, launch)
+
+
+def _check_machines(launch: Launch, decisions: Mapping[Stage, Decision]) -> None:
+    """Nothing, unless machines that are started one by one would move a stage's old result aside.
+
+    Raises:
+        ValueError: one would move what another still reads.
+    """
+    again = [stage for stage, each in decisions.items() if each.action == "again"]
+    if launch.node_rank is not None and again:
+        raise ValueError(
+            f"stage {again[0]} must be done again: {'; '.join(decisions[again[0]].reasons)}. With "
+            f"--node-rank say so on every machine: --from {again[0]}"
+        )
+
+
+def _prepare(run: RunFolder, stage: Stage, decision: Decision, launch: Launch) -> None:
+    """Says what will be done about a stage and why, and makes room for it."""
+    match decision.action:
+        case "keep":
+            notes = f" ({'; '.join(decision.notes)})" if decision.notes else ""
+            _say(f"{stage}: finished before, kept{notes}")
+        case "do":
+            _say(f"{stage}: to be done")
+        case "go on":
+            _say(f"{stage}: goes on from its newest checkpoint")
+        case "again":
+            _say(f"{stage}: must be done again")
+            for reason in decision.reasons:
+                _say(f"{stage}:   {reason}")
+            _say(f"{stage}:   what it left is kept in {set_aside(run, stage)}")
+        case "forget":
+            _say(f"{stage}: done again ({decision.reasons[0]}), its result is removed")
+            forget(run, stage, with_record=launch.leads)
 
 
 def _plan_ranks(cfg: Config, launch: Launch) -> tuple[int, int]:
@@ -157,90 +180,6 @@ def _plan_ranks(cfg: Config, launch: Launch) -> tuple[int, int]:
     ranks = launch.num_gpus or max(slots)
     check_batches(cfg, ranks * len(slots) if launch.num_gpus else sum(slots))
     return 0, ranks
-
-
-def _check_order(run: RunFolder, finished: list[Stage], waiting: list[Stage]) -> None:
-    """Nothing, if no stage is finished whose predecessor is not.
-
-    Raises:
-        ValueError: the later stage was made from something that is gone.
-    """
-    for stage in finished:
-        earlier = [s for s in waiting if STAGES.index(s) < STAGES.index(stage)]
-        if earlier:
-            raise ValueError(
-                f"{run.root}: stage {stage} is finished, but {earlier[0]}, which it is made from, "
-                f"is not. Use --from {earlier[0]} to do both again, or another run_dir"
-            )
-
-
-def _check_config(
-    cfg: Config, run: RunFolder, finished: list[Stage], interrupted: list[Stage]
-) -> None:
-    """Nothing, if whatever the run folder holds was made with the settings of `cfg`.
-
-    Raises:
-        ValueError: with every differing key, both values and the remedies.
-    """
-    begun = [*finished, *interrupted]
-    if not run.config.is_file() or not (begun or run.backbone.is_dir()):
-        return
-    old, new = (_flat(c.model_dump()) for c in (load_config(run.config), cfg))
-    differing = [
-        key
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and _binds(key, finished, interrupted)
-    ]
-    if differing:
-        redo = ""
-        if not (run.backbone.is_dir() and any(_section(k) in BACKBONE_KEYS for k in differing)):
-            touched = {_section(key) for key in differing}
-            earliest = next((s for s in STAGES if s in touched), STAGES[0])
-            redo = f"--from {STAGES[0] if touched - {*STAGES} else earliest} to do that again, "
-        raise ValueError(
-            f"{run.root} was begun with other settings ({run.config}):\n"
-            + "\n".join(f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in differing)
-            + f"\nUse {redo}run_dir=... for a new run, or remove {run.root}"
-        )
-
-
-def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """Dotted name -> value; lists are values."""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            out.update(_flat(value, f"{above}{key}."))
-        else:
-            out[above + key] = value
-    return out
-
-
-def _section(key: str) -> str:
-    """First word of a dotted key; what only the PPO stage uses belongs to `ppo`."""
-    section = key.split(".")[0]
-    return "ppo" if section in ("generation", "evaluation") else section
-
-
-def _binds(key: str, finished: list[Stage], interrupted: list[Stage]) -> bool:
-    """Whether what has been done already rests on this key."""
-    section = _section(key)
-    if key.startswith("evaluation."):
-        return "ppo" in finished
-    if key == "run_dir" or section in FREE_SECTIONS or key.split(".")[-1] in FREE_KEYS:
-        return False
-    if section == "deepspeed":
-        return bool(interrupted)  # the layout of checkpoints; nothing finished depends on it
-    if section in STAGES:
-        return section in finished or section in interrupted
-    return section in BACKBONE_KEYS or bool(finished or interrupted)
-
-
-def _forget(run: RunFolder, stage: Stage) -> None:
-    """Removes what says that a stage was done or begun."""
-    run.result(stage).unlink(missing_ok=True)
-    if run.checkpoints(stage).is_dir():
-        shutil.rmtree(run.checkpoints(stage))
-    run.summary.unlink(missing_ok=True)
 
 
 def _run_stage(

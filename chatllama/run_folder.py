@@ -9,6 +9,8 @@ from chatllama.durable import replace_text
 
 Stage = Literal["sft", "reward", "ppo"]
 STAGES: tuple[Stage, ...] = ("sft", "reward", "ppo")
+INFO = "chatllama.json"
+"""Beside every adapter and model that was made here: what it is."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,12 @@ class RunFolder:
     def checkpoints(self, stage: Stage) -> Path:
         """Folder of `step-N` folders."""
         return self.root / stage / "checkpoints"
+
+    def was_begun(self, stage: Stage) -> bool:
+        """Whether an interrupted start left checkpoints or finished members of an ensemble."""
+        folder = self.checkpoints(stage)
+        steps = (p.name.removeprefix("step-") for p in folder.rglob("step-*"))
+        return (folder / "members.json").is_file() or any(step.isdigit() for step in steps)
 
     def result(self, stage: Stage) -> Path:
         """Written last by a stage: its closing numbers. Its presence means: finished."""

@@ -89,6 +89,12 @@ def find_files(path: str, split: str = "train") -> list[DataFile] | None:
     raise ValueError(f"no data file {path!r} (tried {' and '.join(tried)}){_neighbours(tried)}")
 
 
+def named_files(path: str, split: str) -> dict[str, Path] | None:
+    """The same as name -> path."""
+    files = find_files(path, split)
+    return None if files is None else {file.name: file.path for file in files}
+
+
 def suffix(file: Path) -> str:
     """`.jsonl` of `a.jsonl` and of `a.jsonl.gz`."""
     inner = Path(file.stem) if file.suffix.lower() in COMPRESSIONS else file

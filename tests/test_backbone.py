@@ -10,7 +10,8 @@ from core_models import ragged_batch, tiny_llama
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
-from chatllama.backbone import backbone_path, base_path, load_backbone
+from chatllama.backbone import load_backbone
+from chatllama.backbone_path import backbone_path, base_path
 from chatllama.config import BackboneSection, Config, FromScratch
 from chatllama.run_folder import RunFolder
 

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from chatllama import export
 from chatllama.config import LoraSection
-from chatllama.export import INFO, WEIGHTS, check_tensors, load_adapter, save_adapter
+from chatllama.export import WEIGHTS, check_tensors, load_adapter, save_adapter
 from chatllama.roles import Adapter, Role, RoleModel, acting_as, adapter_state
+from chatllama.run_folder import INFO
 from chatllama.scoring import score_sequences
 
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"

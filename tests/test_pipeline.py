@@ -6,17 +6,19 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from chatllama import launcher, pipeline
+from chatllama import launcher, lineage, pipeline
 from chatllama.config import Config
 from chatllama.config_loader import load_config
 from chatllama.launcher import Launch, choose_ranks, hostfile_slots, run_to_end, stage_command
-from chatllama.pipeline import StageFailed, run_pipeline
+from chatllama.pipeline import StageFailed
 from chatllama.run_folder import STAGES, RunFolder, Stage, write_json
+from data.files import named_files
 
 PYTHON = sys.executable
 
@@ -48,6 +50,10 @@ def started(monkeypatch: pytest.MonkeyPatch, run: RunFolder) -> list[list[str]]:
 
     monkeypatch.setattr(pipeline, "run_to_end", finish)
     return commands
+
+
+def run_pipeline(config: str, overrides: Sequence[str] = (), **options: Any) -> None:
+    pipeline.run_pipeline(config, overrides, find_files=named_files, **options)
 
 
 def scripts(commands: list[list[str]]) -> list[str]:
@@ -97,47 +103,26 @@ def test_an_interrupted_stage_asks_for_resume(config: str, run: RunFolder, start
     assert started[0][-1] == "--resume"
 
 
-def test_other_settings_for_finished_stages_are_refused(
-    config: str, run: RunFolder, started: list
+def test_changed_settings_are_done_again_and_nothing_is_lost(
+    config: str, run: RunFolder, started: list, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_pipeline(config)
-    before = run.config.read_text()
+    for stage in STAGES:
+        lineage.write_record(
+            run, stage, lineage.gather(load_config(config), run, stage, named_files, {})
+        )
+        lineage.finish(load_config(config), run, stage)
     started.clear()
-    with pytest.raises(ValueError) as caught:
-        run_pipeline(config, ["reward.learning_rate=0.5", "ppo.steps=7", "generation.top_k=5"])
-    message = str(caught.value)
-    assert "reward.learning_rate: 5e-05 there, 0.5 now" in message
-    assert "ppo.steps: 100 there, 7 now" in message and "generation.top_k: 0 there" in message
-    assert "--from reward" in message
-    with pytest.raises(ValueError, match="--from sft"):
-        run_pipeline(config, ["chat.template=alpaca"])
-    with pytest.raises(ValueError, match=r"evaluation\.num_prompts"):
-        run_pipeline(config, ["evaluation.num_prompts=3"])
-    assert started == [] and run.config.read_text() == before
-    run_pipeline(config, ["tracking.log_every=5", "ppo.save_every=1", "deepspeed.stage=3"])
-
-
-def test_settings_of_what_has_not_begun_may_change(
-    config: str, run: RunFolder, started: list
-) -> None:
-    run_pipeline(config)
-    run.result("ppo").unlink()
-    run_pipeline(config, ["ppo.steps=7", "generation.top_k=5"])
-    run.result("ppo").unlink()
-    (run.checkpoints("ppo") / "step-5").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"ppo\.steps: 7 there, 9 now"):
-        run_pipeline(config, ["ppo.steps=9", "generation.top_k=5"], resume=True)
-
-
-def test_a_backbone_made_here_binds_its_settings(
-    config: str, run: RunFolder, started: list
-) -> None:
-    run_pipeline(config)
-    run.backbone.mkdir()
-    with pytest.raises(ValueError, match=r"seed: 0 there, 1 now\nUse run_dir=\.\.\. for a new run"):
-        run_pipeline(config, ["seed=1"], redo_from="sft")
-    run.backbone.rmdir()
-    run_pipeline(config, ["seed=1"], redo_from="sft")
+    run_pipeline(config, ["reward.learning_rate=0.5", "ppo.steps=7"])
+    assert scripts(started) == ["train_rm.py", "train_ppo.py"]
+    out = capsys.readouterr().out
+    assert "sft: finished before, kept" in out
+    assert "reward:   reward.learning_rate: 5e-05 there, 0.5 now" in out
+    assert "ppo:   reward is made anew" in out
+    for name in ("reward-1", "ppo-1"):
+        assert (run.root / "previous" / name / "result.json").is_file()
+        assert f"kept in {run.root / 'previous' / name}" in out
+    assert load_config(run.config).ppo.steps == 7
 
 
 def test_a_later_stage_without_its_base_is_refused(
@@ -145,7 +130,9 @@ def test_a_later_stage_without_its_base_is_refused(
 ) -> None:
     run_pipeline(config)
     run.result("sft").unlink()
-    with pytest.raises(ValueError, match=r"reward is finished, but sft, .* Use --from sft"):
+    with pytest.raises(
+        ValueError, match=r"reward is begun or finished, but sft, .* Use --from sft"
+    ):
         run_pipeline(config)
 
 

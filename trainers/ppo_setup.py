@@ -8,12 +8,14 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from chatllama.backbone import base_path, load_backbone
+from chatllama.backbone import load_backbone
+from chatllama.backbone_path import base_path
 from chatllama.batching import ppo_batches
 from chatllama.chat_format import check_contract, end_of_turn_ids
 from chatllama.config import Config
 from chatllama.distributed import barrier, rank, world_size
 from chatllama.export import SavedAdapter, load_adapter, save_adapter
+from chatllama.lineage import check_base
 from chatllama.roles import Adapter, Role, RoleModel, ScalarHead, adapter_parameters, adapter_state
 from chatllama.run_folder import RunFolder
 from data.mixture import load_mixture
@@ -92,6 +94,7 @@ def build_roles(cfg: Config, run: RunFolder, tokenizer: PreTrainedTokenizerFast)
     def opened(path: str | Path) -> SavedAdapter:
         saved = load_adapter(Path(path))
         check_contract(saved.info["contract"], tokenizer, cfg.chat, str(path))
+        check_base(cfg, run, saved.info, str(path))
         return saved
 
     start = Adapter(cfg.adapter_lora) if cfg.lora is None else None

@@ -19,9 +19,9 @@ from transformers import (
 
 from chatllama import distributed
 from chatllama.config import Config, FromScratch, OptimizerSection
-from chatllama.export import INFO
+from chatllama.decisions import backbone_config
 from chatllama.nodes import copy_to_nodes
-from chatllama.run_folder import RunFolder
+from chatllama.run_folder import INFO, RunFolder
 from chatllama.tokenizer import load_tokenizer, train_tokenizer
 from chatllama.tracking import Tracker
 from data.mixture import load_mixture
@@ -75,7 +75,8 @@ def ensure_backbone(cfg: Config, run: RunFolder) -> None:
         numbers = trainer.run(None)
     forget_accelerator()
     if distributed.rank() == 0:
-        info = {"stage": "backbone", **numbers, "wall_seconds": time.monotonic() - started}
+        info = {"stage": "backbone", "config": backbone_config(cfg), **numbers}
+        info["wall_seconds"] = time.monotonic() - started
         save_model(run.backbone, llama, tokenizer, info)
         shutil.rmtree(tokenizer_folder)
         shutil.rmtree(cast(str, args.output_dir), ignore_errors=True)

@@ -18,13 +18,15 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from chatllama import interruption
-from chatllama.backbone import base_path, load_backbone
+from chatllama.backbone import load_backbone
+from chatllama.backbone_path import base_path
 from chatllama.batching import lr_factor, microbatches_per_step, optimizer_steps
 from chatllama.chat_format import check_contract
 from chatllama.checkpoint import checkpoint_to_resume, layout_of, save_step
 from chatllama.config import Config
 from chatllama.distributed import all_sum, barrier, device, rank, world_size
 from chatllama.export import load_adapter, save_adapter
+from chatllama.lineage import check_base
 from chatllama.reward_models import member_folder
 from chatllama.roles import Adapter, RoleModel, adapter_parameters, adapter_state
 from chatllama.run_folder import RunFolder, write_json
@@ -132,6 +134,7 @@ def build_reward_model(
     if cfg.lora is not None:
         sft = load_adapter(run.sft_adapter)
         check_contract(sft.info["contract"], tokenizer, cfg.chat, str(run.sft_adapter))
+        check_base(cfg, run, sft.info, str(run.sft_adapter))
         state = sft.state
     with partitioned_loading(cfg.deepspeed, cfg.backbone.dtype):
         backbone = load_backbone(cfg.backbone, base_path(cfg, run))

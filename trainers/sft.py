@@ -17,12 +17,13 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, pack_dataset  # pyright: ignore[reportPrivateImportUsage]
 
 from chatllama import distributed
-from chatllama.backbone import backbone_path, load_backbone
+from chatllama.backbone import load_backbone
+from chatllama.backbone_path import backbone_path
 from chatllama.batching import microbatches_per_step, optimizer_steps
 from chatllama.checkpoint import checkpoint_to_resume, layout_of, step_of
 from chatllama.config import Config, DeepSpeedSection, OptimizerSection
 from chatllama.durable import replace_folder
-from chatllama.export import INFO, check_tensors, save_adapter
+from chatllama.export import check_tensors, save_adapter
 from chatllama.roles import (
     Adapter,
     RoleModel,
@@ -30,7 +31,7 @@ from chatllama.roles import (
     adapter_parameters,
     adapter_state,
 )
-from chatllama.run_folder import RunFolder, write_json
+from chatllama.run_folder import INFO, RunFolder, write_json
 from chatllama.tokenizer import save_tokenizer
 from chatllama.tracking import Tracker
 from data.collate import bucket_by_length, fill_rate

@@ -1,18 +1,24 @@
 """What the beginning and end of every stage have in common."""
 
+from collections.abc import Mapping
+
 from transformers import PreTrainedTokenizerFast
 
 from chatllama import distributed
-from chatllama.backbone import backbone_path, base_path
+from chatllama.backbone_path import backbone_path, base_path
 from chatllama.chat_format import describe_contract
 from chatllama.config import Config
 from chatllama.config_loader import dump_config
+from chatllama.decisions import check_resumed
 from chatllama.distributed import rank
 from chatllama.libraries import quiet_libraries
-from chatllama.nodes import check_run_folder, copy_to_nodes
-from chatllama.run_folder import RunFolder, Stage
+from chatllama.lineage import finish as complete_record
+from chatllama.lineage import model_fingerprint, write_record
+from chatllama.nodes import check_run_folder, copy_file_to_nodes, copy_to_nodes
+from chatllama.run_folder import RunFolder, Stage, write_json
 from chatllama.run_lock import acquire, release_all
 from chatllama.tokenizer import load_tokenizer
+from data.files import named_files
 from trainers.engine import initialise
 
 
@@ -34,10 +40,15 @@ def join(run: RunFolder, stage: Stage, lock: str | None) -> None:
     initialise()
 
 
-def open_stage(cfg: Config, run: RunFolder) -> PreTrainedTokenizerFast:
-    """The backbone's tokenizer; the resolved config is written into the run folder."""
+def open_stage(cfg: Config, run: RunFolder, stage: Stage) -> PreTrainedTokenizerFast:
+    """The backbone's tokenizer; config and lineage are written into the run folder.
+
+    Raises:
+        ValueError: the stage has checkpoints that rest on something else.
+    """
     check_run_folder(cfg, run)
     if rank() == 0:
+        write_record(run, stage, check_resumed(cfg, run, stage, named_files))
         dump_config(cfg, run.config)
     return load_tokenizer(
         backbone_path(cfg.backbone, run),
@@ -46,8 +57,19 @@ def open_stage(cfg: Config, run: RunFolder) -> PreTrainedTokenizerFast:
     )
 
 
-def leave(run: RunFolder, stage: Stage) -> None:
-    """Every machine has the results, all ranks part, the run folder is unlocked: comes last."""
+def finish(cfg: Config, run: RunFolder, stage: Stage, numbers: Mapping[str, float]) -> None:
+    """Says that a stage is done; every machine has its results, all ranks part, the lock goes.
+
+    Args:
+        cfg: the whole config.
+        run: whose stage.
+        stage: whose results are written.
+        numbers: its closing numbers.
+    """
+    if rank() == 0:
+        complete_record(cfg, run, stage)
+        write_json(run.result(stage), dict(numbers))
+    copy_file_to_nodes(run.lineage)
     copy_to_nodes(run, run.stage(stage))
     distributed.shut_down()
     release_all()
@@ -57,8 +79,10 @@ def adapter_info(
     cfg: Config, run: RunFolder, tokenizer: PreTrainedTokenizerFast, stage: Stage
 ) -> dict[str, object]:
     """What travels with an adapter: its stage, its base and the chat contract."""
+    base = base_path(cfg, run)
     return {
         "stage": stage,
-        "base": base_path(cfg, run),
+        "base": base,
+        "base_fingerprint": model_fingerprint(cfg.backbone, base),
         "contract": describe_contract(tokenizer, cfg.chat),
     }
