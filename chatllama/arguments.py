@@ -131,7 +131,8 @@ def _failure(error: Exception) -> tuple[int, str]:
     """Exit code and message; without a launcher the error itself where it is a programmer's."""
     debugging = os.environ.get("CHATLLAMA_DEBUG") == "1"
     if isinstance(error, ValueError | OSError) and _is_users(error) and not debugging:
-        return 2, _signed(f"error: {error}\n(CHATLLAMA_DEBUG=1 shows where it happened)")
+        text = str(error) if isinstance(error, ValueError) else _about_disk(error)
+        return 2, _signed(f"error: {text}\n(CHATLLAMA_DEBUG=1 shows where it happened)")
     if "WORLD_SIZE" not in os.environ:
         run_lock.release_all()
         raise error
@@ -144,6 +145,15 @@ def _failure(error: Exception) -> tuple[int, str]:
         )
     traceback.print_exc()
     return 1, _signed(f"error: {type(error).__name__}: {error}")
+
+
+def _about_disk(error: OSError) -> str:
+    """What could not be read or written, why, and what to do."""
+    place = f"{error.filename}: " if error.filename else ""
+    return (
+        f"{place}{error.strerror}. Earlier checkpoints are as they were: make room or give the "
+        "right to read and write, and go on with --resume"
+    )
 
 
 def _is_users(error: ValueError | OSError) -> bool:

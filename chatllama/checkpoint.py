@@ -118,7 +118,8 @@ def _check_layout(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) 
         return
     flags = "without the launcher: python ..."
     if saved["zero_stage"] is not None:
-        flags = f"deepspeed with {saved['ranks']} ranks and deepspeed.stage={saved['zero_stage']}"
+        ranks = f"chatllama run --num-gpus {saved['ranks']}, deepspeed --num_gpus {saved['ranks']}"
+        flags = f"the same ({ranks}) and deepspeed.stage={saved['zero_stage']}"
     raise ValueError(
         f"{checkpoint} was written by {_words(saved)}; this start has {_words(now)}, and "
         f"DeepSpeed's optimizer states cannot be split anew. Resume with {flags}, or remove "

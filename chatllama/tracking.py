@@ -278,8 +278,11 @@ def read_lines(path: Path) -> list[dict]:
 
 def _append(path: Path, content: Mapping[str, object]) -> None:
     """Adds one line, on disk when this returns."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
+    except OSError as error:  # a write, unlike an open, does not say where
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _cut(path: Path, last_step: int) -> None:

@@ -178,7 +178,8 @@ class Campaign:
         # A signal that comes before the script listens ends it as it ends any process.
         expected = (-signum,) if signum == signal.SIGKILL else (-signum, EXIT_CODE)
         assert code in expected, (code, expected, self.log.read_text()[-3000:])
-        torn = (self.cut.stage(stage) / ".unfinished").exists()
+        unfinished = self.cut.stage(stage) / ".unfinished"
+        torn = any(path.is_file() for path in unfinished.rglob("*"))
         self.counts[f"{signal.Signals(signum).name} at {kind}"] += 1
         self.counts["saves torn"] += torn
         self.check(stage, before)
