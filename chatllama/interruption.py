@@ -30,12 +30,15 @@ class _Signals:
         self.listener: int | None = None
         self.received: int | None = None
         self.in_steps = False
+        self.ending = False
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """Notes the signal; outside of steps ends the process by an exception."""
         if os.getpid() != self.listener:  # a worker process that inherited the handler
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
+            return
+        if self.ending:  # launchers repeat themselves
             return
         if self.in_steps:
             if self.received is None:
@@ -50,7 +53,7 @@ class _Signals:
         """Ends what is no step."""
         assert self.received is not None
         name = signal.Signals(self.received).name
-        self.received = None  # repeated signals of launchers end nothing twice
+        self.ending = True
         raise Interrupted(f"ended by {name} between steps: go on with --resume")
 
 
@@ -60,7 +63,7 @@ _signals = _Signals()
 def listen() -> None:
     """From now on the signals are ours; main thread only."""
     _signals.listener = os.getpid()
-    _signals.received = None
+    _signals.received, _signals.in_steps, _signals.ending = None, False, False
     for signum in SIGNALS:
         signal.signal(signum, _signals.handle)
 
@@ -120,5 +123,5 @@ def stop(run: RunFolder, stage: Stage, step: int) -> NoReturn:
     if rank() == 0:
         write_json(run.interrupted(stage), {"step": step, "signal": name})
     barrier()
-    _signals.received, _signals.in_steps = None, True  # what still comes is this same end
+    _signals.ending = True
     raise Interrupted(f"{name}: stage {stage} is saved at step {step}; go on with --resume")

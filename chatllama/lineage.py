@@ -235,9 +235,13 @@ def fingerprint(folder: Path) -> str | None:
     """A hash of a model's weights that does not depend on how they are split into files.
 
     It sees names, types, shapes and both ends of every tensor: any training changes it, and a 70B
-    model takes a second. None: no safetensors there.
+    model takes a second. None: no safetensors there, or not all of them yet.
     """
     entries: dict[str, bytes] = {}
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        if not all((folder / shard).is_file() for shard in shards):
+            return None
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             try:

@@ -325,6 +325,9 @@ def test_a_fingerprint_sees_weights_and_not_files(tmp_path: Path):
     save_file({"a": a.astype("f4"), "b": b}, tmp_path / "type" / "model.safetensors")
     found = {fingerprint(tmp_path / name) for name in ("one", "last", "type")}
     assert len(found) == 3 and fingerprint(tmp_path) is None
+    index = {"weight_map": {"a": "model-2.safetensors", "c": "model-3.safetensors"}}
+    write_json(tmp_path / "two" / "model.safetensors.index.json", index)
+    assert fingerprint(tmp_path / "two") is None  # still being downloaded
     (tmp_path / "one" / "model.safetensors").write_bytes(struct.pack("<Q", 99) + b"{")
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
         fingerprint(tmp_path / "one")

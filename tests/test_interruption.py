@@ -29,7 +29,7 @@ def handlers() -> Iterator[None]:
     yield
     for signum, handler in before.items():
         signal.signal(signum, handler)
-    interruption._signals.received, interruption._signals.in_steps = None, False
+    interruption._signals.__init__()
 
 
 def send(signum: int) -> None:

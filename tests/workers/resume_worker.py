@@ -20,11 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kills.run import MAINS
 
-from chatllama import interruption
+from chatllama import distributed, interruption
 from chatllama.checkpoint import step_folders
 from chatllama.distributed import barrier, rank, shut_down
 from chatllama.run_folder import STAGES, RunFolder, Stage
-from trainers import stage as stages
 from trainers.hf_trainer import forget_accelerator
 
 STOP_AFTER: dict[Stage, int] = {"sft": 2, "reward": 3, "ppo": 1}
@@ -35,7 +34,6 @@ SETTINGS = ["sft.steps=4", "reward.steps=4", "ppo.steps=3", "reward.save_every=0
 def train(stage: Stage, command: Sequence[str]) -> None:
     """One stage; the process can do another after it."""
     interruption.listen()
-    interruption._signals.in_steps = False
     forget_accelerator()
     try:
         MAINS[stage](list(command))
@@ -100,7 +98,7 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int)
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
-    stages.shut_down = barrier  # a process group cannot be made twice
+    distributed.shut_down = barrier  # a process group cannot be made twice
     config = str(arguments.folder / "config.yaml")
     found = {str(zero): compare(arguments.folder, config, zero) for zero in (0, 2, 3)}
     if rank() == 0:
