@@ -139,12 +139,14 @@ def _check_machines(launch: Launch, decisions: Mapping[Stage, Decision]) -> None
     Raises:
         ValueError: one would move what another still reads.
     """
-    again = [stage for stage, each in decisions.items() if each.action == "again"]
-    if launch.node_rank is not None and again:
-        raise ValueError(
-            f"stage {again[0]} must be done again: {'; '.join(decisions[again[0]].reasons)}. With "
-            f"--node-rank say so on every machine: --from {again[0]}"
-        )
+    if launch.node_rank is None:
+        return
+    for stage, decision in decisions.items():
+        if decision.action == "again":
+            raise ValueError(
+                f"stage {stage} must be done again: {'; '.join(decision.reasons)}. With "
+                f"--node-rank say so on every machine: --from {stage}"
+            )
 
 
 def _prepare(run: RunFolder, stage: Stage, decision: Decision, launch: Launch) -> None:
