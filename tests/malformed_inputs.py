@@ -82,6 +82,7 @@ BASE: list[Bad] = [
     Bad("a.json", b"[\n{\n\n\"a\": 1\n\"b\": 2}]", "a.json:5", "Expecting ',' delimiter"),
     Bad("a.json", b'[{"messages": "x', "a.json:1", "Unterminated string"),
     Bad("a.json", b"[", "a.json:1", "broken JSON"),
+    Bad("a.json", b'[\n{"a" 1},\n{"b": "\xff"}]', "a.json:2", "Expecting ':' delimiter"),
     Bad("a.json", b"[\n" + lines(GOOD_SFT)[:-1] + b",\n]", "a.json:3", "broken JSON"),
     Bad("a.json", b"[\n" + lines(GOOD_SFT) + b"]\n\n]", "a.json:5", "Extra data"),
     Bad("a.json", b"[" + lines(GOOD_SFT)[:-1] + b"\n{}]", "a.json:2", "Expecting ',' delimiter"),
