@@ -191,7 +191,7 @@ def test_where_weights_stay_split_idle_ranks_sample_along(
 
     monkeypatch.setattr(rollout_module, "generate", spy)
     monkeypatch.setattr(trainer.engine, "partitions", lambda: True)
-    monkeypatch.setattr(trainer.engine, "gathers", False)
+    monkeypatch.setattr(trainer.engine, "_gathers", False)
     as_rank(monkeypatch, 1, 2)
     share = sample(trainer)
     assert seen == [(2, rollout_module.all_any)]
