@@ -225,7 +225,9 @@ def _add_votes(app: FastAPI, service: Service) -> None:
         service.metrics.count("votes")
         return {"object": "vote", "votes": votes}
 
-    @app.get("/v1/votes", response_class=PlainTextResponse)
+    lines = {200: {"content": {"application/jsonl": {}}, "description": "one record a line"}}
+
+    @app.get("/v1/votes", response_class=Response, responses=lines)
     async def votes() -> Response:
         """All votes, as JSON lines that the reward stage reads."""
         content = await asyncio.to_thread(service.votes.content)

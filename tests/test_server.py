@@ -17,6 +17,7 @@ from serving import KEY, make_served_run, serving
 
 from chatllama.answering import Answerer, random_numbers
 from chatllama.chat_format import Message
+from chatllama.decoding_batch import DecodingBatch
 from chatllama.loading import LoadedRun, load_run
 from chatllama.run_folder import RunFolder
 from chatllama.sampling import Sampling
@@ -439,6 +440,19 @@ def test_time_runs_out_and_the_queue_fills(run: RunFolder, loaded: LoadedRun) ->
         assert post(url, "/v1/completions", {"prompt": "a", "n": 3, "max_tokens": 3})[0] == 200
         status, told = post(url, "/v1/completions", {"prompt": "a", "n": 4, "max_tokens": 3})
         assert status == 400 and "at most 3" in told["error"]["message"]
+
+
+def test_a_model_that_breaks_once_fails_one_request_and_no_other(
+    run: RunFolder, loaded: LoadedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(run, loaded) as url:
+        asked = {"prompt": "the", "max_tokens": 4}
+        with monkeypatch.context() as broken:
+            broken.setattr(DecodingBatch, "step", lambda self: 1 / 0)
+            status, told = post(url, "/v1/completions", asked)
+        assert status == 500 and "division" not in str(told)
+        assert post(url, "/v1/completions", asked)[0] == 200
+        assert metric(url, "engine_errors_total") == 1
 
 
 def test_it_stops_gracefully_while_it_answers(run: RunFolder, loaded: LoadedRun) -> None:

@@ -1,7 +1,9 @@
 """The parts of the server that need no model and no connection."""
 
+import asyncio
 import json
 import socket
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from chatllama import cli
+from chatllama import cli, server_calls
 from chatllama.config import DataSource
 from chatllama.server import open_socket
 from chatllama.server_arguments import serve_settings
@@ -183,3 +185,40 @@ def test_votes_are_records_that_the_reward_stage_reads(tmp_path: Path) -> None:
     assert data["prompt"][0][0]["content"] == "be kind"
     assert "all answers are tied" in str(report.__dict__)
     assert json.loads(file.content().splitlines()[1])["models"] == ["policy", "sft"]
+
+
+# --- clients that do not read --------------------------------------------------------------------
+
+
+class Wire:
+    """A connection whose client stops reading, or leaves, after the first bytes."""
+
+    def __init__(self, leaves: bool) -> None:
+        self.leaves, self.sent = leaves, 0
+
+    async def receive(self) -> dict[str, Any]:
+        while not (self.leaves and self.sent):
+            await asyncio.sleep(0.001)
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        self.sent += message["type"] == "http.response.body"
+        if self.sent:
+            await asyncio.sleep(3600)
+
+
+@pytest.mark.parametrize(("leaves", "counted"), [(True, "disconnects"), (False, "timeouts")])
+def test_a_stream_that_nobody_reads_ends_with_its_work(
+    leaves: bool, counted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_calls, "SEND_SLACK", 0.2)
+    metrics, closed = Metrics(), []
+
+    async def events() -> AsyncIterator[str]:
+        while True:
+            yield "{}"
+
+    stream = server_calls.EventStream(events(), lambda: closed.append(True), metrics, 0.1)
+    wire = Wire(leaves)
+    asyncio.run(stream({"type": "http"}, wire.receive, wire.send))
+    assert closed == [True] and f"chatllama_{counted}_total 1" in metrics.text({})
