@@ -180,12 +180,12 @@ def _by_rank(
 ) -> torch.Tensor:
     """Tokens at which the cumulative weight of the kept ones reaches (1 - u) of its total."""
     # Tokens are kept until their total reaches what is wanted; the first always.
-    kept = (cumulative - best < wanted).sum(-1, keepdim=True).clamp(min=1)
-    kept = torch.minimum(kept, limit)
+    kept = torch.minimum(torch.searchsorted(cumulative, wanted) + 1, limit.clamp(max=best.shape[1]))
     goal = (1 - uniforms[:, None]) * cumulative.gather(1, kept - 1)
     rank = torch.searchsorted(cumulative, goal)
     weight = best.gather(1, rank)
-    among_equals = rank - (best > weight).sum(-1, keepdim=True)
+    likelier = best.shape[1] - torch.searchsorted(best.flip(1), weight, right=True)
+    among_equals = rank - likelier
     row, token = (weights == weight).nonzero(as_tuple=True)
     first = torch.searchsorted(row, torch.arange(len(weights), device=row.device))
     return token[first + among_equals.squeeze(1)]
