@@ -125,6 +125,27 @@ def test_changed_settings_are_done_again_and_nothing_is_lost(
     assert load_config(run.config).ppo.steps == 7
 
 
+def test_machines_started_one_by_one_move_nothing_aside(
+    config: str, run: RunFolder, started: list, tmp_path: Path
+) -> None:
+    cfg = load_config(config)
+    run_pipeline(config)
+    for stage in STAGES:
+        lineage.write_record(run, stage, lineage.gather(cfg, run, stage, named_files, {}))
+        lineage.finish(cfg, run, stage)
+    started.clear()
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
+    for rank in (0, 1):
+        launch = Launch(
+            hostfile=tmp_path / "hosts", node_rank=rank, master_addr="a", master_port=1234
+        )
+        with pytest.raises(
+            ValueError, match=r"ppo\.steps: 100 there, 7 now\. With --node-rank .*ppo"
+        ):
+            run_pipeline(config, ["ppo.steps=7"], launch=launch)
+    assert started == [] and not (run.root / "previous").exists()
+
+
 def test_a_later_stage_without_its_base_is_refused(
     config: str, run: RunFolder, started: list
 ) -> None:
