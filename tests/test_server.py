@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import shutil
 import threading
 import time
 import urllib.error
@@ -278,10 +279,13 @@ def test_adapters_come_only_from_below_the_root_and_nothing_is_leaked(
 
 
 def test_a_link_out_of_the_root_is_not_followed(url: str, run: RunFolder, tmp_path: Path) -> None:
-    (run.root / "way_out").symlink_to(tmp_path)
-    path = str(run.root / "way_out")
-    status, body = post(url, "/v1/load_lora_adapter", {"lora_name": "x", "lora_path": path})
-    assert status == 400 and str(tmp_path) not in body["error"]["message"]
+    outside = tmp_path / "good_adapter"
+    shutil.copytree(run.root / "extra", outside)
+    (run.root / "way_out").symlink_to(outside)
+    for path in (run.root / "way_out", outside):
+        asked = {"lora_name": "x", "lora_path": str(path)}
+        status, body = post(url, "/v1/load_lora_adapter", asked)
+        assert status == 400 and str(tmp_path) not in body["error"]["message"]
 
 
 def test_scores_and_log_ratios(url: str, loaded: LoadedRun) -> None:
