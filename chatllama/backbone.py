@@ -4,13 +4,25 @@ Safe loading only: safetensors, no pickles, no remote code unless the user allow
 from text (`backbone.from_scratch`) is training, so it lives in trainers/pretrain.py.
 """
 
-from typing import cast
+from importlib.util import find_spec
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from chatllama.config import BackboneSection
+from chatllama.distributed import device, rank
+
+NF4_BLOCK = 64
+"""Weights that share a scale."""
 
 
 def load_backbone(
@@ -48,6 +60,7 @@ def load_backbone(
             dtype=dtype or getattr(torch, section.dtype),
             attn_implementation=section.attn_implementation,
             use_safetensors=True,
+            **_quantized(section, config, dtype),
             **common,
         )
     except OSError as error:
@@ -72,7 +85,65 @@ def load_backbone(
             f"{missing[0]}; they would be random numbers"
         )
     model.requires_grad_(False)
+    if section.quantization == "nf4":
+        _keep_4bit_layout(model)
+    if section.quantization != "none" and rank() == 0:
+        print(f"backbone: {section.quantization}, {megabytes(weight_bytes(model))} of weights")
     return model.eval()
+
+
+def _quantized(
+    section: BackboneSection, llama: LlamaConfig, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """What `from_pretrained` must be told to quantise while it loads.
+
+    Raises:
+        ValueError: the extra is missing, or cannot quantise such a model here.
+    """
+    if section.quantization == "none":
+        return {}
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"backbone.quantization {section.quantization} needs the extra: pip install "
+            "'chatllama[bitsandbytes]'"
+        )
+    narrow = [w for w in (llama.hidden_size, llama.intermediate_size) if w % NF4_BLOCK]
+    if section.quantization == "nf4" and device().type == "cpu" and narrow:
+        raise ValueError(
+            f"backbone.quantization nf4: on the CPU bitsandbytes computes wrongly in layers whose "
+            f"width is no multiple of {NF4_BLOCK}, and this model has {narrow[0]}; use int8"
+        )
+    if section.quantization == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype or getattr(torch, section.dtype),
+        )
+    return {"quantization_config": config, "device_map": {"": device()}}
+
+
+def _keep_4bit_layout(model: nn.Module) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights for the CPU's AVX512-BF16 when they sample.
+
+    The repacked layers round their scales and cut the gradient: what is trained would neither be
+    what was sampled nor learn below them.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            vars(module)["support_avx512bf16_for_cpu"] = False
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters, as they lie in memory."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def megabytes(count: int) -> str:
+    """Bytes as MB or GB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,37 +1,67 @@
 """Terminal chat with a run: lines in, streamed answers out, history and system prompt kept.
 
-`converse` needs no model and no terminal: it takes lines and a function that answers. `chat` loads
-a run and connects the two.
+`converse` needs no model and no terminal: it takes messages and a speaker. `chat` loads a run and
+connects the two; who speaks is in `chat_speaker.py`, the lines in `chat_lines.py`.
 """
 
 import contextlib
+import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, Protocol
 
+from chatllama.chat_lines import read_messages
 from chatllama.progress import printable
 from chatllama.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    import torch
-
     from chatllama.chat_format import Message
-    from chatllama.loading import LoadedRun
-    from chatllama.roles import Role
-    from chatllama.sampling import Sampling
 
-ChatRole = Literal["base", "sft", "policy"]
-ACTING: "dict[ChatRole, Role]" = {"base": "base", "sft": "reference", "policy": "policy"}
-HELP = """\
-/reset         forget the conversation
-/system TEXT   set the system prompt (without TEXT: the one of the config)
-/role NAME     let base, sft or policy answer
-/help          show this
-/quit          leave (also Ctrl-D)"""
+ChatRole = Literal["base", "sft", "policy", "ema"]
+HELP = '''\
+/role NAME      let another role answer; the conversation stays
+/compare TEXT   all roles answer TEXT, with reward score and KL; the conversation stays as it is
+/compare        the same for your last message
+/system TEXT    set the system prompt (without TEXT: the one of the config)
+/history        show the conversation
+/save FILE      add the conversation to a JSONL file (format `messages`, which SFT reads)
+/reset          forget the conversation
+/help           show this
+/quit           leave (also Ctrl-D)
+"""             begins a message of several lines, """ ends it; a \\ at the end of a line goes on
+Ctrl-C          stop the answer, or drop the line being typed'''
 
-Answer = Callable[["list[Message]", ChatRole], Iterator[str]]
+
+@dataclass(frozen=True)
+class Compared:
+    """One role's answer beside those of others."""
+
+    role: ChatRole
+    text: str
+    num_tokens: int
+    score: float | None
+    """Of the reward model, where the run has one."""
+    kl: float | None
+    """To the SFT model, nats per token of this answer; None for the SFT model itself."""
+
+
+class Speaker(Protocol):
+    """Who answers."""
+
+    @property
+    def roles(self) -> tuple[ChatRole, ...]:
+        """Those that are loaded."""
+        ...
+
+    def answer(self, messages: "list[Message]", role: ChatRole) -> Iterator[str]:
+        """Streams the answer to a conversation as text."""
+        ...
+
+    def compare(self, messages: "list[Message]") -> Iterator[Compared]:
+        """Every role's answer to a conversation."""
+        ...
 
 
 @dataclass
@@ -58,6 +88,8 @@ def chat(
     max_new_tokens: int | None = None,
     system: str | None = None,
     seed: int | None = None,
+    dtype: str | None = None,
+    quantization: str | None = None,
 ) -> None:
     """Talks with a run's model until the input ends.
 
@@ -69,9 +101,11 @@ def chat(
         max_new_tokens: longest answer, in tokens. None: the config's `generation.max_new_tokens`.
         system: system prompt. None: the config's.
         seed: makes the answers repeatable. None: other answers each time.
+        dtype: float32, bfloat16 or float16. None: the config's.
+        quantization: none, int8 or nf4. None: the config's.
 
     Raises:
-        ValueError: a setting out of range, or no finished run in `run_dir`.
+        ValueError: a setting out of range, no finished run in `run_dir`, or no such role in it.
     """
     _check_settings(temperature, top_p, max_new_tokens)
     run = RunFolder(run_dir)
@@ -81,7 +115,9 @@ def chat(
 
     import torch
 
-    from chatllama.loading import load_run
+    from chatllama.chat_speaker import ModelSpeaker, describe_model
+    from chatllama.config_loader import load_config
+    from chatllama.loading import load_run, with_weights
     from chatllama.sampling import Sampling
 
     generator = torch.Generator()
@@ -89,103 +125,54 @@ def chat(
         generator.seed()
     else:
         generator.manual_seed(seed)
-    loaded = load_run(run)
+    loaded = load_run(run, with_weights(load_config(run.config), dtype, quantization))
     longest = max_new_tokens or loaded.config.generation.max_new_tokens
     sampling = Sampling(longest, temperature=temperature, top_p=top_p)
-    answer = model_answer(loaded, sampling, generator)
+    speaker = ModelSpeaker(loaded, sampling, generator)
+    if role not in speaker.roles:
+        raise ValueError(_no_role(role, speaker))
     if sys.stdin.isatty():
-        print(f"{run.root}, answered by {role}. /help lists the commands.")
-    converse(_lines(), answer, Conversation(role, system))
+        quantization = loaded.config.backbone.quantization
+        print(f"{run.root}: {describe_model(loaded.model, quantization)}")
+        print(f"Roles: {', '.join(speaker.roles)}; {role} answers. /help lists the commands.")
+    converse(read_messages(), speaker, Conversation(role, system))
 
 
-def model_answer(loaded: "LoadedRun", sampling: "Sampling", generator: "torch.Generator") -> Answer:
-    """A function that streams a model's answer to a conversation as text.
+def converse(messages: Iterator[str], speaker: Speaker, conversation: Conversation) -> None:
+    """Answers message after message, on stdout, until they end or one says /quit.
 
-    Where conversation and answer do not fit the model's positions, the oldest exchanges are left
-    out, and a note says so.
-
-    Args:
-        loaded: model with its roles, tokenizer and chat layout.
-        sampling: how to choose tokens.
-        generator: CPU generator of the random numbers.
-    """
-    from chatllama.chat_format import end_of_turn_ids, render
-    from chatllama.generate import stream
-    from chatllama.roles import acting_as, autocast
-    from chatllama.text_stream import stream_text
-
-    model, tokenizer = loaded.model.eval(), loaded.tokenizer
-    stop_ids = end_of_turn_ids(tokenizer, loaded.chat)
-    room = model.llama.config.max_position_embeddings - sampling.max_new_tokens
-
-    def count(messages: "list[Message]") -> int:
-        return len(render(tokenizer, loaded.chat, messages, add_generation_prompt=True).ids)
-
-    def answer(messages: "list[Message]", role: ChatRole) -> Iterator[str]:
-        kept = fit(messages, count, room)
-        if len(kept) < len(messages):
-            _note(f"(the oldest {len(messages) - len(kept)} messages no longer fit)")
-        prompt = render(tokenizer, loaded.chat, kept, add_generation_prompt=True).ids
-        with acting_as(model, ACTING[role]), autocast(model):
-            ids = stream(model.llama, prompt, sampling, stop_ids, generator)
-            yield from stream_text(tokenizer, ids)
-
-    return answer
-
-
-def fit(
-    messages: "Sequence[Message]", count: "Callable[[list[Message]], int]", room: int
-) -> "list[Message]":
-    """The longest ending of a conversation, system prompt included, of at most `room` tokens.
+    Ctrl-C during an answer ends that answer only. What goes wrong with one message is told, and
+    the conversation goes on.
 
     Args:
-        messages: perhaps a system message, then user and assistant in turn, a user message last.
-        count: tokens of such a conversation.
-        room: tokens at hand.
-
-    Raises:
-        ValueError: the last message alone does not fit.
-    """
-    head = [m for m in messages[:1] if m["role"] == "system"]
-    turns = list(messages[len(head) :])
-    while (tokens := count([*head, *turns])) > room:
-        if len(turns) <= 2:
-            raise ValueError(
-                f"this message takes {tokens} tokens and {room} are left beside the answer; "
-                "shorten it or lower --max-new-tokens"
-            )
-        turns = turns[2:]
-    return [*head, *turns]
-
-
-def converse(lines: Iterator[str], answer: Answer, conversation: Conversation) -> None:
-    """Answers line after line, on stdout, until the lines end or one says /quit.
-
-    Ctrl-C during an answer ends that answer only. What goes wrong with one line is told, and the
-    conversation goes on.
-
-    Args:
-        lines: what the user types.
-        answer: streams the answer to a conversation.
+        messages: what the user types.
+        speaker: answers.
         conversation: the state; changed in place.
     """
-    for line in lines:
-        text = line.strip()
+    for message in messages:
+        text = message.strip()
         if text in ("/quit", "/exit"):
             return
         if not text:
             continue
-        if text.startswith("/"):
-            _note(_command(text, conversation))
-            continue
-        conversation.turns.append({"role": "user", "content": text})
         try:
-            reply = _show(answer(conversation.messages(), conversation.role))
+            if text.startswith("/"):
+                _obey(text, speaker, conversation)
+            else:
+                _reply(text, speaker, conversation)
         except ValueError as error:
             _note(str(error))
-            conversation.turns.pop()
-            continue
-        conversation.turns.append({"role": "assistant", "content": reply})
+
+
+def _reply(text: str, speaker: Speaker, conversation: Conversation) -> None:
+    """Answers a message and remembers both, unless it is refused."""
+    conversation.turns.append({"role": "user", "content": text})
+    try:
+        reply = _show(speaker.answer(conversation.messages(), conversation.role))
+    except ValueError:
+        conversation.turns.pop()
+        raise
+    conversation.turns.append({"role": "assistant", "content": reply})
 
 
 def _show(pieces: Iterator[str]) -> str:
@@ -201,40 +188,107 @@ def _show(pieces: Iterator[str]) -> str:
     return text
 
 
-def _command(text: str, conversation: Conversation) -> str:
-    """Obeys a slash command; gives the line to print."""
+def _obey(text: str, speaker: Speaker, conversation: Conversation) -> None:
+    """Follows a slash command.
+
+    Raises:
+        ValueError: it cannot be followed; says why.
+    """
     name, _, rest = text.partition(" ")
     rest = rest.strip()
     match name:
         case "/help":
-            return HELP
+            _note(HELP)
         case "/reset":
             conversation.turns.clear()
-            return "(forgotten)"
+            _note("(forgotten)")
         case "/system":
             conversation.system = rest or None
-            return "(system prompt set)" if rest else "(system prompt of the config)"
+            _note("(system prompt set)" if rest else "(system prompt of the config)")
         case "/role":
-            if rest not in get_args(ChatRole):
-                return f"/role {rest}: choose {', '.join(get_args(ChatRole))}"
-            conversation.role = rest  # pyright: ignore[reportAttributeAccessIssue]
-            return f"({rest} answers)"
-    return f"{name} is no command; /help lists them"
+            conversation.role = _find_role(rest, speaker)
+            _note(f"({rest} answers)")
+        case "/history":
+            for message in conversation.messages():
+                _note(f"{message['role']}: {message['content']}")
+        case "/save":
+            _save(rest, conversation)
+        case "/compare":
+            _compare(rest, speaker, conversation)
+        case _:
+            raise ValueError(f"{name} is no command; /help lists them")
 
 
-def _lines() -> Iterator[str]:
-    """Lines from the terminal, with editing and history, or from a pipe."""
-    if not sys.stdin.isatty():
-        yield from sys.stdin
+def _find_role(name: str, speaker: Speaker) -> ChatRole:
+    for role in speaker.roles:
+        if role == name:
+            return role
+    raise ValueError(_no_role(name, speaker))
+
+
+def _no_role(name: str, speaker: Speaker) -> str:
+    return f"role {name or '(none named)'}: this run has {', '.join(speaker.roles)}"
+
+
+def _save(file: str, conversation: Conversation) -> None:
+    """Adds the conversation to a file, as one line."""
+    if not file:
+        raise ValueError("/save needs the name of a file: /save talks.jsonl")
+    if not conversation.turns:
+        raise ValueError("nothing has been said yet")
+    line = {"messages": conversation.messages(), "answered_by": conversation.role}
+    try:
+        with Path(file).expanduser().open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise ValueError(f"/save: {error}") from error
+    _note(f"(added to {file})")
+
+
+def _compare(text: str, speaker: Speaker, conversation: Conversation) -> None:
+    """Shows all roles' answers to `text`, or to the last message; the conversation stays."""
+    messages = conversation.messages()
+    if text:
+        messages = [*messages, {"role": "user", "content": text}]
+    else:
+        while messages and messages[-1]["role"] != "user":
+            messages.pop()
+        if not messages:
+            raise ValueError("/compare needs a message: /compare TEXT")
+    answers: list[Compared] = []
+    with contextlib.suppress(KeyboardInterrupt):
+        answers += speaker.compare(messages)
+    show_compared(answers)
+
+
+def show_compared(answers: list[Compared]) -> None:
+    """Prints answers side by side, on a pipe below each other."""
+    if not sys.stdout.isatty():
+        for answer in answers:
+            print(f"[{answer.role}] {printable(answer.text)}")
+            print(f"    {_numbers(answer)}", flush=True)
         return
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (gives `input` editing and history)
-    while True:
-        try:
-            yield input("> ")
-        except EOFError:
-            print()
-            return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(expand=True)
+    for answer in answers:
+        table.add_column(answer.role, ratio=1, overflow="fold")
+    if answers:
+        table.add_row(*(Text(printable(answer.text)) for answer in answers))
+        table.add_section()
+        table.add_row(*(Text(_numbers(answer), style="dim") for answer in answers))
+        Console(highlight=False).print(table)
+
+
+def _numbers(answer: Compared) -> str:
+    parts = [f"{answer.num_tokens} tokens"]
+    if answer.score is not None:
+        parts.append(f"score {answer.score:+.2f}")
+    if answer.kl is not None:
+        parts.append(f"KL to sft {answer.kl:.2f} nats/token")
+    return ", ".join(parts)
 
 
 def _note(text: str) -> None:

@@ -145,7 +145,7 @@ def _add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run folder")
     parser.add_argument(
         "--role",
-        choices=("base", "sft", "policy"),
+        choices=("base", "sft", "policy", "ema"),
         help="who answers (default: the newest that is there)",
     )
     parser.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest token")
@@ -153,6 +153,13 @@ def _add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, help="longest answer (default: the config's)")
     parser.add_argument("--system", metavar="TEXT", help="system prompt (default: the config's)")
     parser.add_argument("--seed", type=int, help="for answers that can be repeated")
+    types = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=types, help="of the weights (default: the config's)")
+    parser.add_argument(
+        "--quantization",
+        choices=("none", "int8", "nf4"),
+        help="of the frozen weights (default: the config's; extra: bitsandbytes)",
+    )
 
 
 def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
@@ -246,6 +253,8 @@ def _chat(arguments: argparse.Namespace) -> None:
         max_new_tokens=arguments.max_new_tokens,
         system=arguments.system,
         seed=arguments.seed,
+        dtype=arguments.dtype,
+        quantization=arguments.quantization,
     )
 
 

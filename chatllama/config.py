@@ -109,6 +109,9 @@ class BackboneSection(Section):
     """Hub revision (commit, tag or branch). null: the default branch."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the frozen weights and of the matrix products. Adapters and heads are float32."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """Frozen linear layers in 8 or 4 bits (QLoRA; extra `bitsandbytes`; not with ZeRO-3 or
+    `lora: null`). Matrix products stay in dtype, adapters and heads in float32."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel, as transformers names it. With flash_attention_2 (CUDA, the package
     flash-attn) the reward stage repeats a prompt for every answer."""
@@ -284,6 +287,17 @@ class Config(Section):
     def _check_lora(self) -> "Config":
         if self.lora is not None and self.later_lora is not None:
             raise ValueError("later_lora is only for `lora: null`")
+        quantization = self.backbone.quantization
+        if quantization != "none" and self.deepspeed.stage == 3:
+            raise ValueError(
+                f"backbone.quantization {quantization}: ZeRO-3 cannot split quantised weights; use "
+                "deepspeed.stage 2, or quantization none"
+            )
+        if quantization != "none" and self.lora is None:
+            raise ValueError(
+                f"backbone.quantization {quantization}: `lora: null` trains all weights, and "
+                "quantised ones cannot be trained"
+            )
         if self.lora is None and self.ppo.reference_refresh_every:
             raise ValueError(
                 "ppo.reference_refresh_every needs a reference adapter; with `lora: null` the "

@@ -29,7 +29,7 @@ from chatllama.export_options import ExportOptions
 from chatllama.export_probe import CONVERSATIONS, Probe, measure
 from chatllama.export_templates import jinja_template, modelfile
 from chatllama.generation_plan import find_role
-from chatllama.loading import load_run, reward_role
+from chatllama.loading import load_run, reward_role, with_weights
 from chatllama.model_files import ModelFiles, local_folder, merged, open_model
 from chatllama.roles import Role
 from chatllama.run_folder import INFO, RunFolder, write_json
@@ -274,7 +274,8 @@ def export_run(run_dir: Path, options: ExportOptions, out: Path | None = None) -
         raise ValueError(f"{run_dir} is not a run folder: {run.config} is missing")
     from chatllama.config_loader import load_config
 
-    cfg = load_config(run.config)
+    # The unquantised base is what others have, and what an adapter is merged into.
+    cfg = with_weights(load_config(run.config), None, "none")
     role, adapter_folder = find_role(run, cfg, options.role)
     if adapter_folder is None and not (options.merged or options.gguf):
         raise ValueError(

@@ -96,6 +96,21 @@ def load_run(
     return LoadedRun(model, tokenizer, cfg.chat, cfg, rewards)
 
 
+def with_weights(cfg: Config, dtype: str | None, quantization: str | None) -> Config:
+    """The config with the backbone's weights in another form, for inference.
+
+    float16 is for inference only: its gradients would underflow, so no YAML may ask for it.
+
+    Args:
+        cfg: of a run.
+        dtype: float32, bfloat16 or float16. None: as it is.
+        quantization: none, int8 or nf4. None: as it is.
+    """
+    changes = {"dtype": dtype, "quantization": quantization}
+    wanted = {key: value for key, value in changes.items() if value is not None}
+    return cfg.model_copy(update={"backbone": cfg.backbone.model_copy(update=wanted)})
+
+
 def find_tokenizer(cfg: Config) -> PreTrainedTokenizerFast | None:
     """The tokenizer of a config; None where the run would make it and has not yet.
 

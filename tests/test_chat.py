@@ -1,14 +1,19 @@
 import io
+import json
 import sys
+import types
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from chatllama import chat as chat_module
-from chatllama.chat import ChatRole, Conversation, chat, converse, fit, model_answer
+from chatllama import chat_speaker
+from chatllama.chat import ChatRole, Compared, Conversation, chat, converse
+from chatllama.chat_lines import join_lines
+from chatllama.chat_speaker import ModelSpeaker, fit, mean_kl
+from chatllama.config import BackboneSection, ChatSection, Config
+from chatllama.loading import LoadedRun
 
 if TYPE_CHECKING:
     from chatllama.chat_format import Message
@@ -26,7 +31,14 @@ class Echo:
     def __init__(self) -> None:
         self.asked: list[tuple[list[Message], ChatRole]] = []
 
-    def __call__(self, messages: "list[Message]", role: ChatRole) -> Iterator[str]:
+    roles: tuple[ChatRole, ...] = ("base", "sft", "policy")
+
+    def compare(self, messages: "list[Message]") -> Iterator[Compared]:
+        self.asked.append((list(messages), "base"))
+        yield Compared("base", "b\x1b", 3, None, 0.5)
+        yield Compared("sft", "s", 4, -1.25, None)
+
+    def answer(self, messages: "list[Message]", role: ChatRole) -> Iterator[str]:
         self.asked.append((list(messages), role))
         if messages[-1]["content"] == "fail":
             raise ValueError("no such role")
@@ -52,8 +64,70 @@ def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert echo.asked[1] == ([{"role": "system", "content": "be  brief"}, *said("b")], "base")
     assert len(echo.asked) == 2 and conversation.system is None
     error = capsys.readouterr().err
-    assert "/role reward: choose base, sft, policy" in error
-    assert "/nonsense is no command" in error and "/reset         forget" in error
+    assert "role reward: this run has base, sft, policy" in error
+    assert "/nonsense is no command" in error and "/reset          forget" in error
+
+
+def test_compare_shows_every_role_and_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    echo, conversation = Echo(), Conversation("policy")
+    converse(iter(["/compare", "a", "/compare", "/compare b c"]), echo, conversation)
+    assert [m["content"] for m in conversation.turns] == ["a", "policy:1\x1b[2J"]
+    assert echo.asked[1][0] == said("a")
+    assert echo.asked[2][0] == [*conversation.turns, *said("b c")]
+    output = capsys.readouterr()
+    assert "/compare needs a message" in output.err
+    shown = "[base] b\ufffd\n    3 tokens, KL to sft 0.50 nats/token\n"
+    assert shown + "[sft] s\n    4 tokens, score -1.25\n" in output.out
+
+
+def test_compare_on_a_terminal_is_side_by_side(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    converse(iter(["/compare q"]), Echo(), Conversation("policy"))
+    lines = capsys.readouterr().out.splitlines()
+    assert any("base" in line and "sft" in line for line in lines)
+    assert any("b\ufffd" in line and " s " in line for line in lines)
+
+
+def test_saved_conversations_are_training_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "talks.jsonl"
+    lines = ["/save", f"/save {file}", "a", f"/save {file}", "/history", f"/save {tmp_path}"]
+    converse(iter([*lines, "b", f"/save {file}"]), Echo(), Conversation("sft", "be kind"))
+    first, second = (json.loads(line) for line in file.read_text().splitlines())
+    assert [m["role"] for m in first["messages"]] == ["system", "user", "assistant"]
+    assert len(second["messages"]) == 5 and first["answered_by"] == "sft"
+    error = capsys.readouterr().err
+    assert "/save needs the name" in error and "nothing has been said" in error
+    assert "user: a\nassistant: sft:2" in error and "/save: [Errno 21]" in error
+
+
+def typed(*lines: str) -> list[str]:
+    """Messages made of lines; "^C" stands for Ctrl-C."""
+    rest = iter(lines)
+
+    def read(prompt: str) -> str | None:
+        line = next(rest, None)
+        if line == "^C":
+            raise KeyboardInterrupt
+        return line
+
+    return list(join_lines(read))
+
+
+def test_messages_of_several_lines() -> None:
+    quotes = '"""'
+    assert typed("a", quotes, "b ", "", f"c{quotes}", "d\\", "e") == ["a", "b \n\nc", "d\ne"]
+    assert typed(f"{quotes}one line{quotes}", f"{quotes}x", "y", quotes) == ["one line", "x\ny"]
+    assert typed(quotes, "unfinished") == ["\nunfinished"] and typed("a\\") == ["a"]
+
+
+def test_ctrl_c_drops_the_message_being_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert typed("^C", "a", '"""b', "^C", "c") == ["a", "c"]
+    assert capsys.readouterr().err.count("Ctrl-D or /quit leaves") == 2
 
 
 def test_a_refused_message_leaves_the_history_alone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,19 +156,12 @@ def test_the_oldest_exchanges_give_way() -> None:
         fit(turns, words, 1)
 
 
-@dataclass
-class Loaded:
-    model: Any
-    tokenizer: Any
-    chat: Any
-
-
 def test_a_real_model_answers_in_its_role(tiny_llama_dir: Path) -> None:
     import torch
     from transformers import LlamaForCausalLM
 
-    from chatllama.config import ChatSection, LoraSection
-    from chatllama.roles import Adapter, RoleModel
+    from chatllama.config import LoraSection
+    from chatllama.roles import Adapter, RoleModel, acting_as
     from chatllama.sampling import Sampling
     from chatllama.tokenizer import load_tokenizer
 
@@ -106,33 +173,61 @@ def test_a_real_model_answers_in_its_role(tiny_llama_dir: Path) -> None:
     for name, parameter in model.named_parameters():
         if "lora_B.policy" in name:
             torch.nn.init.normal_(parameter)
-    loaded: Any = Loaded(model, load_tokenizer(str(tiny_llama_dir)), ChatSection())
-    answer = model_answer(loaded, Sampling(12, temperature=0.0), torch.Generator())
-    base, sft, policy = ("".join(answer(said("Hi"), role)) for role in ("base", "sft", "policy"))
+    cfg = Config(run_dir="r", backbone=BackboneSection(path="b"))
+    loaded = LoadedRun(model, load_tokenizer(str(tiny_llama_dir)), ChatSection(), cfg, [])
+    speaker = ModelSpeaker(loaded, Sampling(12, temperature=0.0), torch.Generator())
+    assert speaker.roles == ("base", "sft", "policy")
+    base, sft, policy = ("".join(speaker.answer(said("Hi"), role)) for role in speaker.roles)
     assert base == sft != policy
+    compared = list(speaker.compare(said("Hi")))
+    assert [answer.role for answer in compared] == list(speaker.roles)
+    assert compared[0].text == compared[1].text == base.strip()
+    assert compared[0].kl == 0.0 and compared[1].kl is None and (compared[2].kl or 0) > 0.01
     assert model.acting == "base"
     long = "the river and a garden " * 15
     with pytest.raises(ValueError, match="shorten it"):
-        list(answer(said(long), "base"))
+        list(speaker.answer(said(long), "base"))
+
+    ids = [1, 20, 30, 40, 50]
+    with torch.no_grad():
+        logits = []
+        for role in ("policy", "reference"):
+            with acting_as(model, role):
+                logits.append(model.llama(torch.tensor([ids])).logits[0, 1:4])
+    p, q = (torch.distributions.Categorical(logits=each) for each in logits)
+    expected = float(torch.distributions.kl_divergence(p, q).mean())
+    assert mean_kl(model, "policy", "reference", ids[:2], ids[2:]) == pytest.approx(
+        expected, rel=1e-4
+    )
+
+
+def test_after_full_fine_tuning_there_is_no_base() -> None:
+    model: Any = types.SimpleNamespace(lora={"policy": None})
+    model.eval = lambda: model
+    speaker = ModelSpeaker.__new__(ModelSpeaker)
+    cfg = Config(run_dir="r", backbone=BackboneSection(path="b"), lora=None)
+    speaker.loaded, speaker.model = types.SimpleNamespace(config=cfg), model  # type: ignore[assignment]
+    assert speaker.roles == ("sft", "policy")
 
 
 def test_chat_reads_lines_from_a_pipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import types
-
     loading: Any = types.ModuleType("chatllama.loading")
     generation = types.SimpleNamespace(max_new_tokens=8)
     config = types.SimpleNamespace(generation=generation)
-    loading.load_run = lambda run: types.SimpleNamespace(config=config)
+    loading.load_run = lambda run, cfg: types.SimpleNamespace(config=cfg)
+    loading.with_weights = lambda cfg, dtype, quantization: config
     monkeypatch.setitem(sys.modules, "chatllama.loading", loading)
     echo = Echo()
-    monkeypatch.setattr(chat_module, "model_answer", lambda *args: echo)
+    monkeypatch.setattr(chat_speaker, "ModelSpeaker", lambda *args: echo)
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n/quit\n"))
-    (tmp_path / "config.yaml").write_text("")
+    (tmp_path / "config.yaml").write_text("run_dir: r\nbackbone: {path: b}\n")
     chat(tmp_path, system="s")
     assert echo.asked[0][1] == "sft"  # no policy in this run yet
     assert capsys.readouterr().out == "sft:2\ufffd[2J\n"  # no prompt signs, no banner
+    with pytest.raises(ValueError, match="role ema: this run has base, sft, policy"):
+        chat(tmp_path, role="ema")
 
 
 @pytest.mark.parametrize(

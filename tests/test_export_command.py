@@ -27,10 +27,11 @@ from chatllama.export import WEIGHTS, load_adapter, save_adapter
 from chatllama.export_command import export_run, run_gate
 from chatllama.export_gate import INFO, Refused, check_adapter, check_merged
 from chatllama.export_options import ExportOptions
-from chatllama.generate import Sampling
 from chatllama.loading import load_run
 from chatllama.model_files import merged, open_model
 from chatllama.run_folder import RunFolder
+from chatllama.sampling import Sampling
+from chatllama.text_stream import stream_text
 
 PREFIX = "base_model.model.model.layers"
 Q_B = f"{PREFIX}.0.self_attn.q_proj.lora_B.weight"
@@ -103,7 +104,7 @@ def test_what_is_written(exported: Exported) -> None:
 
 
 def test_plain_peft_chat_and_the_merged_model_say_the_same(exported: Exported) -> None:
-    from chatllama.chat import model_answer, stream_text
+    from chatllama.chat_speaker import ModelSpeaker
 
     loaded = load_run(exported.run)
     answerer = Answerer.of(loaded, "policy")
@@ -112,7 +113,7 @@ def test_plain_peft_chat_and_the_merged_model_say_the_same(exported: Exported) -
     peft: Any = PeftModel.from_pretrained(base, str(exported.out / "adapter"))
     whole: Any = AutoModelForCausalLM.from_pretrained(exported.out / "merged")
     tokenizer = AutoTokenizer.from_pretrained(exported.out / "merged")
-    chat = model_answer(loaded, Sampling(12, temperature=0.0), torch.Generator())
+    chat = ModelSpeaker(loaded, Sampling(12, temperature=0.0), torch.Generator())
     said = set()
     for question in ("Anna paints", "the river?", "Who is quiet  again"):
         messages: Any = [{"role": "user", "content": question}]
@@ -122,7 +123,7 @@ def test_plain_peft_chat_and_the_merged_model_say_the_same(exported: Exported) -
         answers = [m.generate(torch.tensor([ids]), **ends)[0, len(ids) :] for m in (peft, whole)]
         assert torch.equal(*answers)
         spoken = "".join(stream_text(loaded.tokenizer, iter(answers[0].tolist())))
-        assert "".join(chat(messages, "policy")) == spoken
+        assert "".join(chat.answer(messages, "policy")) == spoken
         said.add(spoken)
     assert len(said) > 1
 

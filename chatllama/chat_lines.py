@@ -1,0 +1,69 @@
+"""The messages that a user types: one a line, or several lines as one message."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+QUOTES = '"""'
+PROMPT, MORE = "> ", ". "
+
+
+def read_messages() -> Iterator[str]:
+    """Messages from the terminal, with editing and history of lines, or from a pipe."""
+    if not sys.stdin.isatty():
+        yield from join_lines(lambda prompt: next(sys.stdin, None))
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives `input` editing and history)
+    yield from join_lines(_ask)
+
+
+def join_lines(read: Callable[[str], str | None]) -> Iterator[str]:
+    r"""Messages out of lines: from \"\"\" to \"\"\", or as long as lines end with a backslash.
+
+    Ctrl-C drops what has been typed of a message.
+
+    Args:
+        read: gives the next line, None at the end, shown the prompt that it may print.
+    """
+    while True:
+        try:
+            message = _read_message(read)
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D or /quit leaves)", file=sys.stderr)
+            continue
+        if message is None:
+            return
+        yield message
+
+
+def _read_message(read: Callable[[str], str | None]) -> str | None:
+    line = read(PROMPT)
+    if line is None:
+        return None
+    line = line.rstrip("\r\n")
+    if line.lstrip().startswith(QUOTES):
+        lines = [line.lstrip().removeprefix(QUOTES)]
+        while not lines[-1].rstrip().endswith(QUOTES):
+            more = read(MORE)
+            if more is None:  # unfinished: what there is counts
+                return "\n".join(lines)
+            lines.append(more.rstrip("\r\n"))
+        lines[-1] = lines[-1].rstrip().removesuffix(QUOTES)
+        return "\n".join(lines).strip("\n")
+    lines = [line]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        more = read(MORE)
+        if more is None:
+            break
+        lines.append(more.rstrip("\r\n"))
+    return "\n".join(lines)
+
+
+def _ask(prompt: str) -> str | None:
+    try:
+        return input(prompt)
+    except EOFError:
+        print()
+        return None
