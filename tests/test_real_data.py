@@ -40,7 +40,7 @@ reward:
   max_length: 512  # the context of this LLaMA; 41 % of the pairs are longer in its small vocabulary
   batch_size: 16
   microbatch_size: 8
-  learning_rate: 1e-3
+  learning_rate: 3e-4
   steps: 3
   allow_weak: true
 ppo:
@@ -104,7 +104,8 @@ def test_two_ranks_give_the_losses_of_one_process(alone: RunFolder, config_file:
         mine, theirs = metrics_of(two, stage), metrics_of(alone, stage)
         assert len(mine) == len(theirs)
         for found, expected in zip(mine, theirs, strict=True):
-            assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+            # A margin is a small difference of scores of size 1: hence the absolute part.
+            assert found == pytest.approx(expected, rel=1e-4, abs=3e-5)
     for folder in ("sft_adapter", "reward_adapter", "policy_adapter", "value_adapter"):
         found, expected = (load_adapter(getattr(run, folder)) for run in (two, alone))
         for name, tensor in expected.state.items():
