@@ -225,7 +225,8 @@ def _add_votes(app: FastAPI, service: Service) -> None:
         service.metrics.count("votes")
         return {"object": "vote", "votes": votes}
 
-    lines = {200: {"content": {"application/jsonl": {}}, "description": "one record a line"}}
+    described = {"content": {"application/jsonl": {}}, "description": "one record a line"}
+    lines: dict[int | str, dict[str, Any]] = {200: described}
 
     @app.get("/v1/votes", response_class=Response, responses=lines)
     async def votes() -> Response:
