@@ -28,9 +28,8 @@ from transformers import PreTrainedTokenizerFast
 
 from chatllama.config import ChatSection, DataSource
 from chatllama.tokenizer import load_tokenizer
-from data.readers import read_source
+from data.readers import num_workers, read_source
 from data.sft import tokenize_conversations
-from data.workers import num_workers
 
 
 def main() -> None:

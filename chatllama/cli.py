@@ -293,7 +293,7 @@ def _import(arguments: argparse.Namespace) -> None:
 def _eval(arguments: argparse.Namespace) -> None:
     from chatllama.config import language_codes
     from chatllama.translation_scores import Translations, evaluate_translation
-    from data.translation_pairs import read_requests
+    from data.commands import read_requests
 
     if arguments.limit is not None and arguments.limit < 1:
         raise ValueError(f"--limit {arguments.limit}: must be at least 1")
@@ -341,8 +341,7 @@ def _data_show(arguments: argparse.Namespace) -> None:
 
 
 def _data_generate(arguments: argparse.Namespace) -> None:
-    from data.growing_command import Wanted, generate_data
-    from data.growing_cost import Prices
+    from data.growing_command import Prices, Wanted, generate_data
 
     known = Wanted.__annotations__
     values = {name: value for name, value in vars(arguments).items() if name in known}

@@ -1,7 +1,7 @@
 """`chatllama eval RUN --translation FILE`: a run translates, sacrebleu compares with references.
 
 Answers are made, kept and continued as by `chatllama generate`; requests and references come from
-`data/translation_pairs.py`.
+`data/commands.py`.
 """
 
 import argparse

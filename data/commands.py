@@ -1,15 +1,19 @@
-"""What `chatllama data check` and `chatllama data show` do with a config that has been loaded."""
+"""What the command line does with data: `data check`, `data show`, and the pairs for `eval`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from chatllama.config import Config
+from chatllama.config import Config, DataSource, language_codes
 from data.cleaning import write_cleaned
 from data.doctor import examine
+from data.layouts import RecordError, mapping
+from data.readers import decode_source
 from data.show import page, print_records, shown_records
+from data.translation import TEMPLATES, request, sentence_pair
 
 STAGES = ("pretraining", "sft", "reward", "ppo")
 
@@ -69,3 +73,33 @@ def show_command(
     html.parent.mkdir(parents=True, exist_ok=True)
     html.write_text(page(shown), encoding="utf-8")
     print(f"written: {html}")
+
+
+def read_requests(path: str, languages: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Place, request for a translation, and reference, of every pair in order.
+
+    Every sentence is needed for a score, so a broken pair stops.
+
+    Args:
+        path: a file of pairs, or of two aligned files without their endings, as in a config.
+        languages: source and target, such as `de` and `en`.
+
+    Raises:
+        ValueError: an unknown language, no such file, or a pair is broken or has an empty side.
+    """
+    language_codes(languages)
+    source = DataSource(path=path, format="translation", languages=list(languages))
+    found: list[tuple[str, str, str]] = []
+    for where, raw in decode_source(source):
+        if isinstance(raw, RecordError):
+            raise raw
+        try:
+            sentence, reference = sentence_pair(mapping(raw, "the record"), languages)
+        except ValueError as error:
+            raise RecordError(f"{where}: {error}") from None
+        if not sentence or not reference:
+            raise RecordError(f"{where}: the {'translation' if sentence else 'sentence'} is empty")
+        found.append((where, request(sentence, languages, TEMPLATES[0]), reference))
+    if not found:
+        raise RecordError(f"{path}: no sentences")
+    return found

@@ -14,9 +14,8 @@ from typing import Any
 from datasets import Dataset, Features, Value
 
 from chatllama.config import DataSource
-from data.readers import code_digest, read_source
-from data.words import words
-from data.workers import num_workers
+from data.readers import code_digest, num_workers, read_source
+from data.similarity import words
 
 NGRAM, SHORTEST = 13, 8
 BOILERPLATE = 10

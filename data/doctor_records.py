@@ -10,10 +10,9 @@ from datasets import Dataset
 
 from data.decontaminate import record_texts
 from data.doctor_report import Findings, SourceHealth
-from data.duplicates import near_duplicates
+from data.joined import JOINED
 from data.readers import GOOD, MALFORMED
-from data.trees import JOINED
-from data.words import script, words
+from data.similarity import near_duplicates, script, words
 
 # Reasons that belong to a layout: such records are passed over, and nothing is wrong with them.
 EXPECTED = (

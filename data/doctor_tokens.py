@@ -14,9 +14,8 @@ from chatllama.config import ChatSection
 from chatllama.tokenizer import decode, encode
 from data.decontaminate import record_texts
 from data.doctor_report import Findings, SourceHealth, percentiles
-from data.readers import code_digest
+from data.readers import code_digest, num_workers
 from data.sft import fit, nothing_within
-from data.workers import num_workers
 
 
 @dataclass(frozen=True)

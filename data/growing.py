@@ -2,7 +2,7 @@
 
 Three steps, each from the file of the one before: prompts in the manner of Self-Instruct (Wang
 2022, arXiv 2212.10560), answers to them, and pairs of answers that a judge tells apart. Requests
-go through `endpoint.py`, files are in `growing_files.py`, estimates in `growing_cost.py`.
+go through `endpoint.py`, files are in `growing_files.py`, estimates in `growing_command.py`.
 """
 
 import random
@@ -15,8 +15,7 @@ from typing import Any
 
 from data.endpoint import Endpoint, EndpointError, Reply
 from data.growing_files import Harvest
-from data.rouge import Pool
-from data.words import words
+from data.similarity import Pool, words
 
 NUM_EXAMPLES = 8
 """Instructions shown with a request for more, as in Self-Instruct."""

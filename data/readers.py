@@ -8,6 +8,7 @@ of the file and of this package's code, so that neither can go stale.
 """
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from datasets.exceptions import DatasetGenerationError
 from chatllama.config import ColumnMapping, DataSource, Format, language_codes
 from data.decoding import decode
 from data.files import PROJECT_ROOT, DataFile, find_aligned, find_files
-from data.labelled import LabelledAnswers, is_good
+from data.joined import JOINED, LabelledAnswers, MessageTrees, is_good, is_tree_message
 from data.layouts import RecordError, Unusable
 from data.records import (
     Conversation,
@@ -35,11 +36,12 @@ from data.records import (
     parse_records,
     record_key,
 )
-from data.trees import JOINED, MessageTrees, is_tree_message
 
 MAX_LEFT_OUT = 0.5  # above this share, the format is probably not what the file holds
 MAX_MALFORMED = 10_000  # a file with more is not what the config says
 NUM_EXAMPLES = 5
+RECORDS_PER_WORKER = 5000  # fewer are done before a second process has started
+CODE_OF_TOKENS = "chat_format templates own_template tokenizer text_encoders sentencepiece_bpe"
 GOOD, UNUSABLE, MALFORMED = 0, 1, 2
 MESSAGES = datasets.List({"role": Value("string"), "content": Value("string")})
 COMMON = {"key": Value("string"), "where": Value("string")}
@@ -153,10 +155,21 @@ def source_files(source: DataSource) -> list[DataFile] | None:
 def code_digest() -> str:
     """Digest of the code that makes records and tokens: a part of the name of cached results."""
     digest = hashlib.blake2b(digest_size=8)
-    chat = [PROJECT_ROOT / "chatllama" / name for name in ("chat_format.py", "tokenizer.py")]
+    chat = [PROJECT_ROOT / "chatllama" / f"{name}.py" for name in CODE_OF_TOKENS.split()]
     for file in [*sorted(Path(__file__).parent.glob("*.py")), *chat]:
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def num_workers(num_records: int) -> int | None:
+    """Processes for `Dataset.map`: all cores of this machine shared among its ranks, or None.
+
+    None, the calling process alone, where the records are too few to be worth it.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    wanted = min((cores or 1) // ranks, num_records // RECORDS_PER_WORKER)
+    return wanted if wanted > 1 else None
 
 
 def _file_digest(file: DataFile) -> str:

@@ -8,9 +8,8 @@ from transformers import PreTrainedTokenizerFast
 from chatllama.chat_format import Message, render
 from chatllama.config import ChatSection
 from chatllama.tokenizer import encode
-from data.readers import code_digest
+from data.readers import code_digest, num_workers
 from data.token_report import TokenReport, tokenize
-from data.workers import num_workers
 
 
 def tokenize_conversations(

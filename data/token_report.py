@@ -7,8 +7,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Value
 
-from data.readers import code_digest
-from data.workers import num_workers
+from data.readers import code_digest, num_workers
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from chatllama import cli
 from chatllama.config import DataSource
 from data.endpoint import Endpoint, EndpointError, Pace
 from data.growing import _verdict
-from data.growing_cost import Prices, estimate_answers, estimate_prompts
+from data.growing_command import Prices, estimate_answers, estimate_prompts
 from data.growing_files import Harvest
 from data.readers import read_source
-from data.rouge import Pool, rouge_l
+from data.similarity import Pool, rouge_l
 
 Answer = str | tuple[int, dict[str, str], bytes]
 

@@ -12,7 +12,7 @@ from data.collate import batch_indices
 from data.decontaminate import build_index
 from data.mixture import load_mixture, source_counts
 from data.readers import read_source
-from data.words import words
+from data.similarity import words
 
 
 @pytest.fixture(autouse=True)

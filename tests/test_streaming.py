@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from chatllama.config import ChatSection, DataSource
 from chatllama.tokenizer import load_tokenizer
-from data import workers
 from data.mixture import load_mixture
+from data.readers import num_workers
 from data.sft import tokenize_conversations
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -26,12 +26,12 @@ def test_processes_share_cores_and_ranks(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.delenv("LOCAL_SIZE", raising=False)
-    assert workers.num_workers(9_999) is None and workers.num_workers(10_000) == 2
-    assert workers.num_workers(10**6) == 8
+    assert num_workers(9_999) is None and num_workers(10_000) == 2
+    assert num_workers(10**6) == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert workers.num_workers(10**6) == 2
+    assert num_workers(10**6) == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert workers.num_workers(10**6) is None
+    assert num_workers(10**6) is None
 
 
 def test_several_processes_give_the_same_tokens(

@@ -9,8 +9,8 @@ import pytest
 from chatllama import cli
 from chatllama.prompt_files import Prompt
 from chatllama.translation_scores import translation_scores
+from data.commands import read_requests
 from data.translation import TEMPLATES, request
-from data.translation_pairs import read_requests
 
 GERMAN = ["Die Katze sass auf der Matte.", "Guten Tag.", "Es regnet."]
 ENGLISH = ["the cat sat on the red mat", "Good day to you all.", "It rains again in May."]

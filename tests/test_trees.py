@@ -9,9 +9,9 @@ import pytest
 from malformed_inputs import lines, read_bytes
 
 from chatllama.config import DataSource
+from data.joined import JOINED, ORPHAN
 from data.readers import GOOD, read_source
 from data.records import Kind
-from data.trees import JOINED, ORPHAN
 
 
 @pytest.fixture(autouse=True)

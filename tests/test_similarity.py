@@ -4,8 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from data.duplicates import near_duplicates
-from data.words import script, words
+from data.similarity import near_duplicates, script, words
 
 
 def pairs(*texts: str) -> list[tuple[int, int]]:
