@@ -19,7 +19,7 @@ from chatllama.loading import LoadedRun
 from chatllama.roles import Role, RoleModel, acting_as, autocast
 from chatllama.sampling import Sampling
 from chatllama.scoring import response_logprobs, score_sequences
-from chatllama.stop_strings import cut_at_stop
+from chatllama.text_stream import AnswerText
 from chatllama.tokenizer import decode
 
 
@@ -86,8 +86,12 @@ class Answerer:
         stop_ids = end_of_turn_ids(self.tokenizer, self.chat)
         llama = self.model.llama
         with acting_as(self.model, self.acting), autocast(self.model):
-            sampled = generate(llama, prompts, sampling, stop_ids, uniforms, batch_size)
-        ended = [self._end(ids, stop_ids, stops) for ids in sampled]
+            watch = _StopStrings(self.tokenizer, stops, len(prompts)) if stops else None
+            sampled = generate(
+                llama, prompts, sampling, stop_ids, uniforms, batch_size, ends_with=watch
+            )
+        cuts = [watch and watch.cut(number) for number in range(len(prompts))]
+        ended = [self._end(*each, stop_ids) for each in zip(sampled, cuts, strict=True)]
         temperature = (sampling.temperature or 1.0) if with_logprobs else None
         answers: list[Answer] = []
         for start in range(0, len(prompts), batch_size):
@@ -95,12 +99,11 @@ class Answerer:
             answers += self._examined(conversations[rows], prompts[rows], ended[rows], temperature)
         return answers
 
-    def _end(self, ids: list[int], stop_ids: Sequence[int], stops: Sequence[str]) -> "_Ended":
+    def _end(self, ids: list[int], cut: str | None, stop_ids: Sequence[int]) -> "_Ended":
+        if cut is not None:
+            return _Ended(cut.strip(), ids, finished=True, by_string=True)
         by_token = ids[-1] in stop_ids
         body = ids[:-1] if by_token else ids
-        cut = cut_at_stop(body, stops, lambda some: decode(self.tokenizer, some))
-        if cut is not None:
-            return _Ended(cut[1].strip(), ids[: cut[0]], finished=True, by_string=True)
         return _Ended(decode(self.tokenizer, body).strip(), ids, by_token, by_string=False)
 
     def _examined(
@@ -184,6 +187,27 @@ class _Ended:
     ids: list[int]
     finished: bool
     by_string: bool
+
+
+class _StopStrings:
+    """Answers in the making, each ended by the first token that completes a stop string."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, stops: Sequence[str], count: int
+    ) -> None:
+        self._texts = [AnswerText(tokenizer, stops) for _ in range(count)]
+        self._told = [""] * count
+
+    def __call__(self, number: int, token: int) -> bool:
+        """Whether this token ends answer `number`."""
+        text = self._texts[number]
+        self._told[number] += text.push(token)
+        return text.stopped
+
+    def cut(self, number: int) -> str | None:
+        """The text before the stop string that ended an answer. None: no string did."""
+        rest = self._texts[number].finish()
+        return self._told[number] + rest if self._texts[number].stopped else None
 
 
 def random_numbers(seed: int, prompt: int, sample: int, count: int) -> torch.Tensor:

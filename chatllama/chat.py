@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from chatllama.chat_lines import read_messages
+from chatllama.generation_plan import check_stops
 from chatllama.progress import printable
 from chatllama.run_folder import RunFolder
 
@@ -88,6 +89,7 @@ def chat(
     max_new_tokens: int | None = None,
     system: str | None = None,
     seed: int | None = None,
+    stops: tuple[str, ...] = (),
     dtype: str | None = None,
     quantization: str | None = None,
 ) -> None:
@@ -101,6 +103,7 @@ def chat(
         max_new_tokens: longest answer, in tokens. None: the config's `generation.max_new_tokens`.
         system: system prompt. None: the config's.
         seed: makes the answers repeatable. None: other answers each time.
+        stops: strings that end an answer.
         dtype: float32, bfloat16 or float16. None: the config's.
         quantization: none, int8 or nf4. None: the config's.
 
@@ -108,16 +111,17 @@ def chat(
         ValueError: a setting out of range, no finished run in `run_dir`, or no such role in it.
     """
     _check_settings(temperature, top_p, max_new_tokens)
+    check_stops(stops)
     run = RunFolder(run_dir)
-    if not run.config.is_file():
-        raise ValueError(f"{run_dir} is not a run folder: {run.config} is missing")
+    config = run.existing_config()
     role = role or ("policy" if run.policy_adapter.is_dir() else "sft")
 
     import torch
 
     from chatllama.chat_speaker import ModelSpeaker, describe_model
     from chatllama.config_loader import load_config
-    from chatllama.loading import load_run, with_weights
+    from chatllama.inference_weights import with_weights
+    from chatllama.loading import load_run
     from chatllama.sampling import Sampling
 
     generator = torch.Generator()
@@ -125,10 +129,10 @@ def chat(
         generator.seed()
     else:
         generator.manual_seed(seed)
-    loaded = load_run(run, with_weights(load_config(run.config), dtype, quantization))
+    loaded = load_run(run, with_weights(load_config(config), dtype, quantization))
     longest = max_new_tokens or loaded.config.generation.max_new_tokens
     sampling = Sampling(longest, temperature=temperature, top_p=top_p)
-    speaker = ModelSpeaker(loaded, sampling, generator)
+    speaker = ModelSpeaker(loaded, sampling, generator, stops)
     if role not in speaker.roles:
         raise ValueError(_no_role(role, speaker))
     if sys.stdin.isatty():

@@ -35,10 +35,18 @@ class ModelSpeaker:
         loaded: model with its roles, tokenizer and chat layout.
         sampling: how to choose tokens.
         generator: CPU generator of the random numbers.
+        stops: strings that end an answer.
     """
 
-    def __init__(self, loaded: LoadedRun, sampling: Sampling, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        loaded: LoadedRun,
+        sampling: Sampling,
+        generator: torch.Generator,
+        stops: Sequence[str] = (),
+    ) -> None:
         self.loaded, self.sampling, self.generator = loaded, sampling, generator
+        self._stops = tuple(stops)
         self.model = loaded.model.eval()
         self._stop_ids = end_of_turn_ids(loaded.tokenizer, loaded.chat)
         limit = self.model.llama.config.max_position_embeddings
@@ -59,7 +67,7 @@ class ModelSpeaker:
         prompt = self._render(self._fitting(messages))
         with acting_as(self.model, ACTING[role]), autocast(self.model):
             ids = stream(self.model.llama, prompt, self.sampling, self._stop_ids, self.generator)
-            yield from stream_text(tokenizer, ids)
+            yield from stream_text(tokenizer, ids, self._stops)
 
     def compare(self, messages: list[Message]) -> Iterator[Compared]:
         """Every role's answer, from the same random numbers, with its numbers."""
@@ -68,7 +76,7 @@ class ModelSpeaker:
         uniforms = torch.rand(1, self.sampling.max_new_tokens, generator=self.generator)
         for role in self.roles:
             answerer = Answerer.of(self.loaded, ACTING[role])
-            (answer,) = answerer.answer([kept], uniforms, self.sampling, (), 1, False)
+            (answer,) = answerer.answer([kept], uniforms, self.sampling, self._stops, 1, False)
             kl = None
             if role != "sft" and "sft" in self.roles:
                 kl = mean_kl(self.model, ACTING[role], "reference", prompt, answer.ids)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from chatllama import __version__
+from chatllama.chat_arguments import add_chat_arguments, chat_settings
 from chatllama.data_generation_arguments import add_data_generate_arguments
 from chatllama.export_options import add_export_arguments, export_options
 from chatllama.generation_arguments import add_generate_arguments, generate_options
@@ -57,7 +58,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     run = _add(commands, "run", _run, "train: SFT, reward model, PPO; then evaluation and report")
     _add_run_arguments(run)
     chat = _add(commands, "chat", _chat, "talk to the model of a run in the terminal")
-    _add_chat_arguments(chat)
+    add_chat_arguments(chat)
     generate = _add(commands, "generate", _generate, "answer many prompts, into a file or here")
     add_generate_arguments(generate)
     export = _add(commands, "export", _export, "adapter, merged model, reward model, GGUF files")
@@ -139,27 +140,6 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "or by hand on every machine (docs/multinode.md)",
     )
     parser.add_argument("--master-addr", metavar="HOST", help="the hostfile's first machine")
-
-
-def _add_chat_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="run folder")
-    parser.add_argument(
-        "--role",
-        choices=("base", "sft", "policy", "ema"),
-        help="who answers (default: the newest that is there)",
-    )
-    parser.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest token")
-    parser.add_argument("--top-p", type=float, default=0.9, help="1: all tokens")
-    parser.add_argument("--max-new-tokens", type=int, help="longest answer (default: the config's)")
-    parser.add_argument("--system", metavar="TEXT", help="system prompt (default: the config's)")
-    parser.add_argument("--seed", type=int, help="for answers that can be repeated")
-    types = ("float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", choices=types, help="of the weights (default: the config's)")
-    parser.add_argument(
-        "--quantization",
-        choices=("none", "int8", "nf4"),
-        help="of the frozen weights (default: the config's; extra: bitsandbytes)",
-    )
 
 
 def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
@@ -245,17 +225,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _chat(arguments: argparse.Namespace) -> None:
     from chatllama.chat import chat
 
-    chat(
-        Path(arguments.run),
-        role=arguments.role,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        max_new_tokens=arguments.max_new_tokens,
-        system=arguments.system,
-        seed=arguments.seed,
-        dtype=arguments.dtype,
-        quantization=arguments.quantization,
-    )
+    chat(Path(arguments.run), **chat_settings(arguments))
 
 
 def _generate(arguments: argparse.Namespace) -> None:

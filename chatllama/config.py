@@ -7,7 +7,7 @@ A default lives here (or in `config_stages.py` and `config_ppo.py`) and nowhere 
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from chatllama.config_base import (
     ColumnMapping,
@@ -108,7 +108,8 @@ class BackboneSection(Section):
     revision: str | None = None
     """Hub revision (commit, tag or branch). null: the default branch."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of the frozen weights and of the matrix products. Adapters and heads are float32."""
+    """Type of the frozen weights and of the matrix products. Adapters and heads are float32.
+    float16 is for answering only: `--dtype` of chat, generate and serve."""
     quantization: Literal["none", "int8", "nf4"] = "none"
     """Frozen linear layers in 8 or 4 bits (QLoRA; extra `bitsandbytes`; not with ZeRO-3 or
     `lora: null`). Matrix products stay in dtype, adapters and heads in float32."""
@@ -121,6 +122,16 @@ class BackboneSection(Section):
     """Run Python code that comes with the model. Off: such a model is refused."""
     from_scratch: FromScratch | None = None
     """Train tokenizer and backbone from text first, into RUN/backbone."""
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _no_float16(cls, value: object) -> object:
+        if value == "float16":
+            raise ValueError(
+                "float16 is for answering only (--dtype of chat, generate and serve): training has "
+                "no loss scaling, so that small gradients would become 0; use bfloat16 or float32"
+            )
+        return value
 
     @model_validator(mode="after")
     def _one_origin(self) -> "BackboneSection":

@@ -29,7 +29,8 @@ from chatllama.export_options import ExportOptions
 from chatllama.export_probe import CONVERSATIONS, Probe, measure
 from chatllama.export_templates import jinja_template, modelfile
 from chatllama.generation_plan import find_role
-from chatllama.loading import load_run, reward_role, with_weights
+from chatllama.inference_weights import with_weights
+from chatllama.loading import load_run, reward_role
 from chatllama.model_files import ModelFiles, local_folder, merged, open_model
 from chatllama.roles import Role
 from chatllama.run_folder import INFO, RunFolder, write_json
@@ -270,12 +271,10 @@ def export_run(run_dir: Path, options: ExportOptions, out: Path | None = None) -
         ValueError: the run has no such role, an option does not fit it, or the gate refused.
     """
     run = RunFolder(run_dir)
-    if not run.config.is_file():
-        raise ValueError(f"{run_dir} is not a run folder: {run.config} is missing")
     from chatllama.config_loader import load_config
 
     # The unquantised base is what others have, and what an adapter is merged into.
-    cfg = with_weights(load_config(run.config), None, "none")
+    cfg = with_weights(load_config(run.existing_config()), None, "none")
     role, adapter_folder = find_role(run, cfg, options.role)
     if adapter_folder is None and not (options.merged or options.gguf):
         raise ValueError(

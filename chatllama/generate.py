@@ -26,8 +26,9 @@ def generate(
     uniforms: torch.Tensor,
     batch_size: int,
     any_running: Callable[[bool], bool] = bool,
+    ends_with: Callable[[int, int], bool] | None = None,
 ) -> list[list[int]]:
-    """Sampled responses, each up to and including its stop token, in the order of the prompts.
+    """Sampled responses, each up to and including the token that ends it, in the prompts' order.
 
     Prompts of similar length run together, equal ones are read once; as responses end, the next
     prompts take their places.
@@ -42,6 +43,8 @@ def generate(
         any_running: asked before every forward pass whether any rank still samples, given whether
             this one does. Under ZeRO-3 ranks must stay in step, so a rank that is done goes on
             idly.
+        ends_with: asked with the number of a prompt and each new token of its response that is no
+            stop id, in order, whether the response ends with it. None: no.
 
     Raises:
         ValueError: an empty prompt, or prompt and response do not fit the model's positions.
@@ -66,8 +69,15 @@ def generate(
         else:
             sampled = []
             batch.idle()
+        over: list[int] = []
         for one in sampled:
-            responses[taken[one.row]].append(one.token)
+            number = taken[one.row]
+            responses[number].append(one.token)
+            if ends_with is None or one.ended == "stop" or not ends_with(number, one.token):
+                continue
+            if one.ended is None:
+                over.append(one.row)
+        batch.drop(over)
     return responses
 
 

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from chatllama.generation_plan import Options
+from chatllama.inference_weights import add_weights_arguments
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +54,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write the tokens' log-probabilities, too, at the sampling temperature (1 if it is 0)",
     )
+    add_weights_arguments(parser)
     add("--out", type=Path, metavar="F.jsonl", help="write here; an interrupted run is continued")
     parser.epilog = "Sampling settings that are left out are those of the run's `generation`."
 
@@ -72,4 +74,6 @@ def generate_options(arguments: argparse.Namespace) -> Options:
         best_of=arguments.best_of,
         token_ids=arguments.token_ids,
         logprobs=arguments.logprobs,
+        dtype=arguments.dtype,
+        quantization=arguments.quantization,
     )

@@ -23,6 +23,7 @@ from rich.progress import (
 
 from chatllama.answers_file import append, begin_or_continue
 from chatllama.generation_plan import Options, Plan, best_of_kl, check_options, make_plan
+from chatllama.inference_weights import with_weights
 from chatllama.progress import duration, printable
 from chatllama.prompt_files import Prompt
 from chatllama.run_folder import RunFolder
@@ -76,12 +77,11 @@ def generate_command(
     """
     check_options(options)
     run = RunFolder(run_dir)
-    if not run.config.is_file():
-        raise ValueError(f"{run_dir} is not a run folder: {run.config} is missing")
+    config = run.existing_config()
 
     from chatllama.config_loader import load_config
 
-    cfg = load_config(run.config)
+    cfg = load_config(config)
     plan = make_plan(run, cfg, options)
     keys = [(prompt.id, sample) for prompt in prompts for sample in range(plan.kept)]
     tally, done = Tally(), 0
@@ -115,6 +115,7 @@ def _answer_all(
 
     acting = "reference" if plan.role == "sft" else plan.role
     rewards = [reward_role(number) for number in range(len(plan.rewards))]
+    cfg = with_weights(cfg, plan.dtype, plan.quantization)
     answerer = Answerer.of(load_run(run, cfg, [acting, *rewards]), acting)
     _check_lengths(answerer, prompts, plan.max_new_tokens)
     # Batches begin where they would without an interruption, so that not even rounding differs.

@@ -42,6 +42,10 @@ class Options:
     """Samples of which the one that the reward model likes best is kept."""
     token_ids: bool = False
     logprobs: bool = False
+    dtype: str | None = None
+    """Of the weights: float32, bfloat16 or float16. None: that of `backbone`."""
+    quantization: str | None = None
+    """Of the frozen weights: none, int8 or nf4. None: that of `backbone`."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Plan:
     """Answers written for each prompt."""
     token_ids: bool
     logprobs: bool
+    dtype: str
+    quantization: str
     adapter: Path | None
     rewards: list[Path]
 
@@ -83,7 +89,7 @@ def make_plan(run: RunFolder, cfg: "Config", options: Options) -> Plan:
     Raises:
         ValueError: the run has no such role, or no reward model to choose the best answer with.
     """
-    section = cfg.generation
+    section, backbone = cfg.generation, cfg.backbone
     role, adapter = find_role(run, cfg, options.role)
     rewards = run.reward_members() if run.reward_adapter.is_dir() else []
     best_of = options.best_of
@@ -107,6 +113,8 @@ def make_plan(run: RunFolder, cfg: "Config", options: Options) -> Plan:
         kept=options.num_samples,
         token_ids=options.token_ids,
         logprobs=options.logprobs,
+        dtype=options.dtype or backbone.dtype,
+        quantization=options.quantization or backbone.quantization,
         adapter=adapter,
         rewards=rewards,
     )
@@ -157,7 +165,16 @@ def check_options(options: Options) -> None:
         raise ValueError(
             f"--n {options.num_samples} and --best-of {options.best_of}: give one of the two"
         )
-    if "" in options.stops:
+    check_stops(options.stops)
+
+
+def check_stops(stops: Sequence[str]) -> None:
+    """Nothing, for strings that may end an answer.
+
+    Raises:
+        ValueError: one of them is empty.
+    """
+    if "" in stops:
         raise ValueError("--stop '': an empty string would end every answer at once")
 
 

@@ -65,9 +65,7 @@ def load_run(
             or made under another chat contract.
     """
     quiet_libraries()
-    if not run.config.is_file():
-        raise ValueError(f"{run.root} is no run folder: {run.config} is missing")
-    cfg = cfg or load_config(run.config)
+    cfg = cfg or load_config(run.existing_config())
     folders = role_folders(run)
     if not folders and not run.full_model.is_dir():
         raise ValueError(f"{run.root} holds no adapter yet: has train_sft.py finished?")
@@ -94,21 +92,6 @@ def load_run(
         model.heads[role].load_state_dict(saved[role].head)
     model.to(device()).eval().requires_grad_(False)
     return LoadedRun(model, tokenizer, cfg.chat, cfg, rewards)
-
-
-def with_weights(cfg: Config, dtype: str | None, quantization: str | None) -> Config:
-    """The config with the backbone's weights in another form, for inference.
-
-    float16 is for inference only: its gradients would underflow, so no YAML may ask for it.
-
-    Args:
-        cfg: of a run.
-        dtype: float32, bfloat16 or float16. None: as it is.
-        quantization: none, int8 or nf4. None: as it is.
-    """
-    changes = {"dtype": dtype, "quantization": quantization}
-    wanted = {key: value for key, value in changes.items() if value is not None}
-    return cfg.model_copy(update={"backbone": cfg.backbone.model_copy(update=wanted)})
 
 
 def find_tokenizer(cfg: Config) -> PreTrainedTokenizerFast | None:

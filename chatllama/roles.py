@@ -270,6 +270,6 @@ def _load_state(model: RoleModel, role: Role, state: Mapping[str, torch.Tensor])
 
 def autocast(model: RoleModel) -> torch.autocast:
     """Matrix products in the backbone's type: adapters and heads themselves stay float32."""
-    weight_type = model.llama.dtype
-    device_type = model.llama.device.type
-    return torch.autocast(device_type, torch.bfloat16, enabled=weight_type == torch.bfloat16)
+    kind = model.llama.dtype
+    half = kind in (torch.bfloat16, torch.float16)
+    return torch.autocast(model.llama.device.type, kind if half else torch.bfloat16, enabled=half)

@@ -24,6 +24,16 @@ class RunFolder:
         """The resolved YAML, loadable as it is."""
         return self.root / "config.yaml"
 
+    def existing_config(self) -> Path:
+        """The resolved YAML, which is there.
+
+        Raises:
+            ValueError: this is not a run folder.
+        """
+        if not self.config.is_file():
+            raise ValueError(f"{self.root} is not a run folder: {self.config} is missing")
+        return self.config
+
     @property
     def lineage(self) -> Path:
         """What each stage was made from."""

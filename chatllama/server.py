@@ -10,7 +10,9 @@ from types import FrameType
 
 import uvicorn
 
-from chatllama.loading import load_run
+from chatllama.config_loader import load_config
+from chatllama.inference_weights import with_weights
+from chatllama.loading import LoadedRun, load_run
 from chatllama.run_folder import RunFolder
 from chatllama.server_app import build_app
 from chatllama.server_guard import PatientProtocol
@@ -106,6 +108,13 @@ def open_socket(settings: ServerSettings) -> socket.socket:
     return bound
 
 
+def _load(settings: ServerSettings) -> LoadedRun:
+    run = RunFolder(settings.run)
+    cfg = load_config(run.existing_config())
+    cfg = with_weights(cfg, settings.dtype, settings.quantization)
+    return load_run(run, cfg)
+
+
 def serve(settings: ServerSettings) -> None:
     """Serves a run until the process is told to stop.
 
@@ -114,7 +123,7 @@ def serve(settings: ServerSettings) -> None:
     """
     check_settings(settings)
     with open_socket(settings) as bound:
-        service = Service(settings, load_run(RunFolder(settings.run)))
+        service = Service(settings, _load(settings))
         Server(service).run(sockets=[bound])
         service.engine.stop()
     print("stopped", file=sys.stderr)

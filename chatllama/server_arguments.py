@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
+from chatllama.inference_weights import add_weights_arguments
 from chatllama.server_settings import ServerSettings
 
 KEY_VARIABLE = "CHATLLAMA_API_KEY"
@@ -15,6 +16,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     default = ServerSettings(Path())
     add("run", metavar="RUN", help="run folder")
     add("--host", default=default.host, help="address to listen on (default: this machine only)")
+    add_weights_arguments(parser)
     add("--port", type=int, default=default.port, metavar="P", help="0: any free one")
     add(
         "--api-key",
@@ -53,6 +55,8 @@ def serve_settings(arguments: argparse.Namespace) -> ServerSettings:
         keys = [key]
     return ServerSettings(
         run=Path(arguments.run),
+        dtype=arguments.dtype,
+        quantization=arguments.quantization,
         host=arguments.host,
         port=arguments.port,
         api_keys=tuple(keys),

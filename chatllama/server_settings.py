@@ -12,6 +12,10 @@ class ServerSettings:
     """Where to listen, who may ask, and how much."""
 
     run: Path
+    dtype: str | None = None
+    """Of the weights: float32, bfloat16 or float16. None: the config's."""
+    quantization: str | None = None
+    """Of the frozen weights: none, int8 or nf4. None: the config's."""
     host: str = "127.0.0.1"
     port: int = 8000
     """0: any free one."""

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from transformers import PreTrainedTokenizerFast
 
-from chatllama.stop_strings import REPLACEMENT
 from chatllama.tokenizer import control_tokens, decode
 
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 LONGEST_WINDOW = 64
 """Tokens held back for the sake of a character that never comes."""
 
@@ -54,8 +54,9 @@ class TextStream:
 class AnswerText:
     """The text of one answer up to its stop string, as it comes.
 
-    The answer ends where `stop_strings.cut_at_stop` ends it: at the first token that completes
-    any stop string, before the earliest of them.
+    The answer ends at the first token after which the text so far holds any of the strings, at
+    the place where the earliest of these begins; so it does not matter whether the string is a
+    token, a part of one, or spread over several.
 
     Args:
         tokenizer: reads the ids.
@@ -100,11 +101,21 @@ def _overlap(text: str, stop: str) -> int:
     return 0
 
 
-def stream_text(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> Iterator[str]:
-    """Pieces of the text of `ids`, as soon as they are certain."""
-    stream = TextStream(tokenizer)
+def stream_text(
+    tokenizer: PreTrainedTokenizerFast, ids: Iterable[int], stops: Sequence[str] = ()
+) -> Iterator[str]:
+    """Pieces of the text of `ids`, as soon as they are certain; no id is asked for beyond its end.
+
+    Args:
+        tokenizer: reads the ids.
+        ids: of one answer.
+        stops: strings that end it, none of them empty.
+    """
+    answer = AnswerText(tokenizer, stops)
     for index in ids:
-        if piece := stream.push(index):
+        if piece := answer.push(index):
             yield piece
-    if piece := stream.flush():
+        if answer.stopped:
+            return
+    if piece := answer.finish():
         yield piece

@@ -87,9 +87,7 @@ def evaluate_translation(
 
     check_options(options)
     run = RunFolder(run_dir)
-    if not run.config.is_file():
-        raise ValueError(f"{run_dir} is not a run folder: {run.config} is missing")
-    role = make_plan(run, load_config(run.config), options).role
+    role = make_plan(run, load_config(run.existing_config()), options).role
     direction = f"{translations.source}-{translations.target}"
     stem = f"{translations.name}.{len(translations.requests)}.{direction}.{role}"
     out = run.root / "translation" / f"{stem}.jsonl"

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -161,6 +162,7 @@ def test_a_real_model_answers_in_its_role(tiny_llama_dir: Path) -> None:
     from transformers import LlamaForCausalLM
 
     from chatllama.config import LoraSection
+    from chatllama.decoding_batch import DecodingBatch
     from chatllama.roles import Adapter, RoleModel, acting_as
     from chatllama.sampling import Sampling
     from chatllama.tokenizer import load_tokenizer
@@ -179,6 +181,17 @@ def test_a_real_model_answers_in_its_role(tiny_llama_dir: Path) -> None:
     assert speaker.roles == ("base", "sft", "policy")
     base, sft, policy = ("".join(speaker.answer(said("Hi"), role)) for role in speaker.roles)
     assert base == sft != policy
+    found = re.search("[ -~]", base)
+    assert found
+    start, stop = found.start(), found[0]
+    asked: list[int] = []
+    step = DecodingBatch.step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DecodingBatch, "step", lambda self: asked.append(1) or step(self))
+        stopping = ModelSpeaker(loaded, speaker.sampling, torch.Generator(), [stop])
+        assert "".join(stopping.answer(said("Hi"), "base")) == base[:start]
+        assert len(asked) < 11  # the text goes no further, nor does the sampling
+    assert next(iter(stopping.compare(said("Hi")))).text == base[:start].strip()
     compared = list(speaker.compare(said("Hi")))
     assert [answer.role for answer in compared] == list(speaker.roles)
     assert compared[0].text == compared[1].text == base.strip()
@@ -214,10 +227,7 @@ def test_chat_reads_lines_from_a_pipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loading: Any = types.ModuleType("chatllama.loading")
-    generation = types.SimpleNamespace(max_new_tokens=8)
-    config = types.SimpleNamespace(generation=generation)
     loading.load_run = lambda run, cfg: types.SimpleNamespace(config=cfg)
-    loading.with_weights = lambda cfg, dtype, quantization: config
     monkeypatch.setitem(sys.modules, "chatllama.loading", loading)
     echo = Echo()
     monkeypatch.setattr(chat_speaker, "ModelSpeaker", lambda *args: echo)
@@ -237,6 +247,7 @@ def test_chat_reads_lines_from_a_pipe(
         ({"temperature": float("nan")}, "--temperature nan"),
         ({"top_p": 0.0}, "--top-p 0.0: must be above 0"),
         ({"max_new_tokens": 0}, "--max-new-tokens 0: must be at least 1"),
+        ({"stops": ("a", "")}, "--stop ''"),
         ({}, "is not a run folder"),
     ],
 )

@@ -15,13 +15,13 @@ from chatllama.answering import Answerer, random_numbers
 from chatllama.chat_format import describe_contract, render
 from chatllama.config import ChatSection
 from chatllama.config_loader import load_config
+from chatllama.decoding_batch import DecodingBatch, Sampled
 from chatllama.export import save_adapter
 from chatllama.generation_plan import Options, best_of_kl
 from chatllama.loading import load_run
 from chatllama.prompt_files import Prompt, read_prompts
 from chatllama.roles import Adapter, RoleModel, adapter_parameters, adapter_state
 from chatllama.run_folder import RunFolder
-from chatllama.stop_strings import cut_at_stop
 from chatllama.tokenizer import decode, load_tokenizer, save_tokenizer
 
 NEW = 10
@@ -161,6 +161,23 @@ def test_logprobs_are_those_of_the_bare_sequence(
         assert line["logprob"] == pytest.approx(sum(picked), abs=1e-3)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_in_half_precision(run: RunFolder, tmp_path: Path, dtype: str) -> None:
+    """Log-probabilities and scores are those of float32, but for rounding."""
+    options: dict[str, Any] = {"logprobs": True, "token_ids": True, "seed": 1}
+    half = answers(run, tmp_path / "a.jsonl", **options, dtype=dtype)
+    answerer = reopened(run)
+    for line, prompt in zip(half, PROMPTS, strict=True):
+        ids = answerer.render(prompt.messages)
+        (whole,) = answerer.logprobs([ids], [line["token_ids"]], 1.0)
+        off = max(abs(a - b) for a, b in zip(line["logprobs"], whole, strict=True))
+        assert 0 < off < (0.02 if dtype == "float16" else 0.2)
+        (score,) = answerer.scores([[*ids, *line["token_ids"]]])
+        assert line["score"] == pytest.approx(score, abs=0.01 if dtype == "float16" else 0.1)
+    with pytest.raises(ValueError, match=f"dtype was '{dtype}', is 'float32'"):
+        answers(run, tmp_path / "a.jsonl", **options)
+
+
 def reward_of(run: RunFolder, ids: list[int]) -> list[float]:
     """Scores of both members, read by plain PEFT."""
     from peft import PeftModel
@@ -244,44 +261,9 @@ def test_a_run_without_rewards_answers_as_sft_without_scores(
 
 # --- stop strings --------------------------------------------------------------------------------
 
-PIECES = ["ab", "c", "\n", "\nUser", ":", "d", "abc"]
-
-
-def spell(ids: Any) -> str:
-    return "".join(PIECES[i] for i in ids)
-
-
-@pytest.mark.parametrize(
-    ("ids", "stops", "expected"),
-    [
-        ([0, 1, 5], ["c"], (2, "ab")),  # a token
-        ([0, 1, 5], ["b"], (1, "a")),  # a part of one
-        ([0, 1, 3, 4, 5], ["\nUser:"], (4, "abc")),  # spread over several
-        ([0, 1, 3, 4, 5], ["c\nU"], (3, "ab")),  # from inside one into inside another
-        ([5, 6], ["c", "bc"], (2, "da")),  # of two in one token, the earlier
-        ([5, 6], ["bc", "c"], (2, "da")),
-        ([0, 1, 6], ["cab", "bc"], (2, "a")),  # complete first
-        ([0, 1, 5], ["x"], None),
-        ([0, 1, 5], [], None),
-        ([], ["x"], None),
-        ([6], ["abc"], (1, "")),
-    ],
-)
-def test_stop_strings_across_tokens(ids: Any, stops: Any, expected: Any) -> None:
-    assert cut_at_stop(ids, stops, spell) == expected
-
-
-def test_stop_string_that_later_bytes_would_hide(tiny_tokenizer_dir: Path) -> None:
-    tokenizer = load_tokenizer(tiny_tokenizer_dir)
-    vocabulary = tokenizer.get_vocab()
-    # é = C3 A9, then half a character: the decoder would replace the whole run of bytes.
-    ids = [vocabulary[f"<0x{byte:02X}>"] for byte in (0xC3, 0xA9, 0xC3)]
-    assert "é" not in decode(tokenizer, ids)
-    assert cut_at_stop(ids, ["é"], lambda some: decode(tokenizer, some)) == (2, "")
-
 
 def test_answers_end_before_the_stop_string(run: RunFolder, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"token_ids": True, "num_samples": 4}
+    options: dict[str, Any] = {"token_ids": True, "num_samples": 4, "logprobs": True}
     before = answers(run, tmp_path / "a.jsonl", **options)
     number, found = next(
         (i, match)
@@ -290,7 +272,7 @@ def test_answers_end_before_the_stop_string(run: RunFolder, tmp_path: Path) -> N
     )
     # Of several tokens: most have one character.
     whole, stop = before[number], found[0]
-    after = answers(run, tmp_path / "b.jsonl", **options, logprobs=True, stops=(stop,))
+    after = answers(run, tmp_path / "b.jsonl", **options, stops=(stop,))
     line = after[number]
     assert line["response"] == whole["response"][: found.start()].strip() and line["finished"]
     taken = line["token_ids"]
@@ -298,6 +280,7 @@ def test_answers_end_before_the_stop_string(run: RunFolder, tmp_path: Path) -> N
     tokenizer = load_tokenizer(run.backbone)
     assert stop in decode(tokenizer, taken) and stop not in decode(tokenizer, taken[:-1])
     assert len(line["logprobs"]) == line["num_tokens"] == len(taken)
+    assert line["logprobs"] == pytest.approx(whole["logprobs"][: len(taken)], abs=1e-4)
     # Scored as the finished turn that the user gets.
     turn = [*PROMPTS[whole["id"]].messages, {"role": "assistant", "content": line["response"]}]
     ids = render(tokenizer, ChatSection(), cast(Any, turn)).ids
@@ -305,6 +288,33 @@ def test_answers_end_before_the_stop_string(run: RunFolder, tmp_path: Path) -> N
     assert line["score"] == pytest.approx(sum(reward_of(run, ids)) / 2, abs=1e-4)
     untouched = [(a, b) for a, b in zip(before, after, strict=True) if stop not in a["response"]]
     assert untouched and all(a["response"] == b["response"] for a, b in untouched)
+
+
+def test_sampling_ends_at_the_stop_string(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only the text: whoever has said it is not decoded any further."""
+    produced: list[int] = []
+    for name in ("admit", "step"):
+        method = getattr(DecodingBatch, name)
+
+        def counting(self: DecodingBatch, *args: Any, method: Any = method) -> list[Sampled]:
+            sampled = method(self, *args)
+            produced.append(len(sampled))
+            return sampled
+
+        monkeypatch.setattr(DecodingBatch, name, counting)
+    long = {"token_ids": True, "max_new_tokens": 40}
+    before = answers(run, tmp_path / "a.jsonl", **long)
+    assert sum(produced) == sum(line["num_tokens"] for line in before)
+    produced.clear()
+    stops = tuple("abcdefghijklmnopqrstuvwxyz")
+    after = answers(run, tmp_path / "b.jsonl", **long, stops=stops)
+    assert sum(produced) == sum(line["num_tokens"] for line in after)
+    assert sum(produced) < 0.7 * sum(line["num_tokens"] for line in before)
+    for line, whole in zip(after, before, strict=True):
+        assert line["token_ids"] == whole["token_ids"][: line["num_tokens"]]
+        assert not re.search("[a-z]", line["response"])
 
 
 # --- the file ------------------------------------------------------------------------------------
@@ -532,13 +542,26 @@ def test_the_command_line_passes_everything(
     words = [
         *command.split(),
         *("--stop", "b c", "--token-ids", "--logprobs", "--out", "o.jsonl", "second one"),
+        *("--dtype", "float16", "--quantization", "int8"),
     ]
     assert cli.main(words) == 0
     ((folder, prompts, options, out),) = seen
     assert (folder, out) == (Path("RUN"), Path("o.jsonl"))
     assert [prompt.content for prompt in prompts] == ["first", "second one"]
     assert options == Options(
-        "ema", 0.5, 0.9, 7, 9, 3, 5, ("a", "b c"), num_samples=2, token_ids=True, logprobs=True
+        "ema",
+        0.5,
+        0.9,
+        7,
+        9,
+        3,
+        5,
+        ("a", "b c"),
+        num_samples=2,
+        token_ids=True,
+        logprobs=True,
+        dtype="float16",
+        quantization="int8",
     )
     file = tmp_path / "p.txt"
     file.write_text("x\n")

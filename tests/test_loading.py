@@ -68,7 +68,7 @@ def test_the_run_moves_with_its_folder(tiny: TinyRun, tmp_path: Path):
 
 
 def test_no_run_folder(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"nowhere is no run folder: .*config\.yaml is missing"):
+    with pytest.raises(ValueError, match=r"nowhere is not a run folder: .*config\.yaml is missing"):
         load_run(RunFolder(tmp_path / "nowhere"))
 
 

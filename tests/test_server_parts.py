@@ -73,6 +73,8 @@ def test_words_become_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         ["--api-key", "a", "--api-key", "b", "--max-concurrency", "3", "--grace", "1"]
     )
     assert (given.api_keys, given.max_rows, given.grace) == (("a", "b"), 3, 1.0)
+    weights = settings_of(["--dtype", "float16", "--quantization", "int8"])
+    assert (weights.dtype, weights.quantization) == ("float16", "int8")
 
 
 def test_a_taken_port_is_told_before_anything_is_loaded() -> None:

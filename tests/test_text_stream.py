@@ -1,11 +1,12 @@
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from chatllama.stop_strings import cut_at_stop
+from chatllama import text_stream
 from chatllama.text_stream import AnswerText, stream_text
 from chatllama.tokenizer import decode, encode, load_tokenizer
 
@@ -60,26 +61,76 @@ def test_bytes_that_make_no_character_come_at_the_end(tokenizer: PreTrainedToken
     assert "".join(stream_text(tokenizer, [lead] * 200)) == "\ufffd" * 200
 
 
-@pytest.mark.parametrize("stops", [["river"], ["er", "riv"], ["🙂"], ["x", "the"], ["nothing"]])
-@pytest.mark.parametrize(
-    "text", ["Anna walks the river, 🙂 the river", "ri ver rive river", "🙂🙂"]
-)
-def test_stop_strings_end_it_where_generate_ends_it(
-    tokenizer: PreTrainedTokenizerFast, text: str, stops: list[str]
-) -> None:
-    ids = encode(tokenizer, text)
-    answer, told, used = AnswerText(tokenizer, stops), "", 0
+# --- stop strings --------------------------------------------------------------------------------
+
+PIECES = ["ab", "c", "\n", "\nUser", ":", "d", "abc"]
+
+
+def cut(answer: AnswerText, ids: Sequence[int]) -> tuple[int, str, bool]:
+    """Tokens taken, text told, and whether a stop string ended it."""
+    told, used = "", 0
     for index in ids:
         told += answer.push(index)
         used += 1
         if answer.stopped:
             break
+    return used, told + answer.finish(), answer.stopped
+
+
+@pytest.mark.parametrize(
+    ("ids", "stops", "expected"),
+    [
+        ([0, 1, 5], ["c"], (2, "ab", True)),  # a token
+        ([0, 1, 5], ["b"], (1, "a", True)),  # a part of one
+        ([0, 1, 3, 4, 5], ["\nUser:"], (4, "abc", True)),  # spread over several
+        ([0, 1, 3, 4, 5], ["c\nU"], (3, "ab", True)),  # from inside one into inside another
+        ([5, 6], ["c", "bc"], (2, "da", True)),  # of two in one token, the earlier
+        ([5, 6], ["bc", "c"], (2, "da", True)),
+        ([0, 1, 6], ["cab", "bc"], (2, "a", True)),  # complete first
+        ([0, 1, 5], ["x"], (3, "abcd", False)),
+        ([0, 1, 5], ["cdx"], (3, "abcd", False)),  # begun and not complete
+        ([0, 1, 5], [], (3, "abcd", False)),
+        ([], ["x"], (0, "", False)),
+        ([6], ["abc"], (1, "", True)),
+    ],
+)
+def test_stop_strings_across_tokens(
+    monkeypatch: pytest.MonkeyPatch, ids: Any, stops: Any, expected: Any
+) -> None:
+    monkeypatch.setattr(text_stream, "decode", lambda _, ids: "".join(PIECES[i] for i in ids))
+    monkeypatch.setattr(text_stream, "control_tokens", lambda _: {})
+    tokenizer: Any = None
+    assert cut(AnswerText(tokenizer, stops), ids) == expected
+
+
+def test_stop_string_that_later_bytes_would_hide(tokenizer: PreTrainedTokenizerFast) -> None:
+    vocabulary = tokenizer.get_vocab()
+    # é = C3 A9, then half a character: the decoder would replace the whole run of bytes.
+    ids = [vocabulary[f"<0x{byte:02X}>"] for byte in (0xC3, 0xA9, 0xC3)]
+    assert "é" not in decode(tokenizer, ids)
+    assert cut(AnswerText(tokenizer, ["é"]), ids) == (2, "", True)
+
+
+@pytest.mark.parametrize("stops", [["river"], ["er", "riv"], ["🙂"], ["x", "the"], ["nothing"]])
+@pytest.mark.parametrize(
+    "text", ["Anna walks the river, 🙂 the river", "ri ver rive river", "🙂🙂"]
+)
+def test_stop_strings_end_it_where_the_text_so_far_holds_one(
+    tokenizer: PreTrainedTokenizerFast, text: str, stops: list[str]
+) -> None:
+    ids = encode(tokenizer, text)
+    expected = (len(ids), text, False)
+    for count in range(len(ids), 0, -1):
+        found = [
+            place for stop in stops if (place := decode(tokenizer, ids[:count]).find(stop)) >= 0
+        ]
+        if found:
+            expected = (count, text[: min(found)], True)
+    assert cut(AnswerText(tokenizer, stops), ids) == expected
+    answer, told = AnswerText(tokenizer, stops), ""
+    for index in ids[: expected[0]]:
+        told += answer.push(index)
         assert not any(stop in told for stop in stops)
-    told += answer.finish()
-    cut = cut_at_stop(ids, stops, lambda some: decode(tokenizer, some))
-    assert (told, used, answer.stopped) == (
-        (cut[1], cut[0], True) if cut else (text, len(ids), False)
-    )
 
 
 def test_random_tokens_come_out_as_decoded(tokenizer: PreTrainedTokenizerFast) -> None:
