@@ -18,7 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from measuring import Clock, gemm_rates, hardware
+from measuring import Clock, gemm_rates, hardware, publish
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from chatllama.config import LoraSection
@@ -92,11 +92,7 @@ def main() -> None:
     panels[0].legend()
     figure.tight_layout()
     figure.savefig(arguments.plot, dpi=110)
-    text = "\n".join(lines)
-    print(text)
-    if arguments.out:
-        with arguments.out.open("a", encoding="utf-8") as file:
-            file.write(text + "\n\n")
+    publish(lines, arguments.out)
 
 
 def measure(size: Size, rate: float) -> tuple[float, float, float, float]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from measuring import hardware
+from measuring import hardware, publish
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from chatllama.config import Config
@@ -64,11 +64,7 @@ def main() -> None:
     where = torch.cuda.get_device_name() if on_gpu() else "CPU"
     lines = [f"{hardware(torch.get_num_threads())}; {where}", "", "| what | value |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
-    text = "\n".join(lines)
-    print(text)
-    if size.out:
-        with size.out.open("a", encoding="utf-8") as file:
-            file.write(text + "\n\n")
+    publish(lines, size.out)
 
 
 def on_gpu() -> bool:
@@ -138,10 +134,10 @@ def matrix_rate(dtype: str) -> float:
     """FLOPs per second of a large product."""
     side = 8192 if on_gpu() else 512
     left = torch.randn(side, side, device=device(), dtype=getattr(torch, dtype))
-    left @ left
+    product = left @ left
     start, count = seconds(), 20
     for _ in range(count):
-        left @ left
+        torch.mm(left, left, out=product)
     return 2.0 * side**3 * count / (seconds() - start)
 
 

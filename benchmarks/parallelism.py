@@ -13,13 +13,13 @@ import importlib.metadata
 import json
 import os
 import platform
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from measuring import launcher
 from parallelism_cells import PROJECT, cells, prepare, reference_name
 from parallelism_page import Deviation, page
 
@@ -56,13 +56,7 @@ def main() -> None:
 
 def _run(folder: Path, results: Path, zero: int, ranks: int | None, all_ranks: list[int]) -> None:
     """Runs the worker once; a cell that fails ends the benchmark with its own output."""
-    command = [sys.executable]
-    if ranks is not None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        launcher = Path(sys.executable).with_name("deepspeed")
-        command = [str(launcher), "--num_gpus", str(ranks), "--master_port", str(port)]
+    command = [sys.executable] if ranks is None else launcher(ranks)
     command += [str(WORKER), str(folder), str(results), str(zero), *map(str, all_ranks)]
     environment = {
         **os.environ,

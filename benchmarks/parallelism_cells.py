@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 PROJECT = Path(__file__).resolve().parent.parent
 SAMPLES = PROJECT / "data" / "samples" / "garden_notes"
@@ -59,6 +59,8 @@ evaluation: {{num_prompts: 0}}
 """
 SETTINGS_OF_BFLOAT16 = ("generation.batch_size=1", *(f"{s}.adam_eps=1e-4" for s in STAGES))
 """A row's rounding depends on its batch; Adam makes a full step of an element that is rounding."""
+Weights = Literal["LoRA", "full"]
+Dtype = Literal["float32", "bfloat16"]
 Offload = Literal["none", "optimizer", "parameters", "both"]
 
 
@@ -66,8 +68,8 @@ Offload = Literal["none", "optimizer", "parameters", "both"]
 class Cell:
     """One combination of settings, apart from ranks and ZeRO stage."""
 
-    weights: Literal["LoRA", "full"]
-    dtype: Literal["float32", "bfloat16"]
+    weights: Weights
+    dtype: Dtype
     accumulates: bool
     """Microbatches of one sequence; else one microbatch per optimizer step."""
     checkpointing: bool
@@ -113,8 +115,11 @@ def cells(zero: int, ranks: int = 2) -> list[Cell]:
         offloads = ("none", "optimizer")
     if zero == 3:
         offloads = ("none", "optimizer", "parameters", "both") if ranks == 2 else ("none", "both")
-    weights, dtypes, switch = ("LoRA", "full"), ("float32", "bfloat16"), (False, True)
-    every = [Cell(*values) for values in product(weights, dtypes, switch, switch, offloads)]
+    switch = (False, True)
+    every = [
+        Cell(*values)
+        for values in product(get_args(Weights), get_args(Dtype), switch, switch, offloads)
+    ]
     return [cell for cell in every if ranks == 2 or cell.accumulates == cell.checkpointing]
 
 

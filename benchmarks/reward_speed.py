@@ -8,83 +8,56 @@ for `ours` and `bare`, whose losses must agree.
 """
 
 import argparse
-import tempfile
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from datasets import Dataset, disable_progress_bars, load_from_disk
-from measuring import (
+from beside_trl import (
+    CHAT,
+    LENGTH,
+    LORA,
     Recorder,
     StepClock,
-    common_arguments,
-    measure_all,
+    bare_loop,
+    compare,
+    logged_losses,
     report,
-    training_flops,
-    write_llama,
+    trl_settings,
 )
-from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
+from datasets import Dataset
+from measuring import training_flops
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from chatllama.config import (
-    BackboneSection,
-    ChatSection,
-    Config,
-    DataSource,
-    LoraSection,
-    RewardSection,
-)
-from chatllama.libraries import quiet_libraries
-from chatllama.roles import Adapter, RoleModel, lora_config
-from chatllama.tokenizer import load_tokenizer, save_tokenizer
+from chatllama.config import BackboneSection, Config, RewardSection
+from chatllama.roles import Adapter, RoleModel, acting_as, lora_config
+from chatllama.tokenizer import load_tokenizer
 from data.collate import PreferenceCollator, batch_indices
 
-PAIRS, LENGTH, LEARNING_RATE, CENTER = 8, 512, 5e-5, 0.01
-LORA = LoraSection(r=16, alpha=32)
-VARIANTS = ("ours", "trl", "bare")
+PAIRS, LEARNING_RATE, CENTER = 8, 5e-5, 0.01
 
 
-def main() -> None:
-    """Measures every variant and prints the table."""
-    parser = common_arguments((__doc__ or "").splitlines()[0], VARIANTS)
-    arguments = parser.parse_args()
-    quiet_libraries()
-    if arguments.variant:
-        child(arguments)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        prepare(arguments, Path(folder))
-        measure_all(__file__, arguments, Path(folder), "pairs")
-
-
-def prepare(arguments: argparse.Namespace, work: Path) -> None:
-    """The model, its tokenizer, and the pairs as tokens."""
+def tokenize(records: Dataset, tokenizer: PreTrainedTokenizerFast) -> Dataset:
+    """Pairs as token ids."""
     from data.preferences import tokenize_preferences
-    from data.readers import read_source
 
-    disable_progress_bars()
-    tokenizer = load_tokenizer(arguments.tokenizer)
-    write_llama(work / "model", tokenizer, arguments.seed)
-    save_tokenizer(tokenizer, work / "model")
-    records, _ = read_source(DataSource(path=str(arguments.data)), "preferences")
-    chat = ChatSection(template="llama2")
-    examples, _ = tokenize_preferences(records, tokenizer, chat, LENGTH)
-    examples.filter(lambda row: len(row["ranks"]) == 2).save_to_disk(work / "examples")
+    examples, _ = tokenize_preferences(records, tokenizer, CHAT, LENGTH)
+    return examples.filter(lambda row: len(row["ranks"]) == 2)
 
 
-def child(arguments: argparse.Namespace) -> None:
+def child(arguments: argparse.Namespace, examples: Dataset) -> None:
     """One variant, in this process."""
-    torch.set_num_threads(arguments.threads)
-    examples = cast(Dataset, load_from_disk(arguments.work / "examples"))
-    steps = arguments.steps + 1  # the first warms up
     if arguments.variant == "trl":
-        run_trl(arguments, examples, steps)
+        run_trl(arguments, examples)
         return
-    seed = arguments.seed
+    seed, steps = arguments.seed, arguments.steps + 1  # the first warms up
     batches = [batch_indices(len(examples), PAIRS, step, seed) for step in range(steps)]
     run = run_ours if arguments.variant == "ours" else run_bare
     clock, losses = run(arguments, examples, batches)
     shown = [examples[i] for batch in batches[1:] for i in batch]
-    report(clock, arguments.steps * PAIRS, _flops(shown), losses=losses)
+    report(clock, arguments.steps * PAIRS, _flops(shown), losses)
 
 
 def _flops(examples: list[dict[str, Any]]) -> float:
@@ -132,14 +105,10 @@ def _model(arguments: argparse.Namespace) -> RoleModel:
 def run_bare(
     arguments: argparse.Namespace, examples: Dataset, batches: list[list[int]]
 ) -> tuple[StepClock, list[float]]:
-    """A loop of ten lines: all answers padded to the longest, the loss, backward, AdamW."""
-    from chatllama.roles import acting_as
+    """All answers padded to the longest, each scored at its end, in the loop everybody writes."""
+    model, collator = _model(arguments), PreferenceCollator(0)
 
-    model = _model(arguments)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
-    collator, clock, losses = PreferenceCollator(0), StepClock(), []
-    for batch in batches:
+    def loss_of(batch: list[int]) -> torch.Tensor:
         (tokens, mask), pairs = collator([examples[i] for i in batch])
         with acting_as(model, "reward"):
             hidden = model.llama.model(tokens, mask, use_cache=False).last_hidden_state
@@ -147,18 +116,13 @@ def run_bare(
         scores = model.heads["reward"](hidden[torch.arange(len(tokens)), ends])
         better, worse = scores[pairs.better], scores[pairs.worse]
         loss = -torch.nn.functional.logsigmoid(better - worse).mean()
-        loss = loss + CENTER * (better + worse).square().mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss))
-        clock.step_ended()
-    return clock, losses
+        return loss + CENTER * (better + worse).square().mean()
+
+    return bare_loop(model, LEARNING_RATE, batches, loss_of)
 
 
-def run_trl(arguments: argparse.Namespace, examples: Dataset, steps: int) -> None:
-    """TRL's trainer as it is, without activation checkpointing and in float32 like the others."""
+def run_trl(arguments: argparse.Namespace, examples: Dataset) -> None:
+    """TRL's trainer."""
     from trl import RewardConfig, RewardTrainer  # pyright: ignore[reportPrivateImportUsage]
 
     torch.manual_seed(arguments.seed)  # the score head is drawn
@@ -175,21 +139,7 @@ def run_trl(arguments: argparse.Namespace, examples: Dataset, steps: int) -> Non
             arguments.work / "model", num_labels=1, dtype=torch.float32
         ),
         args=RewardConfig(
-            output_dir=str(arguments.work / "trl"),
-            max_steps=steps,
-            per_device_train_batch_size=PAIRS,
-            max_length=LENGTH,
-            center_rewards_coefficient=CENTER,
-            learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
-            bf16=False,
-            gradient_checkpointing=False,
-            use_cpu=True,
-            report_to="none",
-            save_strategy="no",
-            logging_steps=1,
-            disable_tqdm=True,
-            seed=arguments.seed,
+            center_rewards_coefficient=CENTER, **trl_settings(arguments, PAIRS, LEARNING_RATE)
         ),
         train_dataset=pairs,
         processing_class=load_tokenizer(arguments.work / "model"),
@@ -206,11 +156,10 @@ def run_trl(arguments: argparse.Namespace, examples: Dataset, steps: int) -> Non
     trainer.train()
     timed = [
         {"answer_ids": [row["chosen_ids"], row["rejected_ids"]]}
-        for row in seen[PAIRS : steps * PAIRS]
+        for row in seen[PAIRS : (arguments.steps + 1) * PAIRS]
     ]
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    report(recorder.clock, len(timed), _flops(timed), losses=losses)
+    report(recorder.clock, len(timed), _flops(timed), logged_losses(trainer))
 
 
 if __name__ == "__main__":
-    main()
+    compare(__file__, __doc__ or "", ("ours", "trl", "bare"), "preferences", tokenize, child)

@@ -9,12 +9,11 @@ log-probabilities, values and rewards of 8 sequences of 128 tokens.
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from measuring import hardware
+from measuring import hardware, publish, run_child
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from chatllama.config import LoraSection
@@ -37,10 +36,9 @@ def main() -> None:
         return
     rows = {}
     for way in ("roles", "models"):
-        command = [sys.executable, __file__, "--child", way, "--width", str(arguments.width)]
-        command += ["--layers", str(arguments.layers)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        rows[way] = json.loads(done.stdout.splitlines()[-1])
+        command = [sys.executable, __file__, "--child", way]
+        command += ["--width", arguments.width, "--layers", arguments.layers]
+        rows[way] = run_child(command, torch.get_num_threads())
     one = rows["roles"]["backbone"]
     lines = [
         hardware(torch.get_num_threads()),
@@ -55,11 +53,7 @@ def main() -> None:
         lines.append(
             f"| {name} | {made:,.0f} | {made / one:.2f} | {used:,.0f} | {used / one:.2f} |"
         )
-    text = "\n".join(lines)
-    print(text)
-    if arguments.out:
-        with arguments.out.open("a", encoding="utf-8") as file:
-            file.write(text + "\n\n")
+    publish(lines, arguments.out)
 
 
 def resident_mib() -> float:

@@ -19,8 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import HEADS, INNER, LAYERS, VOCABULARY, WIDTH, Clock, gemm_rates, hardware
-from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from measuring import (
+    INNER,
+    LAYERS,
+    VOCABULARY,
+    WIDTH,
+    Clock,
+    gemm_rates,
+    hardware,
+    llama_config,
+    publish,
+)
+from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaForCausalLM
 
 from chatllama.generate import generate
 from chatllama.sampling import Sampling
@@ -67,22 +77,10 @@ def main() -> None:
         "top-p flat": Case(ROWS, short, top_p=0.95),
     }
     chosen = {name: cases[name] for name in arguments.cases or cases}
-    tell(arguments.out, ["", *HEADER])
+    lines = list(HEADER)
     for name, case in chosen.items():
-        tell(
-            arguments.out,
-            measure(name, case, arguments.rounds, arguments.methods or list(METHODS)),
-        )
-    tell(arguments.out, ["", hardware(arguments.threads), ""])
-
-
-def tell(out: Path | None, lines: Sequence[str]) -> None:
-    """Prints lines, and appends them to a file, as soon as they are known."""
-    text = "\n".join(lines)
-    print(text, flush=True)
-    if out:
-        with out.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        lines += measure(name, case, arguments.rounds, arguments.methods or list(METHODS))
+    publish([*lines, "", hardware(arguments.threads)], arguments.out)
 
 
 HEADER = (
@@ -94,18 +92,7 @@ HEADER = (
 def make_llama(sharpness: float) -> LlamaForCausalLM:
     """The model, its logits multiplied."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=INNER,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+    config = llama_config(tie_word_embeddings=True, eos_token_id=None, pad_token_id=0)
     llama = LlamaForCausalLM(config).eval()
     llama.model.norm.weight.data *= sharpness
     return llama

@@ -10,14 +10,11 @@ together say something: without overhead they stay those of one rank. The losses
 import argparse
 import json
 import os
-import socket
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from measuring import VOCABULARY, Clock, hardware
+from measuring import VOCABULARY, Clock, hardware, launcher, publish, run_child
 from ppo_speed import PROMPT, make_trainer, write_models
 
 from chatllama.distributed import all_max, all_sum, rank, shut_down
@@ -61,30 +58,15 @@ def main() -> None:
             f"| {row['cpu']:.1f} | {row['cpu'] / first['cpu'] - 1:.0%} | {row['loss']:.6f} |"
         )
         print(lines[-1], flush=True)
-    text = "\n".join(lines)
-    print(text)
-    if arguments.out:
-        with arguments.out.open("a", encoding="utf-8") as file:
-            file.write(text + "\n\n")
+    publish(lines, arguments.out)
 
 
 def launch(count: int, work: str, arguments: argparse.Namespace) -> dict[str, float]:
     """What rank 0 of `count` ranks printed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    here = Path(__file__).resolve()
-    path = os.pathsep.join([str(here.parent.parent), os.environ.get("PYTHONPATH", "")])
-    launcher = Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher), "--num_gpus", str(count), "--master_port", str(port), str(here)]
-    command += ["--work", work]
+    command = [*launcher(count), __file__, "--work", work]
     for option in ("stage", "steps", "batch"):
-        command += [f"--{option}", str(vars(arguments)[option])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{count} ranks failed:\n{done.stderr[-4000:]}")
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+        command += [f"--{option}", vars(arguments)[option]]
+    return run_child(command)
 
 
 def measure(work: Path, stage: int, steps: int, batch: int) -> None:
