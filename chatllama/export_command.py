@@ -31,10 +31,9 @@ from chatllama.export_templates import jinja_template, modelfile
 from chatllama.generation_plan import find_role
 from chatllama.inference_weights import with_weights
 from chatllama.loading import load_run, reward_role
-from chatllama.model_files import ModelFiles, local_folder, merged, open_model
+from chatllama.model_files import ModelFiles, local_folder, merged, open_model, write_model
 from chatllama.roles import Role
 from chatllama.run_folder import INFO, RunFolder, write_json
-from chatllama.safetensors_writer import write_model
 from chatllama.tokenizer import save_tokenizer
 
 MAX_FILE_BYTES = 5 * 10**9

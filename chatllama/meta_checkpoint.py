@@ -30,9 +30,8 @@ from chatllama.libraries import quiet_libraries
 from chatllama.meta_params import ASSUMED_POSITIONS, MetaParams, read_params
 from chatllama.meta_reference import reference_logits
 from chatllama.meta_shards import MetaShards
-from chatllama.model_files import open_model
+from chatllama.model_files import open_model, write_model
 from chatllama.run_folder import INFO, write_json
-from chatllama.safetensors_writer import write_model
 from chatllama.sentencepiece_bpe import read_model
 from chatllama.tokenizer import load_tokenizer, save_tokenizer
 

@@ -1,6 +1,6 @@
 """`chatllama run`: the stages in order, each through the `deepspeed` launcher; then the results.
 
-Finished stages are kept where they still hold (`decisions.py`). Starting processes is in
+Finished stages are kept where they still hold (`decisions.py`). What is started is put together in
 `launcher.py`, the page in `report.py`.
 """
 
@@ -27,11 +27,11 @@ from chatllama.launcher import (
     count_cores,
     count_gpus,
     hostfile_slots,
-    run_to_end,
     stage_command,
     stage_environment,
 )
 from chatllama.lineage import FindFiles
+from chatllama.process_group import run_to_end
 from chatllama.progress import duration
 from chatllama.report import write_report
 from chatllama.results import (

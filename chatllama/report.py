@@ -13,7 +13,6 @@ from typing import Any
 from chatllama import __version__
 from chatllama.progress import duration
 from chatllama.report_doctor import doctor_body
-from chatllama.report_health import health_body
 from chatllama.report_plots import PANELS, PRETRAINING, Panel, draw
 from chatllama.results import findings, number, read_summary, result_table
 from chatllama.run_folder import STAGES, RunFolder, Stage
@@ -29,6 +28,7 @@ WALL_ROWS = (
 )
 SAMPLES_OPEN, SAMPLES_SHOWN = 4, 16
 TRAINING_SAMPLES_SHOWN = 20
+DECISIONS = {"rollback": "Rolled back to a checkpoint.", "stop": "The stage was stopped."}
 
 
 def write_report(run: RunFolder) -> Path:
@@ -158,8 +158,36 @@ def _reward_check(run: RunFolder) -> str:
 
 
 def _health(run: RunFolder) -> str:
-    body = health_body(run)
-    return _section("Health", body) if body else ""
+    """The diagnoses of `trainers/health.py`; nothing where no PPO run was watched."""
+    path = run.stage("ppo") / "health.jsonl"
+    lines = read_lines(run.metrics("ppo"))
+    if not path.is_file() or not lines:
+        return ""
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for line in read_lines(path):
+        by_name.setdefault(line["name"], []).append(line)
+    if not by_name:
+        count = lines[-1]["step"]
+        none = f'<p class="muted">No diagnosis in {count} step{"" if count == 1 else "s"}.</p>'
+        return _section("Health", none)
+    items = "".join(_diagnosis(name, found) for name, found in by_name.items())
+    return _section("Health", f'<ul class="findings">{items}</ul>')
+
+
+def _diagnosis(name: str, found: list[dict[str, Any]]) -> str:
+    """One diagnosis with all the steps at which it was made, in the words of the last."""
+    last = found[-1]
+    steps = ", ".join(str(each["step"]) for each in found)
+    figure = "not finite" if last["figure"] is None else f"{last['figure']:.4g}"
+    limit = "" if last["figure"] is None else f", threshold {last['threshold']:.4g}"
+    done = " ".join(dict.fromkeys(DECISIONS.get(each["decision"], "") for each in found)).strip()
+    kind = "bad" if any(each["severity"] == "fatal" for each in found) else "neutral"
+    return (
+        f'<li class="{kind}"><strong>{escape(name)}</strong> at step {steps}: '
+        f"{figure}{limit}. {escape(last['message'])} {done}<br>"
+        f'<span class="muted">Likely causes: {escape("; ".join(last["causes"]))}. '
+        f"Turn: {escape(last['knob'])}.</span></li>"
+    )
 
 
 def _percent(accuracy: float) -> str:

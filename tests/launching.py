@@ -27,6 +27,23 @@ def command(ranks: int, script: Path, *arguments: object) -> list[str]:
     return [*launcher, str(script), *map(str, arguments)]
 
 
+def launch(script: Path | str, *arguments: object) -> None:
+    """A script on two ranks of this machine, to its good end; a name is looked for in the project.
+
+    Raises:
+        AssertionError: it failed.
+    """
+    done = subprocess.run(
+        command(2, PROJECT / script, *arguments),
+        cwd=PROJECT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
 def environment(**more: str) -> dict[str, str]:
     return {
         **os.environ,

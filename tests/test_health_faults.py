@@ -17,7 +17,7 @@ from core_models import tiny_llama
 from datasets import Dataset
 
 from chatllama.config import Config, LoraSection
-from chatllama.config_health import DiagnosisName, HealthSection
+from chatllama.config_ppo import DiagnosisName, HealthSection
 from chatllama.roles import Adapter, Role, RoleModel, adapter_parameters
 from chatllama.run_folder import RunFolder
 from trainers import ppo, ppo_setup, rollout

@@ -14,8 +14,8 @@ import pytest
 from chatllama import interruption, pipeline
 from chatllama.arguments import run_stage
 from chatllama.interruption import EXIT_CODE, Interrupted, steps, stop, stop_requested
-from chatllama.launcher import run_to_end
 from chatllama.pipeline import StageFailed
+from chatllama.process_group import run_to_end
 from chatllama.run_folder import RunFolder, write_json
 from chatllama.run_lock import acquire, lock_path, release_all
 

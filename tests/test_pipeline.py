@@ -15,8 +15,9 @@ import pytest
 from chatllama import launcher, lineage, pipeline
 from chatllama.config import Config
 from chatllama.config_loader import load_config
-from chatllama.launcher import Launch, choose_ranks, hostfile_slots, run_to_end, stage_command
+from chatllama.launcher import Launch, choose_ranks, hostfile_slots, stage_command
 from chatllama.pipeline import StageFailed
+from chatllama.process_group import run_to_end
 from chatllama.run_folder import STAGES, RunFolder, Stage, write_json
 from data.files import named_files
 
@@ -298,7 +299,7 @@ def test_a_signal_ends_every_process(tmp_path: Path, signum: int, exit_code: int
     """
     parent = f"""
         import os, signal, sys
-        from chatllama.launcher import run_to_end
+        from chatllama.process_group import run_to_end
         # the tests may run under nohup, or in the background
         signal.signal({int(signum)}, signal.{"default_int_handler" if signum == 2 else "SIG_DFL"})
         try:

@@ -1,14 +1,11 @@
 """PPO on two ranks through the deepspeed launcher against one process, and its resuming."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launching import PROJECT, launch
 from ppo_runs import TinyRun
 from workers.ppo_worker import OPTIONS, VARIANTS, run_variant
 
@@ -16,33 +13,6 @@ from chatllama.export import load_adapter
 from chatllama.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
-PROJECT = Path(__file__).resolve().parent.parent
-
-
-def launch(script: str, *arguments: str) -> None:
-    """Two ranks on the CPU, without a compiler."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = Path(sys.executable).with_name("deepspeed")
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CXX": "/nonexistent",
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": str(PROJECT),
-        "PATH": f"{launcher.parent}:{os.environ['PATH']}",
-    }
-    done = subprocess.run(
-        [str(launcher), "--num_gpus", "2", "--master_port", str(port), script, *arguments],
-        cwd=PROJECT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +54,7 @@ def test_two_ranks_give_what_one_process_gives(
     if stage == 3:
         names = ["plain", "trunk", "split options", "persistent"]
     worker = PROJECT / "tests" / "workers" / "ppo_worker.py"
-    launch(str(worker), tiny.base, str(tiny.folder), str(tmp_path), str(stage), *names)
+    launch(worker, tiny.base, tiny.folder, tmp_path, stage, *names)
     ranks = [torch.load(tmp_path / f"out-{rank}.pt") for rank in (0, 1)]
     for name in names:
         expected = alone["options" if VARIANTS[name][0] is OPTIONS else name]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_ppo_launch import PROJECT, launch
+from launching import PROJECT, launch
 
 import train_ppo
 import train_rm

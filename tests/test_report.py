@@ -1,16 +1,25 @@
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from datasets import Dataset
 
-from chatllama.config import TrackingSection
+from chatllama.config import RewardSection, TrackingSection
 from chatllama.report import write_report
+from chatllama.report_doctor import doctor_body
 from chatllama.report_plots import PANELS, curve, draw, smooth
 from chatllama.results import findings, read_summary, result_table, reward_accuracy, write_summary
+from chatllama.reward_models import doctor_path
 from chatllama.run_folder import RunFolder, write_json
 from chatllama.tracking import Tracker
+from trainers.health import Diagnosis, start_diagnoses, write_diagnoses
+from trainers.preference_doctor import examine_data
+from trainers.reward_data import Preferences
+from trainers.reward_doctor import PaddingError, diagnosis, examine_model
 
 VOID = {"meta", "br"}
 SUMMARY: dict[str, Any] = {
@@ -221,3 +230,94 @@ def test_a_plot_says_in_words_what_it_shows() -> None:
     assert svg is not None
     words = "KL to the SFT model: training from 0.5 at step 1 to 2 at step 3, lowest 0.5, highest 3"
     assert words in svg
+
+
+# --- health
+
+
+@pytest.fixture
+def ppo_run(tmp_path: Path) -> RunFolder:
+    run = RunFolder(tmp_path)
+    run.config.write_text("seed: 0\n")
+    with Tracker(run, "ppo", TrackingSection(report_to=[]), 12, 0) as tracker:
+        for step in range(1, 13):
+            tracker.log(step, {"ppo/entropy": 1.0})
+    return run
+
+
+def health(name: str, step: int, figure: float) -> Diagnosis:
+    fatal = "fatal" if name == "not_finite" else "warning"
+    return Diagnosis(name, step, figure, 1.0, "A <b> is bad.", ("this", "that"), "ppo.x", fatal)
+
+
+def test_a_run_that_nobody_watched_has_no_section(ppo_run: RunFolder) -> None:
+    assert "<h2>Health</h2>" not in write_report(ppo_run).read_text(encoding="utf-8")
+
+
+def test_a_healthy_run(ppo_run: RunFolder) -> None:
+    start_diagnoses(ppo_run.stage("ppo") / "health.jsonl", 0)
+    page = write_report(ppo_run).read_text(encoding="utf-8")
+    assert "<h2>Health</h2>" in page and "No diagnosis in 12 steps." in page
+
+
+def test_diagnoses_are_listed_by_name(ppo_run: RunFolder) -> None:
+    path = ppo_run.stage("ppo") / "health.jsonl"
+    start_diagnoses(path, 0)
+    write_diagnoses(path, [health("length_drift", 3, 2.5)], "go on")
+    write_diagnoses(path, [health("length_drift", 9, 2.75)], "go on")
+    write_diagnoses(path, [health("not_finite", 11, math.nan)], "rollback")
+    page = write_report(ppo_run).read_text(encoding="utf-8")
+    assert '<li class="neutral"><strong>length_drift</strong> at step 3, 9: 2.75, thre' in page
+    assert '<li class="bad"><strong>not_finite</strong> at step 11: not finite. A' in page
+    assert "A &lt;b&gt; is bad. Rolled back to a checkpoint.<br>" in page
+    assert "Likely causes: this; that. Turn: ppo.x." in page
+    assert "No diagnosis" not in page
+
+
+# --- what the RM doctor writes
+
+
+def examples(count: int) -> Dataset:
+    rng = np.random.default_rng(count)
+    return Dataset.from_list(
+        [
+            {
+                "answer_ids": [[1, n, *rng.integers(5, 90, rng.integers(2, 9)).tolist(), 2]] * 2,
+                "ranks": [0, 1],
+                "ratings": [0.0, 0.0],
+                "prompt_length": 2,
+                "where": f"<script>f:{n}",
+            }
+            for n in range(count)
+        ]
+    )
+
+
+def test_the_section_shows_figures_warnings_and_plots(tmp_path: Path):
+    run = RunFolder(tmp_path / "run")
+    assert doctor_body(run) == ""
+    data = Preferences(examples(60), examples(50), {"too <long>": 3})
+    found = examine_data(data)
+    write_json(doctor_path(run), diagnosis(found))
+    assert "accuracy of words alone" in doctor_body(run) and "<svg" not in doctor_body(run)
+
+    scores = [x for n in range(50) for x in ((1.0, 0.0) if n % 10 else (0.0, 1.0))]
+    model = examine_model(
+        data.held_out, [scores, scores], RewardSection(), 0.95, PaddingError(1e-6, 1e-3)
+    )
+    write_json(doctor_path(run), diagnosis(found, model))
+    run.config.write_text("seed: 0\n")
+    page = write_report(run).read_text(encoding="utf-8")
+    section = page.split("Reward model check")[1].split("</section>")[0]
+    assert section.count("<svg") == 3 and "#010203" not in section
+    for expected in (
+        "0.900 (0.786–0.957)",  # noqa: RUF001  45 of 50, by Wilson's formula
+        "<strong>few_held_out</strong>: 50 held-out prompts",
+        "Bayes limit</th><td>0.950",
+        "says 0.73, is 0.90",
+        "0.900, 0.900",
+        "shortened</th><td>3<",
+    ):
+        assert expected in section, expected
+    assert "<script>" not in page
+    assert re.search(r"<h2>Reward model check</h2>", page)

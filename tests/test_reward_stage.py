@@ -1,10 +1,8 @@
 """The whole reward stage: train_rm.py in one process and on two ranks, resume, ensembles."""
 
 import json
-import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from launching import launch
 from transformers import LlamaForCausalLM
 
 import train_rm
@@ -209,31 +208,6 @@ def test_an_ensemble_of_two(config_file: Path, tmp_path: Path, tiny_llama_dir: P
     assert all(torch.equal(second[name], again[name]) for name in second)
 
 
-def launch(*arguments: str) -> None:
-    """Two ranks through the deepspeed launcher, on the CPU, without a compiler."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher), "--num_gpus", "2", "--master_port", str(port), "train_rm.py"]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CXX": "/nonexistent",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PATH": f"{launcher.parent}:{os.environ['PATH']}",
-    }
-    done = subprocess.run(
-        [*command, *arguments],
-        cwd=PROJECT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
 def one_process(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     command, run = new_run(config_file, tmp_path_factory.mktemp("one") / "run")
@@ -248,6 +222,7 @@ def test_two_ranks_equal_one_process(
 ):
     command, run = new_run(config_file, tmp_path / "run")
     launch(
+        "train_rm.py",
         *command,
         "reward.ensemble=2",
         "lora.dropout=0.0",

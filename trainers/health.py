@@ -1,7 +1,7 @@
 """The health monitor: watches a PPO run step by step and says by name what is wrong with it.
 
 It neither trains nor stops anything: the loop asks `decide` what to do. The rules are in
-`health_rules.py`, the thresholds in `chatllama/config_health.py`, the table in docs/health.md.
+`health_rules.py`, the thresholds in `chatllama/config_ppo.py`, the table in docs/health.md.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from chatllama.config_health import HealthSection
+from chatllama.config_ppo import HealthSection
 from chatllama.tracking import read_lines
 from trainers.health_judges import History
 from trainers.health_rules import RULES, Rule

@@ -1,7 +1,7 @@
 """Judgements over the metrics of past PPO steps: each says what is wrong, or nothing.
 
 Pure functions of (history, thresholds, this step's metrics). Their names, causes and remedies are
-in `health_rules.py`, the thresholds in `chatllama/config_health.py`.
+in `health_rules.py`, the thresholds in `chatllama/config_ppo.py`.
 """
 
 import math
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median
 
-from chatllama.config_health import HealthSection
+from chatllama.config_ppo import HealthSection
 
 GRAD_NORM_STEPS, GRAD_NORM_LEAST = 20, 5
 DEAD_STEPS = 3

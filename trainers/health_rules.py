@@ -1,13 +1,13 @@
 """What can be wrong with a PPO run: each diagnosis with its judge, likely causes and the knob.
 
-The judges' arithmetic is in `health_judges.py`, the thresholds in `chatllama/config_health.py`,
+The judges' arithmetic is in `health_judges.py`, the thresholds in `chatllama/config_ppo.py`,
 what follows from a diagnosis in `health.py`; docs/health.md is the table.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from chatllama.config_health import DiagnosisName, HealthSection
+from chatllama.config_ppo import DiagnosisName, HealthSection
 from trainers import health_judges
 from trainers.health_judges import Finding, History, Metrics
 
