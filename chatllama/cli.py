@@ -76,7 +76,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     _add_data_commands(data.add_subparsers(title="commands", metavar="COMMAND", required=True))
     selftest = _add(commands, "selftest", _selftest, "PPO against the closed form, here and now")
     _add_selftest_arguments(selftest)
-    run.set_defaults(rest="overrides")
     generate.set_defaults(rest="prompts")
     # argparse cannot take positionals that stand after an option; they come back as unknown words.
     arguments, unknown = parser.parse_known_args(argv)
@@ -101,14 +100,15 @@ def _add(
     return parser
 
 
-def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
-    parser.add_argument(
-        "overrides",
-        metavar="section.key=value",
-        nargs="*",
-        help="settings that replace those of the file",
-    )
+    about = "settings that replace those of the file"
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help=about)
+    parser.set_defaults(rest="overrides")
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_config_arguments(parser)
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -185,11 +185,9 @@ def _add_data_commands(
     check = _add(commands, "check", _data_check, "what is wrong with a config's data; 1: errors")
     show = _add(commands, "show", _data_show, "records as tokens, coloured by loss mask")
     for parser, some in ((check, "all"), (show, "sft")):
-        parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
-        parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings")
+        _add_config_arguments(parser)
         stages = ("sft", "reward", "ppo")
         parser.add_argument("--stage", choices=stages, help=f"the stage (default: {some})")
-        parser.set_defaults(rest="overrides")
     check.add_argument("--fix", action="store_true", help="write cleaned copies and a log")
     check.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/data_check")
     show.add_argument("--n", type=int, default=3, metavar="N", help="records of each source")

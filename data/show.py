@@ -14,9 +14,6 @@ from chatllama.config import Config
 from chatllama.tokenizer import control_tokens, encode
 from data.doctor import StageSource, stage_sources
 from data.readers import read_source
-from data.records import Kind
-
-KIND_OF_STAGE: dict[str, Kind] = {"sft": "sft", "reward": "preferences", "ppo": "prompts"}
 
 
 @dataclass(frozen=True)

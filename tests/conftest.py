@@ -1,7 +1,11 @@
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PROJECT = Path(__file__).resolve().parent.parent
 TESTDATA = PROJECT.parent / "shared" / "testdata"
@@ -68,6 +72,20 @@ def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory, tiny_texts: lis
     folder = tmp_path_factory.mktemp("tiny_tokenizer")
     train_tokenizer(tiny_texts, vocab_size=300, folder=folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer_dir: Path) -> "PreTrainedTokenizerFast":
+    """The tiny tokenizer, loaded; a module may put one of its own in its place."""
+    from chatllama.tokenizer import load_tokenizer
+
+    return load_tokenizer(tiny_tokenizer_dir)
+
+
+@pytest.fixture
+def data_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `datasets` keeps goes to the test's own folder."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="session")

@@ -19,12 +19,9 @@ from data.growing_files import Harvest
 from data.readers import read_source
 from data.similarity import Pool, rouge_l
 
+pytestmark = pytest.mark.usefixtures("data_cache")
+
 Answer = str | tuple[int, dict[str, str], bytes]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 class Stub:

@@ -26,18 +26,10 @@ from data.preferences import tokenize_preferences
 from data.prompts import tokenize_prompts
 from data.sft import tokenize_conversations, tokenize_text
 
+pytestmark = pytest.mark.usefixtures("data_cache")
+
 CHAT = ChatSection(template="llama2")
 EOS = 2
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_tokenizer_dir: Path) -> PreTrainedTokenizerFast:
-    return load_tokenizer(tiny_tokenizer_dir)
 
 
 def turns(*contents: str) -> list[Any]:

@@ -18,15 +18,7 @@ from data.doctor import Examination, examine
 from data.doctor_tokens import TokenRules, drops, sequence_problems
 from data.show import page, shown_records
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_tokenizer_dir: Path) -> PreTrainedTokenizerFast:
-    return load_tokenizer(tiny_tokenizer_dir)
+pytestmark = pytest.mark.usefixtures("data_cache")
 
 
 TOPICS = [

@@ -14,10 +14,7 @@ from data.mixture import load_mixture, source_counts
 from data.readers import read_source
 from data.similarity import words
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("data_cache")
 
 
 def source(file: Path, texts: list[str], **options: Any) -> DataSource:

@@ -15,10 +15,7 @@ from data.files import PROJECT_ROOT, find_files
 from data.readers import _hub_objects, _load_hub, read_source
 from data.records import Kind
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("data_cache")
 
 
 def read(path: Path | str, kind: Kind, format: Any = None) -> Any:

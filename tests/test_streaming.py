@@ -14,12 +14,9 @@ from data.mixture import load_mixture
 from data.readers import num_workers
 from data.sft import tokenize_conversations
 
+pytestmark = pytest.mark.usefixtures("data_cache")
+
 PROJECT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def test_processes_share_cores_and_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

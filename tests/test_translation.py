@@ -18,13 +18,10 @@ from data.records import Conversation, Prompt, detect_format, parse_record
 from data.sft import tokenize_conversations
 from data.translation import TEMPLATES, request
 
+pytestmark = pytest.mark.usefixtures("data_cache")
+
 DE_EN = ["de", "en"]
 PAIRS = [("Guten Tag.", "Good day."), ("Wer ist da?", "Who is there?"), ("Es regnet.", "It rains.")]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def read(path: Path, languages: list[str] | None = None, **options: Any) -> list[tuple[str, str]]:

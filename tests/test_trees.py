@@ -13,10 +13,7 @@ from data.joined import JOINED, ORPHAN
 from data.readers import GOOD, read_source
 from data.records import Kind
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("data_cache")
 
 
 def message(name: str, parent: str | None, text: str, rank: Any = None) -> dict[str, Any]:
