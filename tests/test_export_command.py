@@ -10,9 +10,11 @@ from typing import Any, cast
 import pytest
 import torch
 from core_models import LORA, tiny_llama
+from openai import OpenAI
 from peft import PeftModel
 from ppo_runs import VOCABULARY, TinyRun
 from safetensors.torch import load_file, save_file
+from serving import serving
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -103,7 +105,7 @@ def test_what_is_written(exported: Exported) -> None:
     assert "LoRA rank 4, alpha 6" in text
 
 
-def test_plain_peft_chat_and_the_merged_model_say_the_same(exported: Exported) -> None:
+def test_plain_peft_the_server_chat_and_the_merged_model_say_the_same(exported: Exported) -> None:
     from chatllama.chat_speaker import ModelSpeaker
 
     loaded = load_run(exported.run)
@@ -111,10 +113,11 @@ def test_plain_peft_chat_and_the_merged_model_say_the_same(exported: Exported) -
     ends = {"eos_token_id": 2, "pad_token_id": 0, "do_sample": False, "max_new_tokens": 12}
     base = AutoModelForCausalLM.from_pretrained(exported.base)
     peft: Any = PeftModel.from_pretrained(base, str(exported.out / "adapter"))
+    bare: Any = AutoModelForCausalLM.from_pretrained(exported.base)
     whole: Any = AutoModelForCausalLM.from_pretrained(exported.out / "merged")
     tokenizer = AutoTokenizer.from_pretrained(exported.out / "merged")
     chat = ModelSpeaker(loaded, Sampling(12, temperature=0.0), torch.Generator())
-    said = set()
+    said: dict[str, str] = {}
     for question in ("Anna paints", "the river?", "Who is quiet  again"):
         messages: Any = [{"role": "user", "content": question}]
         ids = answerer.render(messages)
@@ -124,8 +127,18 @@ def test_plain_peft_chat_and_the_merged_model_say_the_same(exported: Exported) -
         assert torch.equal(*answers)
         spoken = "".join(stream_text(loaded.tokenizer, iter(answers[0].tolist())))
         assert "".join(chat.answer(messages, "policy")) == spoken
-        said.add(spoken)
-    assert len(said) > 1
+        said[question] = spoken
+        assert not torch.equal(
+            bare.generate(torch.tensor([ids]), **ends)[0, len(ids) :], answers[0]
+        )
+    assert len(set(said.values())) > 1
+    with serving(exported.run) as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
+        asking = {"model": "policy", "temperature": 0, "max_tokens": 12}
+        for question, spoken in said.items():
+            messages = [{"role": "user", "content": question}]
+            answer: Any = client.chat.completions.create(messages=messages, **asking)
+            assert answer.choices[0].message.content == spoken
 
 
 def test_merged_tensors_by_hand() -> None:
