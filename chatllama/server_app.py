@@ -73,12 +73,14 @@ def build_app(service: Service) -> FastAPI:
     _add_votes(app, service)
     _describe(app)
     open_paths = [*PAGE_FILES, "/health"]
-    routes = [path for path in app.openapi()["paths"] if "{" not in path]
+    described = app.openapi()["paths"]
+    routes = [path for path in described if "{" not in path]
     app.add_middleware(
         Guard,
         settings=service.settings,
         open_paths=open_paths,
         routes=[*open_paths, *routes],
+        posted=[path for path in routes if "post" in described[path]],
         metrics=service.metrics,
     )
     return app
@@ -149,12 +151,14 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions", response_model=None)
+    streams: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+
+    @app.post("/v1/chat/completions", response_model=None, responses=streams)
     async def chat_completions(body: ChatRequest, http: Request) -> Response:
         """An answer to a conversation."""
         return await service.chat(body, http)
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=None, responses=streams)
     async def completions(body: CompletionRequest, http: Request) -> Response:
         """The continuation of one or several texts."""
         return await service.complete(body, http)

@@ -31,7 +31,7 @@ class EngineLimits:
     rows: int
     """Answers decoded at a time, over all roles."""
     cache_tokens: int
-    """Tokens, over all rows, that the caches of keys and values may come to."""
+    """Tokens, over all rows, that the caches of keys and values may come to; no row has more."""
     queue: int
     """Answers that may wait for their turn."""
 
@@ -215,10 +215,9 @@ class Engine:
                 widest = max(widest, len(row.request.prompt))
                 longest = max(longest, row.length)
                 total = others + longest * (count + len(group) + 1)
-                alone = running + len(group) == 0
                 if running + len(group) >= self.limits.rows:
                     break
-                if not alone and total > self.limits.cache_tokens:
+                if total > self.limits.cache_tokens:
                     break
                 if group and widest * (len(group) + 1) > PREFILL_TOKENS:
                     break

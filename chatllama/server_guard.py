@@ -36,6 +36,7 @@ class Guard:
         settings: keys and limits.
         open_paths: asked without a key: the page and /health.
         routes: paths that metrics name.
+        posted: those of them that take a body.
         metrics: counts answers.
     """
 
@@ -45,10 +46,12 @@ class Guard:
         settings: ServerSettings,
         open_paths: Sequence[str],
         routes: Sequence[str],
+        posted: Sequence[str],
         metrics: Metrics,
     ) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
         self._open, self._routes = frozenset(open_paths), frozenset(routes)
+        self._posted = frozenset(posted)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, or hands it on."""
@@ -103,7 +106,7 @@ class Guard:
                 raise ApiError(
                     401, "give a valid key as `Authorization: Bearer KEY`", "invalid_api_key"
                 )
-        if scope["method"] == "POST":
+        if scope["method"] == "POST" and scope["path"] in self._posted:
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
                 raise ApiError(

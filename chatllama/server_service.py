@@ -196,10 +196,15 @@ class Service:
 
     def _room(self, prompts: Sequence[Sequence[int]]) -> int:
         longest = max(map(len, prompts))
-        room = self.max_positions - longest
-        if room < 1:
+        if longest >= self.max_positions:
             raise self._too_long(longest)
-        return room
+        kept = self.settings.cache_tokens
+        if longest >= kept:
+            raise ApiError(
+                400, f"a prompt of {longest} tokens: this server keeps {kept} in all",
+                "context_length_exceeded",
+            )  # fmt: skip
+        return min(self.max_positions, kept) - longest
 
     def _too_long(self, tokens: int) -> ApiError:
         return ApiError(
@@ -218,13 +223,13 @@ class Service:
                 "max_tokens",
             )  # fmt: skip
         if max_tokens > room:
+            of = f"the model's {self.max_positions} tokens"
+            if self.settings.cache_tokens < self.max_positions:
+                of = f"the {self.settings.cache_tokens} tokens that this server keeps"
             raise ApiError(
-                400,
-                f"max_tokens {max_tokens}: the prompt leaves {room} of the model's "
-                f"{self.max_positions} tokens",
-                "context_length_exceeded",
-                "max_tokens",
-            )
+                400, f"max_tokens {max_tokens}: the prompt leaves {room} of {of}",
+                "context_length_exceeded", "max_tokens",
+            )  # fmt: skip
         return max_tokens
 
     # --- judgements ------------------------------------------------------------------------------

@@ -1,7 +1,10 @@
 """A run with random weights, and servers of it in threads of this process."""
 
+import json
 import socket
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -75,3 +78,28 @@ def serving(run: RunFolder, loaded: LoadedRun | None = None, **changes: Any) -> 
         bound.close()
         assert not thread.is_alive()
         assert not server._service.engine.alive
+
+
+def post(url: str, path: str, body: object) -> tuple[int, Any]:
+    """Status and decoded body of a request without OpenAI's client."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(
+        url + path, data, {"content-type": "application/json"}, method="POST"
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            content = response.read()
+            status = response.status
+    except urllib.error.HTTPError as error:
+        content, status = error.read(), error.code
+    try:
+        return status, json.loads(content)
+    except ValueError:
+        return status, content.decode()
+
+
+def metric(url: str, name: str) -> float:
+    """One of the server's counters or gauges."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
+        lines = response.read().decode().splitlines()
+    return float(next(line.split()[-1] for line in lines if line.startswith(f"chatllama_{name} ")))

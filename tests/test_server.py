@@ -14,7 +14,7 @@ from typing import Any
 import openai
 import pytest
 from openai import OpenAI
-from serving import KEY, make_served_run, serving
+from serving import KEY, make_served_run, metric, post, serving
 
 from chatllama.answering import Answerer, random_numbers
 from chatllama.chat_format import Message
@@ -50,24 +50,6 @@ def url(run: RunFolder) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def client(url: str) -> OpenAI:
     return OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
-
-
-def post(url: str, path: str, body: object) -> tuple[int, Any]:
-    """Status and decoded body of a request without OpenAI's client."""
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(
-        url + path, data, {"content-type": "application/json"}, method="POST"
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            content = response.read()
-            status = response.status
-    except urllib.error.HTTPError as error:
-        content, status = error.read(), error.code
-    try:
-        return status, json.loads(content)
-    except ValueError:
-        return status, content.decode()
 
 
 def expected(
@@ -312,12 +294,6 @@ def test_scores_and_log_ratios(url: str, loaded: LoadedRun) -> None:
     assert status == 400 and "end with the assistant's answer" in told["error"]["message"]
 
 
-def metric(url: str, name: str) -> float:
-    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
-        lines = response.read().decode().splitlines()
-    return float(next(line.split()[-1] for line in lines if line.startswith(f"chatllama_{name} ")))
-
-
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_place(url: str, stream: bool) -> None:
     before = metric(url, "disconnects_total")
@@ -436,14 +412,10 @@ def test_broken_bodies_get_400(url: str, body: bytes) -> None:
     assert "Traceback" not in str(told) and "/chatllama/" not in str(told)
 
 
-def test_time_runs_out_and_the_queue_fills(run: RunFolder, loaded: LoadedRun) -> None:
+def test_time_runs_out(run: RunFolder, loaded: LoadedRun) -> None:
     with serving(run, loaded, timeout=0.001) as url:
         status, told = post(url, "/v1/completions", {"prompt": "a", "max_tokens": 200, "n": 32})
         assert status == 504 and told["error"]["code"] == "timeout"
-    with serving(run, loaded, max_rows=2, max_queue=1) as url:
-        assert post(url, "/v1/completions", {"prompt": "a", "n": 3, "max_tokens": 3})[0] == 200
-        status, told = post(url, "/v1/completions", {"prompt": "a", "n": 4, "max_tokens": 3})
-        assert status == 400 and "at most 3" in told["error"]["message"]
 
 
 def test_a_model_that_breaks_once_fails_one_request_and_no_other(
