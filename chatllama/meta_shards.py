@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from chatllama.meta_params import MetaParams
+from chatllama.meta_model import MetaParams
 
 MAX_SHARDS = 8
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from chatllama.meta_checkpoint import halves_together
-from chatllama.meta_params import MetaParams, read_params
-from chatllama.meta_reference import rms_norm, rotate, rotations
+from chatllama.meta_model import MetaParams, read_params, rms_norm, rotate, rotations
 
 
 def test_params_defaults(tmp_path: Path) -> None:
