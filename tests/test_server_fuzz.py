@@ -5,7 +5,7 @@ import http.client
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from serving import make_served_run, post, serving
@@ -61,7 +61,7 @@ def damaged(body: dict[str, Any], luck: random.Random) -> Any:
     body = copy.deepcopy(body)
     for _ in range(luck.randint(0, 3)):
         *way, last = luck.choice(places(body) or [("messages",)])
-        parent: Any = body
+        parent = cast(Any, body)
         for key in way:
             parent = parent[key]
         match luck.randrange(5):
@@ -74,7 +74,7 @@ def damaged(body: dict[str, Any], luck: random.Random) -> Any:
                     HOSTILE
                 )
             case _:
-                parent[last] = copy.deepcopy(luck.choice(HOSTILE))
+                cast(Any, parent)[last] = copy.deepcopy(luck.choice(HOSTILE))
     return body
 
 
