@@ -19,8 +19,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Heavy imports come after the command line: `--help` and config errors answer at once.
     from chatllama import distributed, reward_models
+    from chatllama.decisions import finished_before
+    from data.files import named_files
 
-    if run.result("ppo").is_file():
+    if finished_before(cfg, run, "ppo", named_files):
         if distributed.rank() == 0:
             print(f"stage ppo of {run.root} has finished before: {run.result('ppo')}")
         return

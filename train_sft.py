@@ -20,8 +20,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Heavy imports come after the command line: `--help` and config errors answer at once.
     from chatllama import distributed
+    from chatllama.decisions import finished_before
+    from data.files import named_files
 
-    if run.result("sft").is_file():
+    if finished_before(cfg, run, "sft", named_files):
         if distributed.rank() == 0:
             print(f"stage sft of {run.root} has finished before: {run.result('sft')}")
         return

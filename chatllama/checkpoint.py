@@ -38,9 +38,16 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(STEP))
 
 
-def layout_of(section: DeepSpeedSection) -> dict[str, Any]:
-    """How this start splits what a checkpoint holds: `ranks`, `zero_stage` (null: no launcher)."""
-    return {"ranks": world_size(), "zero_stage": section.stage if is_launched() else None}
+def layout_of(section: DeepSpeedSection, microbatch_size: int) -> dict[str, Any]:
+    """How this start splits a batch: `ranks`, `zero_stage` (null: no launcher), `microbatch_size`.
+
+    The same layout resumes bit for bit, another one to rounding.
+    """
+    return {
+        "ranks": world_size(),
+        "zero_stage": section.stage if is_launched() else None,
+        "microbatch_size": microbatch_size,
+    }
 
 
 def checkpoint_to_resume(
@@ -48,11 +55,12 @@ def checkpoint_to_resume(
 ) -> Path | None:
     """The newest good checkpoint to go on from; None: start from the beginning.
 
-    Every rank must call. A damaged one is set aside as `damaged-step-N`, with a warning.
+    Every rank must call. A damaged one is set aside as `damaged-step-N`, with a warning; one of
+    another layout is told of.
 
     Raises:
         ValueError: there are checkpoints and no `--resume`: a fresh start would mix with them; or
-            all of them are damaged; or this start has another layout.
+            all of them are damaged.
     """
     folder = run.checkpoints(stage)
     if rank() == 0:
@@ -67,7 +75,7 @@ def checkpoint_to_resume(
             f"{folder} to start afresh"
         )
     checkpoint, manifest = newest_good(folder)
-    _check_layout(checkpoint, manifest["layout"], layout)
+    _tell_layout(checkpoint, manifest["layout"], layout)
     return checkpoint
 
 
@@ -108,30 +116,22 @@ def _newest_good(folder: Path) -> tuple[Path, dict[str, Any]] | str:
     )
 
 
-def _check_layout(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Nothing, if optimizer states of `checkpoint` are split as this start splits them.
-
-    Raises:
-        ValueError: names both layouts and the way back.
-    """
-    if saved == now:
-        return
-    flags = "without the launcher: python ..."
-    if saved["zero_stage"] is not None:
-        ranks = f"chatllama run --num-gpus {saved['ranks']}, deepspeed --num_gpus {saved['ranks']}"
-        flags = f"the same ({ranks}) and deepspeed.stage={saved['zero_stage']}"
-    raise ValueError(
-        f"{checkpoint} was written by {_words(saved)}; this start has {_words(now)}, and "
-        f"DeepSpeed's optimizer states cannot be split anew. Resume with {flags}, or remove "
-        f"{checkpoint.parent} to start the stage afresh"
-    )
+def _tell_layout(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Says what another layout changes: rounding, and the random numbers of dropout."""
+    if saved != now and rank() == 0:
+        print(
+            f"{checkpoint} was written by {_words(saved)}; going on with {_words(now)}: the same "
+            "batches, but not bit for bit the same weights",
+            flush=True,
+        )
 
 
 def _words(layout: dict[str, Any]) -> str:
+    size = f"microbatches of {layout['microbatch_size']}"
     if layout["zero_stage"] is None:
-        return "one process without the deepspeed launcher"
+        return f"one process without the deepspeed launcher, {size}"
     ranks = f"{layout['ranks']} rank{'s' if layout['ranks'] > 1 else ''}"
-    return f"{ranks} under ZeRO-{layout['zero_stage']} (the deepspeed launcher)"
+    return f"{ranks} under ZeRO-{layout['zero_stage']}, {size}"
 
 
 def publish(written: Path, folder: Path, step: int, limit: int, layout: dict[str, Any]) -> None:

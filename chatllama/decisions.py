@@ -100,6 +100,27 @@ def _of_begun(
     return Decision("go on", (), tuple(notes))
 
 
+def finished_before(
+    cfg: Config, run: RunFolder, stage: Stage, find_files: lineage.FindFiles
+) -> bool:
+    """Whether a stage has finished and what it left still holds: a script has nothing to do then.
+
+    Raises:
+        ValueError: it must be done again, which only `chatllama run` does, or it was damaged.
+    """
+    if not run.result(stage).is_file():
+        return False
+    record = lineage.read_lineage(run).get(stage)
+    decision = _of_begun(cfg, run, stage, record, False, find_files)
+    if decision.action == "again":
+        raise ValueError(
+            f"stage {stage} of {run.root} has finished before, and it must be done again:\n"
+            + "\n".join(f"  {reason}" for reason in decision.reasons)
+            + "\n`chatllama run` does so, keeping what there is; or use another run_dir"
+        )
+    return True
+
+
 def check_resumed(
     cfg: Config, run: RunFolder, stage: Stage, find_files: lineage.FindFiles
 ) -> dict[str, Any]:
@@ -133,7 +154,7 @@ def _check_outputs(cfg: Config, run: RunFolder, stage: Stage, record: dict[str, 
             state = "is not what the stage wrote" if now.get(name) else "is missing"
             raise ValueError(
                 f"{run.root / name} {state}: it was changed or damaged since {record['finished']}. "
-                f"Bring it back, or use --from {stage} to make it again"
+                f"Bring it back, or let `chatllama run --from {stage}` make it again"
             )
 
 

@@ -32,7 +32,8 @@ SECTIONS: dict[Stage, tuple[str, ...]] = {
     "ppo": ("ppo", "generation", "evaluation", *SHARED),
 }
 FREE_KEYS = ("save_every", "save_total_limit", "eval_every", "allow_weak", "gradient_checkpointing")
-"""Keys that change nothing of what a stage learns."""
+FREE = ("sft.microbatch_size", "reward.microbatch_size")
+"""Keys that change nothing of what a stage learns: by their last part, and by the whole of it."""
 SAMPLE = 64
 """Bytes of each end of a tensor that a fingerprint looks at."""
 
@@ -84,7 +85,8 @@ def binding_config(cfg: Config, stage: Stage) -> dict[str, Any]:
     """Dotted key -> value of the settings on which the stage's result rests."""
     content = json.loads(cfg.model_dump_json())
     chosen = {name: content[name] for name in SECTIONS[stage]}
-    return {k: v for k, v in flat(chosen).items() if k.split(".")[-1] not in FREE_KEYS}
+    keys = flat(chosen).items()
+    return {k: v for k, v in keys if k not in FREE and k.split(".")[-1] not in FREE_KEYS}
 
 
 def flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:

@@ -8,7 +8,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -195,7 +195,10 @@ class Tracker:
         line: dict[str, float | int | None] = {"step": step, "time": round(seconds, 3)}
         line.update({name: finite.get(name) for name in metrics})
         writers = self._open()
-        _append(self._run.metrics(self._stage), line)
+        path = self._run.metrics(self._stage)
+        if step == self._resumed_step:  # a closing evaluation that is made a second time
+            _keep(path, lambda old: old["step"] != step or old.keys() != line.keys())
+        _append(path, line)
         for writer in writers:
             writer.write(step, finite)
 
@@ -223,7 +226,7 @@ class Tracker:
         """The trackers; at the first call cuts the files to the resumed step and opens them."""
         if self._writers is None:
             for path in (self._run.metrics(self._stage), samples_path(self._run, self._stage)):
-                _cut(path, self._resumed_step)
+                _keep(path, lambda line: line["step"] <= self._resumed_step)
             self._writers = []
             for name in self._tracking.report_to:
                 if name == "tensorboard":
@@ -285,9 +288,9 @@ def _append(path: Path, content: Mapping[str, object]) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _cut(path: Path, last_step: int) -> None:
-    """Leaves only the lines of steps up to `last_step`."""
-    kept = [line for line in read_lines(path) if line["step"] <= last_step]
+def _keep(path: Path, wanted: Callable[[dict], bool]) -> None:
+    """Leaves only the lines that are wanted."""
+    kept = [line for line in read_lines(path) if wanted(line)]
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
     beside.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in kept), "utf-8")

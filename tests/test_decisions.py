@@ -13,7 +13,15 @@ from safetensors.numpy import save_file
 
 from chatllama import lineage
 from chatllama.config import Config
-from chatllama.decisions import Decision, backbone_config, check_resumed, decide, forget, set_aside
+from chatllama.decisions import (
+    Decision,
+    backbone_config,
+    check_resumed,
+    decide,
+    finished_before,
+    forget,
+    set_aside,
+)
 from chatllama.lineage import check_base, differences, fingerprint, gather, read_lineage
 from chatllama.run_folder import STAGES, RunFolder, Stage, write_json
 from data.files import named_files
@@ -156,6 +164,25 @@ def test_settings_that_change_nothing_learned(trained: World):
     assert trained.actions(trained.config(**free)) == ["keep"] * 3
 
 
+def test_microbatches_of_sft_and_reward_change_nothing_learned(trained: World):
+    cfg = trained.config(sft__microbatch_size=1, reward__microbatch_size=1)
+    assert trained.actions(cfg) == ["keep"] * 3
+    # PPO draws its minibatches from whole microbatches
+    assert trained.actions(trained.config(ppo__microbatch_size=1)) == ["keep", "keep", "again"]
+
+
+def test_a_script_on_a_finished_stage(trained: World):
+    run, (folder, *_) = trained.run, MADE["ppo"]
+    assert finished_before(trained.config(), run, "ppo", named_files)
+    with pytest.raises(ValueError, match=r"(?s)stage ppo of .* done again:\n  ppo\.kl_c"):
+        finished_before(trained.config(ppo__kl_coef=0.5), run, "ppo", named_files)
+    (run.root / folder / "adapter_model.safetensors").write_text("other")
+    with pytest.raises(ValueError, match=r"is not what the stage wrote.*run --from ppo` make it"):
+        finished_before(trained.config(), run, "ppo", named_files)
+    forget(run, "ppo")
+    assert not finished_before(trained.config(), run, "ppo", named_files)
+
+
 def test_changed_data(trained: World):
     (trained.folder / "held_out.jsonl").write_text('{"held_out": 2}\n')
     decisions = trained.decide()
@@ -223,9 +250,7 @@ def test_results_of_before_there_was_a_lineage_are_kept(trained: World):
 def test_damaged_results_are_named(trained: World, damage: str):
     file = trained.run.reward_adapter / "adapter_model.safetensors"
     os.truncate(file, 3) if damage == "truncated" else file.unlink()
-    with pytest.raises(
-        ValueError, match=r"reward/adapter is not what .* use --from reward to make"
-    ):
+    with pytest.raises(ValueError, match=r"reward/adapter is not what .* run --from reward` make"):
         trained.decide()
     assert trained.actions(redo_from="reward") == ["keep", "forget", "forget"]
 

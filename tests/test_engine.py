@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 from core_models import tiny_llama
-from workers.engine_worker import MAX_GRAD_NORM, PEAKS, build, data, run, step, weights
+from workers.engine_worker import (
+    MAX_GRAD_NORM,
+    PEAKS,
+    build,
+    data,
+    elsewhere,
+    run,
+    step,
+    weights,
+)
 
 from chatllama.config import DeepSpeedSection
 from chatllama.roles import RoleModel, adapter_parameters
@@ -112,10 +121,25 @@ def test_every_trainable_parameter_must_be_in_a_group(base: str):
         Engine(model, groups, settings, DeepSpeedSection(), microbatch_size=1, accumulation_steps=1)
 
 
-def test_a_checkpoint_of_the_launcher_is_refused_without_it(base: str, tmp_path: Path):
-    (tmp_path / "engine").mkdir()
-    with pytest.raises(ValueError, match="was written by the deepspeed launcher: resume it the"):
+def test_a_checkpoint_of_other_parameters_is_refused(base: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"does not hold what is trained now: 58 of 58 param.*lor"):
         build(base).load(tmp_path)
+    engine = build(base)
+    head = engine.model.heads["value"].weight
+    engine.model.heads["value"].weight = torch.nn.Parameter(torch.cat([head, head], dim=1))
+    engine.save(tmp_path, {})
+    with pytest.raises(ValueError, match=r": 1 of 58 param.* too many, heads.value.weight among"):
+        build(base).load(tmp_path)
+
+
+def test_before_the_first_step_there_is_nothing_but_weights(base: str, tmp_path: Path):
+    begun, engine = build(base), build(base, seed=7)
+    begun.save(tmp_path, {"step": 0})
+    step(engine, 0)
+    engine.load(tmp_path)
+    assert_weights_equal(weights(engine, trained=True), weights(begun, trained=True), 0)
+    for state in engine.optimizer.state.values():
+        assert state["step"] == 0 and not state["exp_avg"].any() and not state["exp_avg_sq"].any()
 
 
 def test_seeds_of_steps_differ_and_repeat():
@@ -149,7 +173,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(base: str, folder: Path, stage: int) -> list[dict[str, Any]]:
+def launch(base: str, folder: Path, stage: int, alone: Path) -> list[dict[str, Any]]:
     """Both ranks' results of the worker on the CPU."""
     environment = {
         **os.environ,
@@ -162,7 +186,7 @@ def launch(base: str, folder: Path, stage: int) -> list[dict[str, Any]]:
         str(Path(sys.executable).parent / "deepspeed"),
         *("--num_gpus", "2", "--master_port", str(free_port())),
         str(PROJECT / "tests" / "workers" / "engine_worker.py"),
-        *(base, str(folder), str(stage)),
+        *(base, str(folder), str(stage), str(alone)),
     ]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=600, cwd=folder
@@ -174,7 +198,8 @@ def launch(base: str, folder: Path, stage: int) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def alone(base: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The worker's results in this one process (the stage means nothing here)."""
-    return run(base, tmp_path_factory.mktemp("alone"), stage=2)
+    folder = tmp_path_factory.mktemp("alone")
+    return run(base, folder, stage=2) | {"checkpoint": folder / "checkpoint-2"}
 
 
 @pytest.mark.slow
@@ -182,9 +207,7 @@ def alone(base: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
 def test_two_ranks_give_what_one_process_gives(
     base: str, alone: dict[str, Any], tmp_path: Path, stage: int
 ):
-    (tmp_path / "plain").mkdir()
-    build(base).save(tmp_path / "plain", {})
-    ranks = launch(base, tmp_path, stage)
+    ranks = launch(base, tmp_path, stage, alone["checkpoint"])
     for out in ranks:
         assert out["losses"] == pytest.approx(alone["losses"], rel=1e-5)
         assert out["norms"] == pytest.approx(alone["norms"], rel=1e-5)
@@ -193,7 +216,8 @@ def test_two_ranks_give_what_one_process_gives(
         assert out["frozen_kept"] and out["resumed"] and out["resumed_weights"]
         assert out["state"]["step"] == 2
         assert out["partitioned"] == (stage == 3)
-        assert "was written without the deepspeed launcher: resume it the same" in out["refusal"]
+        for place in ("from one process", "under another stage"):
+            assert_goes_on(out[place], alone)
         for again, loss, norm in zip(
             out["checkpointed"], alone["losses"][2:], alone["norms"][2:], strict=False
         ):
@@ -204,5 +228,13 @@ def test_two_ranks_give_what_one_process_gives(
                 assert low == (pytest.approx(exact[0], rel=0.02), pytest.approx(exact[1], rel=0.1))
     answers = alone["answers"]
     assert [ranks[i % 2]["answers"][i // 2] for i in range(len(answers))] == answers
-    with pytest.raises(ValueError, match="was written by the deepspeed launcher"):
-        build(base).load(tmp_path / f"checkpoint-{stage}")
+    assert_goes_on(elsewhere(base, stage, tmp_path / f"checkpoint-{stage}"), alone)
+
+
+def assert_goes_on(out: dict[str, Any], alone: dict[str, Any]) -> None:
+    """Resumed in another layout, it ends as the run of one process."""
+    assert out["state"] == {"step": 2}
+    losses, norms = zip(*out["steps"], strict=True)
+    assert losses == pytest.approx(alone["losses"][2:], rel=1e-5)
+    assert norms == pytest.approx(alone["norms"][2:], rel=1e-5)
+    assert_weights_equal(out["weights"], alone["weights"], 1e-5)

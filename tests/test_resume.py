@@ -1,21 +1,58 @@
-"""Exact resume on two ranks: SFT, reward model and PPO under ZeRO 0, 2 and 3, bit for bit."""
+"""Interrupted and resumed: SFT, reward model and PPO, on the same ranks and on other ones."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_ppo_launch import PROJECT, launch
+from launching import launch
+
+from chatllama import interruption
+from chatllama.run_folder import STAGES, RunFolder, Stage
+from chatllama.tracking import read_lines
 
 pytestmark = pytest.mark.slow
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Runs of one process and of two ranks, whole, interrupted, and resumed in all ways."""
     from kills.run import prepare
+    from workers.resume_worker import go_on, leave_alone
+
+    folder = tmp_path_factory.mktemp("resume")
+    prepare(folder)
+    config = str(folder / "config.yaml")
+    try:
+        leave_alone(folder, config)
+        launch("tests/workers/resume_worker.py", folder)
+        for stage in STAGES:
+            go_on(folder / "left-by-two", stage, config)
+        yield folder
+    finally:
+        interruption.be_deaf()
+
+
+def metrics(run: Path, stage: Stage) -> list[dict[str, float]]:
+    """What a stage logged, without its times."""
+    lines = read_lines(RunFolder(run).metrics(stage))
+    return [{name: line[name] for name in line if name != "time"} for line in lines]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("left", ["left-by-one", "left-by-two"])
+def test_resumed_on_other_ranks_and_another_zero_stage(folder: Path, stage: Stage, left: str):
+    # one process, then two ranks under ZeRO-3; two ranks under ZeRO-2, then one process
+    alone, other = metrics(folder / "alone", stage), metrics(folder / left / stage, stage)
+    assert len(other) == len(alone) >= 3
+    for expected, found in zip(alone, other, strict=True):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(folder: Path):
     from workers.resume_worker import STOP_AFTER
 
-    prepare(tmp_path)
-    launch(str(PROJECT / "tests" / "workers" / "resume_worker.py"), str(tmp_path))
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = json.loads((folder / "found.json").read_text())
     adapters = {"sft": {"adapter"}, "reward": {"adapter"}, "ppo": {"policy", "policy-ema", "value"}}
     assert set(found) == {"0", "2", "3"}
     for zero, stages in found.items():

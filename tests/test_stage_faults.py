@@ -46,14 +46,14 @@ def failing(function: Callable[..., Any], good_calls: int) -> Callable[..., Any]
 def test_a_full_disk_in_sft_keeps_the_checkpoint_before(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    import torch
-
     import train_sft
+    from trainers import instruction_trainer
 
     run = RunFolder(tmp_path / "run")
     command = [str(prepared / "config.yaml"), f"run_dir={run.root}", "sft.steps=4"]
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", failing(torch.save, 5))  # a checkpoint takes several
+        good = failing(instruction_trainer.write_shares, good_calls=1)
+        patch.setattr(instruction_trainer, "write_shares", good)
         with pytest.raises(
             ValueError, match=r"could not be written .*No space left on device"
         ) as caught:
@@ -114,5 +114,9 @@ def test_a_run_that_is_told_to_stop_saves_and_keeps_others_out(prepared: Path, t
     (checkpoint,) = step_folders(run.checkpoints("sft"))
     assert checkpoint.name == f"step-{told['step']}" and told["step"] < 5000
     assert f"is saved at step {told['step']}" in said and "--resume" in said
-    assert verify(checkpoint)["layout"] == {"ranks": 2, "zero_stage": 2}
+    assert verify(checkpoint)["layout"] == {
+        "ranks": 2,
+        "zero_stage": 2,
+        "microbatch_size": 2,
+    }
     assert not list(run.root.glob(".lock-*"))

@@ -66,6 +66,24 @@ def test_resume_cuts_later_steps_and_continues_the_clock(tmp_path: Path) -> None
     assert read_lines(samples_path(run, "ppo")) == [{"step": 2}]
 
 
+def test_a_closing_evaluation_is_not_told_twice(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for start, loss in ((None, 3.0), (4, 5.0)):
+        with Tracker(run, "reward", QUIET, 4, 0) as tracker:
+            if start is None:
+                tracker.log(3, {"reward/loss": 1.0, "reward/eval_loss": 6.0})
+                tracker.log(4, {"reward/loss": 2.0})
+            else:
+                tracker.resume_from(start)
+            tracker.log(4, {"reward/eval_loss": loss})
+    lines = [{k: v for k, v in x.items() if k != "time"} for x in read_lines(run.metrics("reward"))]
+    assert lines == [
+        {"step": 3, "reward/loss": 1.0, "reward/eval_loss": 6.0},
+        {"step": 4, "reward/loss": 2.0},
+        {"step": 4, "reward/eval_loss": 5.0},
+    ]
+
+
 def test_a_fresh_start_does_not_append_to_an_old_run(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     for _ in range(2):

@@ -17,6 +17,16 @@ from torch import nn
 from chatllama.config import DeepSpeedSection
 from chatllama.distributed import device, is_launched, rank, world_size
 from chatllama.roles import RoleModel
+from trainers.shares import (
+    VALUE,
+    SavedShares,
+    at_hand,
+    num_elements,
+    read_moments,
+    share_of,
+    trained_parameters,
+    write_shares,
+)
 from trainers.zero import whole_model_fits, zero_settings
 
 
@@ -98,6 +108,28 @@ def gathered(parameters: Sequence[nn.Parameter], modified: bool = False) -> Iter
 def _local(parameter: nn.Parameter) -> torch.Tensor:
     """What this rank holds of a parameter: its shard under ZeRO-3, else all of it."""
     return cast(Any, parameter).ds_tensor if hasattr(parameter, "ds_id") else parameter.data
+
+
+@torch.no_grad()
+def restore(folder: Path, model: nn.Module, optimizer: Any) -> None:
+    """Weights and optimizer become those that `write_shares` wrote; every rank must call.
+
+    Args:
+        folder: of the checkpoint.
+        model: its trained parameters have the names they had.
+        optimizer: torch's AdamW, or what DeepSpeed made of it.
+
+    Raises:
+        ValueError: the checkpoint does not hold just the trained parameters.
+    """
+    trained = trained_parameters(model)
+    saved = SavedShares(folder, {name: num_elements(p) for name, p in trained.items()})
+    for name, parameter in trained.items():
+        with gathered([parameter], modified=True):
+            if rank() == 0 or not hasattr(parameter, "ds_id"):  # else it comes from rank 0
+                whole = saved.read(VALUE, name, 0, parameter.numel())
+                parameter.copy_(whole.view_as(parameter))
+    read_moments(saved, model, optimizer)
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -203,20 +235,11 @@ class Engine:
             value: of its whole shape, equal on all ranks.
         """
         value = value.detach().to(device=device(), dtype=parameter.dtype)
-        if self._deepspeed is not None and self._deepspeed.zero_optimization():
-            from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-
-            if self.partitions():
-                # The call for whole tensors fails where the ranks do not divide the elements.
-                share = cast(Any, parameter).ds_tensor.numel()
-                padded = torch.nn.functional.pad(
-                    value.flatten(), (0, share * world_size() - value.numel())
-                )
-                safe_set_local_fp32_param(parameter, padded[share * rank() : share * (rank() + 1)])
-            else:
-                safe_set_full_fp32_param(parameter, value)
         with torch.no_grad(), gathered([parameter], modified=True):
             parameter.copy_(value)
+        share = share_of(parameter, self.optimizer)
+        with at_hand(share, self.optimizer, changed=True):
+            share.of(share.owner).copy_(value.flatten()[share.start : share.start + share.count])
 
     @torch.no_grad()
     def blend(
@@ -282,43 +305,18 @@ class Engine:
 
         Frozen weights are not in it: they come from the adapters that the stage started from.
         """
-        if self._deepspeed is not None:
-            self._deepspeed.save_checkpoint(
-                str(folder), tag="engine", client_state=state, exclude_frozen_parameters=True
-            )
-            return
-        weights = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        torch.save(
-            {"weights": weights, "optimizer": self.optimizer.state_dict(), "state": state},
-            folder / "engine.pt",
-        )
+        write_shares(folder, self.model, self.optimizer)
+        if rank() == 0:
+            torch.save(state, folder / "state.pt")
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Restores what `save` wrote and returns its `state`.
+        """Restores what `save` wrote, under any ZeRO stage and on any ranks; returns its `state`.
 
         Raises:
-            ValueError: the checkpoint came from the other kind of start (launcher or not) or
-                from another number of ranks.
+            ValueError: the checkpoint does not hold just the trained parameters.
         """
-        plain = folder / "engine.pt"
-        if (self._deepspeed is None) != plain.is_file():
-            raise ValueError(
-                f"{folder} was written {'without' if plain.is_file() else 'by'} the deepspeed "
-                "launcher: resume it the same way"
-            )
-        if self._deepspeed is None:
-            saved = torch.load(plain, map_location="cpu", weights_only=True)
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad:
-                    parameter.data.copy_(saved["weights"][name])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            return saved["state"]
-        path, state = self._deepspeed.load_checkpoint(
-            str(folder), tag="engine", load_module_strict=False
-        )
-        if path is None:
-            raise ValueError(f"{folder}: DeepSpeed found no checkpoint it can load")
-        return state
+        restore(folder, self.model, self.optimizer)
+        return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
 
     def partitions(self) -> bool:
         """True under ZeRO-3, where parameters are whole only inside `gathered`."""

@@ -23,10 +23,11 @@ from transformers import (
 
 from chatllama import distributed, interruption
 from chatllama.batching import lr_factor
-from chatllama.checkpoint import layout_of, publish
-from chatllama.config import DeepSpeedSection, OptimizerSection
+from chatllama.checkpoint import publish
+from chatllama.config import OptimizerSection
 from chatllama.run_folder import RunFolder, Stage
 from chatllama.tracking import Tracker
+from trainers.engine import seed_step
 
 
 def trainer_settings(
@@ -120,6 +121,18 @@ def build_schedule(
     )
 
 
+def set_schedule(schedule: LambdaLR, step: int) -> None:
+    """Sets the learning rates as `step` finished optimizer steps leave them."""
+    rates = [
+        base * factor(step)
+        for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    now = {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+    schedule.load_state_dict(schedule.state_dict() | now)
+
+
 class StepFolders(TrainerCallback):
     """Moves each checkpoint that the Trainer has completed to `checkpoints/step-N`.
 
@@ -127,16 +140,14 @@ class StepFolders(TrainerCallback):
     makes one after the step that runs, and ends the stage.
     """
 
-    def __init__(
-        self, run: RunFolder, stage: Stage, limit: int, deepspeed: DeepSpeedSection
-    ) -> None:
+    def __init__(self, run: RunFolder, stage: Stage, limit: int, layout: dict[str, Any]) -> None:
         self.run = run
         self.stage: Stage = stage
         self.stopping = False
         self.unfinished = run.stage(stage) / ".unfinished"
         self.folder = run.checkpoints(stage)
         self.limit = limit
-        self.layout = layout_of(deepspeed)
+        self.layout = layout
         self._remove_unfinished()
 
     def on_train_begin(
@@ -148,6 +159,16 @@ class StepFolders(TrainerCallback):
     ) -> None:
         """From here on signals wait for the end of a step."""
         interruption.begin_steps()
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Dropout of a step follows from its number: a checkpoint holds no random state."""
+        seed_step(args.seed, state.global_step)
 
     def on_step_end(
         self,

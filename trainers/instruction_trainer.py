@@ -23,14 +23,17 @@ from transformers import (
     PrinterCallback,
     TrainerCallback,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from chatllama import distributed
 from chatllama.checkpoint import explained
 from chatllama.config import OptimizerSection
-from trainers.hf_trainer import build_optimizer, build_schedule
+from trainers.engine import restore
+from trainers.hf_trainer import build_optimizer, build_schedule, set_schedule
 from trainers.losses import TokenLoss, token_loss
+from trainers.shares import write_shares
 
 IGNORED = -100
 """Label of a token that does not train."""
@@ -230,16 +233,38 @@ class InstructionTrainer(SFTTrainer):
             self.lr_scheduler = build_schedule(chosen, self.section, num_training_steps)
         return self.lr_scheduler
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The model's part of a checkpoint; DeepSpeed's own files hold it already."""
-        if not self.is_deepspeed_enabled:
-            super().save_model(output_dir, _internal_call)
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A checkpoint that cannot be written ends the stage with a message."""
-        unfinished = Path(cast(str, self.args.output_dir))
-        with explained(unfinished, unfinished.parent / "checkpoints", self.state.global_step):
-            super()._save_checkpoint(model, trial)
+        """Our own files; one that cannot be written ends the stage with a message."""
+        unfinished, step = Path(cast(str, self.args.output_dir)), self.state.global_step
+        folder = unfinished / f"checkpoint-{step}"
+        with explained(unfinished, unfinished.parent / "checkpoints", step):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_shares(folder, cast(nn.Module, self.model), self._inner_optimizer())
+            if distributed.rank() == 0:
+                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        """Nothing: weights come with the optimizer's state, once there is one."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing: every step is seeded by its number."""
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        """The Trainer's own, but for what a checkpoint holds."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            folder = Path(resume_from_checkpoint)
+            restore(folder, cast(nn.Module, self.model), self._inner_optimizer())
+            set_schedule(self.lr_scheduler, self.state.global_step)
+        return prepared
+
+    def _inner_optimizer(self) -> Any:
+        """Torch's AdamW or DeepSpeed's optimizer, without accelerate's wrapper."""
+        return cast(Any, self.optimizer).optimizer
 
     def create_model_card(self, *args: object, **kwargs: object) -> None:
         """Nothing: checkpoints are for resuming."""

@@ -84,7 +84,8 @@ class PpoTrainer:
         """
         section = self.cfg.ppo
         started = time.monotonic()
-        checkpoint = checkpoint_to_resume(self.run, "ppo", resume, layout_of(self.cfg.deepspeed))
+        layout = layout_of(self.cfg.deepspeed, section.microbatch_size)
+        checkpoint = checkpoint_to_resume(self.run, "ppo", resume, layout)
         metrics: dict[str, float] = {}
         with Tracker(self.run, "ppo", self.cfg.tracking, section.steps, rank()) as tracker:
             if checkpoint is None:

@@ -56,7 +56,7 @@ def save_state(cfg: Config, run: RunFolder, engine: Engine, state: PpoState) -> 
                     whole = {name: t.cpu().contiguous() for name, t in tensors.items()}
                     save_file(whole, folder / f"{role}.safetensors")
 
-    limit, layout = cfg.ppo.save_total_limit, layout_of(cfg.deepspeed)
+    limit, layout = cfg.ppo.save_total_limit, layout_of(cfg.deepspeed, cfg.ppo.microbatch_size)
     save_step(run, "ppo", state.step, limit, layout, write)
 
 

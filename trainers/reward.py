@@ -161,7 +161,8 @@ def train_member(
     engine = build_engine(cfg, model)
     total = optimizer_steps(section, len(data.train))
     collator = collator_for(cfg, pad_id)
-    checkpoint = checkpoint_to_resume(own_run, "reward", resume, layout_of(cfg.deepspeed))
+    layout = layout_of(cfg.deepspeed, section.microbatch_size)
+    checkpoint = checkpoint_to_resume(own_run, "reward", resume, layout)
     first, loss = 0, float("nan")
     title = f"reward, member {number + 1} of {section.ensemble}" if section.ensemble > 1 else None
     with Tracker(own_run, "reward", cfg.tracking, total, rank(), title) as tracker:
@@ -188,7 +189,7 @@ def train_member(
                         "reward",
                         done,
                         section.save_total_limit,
-                        layout_of(cfg.deepspeed),
+                        layout,
                         partial(engine.save, state={"step": done, "loss": loss}),
                     )
                 if stopping:

@@ -233,7 +233,8 @@ def train_sft(
     Raises:
         ValueError: there are checkpoints and `resume` is off.
     """
-    checkpoint = checkpoint_to_resume(run, "sft", resume, layout_of(cfg.deepspeed))
+    layout = layout_of(cfg.deepspeed, cfg.sft.microbatch_size)
+    checkpoint = checkpoint_to_resume(run, "sft", resume, layout)
     adapted = isinstance(model, RoleModel)
     tracker = Tracker(run, "sft", cfg.tracking, rows.steps, distributed.rank())
     with tracker, acting_as(model, "policy") if adapted else nullcontext():
@@ -247,7 +248,7 @@ def train_sft(
             tokenizer,
             use_bfloat16=cfg.backbone.dtype == "bfloat16",
             callbacks=[
-                StepFolders(run, "sft", cfg.sft.save_total_limit, cfg.deepspeed),
+                StepFolders(run, "sft", cfg.sft.save_total_limit, layout),
                 MetricsToTracker(tracker, "sft"),
             ],
         )

@@ -125,6 +125,28 @@ def speak(engine: Engine) -> list[list[int]]:
     return answers
 
 
+def resumed(
+    base: str, stage: int, frozen: dict[str, torch.Tensor], checkpoint: Path
+) -> tuple[Engine, dict[str, Any]]:
+    """An engine on other adapters than those of `frozen`, and what `checkpoint` makes of it."""
+    engine = build(base, stage=stage, seed=99)
+    step(engine, 0)  # there is a state already, as at a rollback
+    kept = dict(engine.model.named_parameters())
+    for name, tensor in frozen.items():
+        if "lora_" in name or name.startswith("heads."):
+            with torch.no_grad(), gathered([kept[name]], modified=True):
+                kept[name].copy_(tensor)
+    return engine, engine.load(checkpoint)
+
+
+def elsewhere(base: str, stage: int, checkpoint: Path) -> dict[str, Any]:
+    """Steps 2 to 4 from a checkpoint that another layout wrote; what they end with."""
+    frozen = weights(build(base, stage=stage), trained=False)
+    engine, state = resumed(base, stage, frozen, checkpoint)
+    steps = [step(engine, number) for number in (2, 3, 4)]
+    return {"state": state, "steps": steps, "weights": weights(engine, trained=True)}
+
+
 def run(base: str, folder: Path, stage: int) -> dict[str, Any]:
     """Five steps; the same from a checkpoint after step 2; with checkpointing; in bfloat16."""
     out: dict[str, Any] = {}
@@ -146,16 +168,10 @@ def run(base: str, folder: Path, stage: int) -> dict[str, Any]:
     out["frozen_kept"] = all(torch.equal(after[name], frozen[name]) for name in frozen)
     out["partitioned"] = [p.numel() for p in engine.model.parameters()].count(0) > 0
 
-    again = build(base, stage=stage, seed=99)  # other adapters: all must come from the checkpoint
-    kept = dict(again.model.named_parameters())
-    for name, tensor in frozen.items():
-        if "lora_" in name or name.startswith("heads."):
-            with torch.no_grad(), gathered([kept[name]], modified=True):
-                kept[name].copy_(tensor)
-    out["state"] = again.load(checkpoint)
+    again, out["state"] = resumed(base, stage, frozen, checkpoint)
     out["resumed"] = [step(again, number) for number in (2, 3, 4)] == steps[2:]
-    resumed = weights(again, trained=True)
-    out["resumed_weights"] = all(torch.equal(resumed[n], w) for n, w in out["weights"].items())
+    own = weights(again, trained=True)
+    out["resumed_weights"] = all(torch.equal(own[n], w) for n, w in out["weights"].items())
 
     again.load(checkpoint)
     again.model.enable_gradient_checkpointing()
@@ -175,13 +191,16 @@ def main() -> None:
     parser.add_argument("base")
     parser.add_argument("folder", type=Path)
     parser.add_argument("stage", type=int)
+    parser.add_argument("alone", type=Path)
     arguments = parser.parse_args()
     initialise()
     out = run(arguments.base, arguments.folder, arguments.stage)
-    try:
-        build(arguments.base, stage=arguments.stage).load(arguments.folder / "plain")
-    except ValueError as error:
-        out["refusal"] = str(error)
+    other = {0: 3, 1: 2, 2: 0, 3: 1}[arguments.stage]
+    for name, stage, checkpoint in (
+        ("from one process", arguments.stage, arguments.alone),
+        ("under another stage", other, arguments.folder / f"checkpoint-{arguments.stage}"),
+    ):
+        out[name] = elsewhere(arguments.base, stage, checkpoint)
     torch.save(out, arguments.folder / f"out-{arguments.stage}-{rank()}.pt")
     if rank() == 0:
         print(json.dumps({"losses": out["losses"], "norms": out["norms"]}))

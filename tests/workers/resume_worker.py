@@ -1,7 +1,8 @@
 """What tests/test_resume.py runs through the launcher on two ranks.
 
 SFT, reward model and PPO under ZeRO 0, 2 and 3: each without interruption, and each told to stop
-by a signal to rank 1 alone, then resumed. All in one process, since starting one takes longer.
+by a signal to one rank alone, then resumed; and what one process left, resumed under ZeRO-3. All
+in one process, since starting one takes longer.
 """
 
 import argparse
@@ -22,10 +23,12 @@ from kills.run import MAINS
 
 from chatllama import distributed, interruption
 from chatllama.checkpoint import step_folders
-from chatllama.distributed import barrier, rank, shut_down
+from chatllama.distributed import barrier, rank, shut_down, world_size
 from chatllama.run_folder import STAGES, RunFolder, Stage
 from trainers.hf_trainer import forget_accelerator
 
+NO_DROPOUT = "lora.dropout=0"
+"""The ranks draw dropout for themselves: without it, all layouts have the same losses."""
 STOP_AFTER: dict[Stage, int] = {"sft": 2, "reward": 3, "ppo": 1}
 SETTINGS = ["sft.steps=4", "reward.steps=4", "ppo.steps=3", "reward.save_every=0",
             "sft.save_every=0", "ppo.save_every=0"]  # fmt: skip
@@ -43,12 +46,12 @@ def train(stage: Stage, command: Sequence[str]) -> None:
 
 
 def train_interrupted(stage: Stage, command: Sequence[str]) -> None:
-    """The same, with a signal to rank 1 in the middle."""
+    """The same, with a signal to the last rank in the middle."""
     asked, original = [0], interruption.stop_requested
 
     def counting() -> bool:
         asked[0] += 1
-        if asked[0] == STOP_AFTER[stage] and rank() == 1:
+        if asked[0] == STOP_AFTER[stage] and rank() == world_size() - 1:
             os.kill(os.getpid(), signal.SIGUSR1)
         return original()
 
@@ -68,16 +71,29 @@ def hashes(run: RunFolder, stage: Stage) -> dict[str, str]:
     return {f.parent.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
+def zero_settings(zero: int) -> list[str]:
+    """So that ZeRO-3 splits even the smallest tensor."""
+    return [f"deepspeed.stage={zero}", "deepspeed.stage3_param_persistence_threshold=0"]
+
+
+def leave(run: RunFolder, stage: Stage, left: Path) -> None:
+    """Keeps a copy of a run whose stage was interrupted, for another layout to go on with."""
+    if rank() == 0:
+        shutil.copytree(run.root, left / stage, ignore=shutil.ignore_patterns(".lock-*"))
+    barrier()
+
+
 def compare(folder: Path, config: str, zero: int) -> dict[str, dict[str, Any]]:
     """Both ways through the three stages under a ZeRO stage."""
     whole, cut = (RunFolder(folder / f"{name}-{zero}") for name in ("whole", "cut"))
-    section = [f"deepspeed.stage={zero}", "deepspeed.stage3_param_persistence_threshold=0"]
+    common = [config, *SETTINGS, *zero_settings(zero), *([NO_DROPOUT] if zero == 2 else [])]
     found = {}
     for stage in STAGES:
-        common = [config, *SETTINGS, *section]
         train(stage, [*common, f"run_dir={whole.root}"])
         command = [*common, f"run_dir={cut.root}"]
         train_interrupted(stage, command)
+        if zero == 2:
+            leave(cut, stage, folder / "left-by-two")
         told = json.loads(cut.interrupted(stage).read_text())
         saved = [path.name for path in step_folders(cut.checkpoints(stage))]
         train(stage, [*command, "--resume"])
@@ -93,6 +109,22 @@ def compare(folder: Path, config: str, zero: int) -> dict[str, dict[str, Any]]:
     return found
 
 
+def go_on(left: Path, stage: Stage, config: str, settings: Sequence[str] = ()) -> None:
+    """Ends a run that another layout has left."""
+    run_dir = f"run_dir={left / stage}"
+    train(stage, [config, *SETTINGS, NO_DROPOUT, *settings, run_dir, "--resume"])
+
+
+def leave_alone(folder: Path, config: str) -> None:
+    """A whole run of one process, and what each of its stages leaves when it is interrupted."""
+    run = RunFolder(folder / "alone")
+    command = [config, *SETTINGS, NO_DROPOUT, f"run_dir={run.root}"]
+    for stage in STAGES:
+        train_interrupted(stage, command)
+        leave(run, stage, folder / "left-by-one")
+        train(stage, [*command, "--resume"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--local_rank", type=int)
@@ -100,6 +132,8 @@ def main() -> None:
     arguments = parser.parse_args()
     distributed.shut_down = barrier  # a process group cannot be made twice
     config = str(arguments.folder / "config.yaml")
+    for stage in STAGES:
+        go_on(arguments.folder / "left-by-one", stage, config, zero_settings(3))
     found = {str(zero): compare(arguments.folder, config, zero) for zero in (0, 2, 3)}
     if rank() == 0:
         (arguments.folder / "found.json").write_text(json.dumps(found))
