@@ -16,18 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from measuring import hardware, publish
+from measuring import hardware, ppo_trainer, publish, time_parts
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from chatllama.config import Config
 from chatllama.distributed import device
-from chatllama.roles import Adapter, RoleModel, acting_as, autocast
-from chatllama.run_folder import RunFolder
-from trainers import rollout
+from chatllama.roles import acting_as, autocast
 from trainers.ppo import PpoTrainer
-from trainers.ppo_rewards import Scorer, Statistics
-from trainers.ppo_setup import Prompts, build_engine
+from trainers.ppo_rewards import Statistics
 from trainers.ppo_state import PpoState
 from trainers.rollout import TurnEnds
 
@@ -84,7 +80,11 @@ def make_trainer(size: argparse.Namespace, prompts: list[list[int]]) -> PpoTrain
     cfg = Config.model_validate(
         {
             "run_dir": "large_ppo_unused",
-            "backbone": {"path": "random weights", "dtype": size.dtype},
+            "backbone": {
+                "path": "random weights",
+                "dtype": size.dtype,
+                "gradient_checkpointing": size.checkpointing,
+            },
             "lora": {"r": 16, "alpha": 32},
             "tracking": {"report_to": []},
             "generation": {"max_new_tokens": size.new_tokens, "batch_size": size.rows},
@@ -115,19 +115,8 @@ def make_trainer(size: argparse.Namespace, prompts: list[list[int]]) -> PpoTrain
             llama = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
-    adapter, trained = Adapter(cfg.adapter_lora), Adapter(cfg.adapter_lora, trainable=True)
-    model = RoleModel(
-        llama,
-        {"reference": adapter, "policy": trained, "reward": adapter, "value": trained},
-        heads=("reward", "value"),
-    )
-    if size.checkpointing:
-        model.enable_gradient_checkpointing()
-    data = Dataset.from_list([{"input_ids": prompt, "text": ""} for prompt in prompts])
     nobody: Any = PreTrainedTokenizerFast
-    engine, scorer = build_engine(cfg, model), Scorer(cfg, [["reward"]])
-    run = RunFolder(Path(cfg.run_dir))
-    return PpoTrainer(cfg, run, engine, scorer, Prompts(data, data), Ends(nobody, [], 0))
+    return ppo_trainer(cfg, llama, prompts, Ends(nobody, [], 0))
 
 
 def matrix_rate(dtype: str) -> float:
@@ -157,25 +146,13 @@ def measure(size: argparse.Namespace) -> dict[str, str]:
     shape = (size.rows, size.prompt)
     prompts = torch.randint(1000, VOCABULARY, shape, generator=generator).tolist()
     trainer = make_trainer(size, prompts)
-    spent = {"sampling": 0.0, "scoring": 0.0, "update": 0.0}
-
-    def timed(name: str, function: Any) -> Any:
-        def call(*values: Any, **named: Any) -> Any:
-            start = seconds()
-            result = function(*values, **named)
-            spent[name] += (seconds() - start) / size.steps
-            return result
-
-        return call
-
-    rollout.sample_responses = timed("sampling", rollout.sample_responses)
-    rollout.score = timed("scoring", rollout.score)
-    trainer._update = timed("update", trainer._update)
+    spent = time_parts(trainer, seconds)
     state = PpoState(0, 0.05, Statistics())
     state, *_ = trainer.advance(state)
     spent.update(dict.fromkeys(spent, 0.0))
     for _ in range(size.steps):
         state, *_ = trainer.advance(state)
+    spent = {name: each / size.steps for name, each in spent.items()}
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu() else float("nan")
     model = trainer.engine.model.eval()
     tokens = torch.tensor(prompts, device=device())

@@ -13,13 +13,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
+
+if TYPE_CHECKING:
+    from chatllama.config import Config
+    from trainers.ppo import PpoTrainer
+    from trainers.rollout import TurnEnds
 
 VOCABULARY, WIDTH, INNER, LAYERS, HEADS = 32_000, 288, 768, 6, 6
 
@@ -100,6 +105,55 @@ def hardware(threads: int) -> str:
         f"{datetime.date.today()}; {model}, {os.cpu_count()} cores, {threads} threads; load "
         f"{os.getloadavg()[0]:.1f} at the end; {libraries}"
     )
+
+
+def ppo_trainer(
+    cfg: "Config", llama: LlamaForCausalLM, prompts: list[list[int]], ends: "TurnEnds"
+) -> "PpoTrainer":
+    """This project's PPO over a LLaMA with new adapters for all four roles."""
+    from datasets import Dataset
+
+    from chatllama.roles import Adapter, RoleModel
+    from chatllama.run_folder import RunFolder
+    from trainers.ppo import PpoTrainer
+    from trainers.ppo_rewards import Scorer
+    from trainers.ppo_setup import Prompts, build_engine
+
+    adapter, trained = Adapter(cfg.adapter_lora), Adapter(cfg.adapter_lora, trainable=True)
+    roles = {"reference": adapter, "policy": trained, "reward": adapter, "value": trained}
+    model = RoleModel(llama, roles, heads=("reward", "value"))
+    if cfg.backbone.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    data = Dataset.from_list([{"input_ids": prompt, "text": ""} for prompt in prompts])
+    engine, scorer = build_engine(cfg, model), Scorer(cfg, [["reward"]])
+    run = RunFolder(Path(cfg.run_dir))
+    return PpoTrainer(cfg, run, engine, scorer, Prompts(data, data), ends)
+
+
+def time_parts(trainer: "PpoTrainer", seconds: Callable[[], float]) -> dict[str, float]:
+    """Seconds of sampling, scoring and update, which grow while the trainer works.
+
+    Args:
+        trainer: whose `advance` will be called; the functions it calls are replaced.
+        seconds: the time.
+    """
+    from trainers import rollout
+
+    spent = {"sampling": 0.0, "scoring": 0.0, "update": 0.0}
+
+    def timed(name: str, function: Any) -> Any:
+        def call(*values: Any, **named: Any) -> Any:
+            start = seconds()
+            result = function(*values, **named)
+            spent[name] += seconds() - start
+            return result
+
+        return call
+
+    rollout.sample_responses = timed("sampling", rollout.sample_responses)
+    rollout.score = timed("scoring", rollout.score)
+    trainer._update = timed("update", trainer._update)
+    return spent
 
 
 def run_child(command: Iterable[object], threads: int = 1) -> dict[str, Any]:

@@ -16,26 +16,27 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from measuring import (
-    HEADS,
-    INNER,
-    LAYERS,
     VOCABULARY,
-    WIDTH,
     Clock,
     gemm_rates,
     hardware,
+    llama_config,
     peak_mib,
+    ppo_trainer,
+    publish,
+    run_child,
+    time_parts,
     training_flops,
 )
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 if TYPE_CHECKING:
     from trainers.ppo import PpoTrainer
@@ -75,11 +76,7 @@ def main() -> None:
                     rows[name].append(launch(python, name, case, arguments, work))
                     print(case, name, json.dumps(rows[name][-1]), flush=True)
         lines += table(case, rows)
-    text = "\n".join(lines)
-    print(text)
-    if arguments.out:
-        with arguments.out.open("a", encoding="utf-8") as file:
-            file.write(text + "\n\n")
+    publish(lines, arguments.out)
 
 
 HEADER = (
@@ -115,20 +112,10 @@ def launch(
     python: Path, name: str, case: str, arguments: argparse.Namespace, work: str
 ) -> dict[str, float]:
     """One measurement in a process of its own."""
-    here = Path(__file__).resolve()
-    path = os.pathsep.join([str(here.parent.parent), os.environ.get("PYTHONPATH", "")])
-    command = [str(python), str(here), "--child", name, "--cases", case, "--work", work]
+    command = [python, __file__, "--child", name, "--cases", case, "--work", work]
     for option in ("steps", "threads", "batch"):
-        command += [f"--{option}", str(vars(arguments)[option])]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": str(arguments.threads), "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{name} failed:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+        command += [f"--{option}", vars(arguments)[option]]
+    return run_child(command, arguments.threads)
 
 
 def write_models(folder: Path, mean_length: int | None) -> None:
@@ -139,17 +126,8 @@ def write_models(folder: Path, mean_length: int | None) -> None:
     """
     from chatllama.tokenizer import train_tokenizer
 
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=INNER,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=STOP,
-        pad_token_id=0,
+    config = llama_config(
+        tie_word_embeddings=False, bos_token_id=1, eos_token_id=STOP, pad_token_id=0
     )
     torch.manual_seed(0)
     llama = LlamaForCausalLM(config)
@@ -256,15 +234,8 @@ def make_trainer(
     stage: int = 2,
 ) -> "PpoTrainer":
     """This project's trainer over the LLaMA of `write_models`, with new adapters for all roles."""
-    from datasets import Dataset
-
     from chatllama.config import Config
-    from chatllama.roles import Adapter, RoleModel
-    from chatllama.run_folder import RunFolder
     from chatllama.tokenizer import load_tokenizer
-    from trainers.ppo import PpoTrainer
-    from trainers.ppo_rewards import Scorer
-    from trainers.ppo_setup import Prompts, build_engine
     from trainers.rollout import TurnEnds
 
     cfg = Config.model_validate(
@@ -286,43 +257,21 @@ def make_trainer(
             },
         }
     )
-    adapter, trained = Adapter(cfg.adapter_lora), Adapter(cfg.adapter_lora, trainable=True)
     torch.manual_seed(0)
-    model = RoleModel(
-        LlamaForCausalLM.from_pretrained(work / "llama"),
-        {"reference": adapter, "policy": trained, "reward": adapter, "value": trained},
-        heads=("reward", "value"),
-    )
-    data = Dataset.from_list([{"input_ids": prompt, "text": ""} for prompt in prompts])
-    ends = TurnEnds(load_tokenizer(work / "tokenizer"), stops, 0)
-    engine, scorer = build_engine(cfg, model), Scorer(cfg, [["reward"]])
-    return PpoTrainer(cfg, RunFolder(work / "run"), engine, scorer, Prompts(data, data), ends)
+    llama = LlamaForCausalLM.from_pretrained(work / "llama")
+    return ppo_trainer(cfg, llama, prompts, TurnEnds(load_tokenizer(work / "tokenizer"), stops, 0))
 
 
 def ours(
     work: Path, prompts: list[list[int]], new_tokens: int, mean_length: int | None, steps: int
 ) -> dict[str, float]:
     """This project's trainer, step by step, and where its time goes."""
-    from trainers import rollout
     from trainers.ppo_rewards import Statistics
     from trainers.ppo_state import PpoState
 
     libraries = peak_mib()
     trainer = make_trainer(work, prompts, new_tokens, [STOP] if mean_length else [], steps)
-    spent = {"sampling": 0.0, "scoring": 0.0, "update": 0.0}
-
-    def timed(name: str, function: Any) -> Any:
-        def call(*values: Any, **named: Any) -> Any:
-            clock = Clock()
-            result = function(*values, **named)
-            spent[name] += clock.read()[1] / steps
-            return result
-
-        return call
-
-    rollout.sample_responses = timed("sampling", rollout.sample_responses)
-    rollout.score = timed("scoring", rollout.score)
-    trainer._update = timed("update", trainer._update)
+    spent = time_parts(trainer, time.process_time)
     state, flops, lengths = PpoState(0, 0.05, Statistics()), 0.0, []
     clock = Clock()
     for _ in range(steps):
@@ -337,8 +286,8 @@ def ours(
         "peak": peak,
         "libraries": libraries,
         "length": sum(lengths) / len(lengths),
-        "share": flops / steps / spent["update"] / gemm_rates()[1],
-        **spent,
+        "share": flops / spent["update"] / gemm_rates()[1],
+        **{name: seconds / steps for name, seconds in spent.items()},
     }
 
 
