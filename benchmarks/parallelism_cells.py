@@ -225,11 +225,13 @@ def main() -> None:
     initialise()
     # Every script ends by leaving the process group; here the next cell still needs it.
     leave, distributed.shut_down = distributed.shut_down, distributed.barrier
-    if distributed.is_launched():
-        ranks = distributed.world_size()
+    ranks = distributed.world_size()
+    if ranks > 1:
         todo = [(c, c.microbatch_size(ranks), c.name) for c in cells(arguments.zero, ranks)]
     else:
         todo = [(c, size, reference_name(c, size)) for c, size in references(arguments.ranks)]
+        if distributed.is_launched():  # only bfloat16 asks which engine ran
+            todo = [entry for entry in todo if entry[0].dtype == "bfloat16"]
     written = arguments.results.read_text().splitlines() if arguments.results.is_file() else []
     done = {json.loads(line)["cell"] for line in written}
     for number, (cell, size, name) in enumerate(todo):

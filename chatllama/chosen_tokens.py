@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-CHUNK_ELEMENTS = 2**21
+from chatllama.lora_layer import call_inside
+
+CHUNK_ELEMENTS = 2**22
 
 
 class _Chosen(torch.autograd.Function):
@@ -38,16 +40,15 @@ class _Chosen(torch.autograd.Function):
             logits = functional.linear(hidden[rows], weight).float()
             if temperature != 1:
                 logits /= temperature
+            picked = logits.gather(1, targets[rows, None])
             largest = logits.amax(-1, keepdim=True)
-            probabilities = logits.softmax(-1)
-            # The largest logit's probability says the normaliser: exp(0) over the sum.
-            normalizer = largest - probabilities.amax(-1, keepdim=True).log()
-            picked = logits.gather(1, targets[rows, None]) - normalizer
-            logprobs[rows] = picked.squeeze(1)
-            entropy[rows] = normalizer.squeeze(1) - logits.mul_(probabilities).sum(-1)
+            powers = logits.sub_(largest).exp()
+            total = powers.sum(-1, keepdim=True)
+            logprobs[rows] = (picked - largest - total.log()).squeeze(1)
             if slopes is not None:
-                expected = functional.linear(probabilities.to(hidden.dtype), weight.T)
+                expected = functional.linear(powers.to(hidden.dtype), weight.T) / total
                 slopes[rows] = (weight[targets[rows]] - expected) / temperature
+            entropy[rows] = (total.log() - logits.mul_(powers).sum(-1, keepdim=True) / total)[:, 0]
         if slopes is not None:
             ctx.save_for_backward(slopes)
         ctx.mark_non_differentiable(entropy)
@@ -64,8 +65,9 @@ def chosen_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the targets under softmax(logits / temperature), and entropies in nats.
 
-    Both (N,) float32; the entropies carry no gradient. A head whose weight is split over ranks
-    (ZeRO-3) or trains is called as a module, all rows at once.
+    Both (N,) float32; the entropies carry no gradient. All happens inside the head's own call,
+    where ZeRO-3 has made its weight whole. A head that trains, or is no plain matrix, gives all
+    logits at once.
 
     Args:
         head: the LM head, without bias.
@@ -73,9 +75,13 @@ def chosen_logprobs(
         targets: (N,) int64.
         temperature: above 0.
     """
-    if type(head) is nn.Linear and head.weight.ndim == 2 and not head.weight.requires_grad:
-        logprobs, entropy = _Chosen.apply(hidden, head.weight, targets, temperature)
-        return logprobs, entropy
+    if type(head) is nn.Linear and not head.weight.requires_grad:
+        weight = head.weight
+
+        def scores(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return _Chosen.apply(states, weight, targets, temperature)
+
+        return call_inside([head], scores, hidden)
     logits = head(hidden).float() / temperature
     table = logits.log_softmax(-1)
     with torch.no_grad():

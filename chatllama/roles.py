@@ -7,7 +7,7 @@ or calls the functions of `scoring.py`. It never trains, samples or writes files
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from chatllama.config import LoraSection
+from chatllama.lora_layer import make_layer
 from chatllama.scalar_head import ScalarHead
 
 T = TypeVar("T")
@@ -225,7 +226,7 @@ def _activate(model: RoleModel, role: Role) -> None:
 
 def lora_config(lora: LoraSection, role: Role, dropout: bool = False) -> LoraConfig:
     """The PEFT configuration of a role's adapter, in memory: plain LoRA, no extras."""
-    return LoraConfig(
+    config = LoraConfig(
         r=lora.r,
         lora_alpha=cast(int, lora.alpha),
         lora_dropout=lora.dropout if dropout else 0.0,
@@ -233,6 +234,9 @@ def lora_config(lora: LoraSection, role: Role, dropout: bool = False) -> LoraCon
         task_type="CAUSAL_LM",
         bias="none",
     )
+    # An experimental name of PEFT's (pinned; tests/test_lora_layer.py).
+    config._register_custom_module(cast(Any, {nn.Linear: make_layer}))
+    return config
 
 
 def adapter_parameters(model: RoleModel, role: Role) -> list[nn.Parameter]:

@@ -7,10 +7,12 @@ prompts followed by right-padded responses, so response token t stands in column
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from chatllama.chosen_tokens import chosen_logprobs
+from chatllama.packed_attention import NO_MASK
 from chatllama.roles import Role, RoleModel, acting_as, autocast
 
 
@@ -19,21 +21,27 @@ def hidden_states(
 ) -> torch.Tensor:
     """Last hidden states of `role`: (B, T, H) in the backbone's type.
 
+    Padding is not computed: real tokens go through the layers end to end, and each row sees itself.
+
     Args:
         model: holds the role.
         role: whose adapter computes.
         tokens: (B, T) int64.
         mask: (B, T) bool, True at real tokens; padding may stand on either side.
     """
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    llama, lengths = model.llama.model, mask.sum(1).tolist()
+    positions = mask.long().cumsum(1) - 1
     with acting_as(model, role), autocast(model):
-        output = model.llama.model(
-            input_ids=tokens,
-            attention_mask=mask.long(),
-            position_ids=positions,
-            use_cache=False,
-        )
-    return output.last_hidden_state
+        if min(lengths) == tokens.shape[1]:
+            return llama(tokens, position_ids=positions, use_cache=False).last_hidden_state
+        packed, positions = tokens[mask][None], positions[mask][None]
+        # Other kernels see by the positions where a row begins.
+        rows: dict[str, Any] = {}
+        if llama.config._attn_implementation == "sdpa":
+            rows = {"row_lengths": [n for n in lengths if n], "attention_mask": NO_MASK}
+        states = llama(packed, position_ids=positions, use_cache=False, **rows).last_hidden_state
+    padded = states.new_zeros(*tokens.shape, states.shape[-1])
+    return padded.index_put(mask.nonzero(as_tuple=True), states[0])
 
 
 @dataclass(frozen=True)
@@ -66,29 +74,16 @@ def response_logprobs(
         response_mask: (B, R) bool, True up to and including the first EOS.
         temperature: the sampling temperature.
     """
-    response_length = response_mask.shape[1]
-    hidden = hidden_states(model, role, tokens, mask)[:, -response_length - 1 : -1]
-    chosen = hidden[response_mask]
-    targets = tokens[:, -response_length:][response_mask]
-    with acting_as(model, role), autocast(model):
-        head = model.llama.lm_head
-        logprobs, entropy = chosen_logprobs(head, chosen, targets, temperature)
-    zeros = torch.zeros(response_mask.shape, device=tokens.device)
-    return TokenScores(
-        logprobs=zeros.masked_scatter(response_mask, logprobs),
-        entropy=zeros.masked_scatter(response_mask, entropy),
-    )
+    states = _before_responses(model, role, tokens, mask, response_mask)
+    return _scores(model, role, states, tokens, response_mask, temperature)
 
 
 def response_values(
     model: RoleModel, tokens: torch.Tensor, mask: torch.Tensor, response_mask: torch.Tensor
 ) -> torch.Tensor:
     """Values of the states BEFORE each response token: (B, R) float32, 0 outside the mask."""
-    response_length = response_mask.shape[1]
-    hidden = hidden_states(model, "value", tokens, mask)[:, -response_length - 1 : -1]
-    values = model.heads["value"](hidden[response_mask])
-    zeros = torch.zeros(response_mask.shape, device=tokens.device)
-    return zeros.masked_scatter(response_mask, values)
+    states = _before_responses(model, "value", tokens, mask, response_mask)
+    return _laid_out(model.heads["value"](states), response_mask)
 
 
 def policy_and_value(
@@ -98,44 +93,56 @@ def policy_and_value(
     response_mask: torch.Tensor,
     temperature: float,
 ) -> tuple[TokenScores, torch.Tensor | None]:
-    """Policy log-probabilities and values in one call.
+    """Policy log-probabilities and values: one pass where both have the same trunk, else two.
 
     Values are None where the model holds no value head (advantages without a critic).
     """
-    scores = response_logprobs(model, "policy", tokens, mask, response_mask, temperature)
+    states = _before_responses(model, "policy", tokens, mask, response_mask)
+    scores = _scores(model, "policy", states, tokens, response_mask, temperature)
     if "value" not in model.heads:
         return scores, None
+    if shares_trunk(model):
+        return scores, _laid_out(model.heads["value"](states), response_mask)
     return scores, response_values(model, tokens, mask, response_mask)
 
 
-def policy_value_and_text(
+def shares_trunk(model: RoleModel) -> bool:
+    """Whether the value head reads the policy's own hidden states."""
+    return model.adapter_names["value"] == model.adapter_names["policy"]
+
+
+def _before_responses(
     model: RoleModel,
+    role: Role,
     tokens: torch.Tensor,
     mask: torch.Tensor,
     response_mask: torch.Tensor,
+) -> torch.Tensor:
+    """Hidden states that predict the response tokens, row by row: (N, H)."""
+    response_length = response_mask.shape[1]
+    hidden = hidden_states(model, role, tokens, mask)[:, -response_length - 1 : -1]
+    return hidden[response_mask]
+
+
+def _scores(
+    model: RoleModel,
+    role: Role,
+    states: torch.Tensor,
+    tokens: torch.Tensor,
+    response_mask: torch.Tensor,
     temperature: float,
-    text: torch.Tensor,
-    text_mask: torch.Tensor,
-    text_trains: torch.Tensor,
-) -> tuple[TokenScores, torch.Tensor | None, torch.Tensor]:
-    """`policy_and_value`, and the sum () of the policy's log-probabilities of other text.
+) -> TokenScores:
+    targets = tokens[:, -response_mask.shape[1] :][response_mask]
+    with acting_as(model, role), autocast(model):
+        head = model.llama.lm_head
+        logprobs, entropy = chosen_logprobs(head, states, targets, temperature)
+    return TokenScores(_laid_out(logprobs, response_mask), _laid_out(entropy, response_mask))
 
-    In one call because ZeRO wants one forward pass per backward pass.
 
-    Args:
-        model: as for `policy_and_value`, like the next four.
-        tokens: of the rollout.
-        mask: of the rollout.
-        response_mask: of the rollout.
-        temperature: of the rollout; the text is scored at 1.
-        text: (N, L) int64, padded on the right.
-        text_mask: (N, L) bool, real tokens.
-        text_trains: (N, L) bool, tokens that count as predictions.
-    """
-    scores, values = policy_and_value(model, tokens, mask, response_mask, temperature)
-    # Every token but the first is a response to those before it.
-    predicted = response_logprobs(model, "policy", text, text_mask, text_trains[:, 1:], 1.0)
-    return scores, values, predicted.logprobs.sum()
+def _laid_out(numbers: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
+    """(N,) numbers of the response tokens as (B, R), 0 elsewhere."""
+    zeros = torch.zeros(response_mask.shape, device=numbers.device)
+    return zeros.masked_scatter(response_mask, numbers)
 
 
 def last_token_index(mask: torch.Tensor) -> torch.Tensor:

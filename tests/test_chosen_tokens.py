@@ -48,16 +48,35 @@ def test_with_and_without_gradient_the_numbers_are_the_same_bits():
     assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
 
 
-def test_a_head_that_must_be_called_as_a_module_is():
+def test_it_happens_inside_the_heads_own_call():
     head, hidden, targets = head_and_inputs()
     expected = chosen_logprobs(head, hidden, targets, 0.7)
-    calls = []
-    head.register_forward_hook(lambda *_: calls.append(1))
-    chosen_logprobs(head, hidden, targets, 0.7)
-    assert not calls
-    head.requires_grad_(True)  # as under a type or a layout that the short way cannot read
+    whole = head.weight.data
+
+    def fetch(*_: object) -> None:
+        head.weight.data = whole
+
+    def drop(*_: object) -> None:
+        head.weight.data = torch.empty(0)
+
+    head.register_forward_pre_hook(fetch)  # as ZeRO-3 does
+    head.register_forward_hook(drop)
+    drop()
+    actual = chosen_logprobs(head, hidden.requires_grad_(), targets, 0.7)
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+    actual[0].sum().backward()
+    assert hidden.grad is not None and hidden.grad.abs().sum() > 0
+    fetch()
+    assert head(hidden).shape == (TOKENS, VOCABULARY)  # the head itself is as before
+
+
+def test_a_head_that_trains_gives_all_logits():
+    head, hidden, targets = head_and_inputs()
+    expected = chosen_logprobs(head, hidden, targets, 0.7)
+    head.requires_grad_(True)
     actual = chosen_logprobs(head, hidden, targets, 0.7)
-    assert calls == [1] and actual[0].requires_grad
+    actual[0].sum().backward()
+    assert head.weight.grad is not None and head.weight.grad.abs().sum() > 0
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 

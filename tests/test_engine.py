@@ -10,6 +10,7 @@ import pytest
 import torch
 from core_models import tiny_llama
 from workers.engine_worker import (
+    EPS,
     MAX_GRAD_NORM,
     PEAKS,
     build,
@@ -67,7 +68,7 @@ def test_it_is_adamw_with_clipping_on_two_groups(base: str):
             "lr": PEAKS[1],
         },
     ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=EPS, weight_decay=0.01)
     trained = [p for group in groups for p in group["params"]]
     for number in (0, 5):
         _, norm = step(engine, number)

@@ -37,7 +37,6 @@ from chatllama.scoring import (
     hidden_states,
     last_token_index,
     policy_and_value,
-    policy_value_and_text,
     response_logprobs,
     response_values,
     score_sequences,
@@ -472,25 +471,6 @@ def test_forward_runs_the_named_function(model: RoleModel):
             model, "policy", batch.tokens, batch.mask, batch.response_mask, 0.7
         )
     assert torch.equal(scores.logprobs, direct.logprobs)
-
-
-def test_other_text_is_scored_in_the_same_call(model: RoleModel):
-    batch = ragged_batch()
-    text = torch.tensor([[5, 6, 7, 8, 0], [9, 10, 0, 0, 0]])
-    text_mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]).bool()
-    text_trains = torch.tensor([[0, 0, 1, 1, 0], [0, 1, 0, 0, 0]]).bool()
-    rollout = (batch.tokens, batch.mask, batch.response_mask, 0.7)
-    with torch.no_grad():
-        scores, values, total = policy_value_and_text(model, *rollout, text, text_mask, text_trains)
-        plain, plain_values = policy_and_value(model, *rollout)
-    assert torch.equal(scores.logprobs, plain.logprobs)
-    assert values is not None and plain_values is not None
-    assert torch.equal(values, plain_values)
-    # 7 after 5 6, 8 after 5 6 7, and 10 after 9, at temperature 1.
-    first = logits_of(model, "policy", torch.tensor([[5, 6, 7, 8]]))[0].log_softmax(-1)
-    second = logits_of(model, "policy", torch.tensor([[9, 10]]))[0].log_softmax(-1)
-    expected = first[1, 7] + first[2, 8] + second[0, 10]
-    torch.testing.assert_close(total, expected, rtol=0, atol=1e-5)
 
 
 def test_a_second_reward_model_has_its_own_adapter_and_head():

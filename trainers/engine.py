@@ -16,6 +16,7 @@ from torch import nn
 
 from chatllama.config import DeepSpeedSection
 from chatllama.distributed import device, is_launched, rank, world_size
+from chatllama.lora_layer import merge_products
 from chatllama.roles import RoleModel
 from trainers.shares import (
     VALUE,
@@ -162,7 +163,9 @@ class Engine:
         grouped = {id(p) for group in groups for p in group.parameters}
         assert grouped == {id(p) for p in model.parameters() if p.requires_grad}
         self.model = model
+        merge_products(model)
         self.groups = [(group.name, group.learning_rate) for group in groups]
+        self.trained = {group.name: group.parameters for group in groups}
         self.max_grad_norm = settings.max_grad_norm
         self.accumulation_steps = accumulation_steps
         self._gathers: bool | Literal["auto"] = section.gather_for_rollouts

@@ -6,15 +6,23 @@ them, by the seed alone, so that the number of ranks changes nothing.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from chatllama.config import PpoSection
 from chatllama.distributed import all_max, all_sum, device, rank, world_size
-from chatllama.scoring import policy_and_value, policy_value_and_text
+from chatllama.roles import RoleModel
+from chatllama.scoring import (
+    TokenScores,
+    policy_and_value,
+    response_logprobs,
+    response_values,
+    shares_trunk,
+)
 from trainers.engine import Engine
-from trainers.ppo_math import kl_loss, policy_loss, value_loss
+from trainers.ppo_math import ValueLoss, kl_loss, policy_loss, value_loss
 from trainers.ppo_text import TextShare, TextStream
 from trainers.rollout import Rollout
 
@@ -57,6 +65,33 @@ class Tally:
     text loss."""
     peaks: torch.Tensor
     """(2,): ratio, first |log ratio|."""
+
+
+class _Known(torch.autograd.Function):
+    """A loss whose gradients have been found: backward only hands them on."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: torch.Tensor, gradients: Sequence[torch.Tensor], *parameters: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, None, *(slopes[0] * gradient for gradient in ctx.gradients)
+
+
+def backward_now(loss: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The same loss with the same gradients, whose graph has been walked and freed.
+
+    Args:
+        loss: () with a graph.
+        parameters: all that the loss is to train.
+    """
+    gradients = torch.autograd.grad(loss, parameters)
+    # Views, as in `lora_layer.py`: all gradients at once would come in an order of chance.
+    return _Known.apply(loss.detach(), gradients, *(p.view_as(p) for p in parameters))
 
 
 def minibatches(section: PpoSection, seed: int, step: int, epoch: int) -> list[list[int]]:
@@ -161,14 +196,7 @@ class Update:
     ) -> torch.Tensor:
         """The loss of one microbatch, a share of the minibatch's."""
         section, part, goal = self.section, microbatch.rollout, microbatch.targets
-        inputs = (part.tokens, part.mask, part.response_mask, self.temperature)
-        text_logprob = torch.zeros((), device=device())
-        if text is None:
-            scores, values = self.engine(policy_and_value, *inputs)
-        else:
-            scores, values, text_logprob = self.engine(
-                policy_value_and_text, *inputs, text.tokens, text.mask, text.trains
-            )
+        scores, critic, text_logprob = self.engine(self._passes, microbatch, num_tokens, text)
         policy = policy_loss(
             scores.logprobs,
             part.logprobs,
@@ -184,10 +212,7 @@ class Update:
         if warming_up:
             loss = 0.0 * loss
         value, value_clipped = loss.new_zeros(()), loss.new_zeros(())
-        if values is not None:
-            critic = value_loss(
-                values, part.values, goal.returns, goal.mask, section.value_clip_range, num_tokens
-            )
+        if critic is not None:
             value, value_clipped = critic.loss, critic.clipped
             loss = loss + section.vf_coef * value
         with torch.no_grad():
@@ -209,6 +234,36 @@ class Update:
                 off = (scores.logprobs - part.logprobs).abs().max()
                 tally.peaks[1] = torch.maximum(tally.peaks[1], off)
         return loss
+
+    def _passes(
+        self, model: RoleModel, microbatch: Part, num_tokens: float, text: TextShare | None
+    ) -> tuple[TokenScores, ValueLoss | None, torch.Tensor]:
+        """What the model says: policy scores, the critic's loss, the text's log-probability ().
+
+        One call of the engine, because ZeRO wants one forward pass per backward pass. Of two
+        trunks, the value's is done with before the policy's is begun, so that only one of their
+        graphs is in memory; not where ZeRO-3 has split the weights.
+        """
+        part, goal = microbatch.rollout, microbatch.targets
+        inputs = (part.tokens, part.mask, part.response_mask)
+
+        def critic_loss(values: torch.Tensor) -> ValueLoss:
+            clip = self.section.value_clip_range
+            return value_loss(values, part.values, goal.returns, goal.mask, clip, num_tokens)
+
+        critic = None
+        if "value" in model.heads and not shares_trunk(model) and not self.engine.partitions():
+            critic = critic_loss(response_values(model, *inputs))
+            critic = replace(critic, loss=backward_now(critic.loss, self.engine.trained["value"]))
+            scores = response_logprobs(model, "policy", *inputs, self.temperature)
+        else:
+            scores, values = policy_and_value(model, *inputs, self.temperature)
+            critic = critic_loss(values) if values is not None else None
+        text_logprob = torch.zeros((), device=device())
+        if text is not None:  # every token but the first is a response to those before it
+            inputs = (text.tokens, text.mask, text.trains[:, 1:])
+            text_logprob = response_logprobs(model, "policy", *inputs, 1.0).logprobs.sum()
+        return scores, critic, text_logprob
 
     def _metrics(
         self, tally: Tally, norms: list[float], factor: float, planned: int

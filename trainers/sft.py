@@ -24,6 +24,7 @@ from chatllama.checkpoint import checkpoint_to_resume, layout_of, step_of
 from chatllama.config import Config, DeepSpeedSection, OptimizerSection
 from chatllama.durable import replace_folder
 from chatllama.export import check_tensors, save_adapter
+from chatllama.lora_layer import merge_products
 from chatllama.roles import (
     Adapter,
     RoleModel,
@@ -207,6 +208,7 @@ def build_policy(cfg: Config, run: RunFolder) -> LlamaForCausalLM | RoleModel:
         return llama
     torch.manual_seed(cfg.seed)
     model = RoleModel(llama, {"policy": Adapter(cfg.lora, trainable=True)}, dropout=True)
+    merge_products(model)
     if cfg.backbone.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model

@@ -388,8 +388,8 @@ SCORING_BUGS = (
     Mutation(
         "log-probability of the likeliest token",
         "chatllama/chosen_tokens.py",
-        "picked = logits.gather(1, targets[rows, None]) - normalizer",
-        "picked = largest - normalizer",
+        "picked = logits.gather(1, targets[rows, None])",
+        "picked = logits.amax(-1, keepdim=True)",
         (LAMBDA_1, START),
     ),
     Mutation(
@@ -412,16 +412,37 @@ SCORING_BUGS = (
     Mutation(
         "value that sees the action",
         SCORING,
-        'hidden = hidden_states(model, "value", tokens, mask)[:, -response_length - 1 : -1]',
-        'hidden = hidden_states(model, "value", tokens, mask)[:, -response_length:]',
+        'states = _before_responses(model, "value", tokens, mask, response_mask)',
+        'states = _before_responses(model, "value", tokens.roll(-1, 1), mask, response_mask)',
         (LAMBDA_1, "tests/test_roles.py::test_values_are_of_the_state_before_the_token"),
     ),
     Mutation(
-        "attention to the padding",
+        "rows of a packed batch see each other",
         SCORING,
-        "attention_mask=mask.long(),",
-        "attention_mask=torch.ones_like(tokens),",
+        'rows = {"row_lengths": [n for n in lengths if n], "attention_mask": NO_MASK}',
+        'rows = {"row_lengths": [sum(lengths)], "attention_mask": NO_MASK}',
         (LAMBDA_1, START),
+    ),
+    Mutation(
+        "positions of a packed batch run on",
+        SCORING,
+        "packed, positions = tokens[mask][None], positions[mask][None]",
+        "packed, positions = tokens[mask][None], positions[mask].cumsum(0)[None]",
+        (LAMBDA_1, START),
+    ),
+    Mutation(
+        "adapter added to the weight without its scale",
+        "chatllama/lora_layer.py",
+        "return x @ torch.addmm(weight, up, down, alpha=scale).T",
+        "return x @ torch.addmm(weight, up, down).T",
+        ("tests/test_lora_layer.py::test_it_is_pefts_layer",),
+    ),
+    Mutation(
+        "critic's gradients without its coefficient",
+        UPDATE,
+        "return None, None, *(slopes[0] * gradient for gradient in ctx.gradients)",
+        "return None, None, *ctx.gradients",
+        ("tests/test_ppo_update.py::test_two_steps_are_what_the_oracle_does[plain]",),
     ),
     Mutation(
         "reward read by the number of tokens, under left padding",

@@ -27,6 +27,8 @@ LORA = LoraSection(r=4, alpha=6.0)
 ROLES: tuple[Role, ...] = ("reference", "policy", "reward", "value")
 SEQUENCES, MICROBATCH, RESPONSE = 8, 2, 5
 PEAKS = (3e-3, 1e-3)
+EPS = 1e-4
+"""Of Adam, which magnifies how tiny gradients were rounded up to learning rate / eps."""
 MAX_GRAD_NORM = 1.0
 
 
@@ -61,7 +63,7 @@ def build(
             ParameterGroup("policy", adapter_parameters(model, "policy"), PEAKS[0]),
             ParameterGroup("value", value, PEAKS[1]),
         ],
-        OptimizerSettings([0.9, 0.95], 1e-5, 0.01, max_grad_norm),
+        OptimizerSettings([0.9, 0.95], EPS, 0.01, max_grad_norm),
         section,
         microbatch_size=microbatch_size,
         accumulation_steps=SEQUENCES // microbatch_size // world_size(),
