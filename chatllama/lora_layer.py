@@ -71,10 +71,10 @@ class MergingLinear(lora.Linear):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """(..., in) -> (..., out), as PEFT's layer but for rounding."""
-        name = self._active_adapter[0]
-        if args or kwargs or self.disable_adapters or name not in self.lora_A:
+        if not self.merges or args or kwargs or self.disable_adapters:
             return super().forward(x, *args, **kwargs)
-        if not self._pays(x, name):
+        name = self._active_adapter[0]
+        if name not in self.lora_A or not self._pays(x, name):
             return super().forward(x)
         base, down, up = (
             cast(nn.Linear, module)
@@ -92,13 +92,13 @@ class MergingLinear(lora.Linear):
         return call_inside([base, down, up] if split else [], product, x)
 
     def _pays(self, x: torch.Tensor, name: str) -> bool:
-        """Whether the shortcut is wanted, exact but for rounding, and not slower.
+        """Whether the shortcut is exact but for rounding, and not slower.
 
         Sums in bfloat16 would round the adapter away. Under ZeRO-3 all ranks must go the same way,
         whatever the number of their rows.
         """
         base = cast(nn.Linear, self.base_layer)
-        if not self.merges or not base.weight.dtype == x.dtype == torch.float32:
+        if not base.weight.dtype == x.dtype == torch.float32:
             return False
         if torch.is_autocast_enabled(x.device.type):
             return False
