@@ -41,6 +41,7 @@ reward:
   batch_size: 16
   microbatch_size: 8
   learning_rate: 3e-4
+  adam_eps: 1e-6  # the default makes whole steps of gradients that are rounding
   steps: 3
   allow_weak: true
 ppo:
