@@ -7,6 +7,7 @@ from typing import Any, Literal
 from chatllama import __version__
 from chatllama.chat_format import default_system
 from chatllama.config import Config, DataSource, OptimizerSection
+from chatllama.lineage import read_lineage
 from chatllama.results import read_summary, result_table
 from chatllama.run_folder import RunFolder, Stage
 
@@ -124,7 +125,11 @@ def _is_local(cfg: Config) -> bool:
 
 def _lineage(run: RunFolder, cfg: Config, base: str, rank: int | None) -> list[str]:
     revision = f", revision {cfg.backbone.revision}" if cfg.backbone.revision else ""
-    lines = [f"- base: {base}{revision} ({cfg.backbone.dtype})", f"- seed: {cfg.seed}"]
+    records = read_lineage(run)
+    lines = [f"- base: {base}{revision} ({cfg.backbone.dtype})"]
+    hashes = {record["base"]["fingerprint"] for record in records.values()} - {None}
+    lines += [f"    - fingerprint of its weights: {each}" for each in sorted(hashes)]
+    lines.append(f"- seed: {cfg.seed}")
     if rank is not None:
         lora = cfg.adapter_lora
         lines.append(f"- adapter: LoRA rank {rank}, alpha {lora.alpha:g}, {lora.target_modules}")
@@ -136,6 +141,7 @@ def _lineage(run: RunFolder, cfg: Config, base: str, rank: int | None) -> list[s
     for stage, section in stages:
         if not run.result(stage).is_file():
             continue
+        record = records.get(stage, {})
         numbers = run.read_result(stage)
         sources = ", ".join(_source(source) for source in section.data)
         more = f", KL coefficient {cfg.ppo.kl_coef:g}" if stage == "ppo" else ""
@@ -143,7 +149,21 @@ def _lineage(run: RunFolder, cfg: Config, base: str, rank: int | None) -> list[s
             f"- {stage}: {numbers.get('steps', 0):g} steps, learning rate "
             f"{section.learning_rate:g}{more}, data {sources or 'none named'}"
         )
-    return [*lines, f"- made with chatllama {__version__}"]
+        if record:
+            code = record["code"]
+            lines.append(
+                f"    - {record['begun'][:10]}, chatllama {code['version']} ({code['source']})"
+            )
+        lines += [
+            f"    - {portable(name)}: SHA-256 {entry['sha256']}"
+            for name, entry in record.get("data", {}).items()
+            if entry["sha256"] is not None
+        ]
+    packages = next((records[stage]["packages"] for stage in reversed(records)), {})
+    if packages:
+        versions = ", ".join(f"{name} {version}" for name, version in packages.items())
+        lines.append(f"- trained with {versions}")
+    return [*lines, f"- exported with chatllama {__version__}"]
 
 
 def _source(source: DataSource) -> str:

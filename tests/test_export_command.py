@@ -29,6 +29,7 @@ from chatllama.export import WEIGHTS, load_adapter, save_adapter
 from chatllama.export_command import export_run, run_gate
 from chatllama.export_gate import INFO, Refused, check_adapter, check_merged
 from chatllama.export_options import ExportOptions
+from chatllama.lineage import fingerprint, gather, write_record
 from chatllama.loading import load_run
 from chatllama.model_files import merged, open_model
 from chatllama.run_folder import RunFolder
@@ -69,6 +70,13 @@ def make_exported(folder: Path, tokenizer: Path, **changes: Any) -> Exported:
         n: t + 0.05 * torch.sin(torch.arange(t.numel())).view_as(t) for n, t in sft.state.items()
     }
     save_adapter(run.policy_adapter, state, LORA, {**sft.info, "stage": "ppo"})
+    run.result("sft").write_text('{"steps": 3}')
+    record = gather(cfg, run, "sft", lambda path, split: {path: Path(__file__)}, {})
+    data = {
+        str(folder / "secret" / "mine.jsonl"): {"sha256": "5ea" * 21},
+        "hub/set": {"sha256": None},
+    }
+    write_record(run, "sft", record | {"data": data})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export_command, "run_gate", in_this_process)
         options = ExportOptions(merged=True, reward=True, gguf=True)
@@ -103,6 +111,9 @@ def test_what_is_written(exported: Exported) -> None:
     assert "[INST] Write a note about the garden. [/INST]" in text
     assert "--max-lora-rank 8 " in text and "logprob difference" in text
     assert "LoRA rank 4, alpha 6" in text
+    assert f"- fingerprint of its weights: {fingerprint(Path(exported.base))}\n" in text
+    assert "- sft: 3 steps" in text and f"- mine.jsonl: SHA-256 {'5ea' * 21}\n" in text
+    assert "hub/set" not in text and f", torch {torch.__version__}, " in text
 
 
 def test_plain_peft_the_server_chat_and_the_merged_model_say_the_same(exported: Exported) -> None:
@@ -339,36 +350,6 @@ def test_what_a_run_lacks_is_named(exported: Exported, tmp_path: Path) -> None:
 
 
 # --- llama.cpp -----------------------------------------------------------------------------------
-
-
-def test_gguf_names_and_order() -> None:
-    from chatllama.export_gguf import gguf_name, interleaved
-    from chatllama.meta_checkpoint import halves_together
-
-    assert gguf_name("model.embed_tokens.weight") == "token_embd.weight"
-    assert gguf_name("model.layers.11.self_attn.o_proj.weight") == "blk.11.attn_output.weight"
-    with pytest.raises(ValueError, match=r"no tensor for model\.layers\.0\.self_attn\.x"):
-        gguf_name("model.layers.0.self_attn.x.weight")
-    config = tiny_llama().config  # 4 query heads and 2 key heads of 8 channels
-    rows = torch.arange(32.0)[:, None]
-    mixed = interleaved(rows, "model.layers.0.self_attn.q_proj", config)
-    assert mixed[:8, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
-    assert torch.equal(halves_together(mixed, 4), rows)
-    keys = interleaved(rows[:16], "model.layers.0.self_attn.k_proj", config)
-    assert torch.equal(halves_together(keys, 2), rows[:16])
-    assert interleaved(rows, "model.layers.0.self_attn.v_proj", config) is rows
-
-
-def test_llama_31s_frequencies() -> None:
-    from chatllama.export_gguf import _rope_factors
-
-    assert _rope_factors(tiny_llama().config) is None
-    factors = _rope_factors(tiny_llama(rope="llama3").config)
-    # Wavelengths 2 pi, 63, 628, 6283; original length 16, factors 1 and 4: all but the first are
-    # longer than 16 and slow down by 8; the first lies between 4 and 16 and is interpolated.
-    assert factors is not None and factors[1:].tolist() == pytest.approx([8.0] * 3)
-    smooth = (16 / 6.283185 - 1) / 3
-    assert float(factors[0]) == pytest.approx(1 / ((1 - smooth) / 8 + smooth), rel=1e-5)
 
 
 @pytest.mark.parametrize("lora", [False, True])
