@@ -82,7 +82,8 @@ def parse_stage_arguments(description: str, argv: Sequence[str] | None = None) -
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the newest checkpoint of this stage",
+        help="go on from the newest checkpoint of this stage, with any number of ranks and "
+        "under any ZeRO stage",
     )
     parser.add_argument("--run-lock", metavar="TOKEN", help=argparse.SUPPRESS)
     # The deepspeed launcher passes this to every script; the ranks' environment says the same.

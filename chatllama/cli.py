@@ -112,7 +112,8 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the newest checkpoint of an interrupted stage",
+        help="go on from the newest checkpoint of an interrupted stage, with any number of ranks "
+        "and under any ZeRO stage",
     )
     parser.add_argument(
         "--from",

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -236,7 +236,20 @@ def test_a_read_only_disk_keeps_the_old_checkpoint(small_disk: Path):
     assert names(run) == ["step-3"]
 
 
-@pytest.mark.parametrize("place", ["flush", "rename", "manifest", "write"])
+def test_every_file_is_on_the_disk_before_the_checkpoint_has_its_name(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+):
+    unfinished, flushed = run.stage("ppo") / ".unfinished", set()
+    monkeypatch.setattr(durable, "flush", flushed.add)
+    save(run, 3)
+    paths = run.checkpoints("ppo").glob("step-3/**/*")
+    names = [path.relative_to(run.checkpoints("ppo") / "step-3") for path in paths]
+    assert {str(name) for name in names} == {"part", "ranks", "ranks/0", MANIFEST}
+    assert flushed >= {unfinished, *(unfinished / name for name in names)}
+    assert run.checkpoints("ppo") in flushed  # and the name itself
+
+
+@pytest.mark.parametrize("place", ["flush", "rename", "second rename", "manifest", "write"])
 @pytest.mark.parametrize("again", [False, True])
 def test_a_failing_write_anywhere_keeps_the_old_checkpoint(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, place: str, again: bool
@@ -244,14 +257,21 @@ def test_a_failing_write_anywhere_keeps_the_old_checkpoint(
     save(run, 3)
     save(run, 4)
 
-    def full(*args: object) -> None:
+    def full(*args: object) -> NoReturn:
         raise OSError(errno.ENOSPC, "No space left on device")
+
+    rename = Path.rename
+
+    def last_rename_fails(path: Path, target: Path) -> Path:
+        return full() if path.name == ".unfinished" else rename(path, target)
 
     with monkeypatch.context() as patch:
         if place == "flush":
             patch.setattr(durable, "flush", full)
         elif place == "rename":
             patch.setattr(Path, "rename", full)
+        elif place == "second rename":
+            patch.setattr(Path, "rename", last_rename_fails)
         elif place == "manifest":
             patch.setattr(checkpoints, "write_manifest", full)
         write = full if place == "write" else lambda folder: _write(folder, "new")

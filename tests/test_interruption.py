@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from chatllama import interruption, pipeline
+from chatllama import interruption, pipeline, process_group
 from chatllama.arguments import run_stage
 from chatllama.interruption import EXIT_CODE, Interrupted, steps, stop, stop_requested
 from chatllama.pipeline import StageFailed
@@ -154,6 +154,7 @@ def test_ranks_save_even_if_the_launcher_dies_of_the_same_signal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(process_group, "GRACE_SECONDS", 0.1)  # less than saving takes
 
     def ask() -> bool:
         rank = started_pid(tmp_path)

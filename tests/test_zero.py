@@ -38,6 +38,9 @@ def test_nvme_settings_are_passed_on():
     assert split["offload_optimizer"]["device"] == "nvme"
     assert split["offload_optimizer"]["nvme_path"] == "/disk"
     assert split["offload_param"]["device"] == "cpu" and "nvme_path" not in split["offload_param"]
+    both = settings_of(stage=3, offload_param="nvme", nvme_path="/disk")["zero_optimization"]
+    assert both["offload_param"]["device"] == "nvme"
+    assert both["offload_param"]["nvme_path"] == "/disk" and "offload_optimizer" not in both
 
 
 @pytest.mark.parametrize(
