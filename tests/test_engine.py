@@ -4,7 +4,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -126,7 +126,7 @@ def test_a_checkpoint_of_other_parameters_is_refused(base: str, tmp_path: Path):
     with pytest.raises(ValueError, match=r"does not hold what is trained now: 58 of 58 param.*lor"):
         build(base).load(tmp_path)
     engine = build(base)
-    head = engine.model.heads["value"].weight
+    head = cast(torch.Tensor, engine.model.heads["value"].weight)
     engine.model.heads["value"].weight = torch.nn.Parameter(torch.cat([head, head], dim=1))
     engine.save(tmp_path, {})
     with pytest.raises(ValueError, match=r": 1 of 58 param.* too many, heads.value.weight among"):
