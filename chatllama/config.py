@@ -168,7 +168,7 @@ class DeepSpeedSection(Section):
     stage: Annotated[int, Field(ge=0, le=3)] = 2
     """ZeRO stage. 2 suits LoRA; 3 shards the backbone too, for models larger than one GPU."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where optimizer state lives (cpu: stages 1 to 3; nvme: stage 3)."""
+    """Where optimizer state lives (cpu: stages 1 to 3; nvme: stage 3, with GPUs only)."""
     offload_param: Literal["none", "cpu", "nvme"] = "none"
     """Where parameters live (stage 3)."""
     nvme_path: str | None = None

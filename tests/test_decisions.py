@@ -294,7 +294,17 @@ def test_what_evaluates_may_change_while_ppo_is_interrupted(world: World):
     world.train("sft")
     world.train("reward")
     world.interrupt("ppo")
-    assert world.actions(world.config(evaluation__num_prompts=3), resume=True)[2] == "go on"
+    cfg = world.config(evaluation__num_prompts=3)
+    assert world.actions(cfg, resume=True)[2] == "go on"
+    assert check_resumed(cfg, world.run, "ppo", named_files)["finished"] is None
+
+
+def test_a_result_that_was_removed_may_be_made_with_another_evaluation(trained: World):
+    (trained.run.checkpoints("ppo") / "step-1").mkdir(parents=True)
+    trained.run.result("ppo").unlink()
+    cfg = trained.config(evaluation__num_prompts=3)
+    begun = read_lineage(trained.run)["ppo"]["begun"]
+    assert check_resumed(cfg, trained.run, "ppo", named_files)["begun"] == begun
 
 
 def test_a_changed_parent_ends_an_interrupted_child(world: World):

@@ -31,16 +31,25 @@ def test_settings(monkeypatch: pytest.MonkeyPatch):
     assert settings_of(stage=1)["zero_optimization"] == {"stage": 1}
 
 
-def test_nvme_settings_are_passed_on():
+def test_nvme_settings_are_passed_on(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(zero, "device", lambda: torch.device("cuda", 0))
     split = settings_of(stage=3, offload_optimizer="nvme", offload_param="cpu", nvme_path="/disk")[
         "zero_optimization"
     ]
     assert split["offload_optimizer"]["device"] == "nvme"
     assert split["offload_optimizer"]["nvme_path"] == "/disk"
+    assert split["offload_optimizer"]["pin_memory"] is True
     assert split["offload_param"]["device"] == "cpu" and "nvme_path" not in split["offload_param"]
     both = settings_of(stage=3, offload_param="nvme", nvme_path="/disk")["zero_optimization"]
     assert both["offload_param"]["device"] == "nvme"
     assert both["offload_param"]["nvme_path"] == "/disk" and "offload_optimizer" not in both
+
+
+def test_an_optimizer_on_nvme_is_refused_without_gpus(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(zero, "device", lambda: torch.device("cpu"))
+    with pytest.raises(ValueError, match="offload_optimizer nvme works with GPUs only"):
+        settings_of(stage=3, offload_optimizer="nvme", nvme_path="/disk")
+    settings_of(stage=3, offload_optimizer="cpu", offload_param="nvme", nvme_path="/disk")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,16 @@ def zero_settings(
         microbatch_size: sequences per forward pass, on one rank.
         accumulation_steps: backward passes per optimizer step.
         max_grad_norm: global norm to which gradients are scaled down.
+
+    Raises:
+        ValueError: DeepSpeed would train wrongly, without a word.
     """
+    if section.offload_optimizer == "nvme" and device().type == "cpu":
+        raise ValueError(
+            "deepspeed.offload_optimizer nvme works with GPUs only: on the CPU DeepSpeed swaps "
+            "out gradients that are not the model's, and training goes wrong without a word. Use "
+            "cpu or none"
+        )
     zero: dict[str, Any] = {"stage": section.stage}
     if section.stage == 3:
         zero["stage3_param_persistence_threshold"] = section.stage3_param_persistence_threshold
