@@ -49,6 +49,7 @@ class _Chosen(torch.autograd.Function):
                 expected = functional.linear(powers.to(hidden.dtype), weight.T) / total
                 slopes[rows] = (weight[targets[rows]] - expected) / temperature
             entropy[rows] = (total.log() - logits.mul_(powers).sum(-1, keepdim=True) / total)[:, 0]
+            del logits, powers  # before the next ones are made
         if slopes is not None:
             ctx.save_for_backward(slopes)
         ctx.mark_non_differentiable(entropy)
