@@ -4,6 +4,7 @@ Safe loading only: safetensors, no pickles, no remote code unless the user allow
 from text (`backbone.from_scratch`) is training, so it lives in trainers/pretrain.py.
 """
 
+import sys
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -88,7 +89,8 @@ def load_backbone(
     if section.quantization == "nf4":
         _keep_4bit_layout(model)
     if section.quantization != "none" and rank() == 0:
-        print(f"backbone: {section.quantization}, {megabytes(weight_bytes(model))} of weights")
+        memory = f"{section.quantization}, {megabytes(weight_bytes(model))} of weights"
+        print(f"backbone: {memory}", file=sys.stderr)  # answers go to stdout
     return model.eval()
 
 

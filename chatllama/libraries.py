@@ -14,13 +14,17 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL counts its uses at start
     warnings.filterwarnings("ignore", category=FutureWarning)
-    getLogger("accelerate.accelerator").addFilter(_concerns_users)
+    for name in ("accelerate.accelerator", "bitsandbytes.autograd._functions"):
+        getLogger(name).addFilter(_concerns_users)
 
 
 def _concerns_users(record: LogRecord) -> bool:
-    """False for a warning that every accumulating run under DeepSpeed would begin with.
+    """False for two warnings that would only bury others.
 
-    transformers' Trainer counts accumulation steps itself and tells accelerate of one; accelerate
-    then takes DeepSpeed's number, which is the right one.
+    Every accumulating run under DeepSpeed would begin with the one: transformers' Trainer counts
+    accumulation steps itself and tells accelerate of one; accelerate then takes DeepSpeed's number,
+    which is the right one. Every product with an 8-bit matrix makes the other, unless its input is
+    float16: it is rounded to 8 bits by way of that type.
     """
-    return "Gradient accumulation steps mismatch" not in record.getMessage()
+    unneeded = ("Gradient accumulation steps mismatch", "inputs will be cast from")
+    return not any(text in record.getMessage() for text in unneeded)

@@ -10,6 +10,7 @@ from types import FrameType
 
 import uvicorn
 
+from chatllama.chat_speaker import describe_model
 from chatllama.config_loader import load_config
 from chatllama.inference_weights import with_weights
 from chatllama.loading import LoadedRun, load_run
@@ -123,7 +124,10 @@ def serve(settings: ServerSettings) -> None:
     """
     check_settings(settings)
     with open_socket(settings) as bound:
-        service = Service(settings, _load(settings))
+        loaded = _load(settings)
+        quantization = loaded.config.backbone.quantization
+        print(f"{settings.run}: {describe_model(loaded.model, quantization)}", file=sys.stderr)
+        service = Service(settings, loaded)
         Server(service).run(sockets=[bound])
         service.engine.stop()
     print("stopped", file=sys.stderr)

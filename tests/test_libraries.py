@@ -7,9 +7,20 @@ import pytest
 from chatllama.libraries import quiet_libraries
 
 
-def test_one_warning_of_accelerate_is_left_out(caplog: pytest.LogCaptureFixture):
+@pytest.mark.parametrize(
+    ("name", "noise", "kept"),
+    [
+        ("accelerate.accelerator", "[RANK 0] Gradient accumulation steps mismatch: 1 ...",
+         "Gradient clipping mismatch"),
+        ("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast from float32",
+         "Some matrices hidden dimension is not a multiple of 64"),
+    ],
+)  # fmt: skip
+def test_warnings_that_bury_others_are_left_out(
+    caplog: pytest.LogCaptureFixture, name: str, noise: str, kept: str
+):
     quiet_libraries()
-    logger = logging.getLogger("accelerate.accelerator")
-    logger.warning("[RANK 0] Gradient accumulation steps mismatch: 1 ...")
-    logger.warning("Gradient clipping mismatch")
-    assert [record.getMessage() for record in caplog.records] == ["Gradient clipping mismatch"]
+    logger = logging.getLogger(name)
+    logger.warning(noise)
+    logger.warning(kept)
+    assert [record.getMessage() for record in caplog.records] == [kept]
