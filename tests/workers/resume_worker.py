@@ -27,8 +27,11 @@ from chatllama.distributed import barrier, rank, shut_down, world_size
 from chatllama.run_folder import STAGES, RunFolder, Stage
 from trainers.hf_trainer import forget_accelerator
 
-NO_DROPOUT = "lora.dropout=0"
-"""The ranks draw dropout for themselves: without it, all layouts have the same losses."""
+TRAINED: dict[str, tuple[str, tuple[Stage, ...]]] = {
+    "adapters": ("lora.dropout=0", STAGES),
+    "all weights": ("lora=null", ("sft",)),
+}
+"""What goes on elsewhere: settings without dropout, which ranks draw for themselves, and stages."""
 STOP_AFTER: dict[Stage, int] = {"sft": 2, "reward": 3, "ppo": 1}
 SETTINGS = ["sft.steps=4", "reward.steps=4", "ppo.steps=3", "reward.save_every=0",
             "sft.save_every=0", "ppo.save_every=0"]  # fmt: skip
@@ -86,14 +89,16 @@ def leave(run: RunFolder, stage: Stage, left: Path) -> None:
 def compare(folder: Path, config: str, zero: int) -> dict[str, dict[str, Any]]:
     """Both ways through the three stages under a ZeRO stage."""
     whole, cut = (RunFolder(folder / f"{name}-{zero}") for name in ("whole", "cut"))
-    common = [config, *SETTINGS, *zero_settings(zero), *([NO_DROPOUT] if zero == 2 else [])]
+    common = [config, *SETTINGS, *zero_settings(zero)]
+    if zero == 2:
+        common.append(TRAINED["adapters"][0])
     found = {}
     for stage in STAGES:
         train(stage, [*common, f"run_dir={whole.root}"])
         command = [*common, f"run_dir={cut.root}"]
         train_interrupted(stage, command)
         if zero == 2:
-            leave(cut, stage, folder / "left-by-two")
+            leave(cut, stage, folder / "left by two" / "adapters")
         told = json.loads(cut.interrupted(stage).read_text())
         saved = [path.name for path in step_folders(cut.checkpoints(stage))]
         train(stage, [*command, "--resume"])
@@ -109,20 +114,24 @@ def compare(folder: Path, config: str, zero: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def go_on(left: Path, stage: Stage, config: str, settings: Sequence[str] = ()) -> None:
-    """Ends a run that another layout has left."""
-    run_dir = f"run_dir={left / stage}"
-    train(stage, [config, *SETTINGS, NO_DROPOUT, *settings, run_dir, "--resume"])
+def go_on(left: Path, config: str, settings: Sequence[str] = ()) -> None:
+    """Ends the runs that another layout has left."""
+    for name in sorted(path.name for path in left.iterdir()):
+        trained, stages = TRAINED[name]
+        for stage in stages:
+            run_dir = f"run_dir={left / name / stage}"
+            train(stage, [config, *SETTINGS, trained, *settings, run_dir, "--resume"])
 
 
 def leave_alone(folder: Path, config: str) -> None:
-    """A whole run of one process, and what each of its stages leaves when it is interrupted."""
-    run = RunFolder(folder / "alone")
-    command = [config, *SETTINGS, NO_DROPOUT, f"run_dir={run.root}"]
-    for stage in STAGES:
-        train_interrupted(stage, command)
-        leave(run, stage, folder / "left-by-one")
-        train(stage, [*command, "--resume"])
+    """Whole runs of one process, and what each of their stages leaves when it is interrupted."""
+    for name, (trained, stages) in TRAINED.items():
+        run = RunFolder(folder / "alone" / name)
+        command = [config, *SETTINGS, trained, f"run_dir={run.root}"]
+        for stage in stages:
+            train_interrupted(stage, command)
+            leave(run, stage, folder / "left by one" / name)
+            train(stage, [*command, "--resume"])
 
 
 def main() -> None:
@@ -132,8 +141,7 @@ def main() -> None:
     arguments = parser.parse_args()
     distributed.shut_down = barrier  # a process group cannot be made twice
     config = str(arguments.folder / "config.yaml")
-    for stage in STAGES:
-        go_on(arguments.folder / "left-by-one", stage, config, zero_settings(3))
+    go_on(arguments.folder / "left by one", config, zero_settings(3))
     found = {str(zero): compare(arguments.folder, config, zero) for zero in (0, 2, 3)}
     if rank() == 0:
         (arguments.folder / "found.json").write_text(json.dumps(found))
