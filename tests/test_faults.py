@@ -3,6 +3,7 @@
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -41,6 +42,8 @@ def test_a_rank_that_fails_ends_the_job(
         text=True,
         timeout=600,  # a rank that waits would wait for half an hour
     )
+    failed = (tmp_path / f"pid-{faulty}").stat().st_mtime
+    assert time.time() - failed < 60  # takes about two seconds
     output = done.stdout + done.stderr
     assert done.returncode == code, output
     assert output.count(told) == 1, output
@@ -69,6 +72,8 @@ def test_a_machine_that_fails_does_not_leave_the_other_waiting(tmp_path: Path, f
             for number, machine in enumerate(machines)
         ]
         outputs = [process.communicate(timeout=600)[0] for process in started]
+    if fault == "kill":
+        assert time.time() - (tmp_path / "pid-1").stat().st_mtime < 60
     host = socket.gethostname()
     assert [p.returncode for p in started] == [1, 256 - 9 if fault == "kill" else 2], outputs
     assert f"fault_worker.py (rank 0 on {host}): error: another rank has gone (" in outputs[0]
