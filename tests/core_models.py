@@ -8,7 +8,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from chatllama.config import LoraSection
-from chatllama.roles import Adapter, Role, RoleModel, ScalarHead, adapter_parameters
+from chatllama.roles import Adapter, Role, RoleModel, ScalarHead, acting_as, adapter_parameters
+from chatllama.scoring import policy_and_value, response_logprobs
 
 VOCABULARY = 96
 HIDDEN = 32
@@ -130,3 +131,21 @@ def ragged_batch(
         tokens[row, width - len(prompt) : width + len(response)] = torch.tensor(prompt + response)
         mask[row, width - len(prompt) : width + len(response)] = True
     return Batch(tokens, mask, mask[:, width:], prompts, responses)
+
+
+def logits_of(model: RoleModel, role: Role, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad(), acting_as(model, role):
+        return model.llama(input_ids=tokens).logits
+
+
+def joint_gradients(model: RoleModel, batch: Batch) -> dict[str, torch.Tensor]:
+    """Policy and value in one backward, while the model was last used as the reference."""
+    model.zero_grad()
+    scores, values = policy_and_value(model, batch.tokens, batch.mask, batch.response_mask, 0.7)
+    with torch.no_grad():
+        response_logprobs(model, "reference", batch.tokens, batch.mask, batch.response_mask, 0.7)
+    assert values is not None
+    (scores.logprobs.sum() + values.square().sum()).backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert set(gradients) == {n for n, p in model.named_parameters() if p.requires_grad}
+    return {name: gradient.clone() for name, gradient in gradients.items()}

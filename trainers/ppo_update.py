@@ -251,7 +251,6 @@ class Update:
             clip = self.section.value_clip_range
             return value_loss(values, part.values, goal.returns, goal.mask, clip, num_tokens)
 
-        critic = None
         if "value" in model.heads and not shares_trunk(model) and not self.engine.partitions():
             critic = critic_loss(response_values(model, *inputs))
             critic = replace(critic, loss=backward_now(critic.loss, self.engine.trained["value"]))

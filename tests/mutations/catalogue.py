@@ -414,7 +414,7 @@ SCORING_BUGS = (
         SCORING,
         'states = _before_responses(model, "value", tokens, mask, response_mask)',
         'states = _before_responses(model, "value", tokens.roll(-1, 1), mask, response_mask)',
-        (LAMBDA_1, "tests/test_roles.py::test_values_are_of_the_state_before_the_token"),
+        (LAMBDA_1, "tests/test_scoring.py::test_values_are_of_the_state_before_the_token"),
     ),
     Mutation(
         "rows of a packed batch see each other",
@@ -449,7 +449,7 @@ SCORING_BUGS = (
         SCORING,
         "return mask.shape[1] - 1 - mask.flip(1).long().argmax(1)",
         "return mask.sum(1) - 1",
-        (LAMBDA_1, "tests/test_roles.py::test_last_token_index_on_either_side"),
+        (LAMBDA_1, "tests/test_scoring.py::test_last_token_index_on_either_side"),
     ),
     Mutation(
         "dropout in PPO",
