@@ -7,78 +7,30 @@ from typing import Any, cast
 
 import pytest
 import torch
-from core_models import LORA, REWARD_LORA, tiny_llama
+from generation_runs import NEW, PROMPTS, TEXTS, answers, before_rewards, make_run, reopened
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from chatllama import answers_file, cli, generation_command
+from chatllama import cli, generation_command
 from chatllama.answering import Answerer, random_numbers
-from chatllama.chat_format import describe_contract, render
+from chatllama.chat_format import render
 from chatllama.config import ChatSection
 from chatllama.config_loader import load_config
 from chatllama.decoding_batch import DecodingBatch, Sampled
-from chatllama.export import save_adapter
 from chatllama.generation_plan import Options, best_of_kl
 from chatllama.loading import load_run
-from chatllama.prompt_files import Prompt, read_prompts
-from chatllama.roles import Adapter, RoleModel, adapter_parameters, adapter_state
+from chatllama.prompt_files import Prompt
 from chatllama.run_folder import RunFolder
-from chatllama.tokenizer import decode, load_tokenizer, save_tokenizer
-
-NEW = 10
-TEXTS = ["Anna paints", "the river", "a", "my brother looks for an old house", "the queen", "hi!"]
-PROMPTS = [Prompt(i, text, f"prompt {i}") for i, text in enumerate(TEXTS)]
+from chatllama.tokenizer import decode, load_tokenizer
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> RunFolder:
-    """A finished run of random weights, with EMA and two reward members. Read it only."""
-    run = RunFolder(tmp_path_factory.mktemp("run"))
-    llama = tiny_llama(vocabulary=300)
-    llama.save_pretrained(run.backbone)
-    tokenizer = load_tokenizer(tiny_tokenizer_dir)
-    save_tokenizer(tokenizer, run.backbone)
-    run.config.write_text(
-        f"run_dir: {run.root}\nbackbone: {{path: {run.backbone}, dtype: float32}}\n"
-        f"generation: {{max_new_tokens: {NEW}, batch_size: 4}}\n"
-    )
-    folders = {
-        "reference": run.sft_adapter,
-        "policy": run.policy_adapter,
-        "ema": run.ema_adapter,
-        "reward": run.reward_adapter,
-        "reward_1": run.reward_adapter.with_name("adapter-1"),
-    }
-    rewards = ("reward", "reward_1")
-    lora = {role: REWARD_LORA if role in rewards else LORA for role in folders}
-    torch.manual_seed(3)
-    adapters = {role: Adapter(lora[role]) for role in folders}
-    model = RoleModel(llama, adapters, heads=rewards)
-    info = {"base": str(run.backbone), "contract": describe_contract(tokenizer, ChatSection())}
-    for role, folder in folders.items():
-        for parameter in adapter_parameters(model, role):
-            parameter.data.normal_(std=0.2)
-        head = model.heads[role].state_dict() if role in rewards else None
-        save_adapter(folder, adapter_state(model, role), lora[role], info, head)
-    return run
+    return make_run(tmp_path_factory.mktemp("run"), tiny_tokenizer_dir)
 
 
 @pytest.fixture
 def without_rewards(run: RunFolder, tmp_path: Path) -> RunFolder:
-    """The same run before its reward stage."""
-    (tmp_path / "config.yaml").write_text(run.config.read_text())
-    (tmp_path / "sft").symlink_to(run.root / "sft")
-    return RunFolder(tmp_path)
-
-
-def answers(
-    run: RunFolder, out: Path, prompts: list[Prompt] | None = None, **options: Any
-) -> list[dict[str, Any]]:
-    generation_command.generate_command(run.root, prompts or PROMPTS, Options(**options), out)
-    return [json.loads(line) for line in out.read_text().splitlines()]
-
-
-def reopened(run: RunFolder, role: str = "policy") -> Answerer:
-    return Answerer.of(load_run(run, roles=[role, "reward", "reward_1"]), role)
+    return before_rewards(run, tmp_path)
 
 
 # --- answers -------------------------------------------------------------------------------------
@@ -317,169 +269,7 @@ def test_sampling_ends_at_the_stop_string(
         assert not re.search("[a-z]", line["response"])
 
 
-# --- the file ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [{"num_samples": 3}, {"best_of": 3}, {}])
-@pytest.mark.parametrize("kept_lines", [0, 1, 5])
-def test_an_interrupted_file_is_continued_to_the_same_bytes(
-    run: RunFolder, tmp_path: Path, options: dict[str, Any], kept_lines: int
-) -> None:
-    out = tmp_path / "a.jsonl"
-    answers(run, out, **options)
-    whole = out.read_bytes()
-    lines = whole.split(b"\n")
-    out.write_bytes(b"\n".join([*lines[:kept_lines], lines[kept_lines][:25]]))
-    answers(run, out, **options)
-    assert out.read_bytes() == whole
-
-
-def test_a_finished_file_is_left_alone(
-    run: RunFolder,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    out = tmp_path / "new" / "a.jsonl"
-    answers(run, out, best_of=2)
-    whole, summary = out.read_bytes(), capsys.readouterr().err.splitlines()
-    monkeypatch.setattr(generation_command, "_answer_all", None)
-    answers(run, out, best_of=2)
-    assert out.read_bytes() == whole
-    again = capsys.readouterr().err.splitlines()
-    assert again == [line for line in summary if "a second" not in line]
-
-
-def test_each_batch_is_written_when_it_is_done(
-    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, seen = tmp_path / "a.jsonl", []
-    real = Answerer.answer
-
-    def answer(*args: Any) -> Any:
-        seen.append(len(out.read_text().splitlines()))
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(Answerer, "answer", answer)
-    with pytest.raises(KeyboardInterrupt):
-        answers(run, out, batch_size=2)
-    assert seen == [0, 2, 4] and len(out.read_text().splitlines()) == 4
-
-
-def test_other_settings_and_prompts_are_refused(run: RunFolder, tmp_path: Path) -> None:
-    out = tmp_path / "a.jsonl"
-    answers(run, out)
-    whole = out.read_bytes()
-    for options, message in (
-        ({"seed": 1, "top_p": 0.5}, "top_p was 1.0, is 0.5; seed was 0, is 1"),
-        ({"stops": ("x",)}, r"stops was \[\], is \['x'\]"),
-        ({"prompts": PROMPTS[:3]}, "other prompts"),
-        ({"prompts": [*PROMPTS[:5], Prompt(5, "ho", "x")]}, "other prompts"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            answers(run, out, **cast(Any, options))
-    assert out.read_bytes() == whole
-    answers(run, out, batch_size=2)  # which changes no answer
-
-
-def test_a_retrained_adapter_is_another_setting(
-    run: RunFolder, without_rewards: RunFolder, tmp_path: Path
-) -> None:
-    import shutil
-
-    answers(without_rewards, tmp_path / "a.jsonl")
-    (without_rewards.root / "sft").unlink()
-    shutil.copytree(run.policy_adapter, without_rewards.sft_adapter)
-    with pytest.raises(ValueError, match=r"made otherwise .adapter was"):
-        answers(without_rewards, tmp_path / "a.jsonl")
-
-
-def test_files_of_others_are_not_touched(run: RunFolder, tmp_path: Path) -> None:
-    out = tmp_path / "a.jsonl"
-    out.write_text("precious\n")
-    with pytest.raises(ValueError, match=r"exists, without a.jsonl.settings.json beside it"):
-        answers(run, out)
-    assert out.read_text() == "precious\n"
-    other = tmp_path / "b.jsonl"
-    lines = answers(run, other)
-    settings = answers_file.settings_path(other)
-    lines[1]["id"] = 7
-    other.write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
-    with pytest.raises(ValueError, match=r"b.jsonl:2: id 7, sample 0 where id 1, sample 0"):
-        answers(run, other)
-    other.write_text(json.dumps(lines[0]) + "\nnonsense\n")
-    with pytest.raises(ValueError, match=r"b.jsonl:2: not an answer"):
-        answers(run, other)
-    settings.write_text("{")
-    with pytest.raises(ValueError, match=r"settings.json: damaged"):
-        answers(run, other)
-
-
 # --- prompts -------------------------------------------------------------------------------------
-
-
-def test_prompts_of_a_jsonl_file(tmp_path: Path) -> None:
-    file = tmp_path / "p.jsonl"
-    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "a\u2028b"}]
-    records = [{"prompt": "x\ny"}, {"messages": turns, "id": "k"}, {"prompt": turns, "more": 1}]
-    text = "\n\n".join(json.dumps(record, ensure_ascii=False) for record in records)
-    file.write_bytes(b"\xef\xbb\xbf" + text.encode())
-    first, second, third = read_prompts([], file, ["ignored"])
-    assert (first.id, first.content, first.where) == (0, "x\ny", f"{file}:1")
-    assert first.messages == [{"role": "user", "content": "x\ny"}]
-    assert (second.id, second.messages, second.where) == ("k", turns, f"{file}:3")
-    assert (third.id, third.messages) == (2, turns)
-
-
-def test_prompts_of_text_and_arguments(tmp_path: Path) -> None:
-    file = tmp_path / "p.txt"
-    file.write_bytes(b"one \r\n\r\ntwo\n")
-    assert [(p.id, p.content) for p in read_prompts([], file, None)] == [(0, "one "), (1, "two")]
-    assert [p.content for p in read_prompts([], None, iter(["a\n", "\n", "b"]))] == ["a", "b"]
-    assert [p.content for p in read_prompts(["a\nb", "c"], None, iter(["d"]))] == ["a\nb", "c"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "no prompts"),
-        ("\n\n", "no prompts"),
-        ('{"prompt": "a"}\n{"prompt": ', r"p.jsonl:2: broken JSON \(.*, column 12\)"),
-        ('"a"', "p.jsonl:1: expected an object"),
-        ('{"text": "a"}', "expected one of `prompt` and `messages`; it has 'text'"),
-        ('{"prompt": "a", "messages": []}', "expected one of"),
-        ('{"messages": "a"}', "`messages` must be a list"),
-        ('{"messages": [{"role": "user"}]}', "message 0 must have `role` and `content`"),
-        ('{"messages": []}', "must be by 'user'; it is missing"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}', "it is by 'assistant'"),
-        ('{"prompt": "  "}', "p.jsonl:1: the prompt is empty"),
-        ('{"prompt": "a", "id": [1]}', r"`id` must be a number or a string, not \[1\]"),
-        ('{"prompt": "a", "id": true}', "`id` must be"),
-    ],
-)
-def test_bad_prompts_are_named(tmp_path: Path, content: str, message: str) -> None:
-    file = tmp_path / "p.jsonl"
-    file.write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_prompts([], file, None)
-
-
-def test_one_source_of_prompts(tmp_path: Path) -> None:
-    file = tmp_path / "p.csv"
-    for arguments, name, message in (
-        (["a"], file, "give one of the two"),
-        ([], None, "no prompts: give them"),
-        ([], file, "unknown type '.csv'; known: .jsonl, .txt"),
-        ([], tmp_path / "none.txt", "no such file"),
-        ([" "], None, "prompt 0: the prompt is empty"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            read_prompts(arguments, name, None)
-    (tmp_path / "p.txt").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match=r"p.txt: not UTF-8"):
-        read_prompts([], tmp_path / "p.txt", None)
 
 
 def test_prompts_that_do_not_fit_are_named_before_any_answer(
