@@ -59,12 +59,12 @@ def test_stage_learns_and_its_adapter_loads_with_plain_peft(
     from transformers import AutoModelForCausalLM
 
     run = RunFolder(tmp_path / "run")
-    command = [str(config_file), f"run_dir={run.root}"]
+    command = [str(config_file), f"run_dir={run.root}", "sft.steps=20"]
     train_sft.main(command)
     result = run.read_result("sft")
     curve = losses(run.root)
-    assert len(curve) == 6 and curve[-1] < curve[0] - 0.3
-    assert result["loss"] == curve[-1] and result["steps"] == 6
+    assert len(curve) == 20 and max(curve[-4:]) < curve[0] - 0.3  # dropout: steps differ
+    assert result["loss"] == curve[-1] and result["steps"] == 20
     assert result["eval_loss"] < curve[0] and result["tokens"] > 0
     base = AutoModelForCausalLM.from_pretrained(
         json.loads((run.sft_adapter / "chatllama.json").read_text())["base"]
