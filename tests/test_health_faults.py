@@ -138,7 +138,8 @@ def larger_scores(trainer: ppo.PpoTrainer, step: int) -> None:
 
 def nan_weight(trainer: ppo.PpoTrainer, step: int) -> None:
     if step == 4:
-        adapter_parameters(trainer.engine.model, "value")[1].data[0, 0] = math.nan
+        # behind the last attention, whose kernel may lose a NaN
+        adapter_parameters(trainer.engine.model, "value")[-1].data[0, 0] = math.nan
 
 
 FAULTS: dict[DiagnosisName, Fault] = {

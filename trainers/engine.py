@@ -260,6 +260,9 @@ class Engine:
         """
         for target, source in zip(targets, sources, strict=True):
             _local(target).lerp_(_local(source), 1 - decay)
+            if hasattr(target, "ds_id") and target.numel() == num_elements(target):
+                # Small ones (stage3_param_persistence_threshold) lie whole beside their shards.
+                target.data.lerp_(source.data, 1 - decay)
 
     def whole_value(self, parameter: nn.Parameter) -> torch.Tensor:
         """A copy of the parameter's value, of its whole shape, on every rank."""
