@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from chatllama.lora_layer import call_inside
+from chatllama.distributed import call_inside
 
 CHUNK_ELEMENTS = 2**22
 

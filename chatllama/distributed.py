@@ -5,11 +5,15 @@ The only place that asks whether there is a GPU. Works alike with one process an
 
 import contextlib
 import os
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import nn
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -121,3 +125,22 @@ def shut_down() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def call_inside(modules: Sequence[nn.Module], function: Callable[..., T], *inputs: Any) -> T:
+    """The function's result, computed within the modules' own calls: ZeRO-3 fetches their weights.
+
+    Args:
+        modules: none of them inside another; each takes the inputs and gives the result.
+        function: instead of their forward methods.
+        *inputs: what the function takes.
+    """
+    if not modules:
+        return function(*inputs)
+    module = cast(Any, modules[0])
+    assert "forward" not in vars(module)
+    module.forward = lambda *given: call_inside(modules[1:], function, *given)
+    try:
+        return module(*inputs)
+    finally:
+        del module.forward

@@ -5,14 +5,13 @@ large product, and as much again backward. Over many tokens W + scale B A is mad
 It lives for one product only (backward makes it anew), so no second copy of the weights is held.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from peft.tuners import lora
 from torch import nn
 
-T = TypeVar("T")
+from chatllama.distributed import call_inside
 
 
 class _MergedProduct(torch.autograd.Function):
@@ -44,24 +43,6 @@ class _MergedProduct(torch.autograd.Function):
             to_down = (slope @ up).mul_(ctx.scale).T @ inputs
             to_up = slope.T @ (inputs @ down.T).mul_(ctx.scale)
         return to_x, None, to_down, to_up, None
-
-
-def call_inside(modules: Sequence[nn.Module], function: Callable[..., T], *inputs: Any) -> T:
-    """The function's result, computed within the modules' own calls: ZeRO-3 fetches their weights.
-
-    Args:
-        modules: none of them inside another; each takes the inputs and gives the result.
-        function: instead of their forward methods.
-        *inputs: what the function takes.
-    """
-    if not modules:
-        return function(*inputs)
-    module = cast(Any, modules[0])
-    module.forward = lambda *given: call_inside(modules[1:], function, *given)
-    try:
-        return module(*inputs)
-    finally:
-        del module.forward
 
 
 class MergingLinear(lora.Linear):

@@ -294,16 +294,6 @@ def end_in_loss(llama: LlamaForCausalLM, use_bfloat16: bool) -> None:
         use_bfloat16: run that forward pass under autocast to bfloat16.
     """
     llama.forward = MethodType(_LossForward(use_bfloat16), llama)
-    llama.lm_head.forward = MethodType(_head_forward, llama.lm_head)
-
-
-def _head_forward(
-    head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor | None = None
-) -> torch.Tensor | TokenLoss:
-    """Logits, or the loss of the targets: inside the head's own call, its weight is whole."""
-    if targets is None:
-        return nn.Linear.forward(head, hidden)
-    return token_loss(hidden, head.weight, targets)
 
 
 class _LossForward:
@@ -335,4 +325,9 @@ class _LossForward:
             hidden = llama.model(*args, use_cache=False, **kwargs).last_hidden_state[:, :-1]
             targets = labels[:, 1:]
             trained = targets != IGNORED
-            return llama.lm_head(hidden[trained], targets[trained])
+            weight = llama.lm_head.weight  # whole within the head's call
+
+            def loss(states: torch.Tensor) -> TokenLoss:
+                return token_loss(states, weight, targets[trained])
+
+            return distributed.call_inside([llama.lm_head], loss, hidden[trained])
