@@ -46,7 +46,7 @@ def test_a_quantised_backbone_takes_less_memory(
     layers = sum(p.numel() for n, p in whole.named_parameters() if "_proj" in n)
     saved = weight_bytes(whole) - weight_bytes(llama)
     assert saved == pytest.approx(layers * (4 - {"int8": 1, "nf4": 0.5}[kind]), rel=0.01)
-    assert f"backbone: {kind}, 0." in capsys.readouterr().out
+    assert f"backbone: {kind}, 0." in capsys.readouterr().err
     assert not any(p.requires_grad for p in llama.parameters())
     expected = logits(whole)
     error = float((logits(llama) - expected).norm() / expected.norm())
