@@ -109,7 +109,7 @@ class BackboneSection(Section):
     """Hub revision (commit, tag or branch). null: the default branch."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the frozen weights and of the matrix products. Adapters and heads are float32.
-    float16 is for answering only: `--dtype` of chat, generate and serve."""
+    float16 is for answering only: `--dtype` of chat, generate, serve and eval."""
     quantization: Literal["none", "int8", "nf4"] = "none"
     """Frozen linear layers in 8 or 4 bits (QLoRA; extra `bitsandbytes`; not with ZeRO-3 or
     `lora: null`). Matrix products stay in dtype, adapters and heads in float32."""
@@ -128,8 +128,9 @@ class BackboneSection(Section):
     def _no_float16(cls, value: object) -> object:
         if value == "float16":
             raise ValueError(
-                "float16 is for answering only (--dtype of chat, generate and serve): training has "
-                "no loss scaling, so that small gradients would become 0; use bfloat16 or float32"
+                "float16 is for answering only (--dtype of chat, generate, serve and eval): "
+                "training has no loss scaling, so that small gradients would become 0; use "
+                "bfloat16 or float32"
             )
         return value
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from chatllama.generation_plan import Options, check_options, make_plan
+from chatllama.inference_weights import add_weights_arguments
 from chatllama.prompt_files import Prompt
 from chatllama.run_folder import RunFolder, write_json
 
@@ -56,6 +57,7 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=int, metavar="N", help="longest answer")
     add("--batch-size", type=int, metavar="N", help="sentences at a time")
     add("--limit", type=int, metavar="N", help="the first N sentences only")
+    add_weights_arguments(parser)
     parser.epilog = "Answers and scores go to RUN/translation; what was interrupted is continued."
 
 
@@ -66,6 +68,8 @@ def eval_options(arguments: argparse.Namespace) -> Options:
         temperature=0.0,
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
+        dtype=arguments.dtype,
+        quantization=arguments.quantization,
     )
 
 
@@ -87,9 +91,15 @@ def evaluate_translation(
 
     check_options(options)
     run = RunFolder(run_dir)
-    role = make_plan(run, load_config(run.existing_config()), options).role
+    cfg = load_config(run.existing_config())
+    plan = make_plan(run, cfg, options)
+    role = plan.role
     direction = f"{translations.source}-{translations.target}"
-    stem = f"{translations.name}.{len(translations.requests)}.{direction}.{role}"
+    parts = [translations.name, str(len(translations.requests)), direction, role]
+    own = cfg.backbone
+    forms = ((plan.dtype, own.dtype), (plan.quantization, own.quantization))
+    # Answers from weights in another form than the config's stand beside its own.
+    stem = ".".join([*parts, *(form for form, usual in forms if form != usual)])
     out = run.root / "translation" / f"{stem}.jsonl"
     out.parent.mkdir(exist_ok=True)
     prompts = [Prompt(i, ask, where) for i, (where, ask, _) in enumerate(translations.requests)]
@@ -99,6 +109,8 @@ def evaluate_translation(
     references = [reference for _, _, reference in translations.requests]
     result = {
         "role": role,
+        "dtype": plan.dtype,
+        "quantization": plan.quantization,
         "sentences": len(found),
         "unfinished": sum(not answer["finished"] for answer in answers),
         "empty": sum(not text for text in found),

@@ -70,6 +70,30 @@ def test_a_run_is_scored(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (run / "translation/news.2.de-en.sft.jsonl").is_file()
 
 
+def test_weights_in_another_form_are_passed_on_and_scored_apart(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str | None, str | None]] = []
+
+    def answer(run: Path, prompts: list[Prompt], options: Any, out: Path) -> None:
+        asked.append((options.dtype, options.quantization))
+        line = json.dumps({"response": "a", "finished": True}) + "\n"
+        out.write_text(line * len(prompts))
+
+    monkeypatch.setattr("chatllama.generation_command.generate_command", answer)
+    command = ["eval", str(run), "--translation", str(run.parent / "news")]
+    command += ["--languages", "de", "en"]
+    assert cli.main([*command, "--dtype", "bfloat16"]) == 0  # the config's own
+    assert cli.main([*command, "--dtype", "float16", "--quantization", "nf4"]) == 0
+    assert asked == [("bfloat16", None), ("float16", "nf4")]
+    scores = [
+        json.loads((run / f"translation/news.3.de-en.sft{form}.scores.json").read_text())
+        for form in ("", ".float16.nf4")
+    ]
+    found = [(each["dtype"], each["quantization"]) for each in scores]
+    assert found == [("bfloat16", "none"), ("float16", "nf4")]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
