@@ -12,9 +12,9 @@ from pathlib import Path
 from chatllama import __version__
 from chatllama.chat_arguments import add_chat_arguments, chat_settings
 from chatllama.data_generation_arguments import add_data_generate_arguments
-from chatllama.export_options import add_export_arguments, export_options
+from chatllama.exporting.options import add_export_arguments, export_options
 from chatllama.generation_arguments import add_generate_arguments, generate_options
-from chatllama.server_arguments import add_serve_arguments, serve_settings
+from chatllama.serving.arguments import add_serve_arguments, serve_settings
 from chatllama.translation_scores import add_eval_arguments, eval_options
 
 Command = Callable[[argparse.Namespace], None]
@@ -237,19 +237,19 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from chatllama.export_command import export_run
+    from chatllama.exporting.command import export_run
 
     export_run(Path(arguments.run), export_options(arguments), arguments.out)
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    from chatllama.server import serve
+    from chatllama.serving.command import serve
 
     serve(serve_settings(arguments))
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    from chatllama.meta_checkpoint import import_meta
+    from chatllama.meta.checkpoint import import_meta
 
     import_meta(
         arguments.folder,

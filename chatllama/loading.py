@@ -6,13 +6,13 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from chatllama.adapter_files import load_adapter
 from chatllama.backbone import load_backbone
 from chatllama.backbone_path import backbone_path, base_path
 from chatllama.chat_format import check_contract
 from chatllama.config import ChatSection, Config
 from chatllama.config_loader import load_config
 from chatllama.distributed import device
-from chatllama.export import load_adapter
 from chatllama.libraries import quiet_libraries
 from chatllama.lineage import check_base
 from chatllama.roles import Adapter, Role, RoleModel

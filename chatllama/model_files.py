@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from chatllama.export import SavedAdapter
+from chatllama.adapter_files import SavedAdapter
 from chatllama.run_folder import write_json
 
 TORCH_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

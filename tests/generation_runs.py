@@ -8,10 +8,10 @@ import torch
 from core_models import LORA, REWARD_LORA, tiny_llama
 
 from chatllama import generation_command
+from chatllama.adapter_files import save_adapter
 from chatllama.answering import Answerer
 from chatllama.chat_format import describe_contract
 from chatllama.config import ChatSection
-from chatllama.export import save_adapter
 from chatllama.generation_plan import Options
 from chatllama.loading import load_run
 from chatllama.prompt_files import Prompt

@@ -11,9 +11,9 @@ from core_models import LORA, REWARD_LORA, tiny_llama
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from chatllama.adapter_files import save_adapter
 from chatllama.chat_format import describe_contract
 from chatllama.config import Config
-from chatllama.export import save_adapter
 from chatllama.roles import Adapter, Role, RoleModel, adapter_parameters, adapter_state
 from chatllama.run_folder import RunFolder, write_json
 from chatllama.tokenizer import load_tokenizer

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from core_models import LORA, REWARD_LORA, tiny_llama
 
+from chatllama.adapter_files import save_adapter
 from chatllama.chat_format import describe_contract
 from chatllama.config import ChatSection
-from chatllama.export import save_adapter
 from chatllama.loading import LoadedRun, load_run
 from chatllama.roles import Adapter, RoleModel, adapter_parameters, adapter_state
 from chatllama.run_folder import RunFolder
-from chatllama.server import Server, open_socket
-from chatllama.server_service import Service
-from chatllama.server_settings import ServerSettings, check_settings
+from chatllama.serving.command import Server, open_socket
+from chatllama.serving.service import Service
+from chatllama.serving.settings import ServerSettings, check_settings
 from chatllama.tokenizer import load_tokenizer, save_tokenizer
 
 KEY = "a-key-of-twenty-chars"

@@ -12,9 +12,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from chatllama import export
+from chatllama import adapter_files
+from chatllama.adapter_files import WEIGHTS, check_tensors, load_adapter, save_adapter
 from chatllama.config import LoraSection
-from chatllama.export import WEIGHTS, check_tensors, load_adapter, save_adapter
 from chatllama.roles import Adapter, Role, RoleModel, acting_as, adapter_state
 from chatllama.run_folder import INFO
 from chatllama.scoring import score_sequences
@@ -303,11 +303,11 @@ def test_an_interrupted_save_leaves_the_old_adapter(
         return rename(self, target)
 
     if moment == "writing":
-        monkeypatch.setattr(export, "save_file", cut_off)
+        monkeypatch.setattr(adapter_files, "save_file", cut_off)
     elif moment == "config":
-        monkeypatch.setattr(export, "write_json", refuse)
+        monkeypatch.setattr(adapter_files, "write_json", refuse)
     elif moment == "reopening":
-        monkeypatch.setattr(export, "save_file", altered)
+        monkeypatch.setattr(adapter_files, "save_file", altered)
     else:
         monkeypatch.setattr(Path, "rename", refuse_new)
     state = {name: tensor + 1 for name, tensor in adapter_state(model, "policy").items()}

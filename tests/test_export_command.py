@@ -22,13 +22,13 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from chatllama import export_command, export_gate
+from chatllama.adapter_files import WEIGHTS, load_adapter, save_adapter
 from chatllama.answering import Answerer
 from chatllama.config_loader import dump_config
-from chatllama.export import WEIGHTS, load_adapter, save_adapter
-from chatllama.export_command import export_run, run_gate
-from chatllama.export_gate import INFO, Refused, check_adapter, check_merged
-from chatllama.export_options import ExportOptions
+from chatllama.exporting import command, gate
+from chatllama.exporting.command import export_run, run_gate
+from chatllama.exporting.gate import INFO, Refused, check_adapter, check_merged
+from chatllama.exporting.options import ExportOptions
 from chatllama.lineage import fingerprint, gather, write_record
 from chatllama.loading import load_run
 from chatllama.model_files import merged, open_model
@@ -53,7 +53,7 @@ def in_this_process(arguments: list[str | Path]) -> dict[str, float]:
     """The gate without the seconds that a process takes; raises what it refuses with."""
     paths = [Path(str(a)) for a in arguments if not str(a).startswith("--")]
     if paths[0].suffix == ".gguf":
-        return export_gate.check_gguf(paths[0])
+        return gate.check_gguf(paths[0])
     if (paths[0] / WEIGHTS).is_file():
         return check_adapter(paths[0], str(paths[1]))
     base, adapter = (str(paths[1]), paths[2]) if len(paths) > 1 else (None, None)
@@ -78,7 +78,7 @@ def make_exported(folder: Path, tokenizer: Path, **changes: Any) -> Exported:
     }
     write_record(run, "sft", record | {"data": data})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_command, "run_gate", in_this_process)
+        patch.setattr(command, "run_gate", in_this_process)
         options = ExportOptions(merged=True, reward=True, gguf=True)
         return Exported(run, tiny.base, export_run(run.root, options))
 
@@ -153,8 +153,8 @@ def test_plain_peft_the_server_chat_and_the_merged_model_say_the_same(exported: 
 
 
 def test_merged_tensors_by_hand() -> None:
+    from chatllama.adapter_files import SavedAdapter
     from chatllama.config import LoraSection
-    from chatllama.export import SavedAdapter
     from chatllama.model_files import ModelFiles
 
     name = "model.layers.0.mlp.up_proj.weight"
@@ -183,7 +183,7 @@ def test_merged_tensors_by_hand() -> None:
 
 
 def test_half_precision_and_the_base_name(exported: Exported, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(export_command, "run_gate", in_this_process)
+    monkeypatch.setattr(command, "run_gate", in_this_process)
     options = ExportOptions(role="sft", merged=True, dtype="bfloat16", base_name="me/base")
     out = export_run(exported.run.root, options, tmp_path / "out")
     assert {t.dtype for t in load_file(out / "merged" / "model.safetensors").values()} == {
@@ -209,7 +209,7 @@ def test_a_refused_export_is_not_published(exported: Exported, tmp_path: Path, m
     def refuse(arguments: list[str | Path]) -> dict[str, float]:
         raise ValueError("the export gate: no")
 
-    monkeypatch.setattr(export_command, "run_gate", refuse)
+    monkeypatch.setattr(command, "run_gate", refuse)
     with pytest.raises(ValueError, match="the export gate: no"):
         export_run(exported.run.root, ExportOptions(), tmp_path / "out")
     assert not (tmp_path / "out" / "adapter").exists()
@@ -328,7 +328,7 @@ def test_a_changed_merged_model_is_refused(exported: Exported, tmp_path: Path) -
 def test_after_full_fine_tuning_there_is_no_sft_adapter(
     tmp_path: Path, tiny_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export_command, "run_gate", in_this_process)
+    monkeypatch.setattr(command, "run_gate", in_this_process)
     tiny = TinyRun.make(tmp_path, tiny_tokenizer_dir, lora=None, chat={"template": "llama2"})
     run = RunFolder(tiny.folder)
     dump_config(tiny.config(lora=None, chat={"template": "llama2"}), run.config)
@@ -357,7 +357,7 @@ def test_llama_cpp_says_the_same(exported: Exported, tmp_path: Path, lora: bool)
     """Greedy tokens of the merged file, or of base and adapter file, equal plain PEFT's."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     from chatllama.config import ChatSection
-    from chatllama.export_gguf import write_model_gguf
+    from chatllama.exporting.gguf_file import write_model_gguf
     from chatllama.tokenizer import load_tokenizer
 
     file, options = exported.out / "gguf" / "model.gguf", {}

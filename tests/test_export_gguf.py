@@ -4,8 +4,8 @@ import pytest
 import torch
 from core_models import tiny_llama
 
-from chatllama.export_gguf import _rope_factors, gguf_name, interleaved
-from chatllama.meta_checkpoint import halves_together
+from chatllama.exporting.gguf_file import _rope_factors, gguf_name, interleaved
+from chatllama.meta.checkpoint import halves_together
 
 
 def test_gguf_names_and_order() -> None:

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from chatllama.chat_format import Message, _segments, render
 from chatllama.config import ChatSection, GenerationSection
-from chatllama.export_probe import CONVERSATIONS
-from chatllama.export_templates import jinja_template, modelfile
+from chatllama.exporting.probe import CONVERSATIONS
+from chatllama.exporting.templates import jinja_template, modelfile
 from chatllama.tokenizer import load_tokenizer, save_tokenizer
 
 LAYOUTS = ["llama2", "llama3", "alpaca", "vicuna", "chatml"]

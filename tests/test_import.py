@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chatllama import cli, meta_checkpoint
-from chatllama.meta_checkpoint import import_meta
-from chatllama.meta_shards import shard_files
+from chatllama import cli
+from chatllama.meta import checkpoint
+from chatllama.meta.checkpoint import import_meta
+from chatllama.meta.shards import shard_files
 from chatllama.model_files import write_model
 
 STORIES = "stories260k"
@@ -341,12 +342,12 @@ def test_the_logit_check_finds_wrong_weights(
     variant: str, grouped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if variant == "not reordered":
-        monkeypatch.setattr(meta_checkpoint, "halves_together", lambda rows, heads: rows)
+        monkeypatch.setattr(checkpoint, "halves_together", lambda rows, heads: rows)
     else:
-        names = dict(meta_checkpoint._NAMES)
+        names = dict(checkpoint._NAMES)
         w1, w3 = "feed_forward.w1.weight", "feed_forward.w3.weight"
         names[w1], names[w3] = names[w3], names[w1]
-        monkeypatch.setattr(meta_checkpoint, "_NAMES", names)
+        monkeypatch.setattr(checkpoint, "_NAMES", names)
     with pytest.raises(ValueError, match="logits differ from those of Meta's architecture by"):
         import_meta(grouped)
     assert [p.name for p in grouped.parent.iterdir()] == ["meta"]
@@ -358,7 +359,7 @@ def test_an_interrupted_import_leaves_nothing(
     def interrupt(*args: object) -> float:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(meta_checkpoint, "_check", interrupt)
+    monkeypatch.setattr(checkpoint, "_check", interrupt)
     with pytest.raises(KeyboardInterrupt):
         import_meta(grouped)
     assert [p.name for p in grouped.parent.iterdir()] == ["meta"]

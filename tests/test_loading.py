@@ -8,8 +8,8 @@ import torch
 from core_models import LORA
 from ppo_runs import TinyRun, make_ends, make_run, tokenizer_of
 
+from chatllama.adapter_files import load_adapter, save_adapter
 from chatllama.config_loader import dump_config
-from chatllama.export import load_adapter, save_adapter
 from chatllama.loading import load_run
 from chatllama.roles import acting_as, adapter_state
 from chatllama.run_folder import RunFolder

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from chatllama.meta_checkpoint import halves_together
-from chatllama.meta_model import MetaParams, read_params, rms_norm, rotate, rotations
+from chatllama.meta.checkpoint import halves_together
+from chatllama.meta.model import MetaParams, read_params, rms_norm, rotate, rotations
 
 
 def test_params_defaults(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from launching import PROJECT, launch
 from ppo_runs import TinyRun
 from workers.ppo_worker import OPTIONS, VARIANTS, run_variant
 
-from chatllama.export import load_adapter
+from chatllama.adapter_files import load_adapter
 from chatllama.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow

@@ -10,9 +10,9 @@ import torch
 from ppo_runs import make_base, make_run, ppo_config, tokenizer_of
 
 import train_ppo
+from chatllama.adapter_files import load_adapter
 from chatllama.config import Config
 from chatllama.config_loader import dump_config, load_config
-from chatllama.export import load_adapter
 from chatllama.roles import acting_as
 from chatllama.run_folder import RunFolder
 from trainers.ppo_setup import load_prompts

@@ -15,8 +15,8 @@ from chatllama import backbone
 from chatllama.backbone import load_backbone, weight_bytes
 from chatllama.config import BackboneSection
 from chatllama.config_loader import dump_config
-from chatllama.export_command import export_run
-from chatllama.export_options import ExportOptions
+from chatllama.exporting.command import export_run
+from chatllama.exporting.options import ExportOptions
 from chatllama.inference_weights import with_weights
 from chatllama.loading import load_run
 from chatllama.roles import Adapter, RoleModel, adapter_parameters, adapter_state, mergeable

@@ -10,7 +10,7 @@ from launching import PROJECT, launch
 import train_ppo
 import train_rm
 import train_sft
-from chatllama.export import load_adapter
+from chatllama.adapter_files import load_adapter
 from chatllama.run_folder import STAGES, RunFolder, Stage
 
 pytestmark = pytest.mark.slow

@@ -14,9 +14,9 @@ from launching import launch
 from transformers import LlamaForCausalLM
 
 import train_rm
+from chatllama.adapter_files import load_adapter, save_adapter
 from chatllama.config import RewardSection
 from chatllama.config_loader import load_config
-from chatllama.export import load_adapter, save_adapter
 from chatllama.reward_models import check_gate, reward_folders
 from chatllama.roles import Adapter, RoleModel, adapter_parameters, adapter_state
 from chatllama.run_folder import RunFolder, write_json

@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from chatllama import cli, server_calls
+from chatllama import cli
 from chatllama.config import DataSource
-from chatllama.server import open_socket
-from chatllama.server_arguments import serve_settings
-from chatllama.server_errors import of_validation, shown
-from chatllama.server_metrics import Metrics
-from chatllama.server_schema import ChatRequest, CompletionRequest, Vote
-from chatllama.server_settings import ServerSettings, check_settings
-from chatllama.server_tokens import TokenTexts
-from chatllama.server_votes import VoteFile, vote_record
+from chatllama.serving import calls
+from chatllama.serving.arguments import serve_settings
+from chatllama.serving.command import open_socket
+from chatllama.serving.errors import of_validation, shown
+from chatllama.serving.metrics import Metrics
+from chatllama.serving.schema import ChatRequest, CompletionRequest, Vote
+from chatllama.serving.settings import ServerSettings, check_settings
+from chatllama.serving.tokens import TokenTexts
+from chatllama.serving.votes import VoteFile, vote_record
 from chatllama.tokenizer import encode, load_tokenizer
 from data.readers import read_source
 
@@ -213,14 +214,14 @@ class Wire:
 def test_a_stream_that_nobody_reads_ends_with_its_work(
     leaves: bool, counted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_calls, "SEND_SLACK", 0.2)
+    monkeypatch.setattr(calls, "SEND_SLACK", 0.2)
     metrics, closed = Metrics(), []
 
     async def events() -> AsyncIterator[str]:
         while True:
             yield "{}"
 
-    stream = server_calls.EventStream(events(), lambda: closed.append(True), metrics, 0.1)
+    stream = calls.EventStream(events(), lambda: closed.append(True), metrics, 0.1)
     wire = Wire(leaves)
     asyncio.run(stream({"type": "http"}, wire.receive, wire.send))
     assert closed == [True] and f"chatllama_{counted}_total 1" in metrics.text({})

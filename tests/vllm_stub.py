@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
+from chatllama.adapter_files import load_adapter
 from chatllama.config import ChatSection
 from chatllama.decoding_batch import DecodingBatch, Request
-from chatllama.export import load_adapter
 from chatllama.roles import Adapter, RoleModel, acting_as
 from chatllama.sampling import Sampling
 

@@ -8,13 +8,13 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from chatllama.adapter_files import SavedAdapter, load_adapter, save_adapter
 from chatllama.backbone import load_backbone
 from chatllama.backbone_path import base_path
 from chatllama.batching import ppo_batches
 from chatllama.chat_format import check_contract, end_of_turn_ids
 from chatllama.config import Config
 from chatllama.distributed import barrier, rank, world_size
-from chatllama.export import SavedAdapter, load_adapter, save_adapter
 from chatllama.lineage import check_base
 from chatllama.roles import Adapter, Role, RoleModel, ScalarHead, adapter_parameters, adapter_state
 from chatllama.run_folder import RunFolder

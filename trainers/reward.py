@@ -18,6 +18,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from chatllama import interruption
+from chatllama.adapter_files import load_adapter, save_adapter
 from chatllama.backbone import load_backbone
 from chatllama.backbone_path import base_path
 from chatllama.batching import lr_factor, microbatches_per_step, optimizer_steps
@@ -25,7 +26,6 @@ from chatllama.chat_format import check_contract
 from chatllama.checkpoint import checkpoint_to_resume, layout_of, save_step
 from chatllama.config import Config
 from chatllama.distributed import all_sum, barrier, device, rank, world_size
-from chatllama.export import load_adapter, save_adapter
 from chatllama.lineage import check_base
 from chatllama.reward_models import member_folder
 from chatllama.roles import Adapter, RoleModel, adapter_parameters, adapter_state

@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from chatllama.adapter_files import save_adapter
 from chatllama.config import Config, GenerationSection
 from chatllama.config_servers import ServersSection
 from chatllama.distributed import all_gather_objects, rank
-from chatllama.export import save_adapter
 from chatllama.roles import Role, RoleModel, adapter_parameters, adapter_state
 from chatllama.run_folder import RunFolder
 from chatllama.sampling import Sampling

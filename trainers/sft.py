@@ -17,13 +17,13 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, pack_dataset  # pyright: ignore[reportPrivateImportUsage]
 
 from chatllama import distributed
+from chatllama.adapter_files import check_tensors, save_adapter
 from chatllama.backbone import load_backbone
 from chatllama.backbone_path import backbone_path
 from chatllama.batching import microbatches_per_step, optimizer_steps
 from chatllama.checkpoint import checkpoint_to_resume, layout_of, step_of
 from chatllama.config import Config, DeepSpeedSection, OptimizerSection
 from chatllama.durable import replace_folder
-from chatllama.export import check_tensors, save_adapter
 from chatllama.lora_layer import merge_products
 from chatllama.roles import (
     Adapter,

@@ -19,9 +19,9 @@ from tokenizers.decoders import Fuse, Replace, Sequence
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from chatllama.adapter_files import save_adapter
 from chatllama.chat_format import describe_contract
 from chatllama.config import Config, LoraSection
-from chatllama.export import save_adapter
 from chatllama.roles import Adapter, RoleModel, adapter_parameters, adapter_state
 from chatllama.run_folder import RunFolder
 from trainers.ppo_setup import Prompts

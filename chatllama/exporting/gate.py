@@ -1,6 +1,6 @@
 """The export gate: reopens an export with plain transformers and peft, and refuses what differs.
 
-Runs alone in a fresh process (`python export_gate.py FOLDER --base BASE`) and imports nothing of
+Runs alone in a fresh process (`python gate.py FOLDER --base BASE`) and imports nothing of
 this package, as the program of whoever receives the folder will not. What is expected stands in
 the folder's chatllama.json: token ids of a few conversations, their log-probabilities, scores.
 """

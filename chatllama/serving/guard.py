@@ -14,9 +14,9 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from chatllama.server_errors import ApiError
-from chatllama.server_metrics import Metrics
-from chatllama.server_settings import ServerSettings
+from chatllama.serving.errors import ApiError
+from chatllama.serving.metrics import Metrics
+from chatllama.serving.settings import ServerSettings
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 PAGE_HEADERS = {

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from chatllama.inference_weights import add_weights_arguments
-from chatllama.server_settings import ServerSettings
+from chatllama.serving.settings import ServerSettings
 
 KEY_VARIABLE = "CHATLLAMA_API_KEY"
 

@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from chatllama.decoding_batch import Request
 from chatllama.roles import Role
-from chatllama.server_engine import Engine
-from chatllama.server_errors import ApiError
-from chatllama.server_jobs import Job, Piece, make_rows, merged
-from chatllama.server_metrics import Metrics
+from chatllama.serving.engine import Engine
+from chatllama.serving.errors import ApiError
+from chatllama.serving.jobs import Job, Piece, make_rows, merged
+from chatllama.serving.metrics import Metrics
 
 Result = TypeVar("Result")
 SEND_SLACK = 10.0

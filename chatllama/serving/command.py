@@ -15,10 +15,10 @@ from chatllama.config_loader import load_config
 from chatllama.inference_weights import with_weights
 from chatllama.loading import LoadedRun, load_run
 from chatllama.run_folder import RunFolder
-from chatllama.server_app import build_app
-from chatllama.server_guard import PatientProtocol
-from chatllama.server_service import Service
-from chatllama.server_settings import ServerSettings, check_settings
+from chatllama.serving.app import build_app
+from chatllama.serving.guard import PatientProtocol
+from chatllama.serving.service import Service
+from chatllama.serving.settings import ServerSettings, check_settings
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

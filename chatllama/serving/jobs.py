@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from chatllama.decoding_batch import Request, Sampled
 from chatllama.roles import Role
-from chatllama.server_errors import ApiError
+from chatllama.serving.errors import ApiError
 from chatllama.text_stream import AnswerText
 
 Ended = Literal["stop", "length"]

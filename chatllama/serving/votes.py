@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from chatllama.server_schema import Vote
+from chatllama.serving.schema import Vote
 
 
 def vote_record(vote: Vote) -> dict[str, Any]:

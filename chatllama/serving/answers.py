@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from chatllama.decoding_batch import Sampled
-from chatllama.server_calls import Call
-from chatllama.server_errors import ApiError
-from chatllama.server_jobs import Piece
-from chatllama.server_tokens import TokenTexts
+from chatllama.serving.calls import Call
+from chatllama.serving.errors import ApiError
+from chatllama.serving.jobs import Piece
+from chatllama.serving.tokens import TokenTexts
 
 Kind = Literal["chat", "completion"]
 

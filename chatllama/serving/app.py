@@ -12,9 +12,9 @@ from fastapi.responses import PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from chatllama import __version__
-from chatllama.server_errors import ApiError, ErrorBody, of_validation
-from chatllama.server_guard import Guard
-from chatllama.server_schema import (
+from chatllama.serving.errors import ApiError, ErrorBody, of_validation
+from chatllama.serving.guard import Guard
+from chatllama.serving.schema import (
     ChatRequest,
     CompletionRequest,
     LoadAdapter,
@@ -23,8 +23,8 @@ from chatllama.server_schema import (
     UnloadAdapter,
     Vote,
 )
-from chatllama.server_service import Service
-from chatllama.server_votes import vote_record
+from chatllama.serving.service import Service
+from chatllama.serving.votes import vote_record
 
 PAGE = Path(__file__).parent / "page"
 PAGE_FILES = {

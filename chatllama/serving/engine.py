@@ -15,9 +15,9 @@ from typing import TypeVar
 
 from chatllama.decoding_batch import DecodingBatch, Sampled
 from chatllama.roles import Role, RoleModel, acting_as, autocast
-from chatllama.server_errors import ApiError
-from chatllama.server_jobs import Job, Piece, Row
-from chatllama.server_metrics import Metrics
+from chatllama.serving.errors import ApiError
+from chatllama.serving.jobs import Job, Piece, Row
+from chatllama.serving.metrics import Metrics
 
 Result = TypeVar("Result")
 PREFILL_TOKENS = 16384

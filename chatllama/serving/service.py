@@ -14,13 +14,13 @@ from chatllama.chat_format import Message, check_messages, end_of_turn_ids, rend
 from chatllama.decoding_batch import Request
 from chatllama.loading import LoadedRun
 from chatllama.sampling import Sampling
-from chatllama.server_answers import Kind, Writer
-from chatllama.server_calls import Call, EventStream, unless_gone
-from chatllama.server_engine import Engine, EngineLimits
-from chatllama.server_errors import ApiError
-from chatllama.server_metrics import Metrics
-from chatllama.server_models import Models
-from chatllama.server_schema import (
+from chatllama.serving.answers import Kind, Writer
+from chatllama.serving.calls import Call, EventStream, unless_gone
+from chatllama.serving.engine import Engine, EngineLimits
+from chatllama.serving.errors import ApiError
+from chatllama.serving.metrics import Metrics
+from chatllama.serving.models import Models
+from chatllama.serving.schema import (
     ChatMessage,
     ChatRequest,
     CompletionRequest,
@@ -28,9 +28,9 @@ from chatllama.server_schema import (
     Scored,
     TokenKlRequest,
 )
-from chatllama.server_settings import ServerSettings
-from chatllama.server_tokens import TokenTexts
-from chatllama.server_votes import VoteFile
+from chatllama.serving.settings import ServerSettings
+from chatllama.serving.tokens import TokenTexts
+from chatllama.serving.votes import VoteFile
 from chatllama.tokenizer import control_tokens, encode
 
 SCORED_TOKENS = 16384

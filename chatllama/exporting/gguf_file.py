@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from chatllama.adapter_files import SavedAdapter
 from chatllama.chat_format import end_of_turn_ids
 from chatllama.config import ChatSection
-from chatllama.export import SavedAdapter
 from chatllama.model_files import ModelFiles, cast_to
 from chatllama.sentencepiece_bpe import read_model
 
@@ -157,7 +157,7 @@ def gguf_name(name: str) -> str:
 def interleaved(rows: torch.Tensor, name: str, config: LlamaConfig) -> torch.Tensor:
     """Query or key rows (H * C, ...) in Meta's order; other tensors as they are.
 
-    The inverse of `meta_checkpoint.halves_together`.
+    The inverse of `meta.checkpoint.halves_together`.
     """
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     part = next((key for key in heads if f"self_attn.{key}" in name), None)

@@ -1,7 +1,7 @@
 """`chatllama import`: Meta's original checkpoint as a plain Hugging Face folder.
 
 Tensor by tensor, so that a few copies of the largest tensor are in memory, never a model. The
-result is checked against a forward pass of Meta's own architecture (`meta_model.py`), through
+result is checked against a forward pass of Meta's own architecture (`model.py`), through
 all layers, one at a time, and appears under its name only when it is complete.
 """
 
@@ -27,8 +27,8 @@ from transformers import (
 
 from chatllama.durable import replace_folder
 from chatllama.libraries import quiet_libraries
-from chatllama.meta_model import ASSUMED_POSITIONS, MetaParams, read_params, reference_logits
-from chatllama.meta_shards import MetaShards
+from chatllama.meta.model import ASSUMED_POSITIONS, MetaParams, read_params, reference_logits
+from chatllama.meta.shards import MetaShards
 from chatllama.model_files import open_model, write_model
 from chatllama.run_folder import INFO, write_json
 from chatllama.sentencepiece_bpe import read_model

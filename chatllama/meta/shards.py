@@ -1,7 +1,7 @@
 """Meta's consolidated.NN.pth files, opened without reading them, and their tensors put together.
 
 Every tensor is as Meta stores it: the order of rows that Hugging Face wants is made in
-`meta_checkpoint.py`.
+`checkpoint.py`.
 """
 
 import pickle
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from chatllama.meta_model import MetaParams
+from chatllama.meta.model import MetaParams
 
 MAX_SHARDS = 8
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

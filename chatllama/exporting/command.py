@@ -17,17 +17,17 @@ from typing import Any, cast
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from chatllama import export_gate
+from chatllama.adapter_files import SavedAdapter, load_adapter, save_adapter
 from chatllama.backbone_path import base_path
 from chatllama.chat_format import Message, end_of_turn_ids
 from chatllama.config import Config
 from chatllama.durable import replace_folder
-from chatllama.export import SavedAdapter, load_adapter, save_adapter
-from chatllama.export_card import Kind, model_card, portable
-from chatllama.export_gguf import write_adapter_gguf, write_model_gguf
-from chatllama.export_options import ExportOptions
-from chatllama.export_probe import CONVERSATIONS, Probe, measure
-from chatllama.export_templates import jinja_template, modelfile
+from chatllama.exporting import gate
+from chatllama.exporting.card import Kind, model_card, portable
+from chatllama.exporting.gguf_file import write_adapter_gguf, write_model_gguf
+from chatllama.exporting.options import ExportOptions
+from chatllama.exporting.probe import CONVERSATIONS, Probe, measure
+from chatllama.exporting.templates import jinja_template, modelfile
 from chatllama.generation_plan import find_role
 from chatllama.inference_weights import with_weights
 from chatllama.loading import load_run, reward_role
@@ -338,7 +338,7 @@ def run_gate(arguments: list[str | Path]) -> dict[str, float]:
     Raises:
         ValueError: it refused; says why.
     """
-    command = [sys.executable, "-I", export_gate.__file__, *map(str, arguments)]
+    command = [sys.executable, "-I", gate.__file__, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]

@@ -3,7 +3,7 @@
 The arithmetic is what an import is checked against, in plain float32 torch, reading one tensor at a
 time and keeping none. Rotations are complex numbers on neighbouring channels, as Meta trained them;
 Hugging Face rotates halves, which is why an import reorders rows. Files of tensors are read in
-`meta_shards.py`.
+`shards.py`.
 
 Sources: LLaMA (arXiv 2302.13971), LLaMA-2 (arXiv 2307.09288), RoPE (arXiv 2104.09864). T tokens,
 D channels, H heads, K key-value heads, C channels a head, V vocabulary.
