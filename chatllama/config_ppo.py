@@ -130,9 +130,10 @@ class PpoSection(StageSection):
     epochs: Positive = 4
     """Passes over each rollout batch."""
     minibatch_size: Positive = 64
-    """Responses per optimizer step, over all ranks."""
+    """Responses per optimizer step on average, over all ranks: whole microbatches."""
     microbatch_size: Positive = 8
-    """Responses per forward pass, on one rank."""
+    """Responses per forward pass on average, on one rank. The rollout_batch_size / microbatch_size
+    microbatches hold about equally many tokens: none decides memory, and ranks do not wait."""
     learning_rate: PositiveFloat = 1e-5
     """Peak learning rate of the policy adapter."""
     value_learning_rate: PositiveFloat | None = None

@@ -63,7 +63,8 @@ class OptimizerSection(StageSection):
     batch_size: Positive = 64
     """Examples per optimizer step, over all ranks and accumulation steps."""
     microbatch_size: Positive = 8
-    """Examples per forward pass, on one rank."""
+    """Examples per forward pass, on one rank; of the reward model on average, since its
+    microbatches hold about equally many tokens."""
     eval_every: NonNegative = 0
     """Optimizer steps between evaluations on held-out data. 0: only at the end."""
 

@@ -4,7 +4,7 @@ Rows hold several prompts where there is room, so little is padding. What may se
 the answers are scored, is in `chatllama/shared_prompts.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -60,16 +60,22 @@ class SharedPromptCollator:
         trees: list[_Tree] = []
         number = 0
         for example in examples:
-            split = example["prompt_length"]
-            answers = example["answer_ids"]
-            numbered = {number + i: ids[split:] for i, ids in enumerate(answers)}
-            tree = _Tree(answers[0][:split], numbered)
-            if len(tree) > self.max_length:
-                trees += [_Tree(tree.prompt, {n: ids}) for n, ids in numbered.items()]
-            else:
-                trees.append(tree)
-            number += len(answers)
+            trees += self._trees(example, number)
+            number += len(example["answer_ids"])
         return self._lay_out(_fill_rows(trees), number), answer_pairs(examples)
+
+    def num_tokens(self, example: Mapping[str, Any]) -> int:
+        """Tokens that the model computes for an example, without padding."""
+        return sum(map(len, self._trees(example, 0)))
+
+    def _trees(self, example: Mapping[str, Any], first: int) -> list[_Tree]:
+        """The prompt with its answers, which are numbered from `first` on."""
+        split, answers = example["prompt_length"], example["answer_ids"]
+        numbered = {first + i: ids[split:] for i, ids in enumerate(answers)}
+        tree = _Tree(answers[0][:split], numbered)
+        if len(tree) <= self.max_length:
+            return [tree]
+        return [_Tree(tree.prompt, {number: ids}) for number, ids in numbered.items()]
 
     def _lay_out(self, rows: list[list[_Tree]], num_answers: int) -> AnswerRows:
         shape = (len(rows), max(sum(map(len, row)) for row in rows))

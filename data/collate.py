@@ -112,6 +112,10 @@ class PreferenceCollator:
         rows = [ids for example in examples for ids in example["answer_ids"]]
         return pad_right(rows, self.pad_id), answer_pairs(examples)
 
+    def num_tokens(self, example: Mapping[str, Any]) -> int:
+        """Tokens that the model computes for an example."""
+        return sum(map(len, example["answer_ids"]))
+
 
 def batch_indices(num_examples: int, batch_size: int, step: int, seed: int) -> list[int]:
     """The examples of step `step`, over all ranks; rank r takes its slice.

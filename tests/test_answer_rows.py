@@ -67,6 +67,13 @@ def test_a_row_is_never_longer_than_the_longest_sequence_may_be():
     assert rows.ends.tolist() == [8, 6]
 
 
+def test_tokens_of_an_example_are_those_that_are_computed():
+    # a prompt of one token with answers of 1 and 6; split, it stands twice
+    assert SharedPromptCollator(0, 8).num_tokens(EXAMPLES[1]) == 8
+    assert SharedPromptCollator(0, 7).num_tokens(EXAMPLES[1]) == 9
+    assert PreferenceCollator(0).num_tokens(EXAMPLES[1]) == 9
+
+
 def test_what_sees_what_by_hand():
     prompts = torch.tensor([[0, 0, 0, 0, 1, 1]])
     answers = torch.tensor([[-1, 0, 0, 1, -1, 2]])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from core_models import tiny_llama
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import LlamaForCausalLM
 
 from chatllama.calibration import best_scale, calibration_error, reliability
@@ -204,7 +204,7 @@ class StubEngine:
 
 def stub_step(examples: Dataset, **section: Any) -> tuple[StubEngine, dict[str, float]]:
     engine, size = StubEngine(), len(examples)
-    cfg = config(batch_size=size, microbatch_size=1, **section)
+    cfg = config(**{"batch_size": size, "microbatch_size": 1, **section})
     batch, collator = list(range(size)), reward_scores.collator_for(cfg, 0)
     return engine, reward.optimizer_step(cfg, cast(Engine, engine), examples, batch, collator, 1.0)
 
@@ -214,7 +214,16 @@ def test_all_answers_to_a_prompt_go_through_the_model_once():
     engine, _ = stub_step(examples)
     # Not 36 pairs of two, and the prompt of two tokens once.
     answers = [sum(len(ids) - 2 for ids in row["answer_ids"]) for row in examples.to_list()]
-    assert engine.tokens == [2 + answers[0], 2 + answers[1]]
+    assert engine.tokens == [2 + max(answers), 2 + min(answers)]
+
+
+def test_microbatches_hold_about_equally_many_tokens():
+    # four long lists, then four pairs: two at a time as they come would be far apart
+    examples = concatenate_datasets([lists(4, sizes=(9,)), lists(4, sizes=(2,))])
+    engine, _ = stub_step(examples, microbatch_size=2)
+    lengths = [sum(len(ids) - 2 for ids in row["answer_ids"]) + 2 for row in examples.to_list()]
+    assert len(engine.tokens) == 4 and sum(engine.tokens) == sum(lengths)
+    assert max(engine.tokens) <= max(lengths[:4]) + max(lengths[4:])
 
 
 def test_every_option_of_the_loss_is_used():

@@ -9,7 +9,7 @@ from ppo_runs import PAD, STOPS, TinyRun, make_ends, make_prompts
 
 from chatllama.config import GenerationSection
 from chatllama.roles import acting_as
-from trainers.dealing import deal, microbatches
+from trainers.dealing import deal, groups_of_like_totals, microbatches
 from trainers.ppo import PpoTrainer
 from trainers.rollout import Rollout, arrange, collect_rollout, sample_responses, score
 
@@ -83,22 +83,21 @@ def test_select_cuts_only_empty_columns():
         assert torch.equal(whole.__dict__[name], value), name
 
 
-def test_microbatches_hold_rows_of_similar_lengths():
-    # prompt and response lengths; four microbatches of two, so two stretches of four rows
+def test_microbatches_hold_about_equally_many_tokens():
+    # prompt and response lengths, together 8, 6, 6, 6, 3, 12, 5 and 10
     lengths = [(2, 6), (5, 1), (1, 5), (4, 2), (2, 1), (6, 6), (3, 2), (5, 5)]
     rollout = arrange([[1] * p for p, _ in lengths], [[7] * r for _, r in lengths], [2], 0)
-    # by response: rows 1 4 (1 token), 3 6 (2) | 2 7 (5), 0 5 (6); then each stretch by prompt
-    assert rollout.microbatches(2) == [[4, 6], [3, 1], [2, 0], [7, 5]]
-    widths = [rollout.select(rows).tokens.shape[1] for rows in rollout.microbatches(2)]
-    assert widths == [3 + 2, 5 + 2, 2 + 6, 6 + 6]
-    # one stretch; and two of six and two rows
-    assert rollout.microbatches(8) == [[2, 4, 0, 6, 3, 1, 7, 5]]
-    assert rollout.microbatches(3) == [[2, 4, 6], [3, 1, 7], [0, 5]]
+    # rows 5, 7, 0, 1 begin with 12, 10, 8 and 6; then 2 makes 12 of the 6, 3 makes 14 of the 8,
+    # 6 makes 15 of the 10, 4 makes 15 of the first 12
+    assert rollout.microbatches(2) == [[5, 4], [7, 6], [0, 3], [1, 2]]
+    # one; and for 8 rows of 3 each, three: 12, 10, 8 -> 8 + 6, 10 + 6, 12 + 6, 14 + 5, 16 + 3
+    assert rollout.microbatches(8) == [[5, 7, 0, 1, 2, 3, 6, 4]]
+    assert rollout.microbatches(3) == [[5, 3], [7, 2, 4], [0, 1, 6]]
 
 
 def test_microbatches_of_equal_rows_follow_their_order():
     rollout = arrange([[1, 5]] * 5, [[7, 2]] * 5, [2], 0)
-    assert rollout.microbatches(2) == [[0, 1], [2, 3], [4]]
+    assert rollout.microbatches(2) == [[0, 3], [1, 4], [2]]
 
 
 # --- dealing
@@ -122,7 +121,26 @@ def test_every_item_is_dealt_once_and_all_ranks_go_equally_often(
 
 def test_microbatches_of_a_batch_by_hand(monkeypatch: pytest.MonkeyPatch):
     as_rank(monkeypatch, 1, 2)
-    assert microbatches([9, 8, 7, 6, 5, 4, 3, 2], 2) == [[7, 6], [3, 2]]
+    # 9 + 2 | 8 + 3 | 7 + 4 | 6 + 5, of which this rank has the second and the fourth
+    assert microbatches([9, 8, 7, 6, 5, 4, 3, 2], 2) == [[1, 6], [3, 4]]
+
+
+def test_a_long_item_stands_alone_and_no_group_is_empty():
+    assert groups_of_like_totals([1, 1, 9, 1], 2) == [[2], [0, 1, 3]]
+    assert groups_of_like_totals([5, 90, 5], 3) == [[1], [0], [2]]
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 40])
+def test_groups_hold_every_item_once_and_totals_are_near(count: int):
+    lengths = torch.empty(40).geometric_(0.05, generator=torch.Generator().manual_seed(count))
+    lengths = lengths.int().tolist()
+    groups = groups_of_like_totals(lengths, count)
+    totals = [sum(lengths[item] for item in group) for group in groups]
+    assert sorted(item for group in groups for item in group) == list(range(40))
+    assert len(groups) == count and all(groups)
+    # the last to join the fullest group found it below the mean
+    last = min(lengths[item] for item in groups[totals.index(max(totals))])
+    assert max(totals) <= sum(lengths) / count + last
 
 
 # --- sampling

@@ -1,8 +1,8 @@
 """One PPO update: epochs of minibatches of microbatches over a rollout batch.
 
-The arithmetic is in `ppo_math.py`, the optimiser in `engine.py`. The rows of a microbatch, which
-are of similar length, stay together from scoring to the last epoch; minibatches are drawn anew from
-them, by the seed alone, so that the number of ranks changes nothing.
+The arithmetic is in `ppo_math.py`, the optimiser in `engine.py`. The rows of a microbatch, of which
+all have about as many tokens, stay together from scoring to the last epoch; minibatches are drawn
+anew from them, by the seed alone, so that the number of ranks changes nothing.
 """
 
 from collections.abc import Callable, Sequence

@@ -231,8 +231,10 @@ def optimizer_step(
     section = cfg.reward
     engine.model.train()
     sums = torch.zeros(4, device=device())
-    for rows in microbatches(batch, section.microbatch_size):
-        inputs, pairs = collator([train[i] for i in rows])
+    examples = [train[i] for i in batch]
+    lengths = [collator.num_tokens(example) for example in examples]
+    for places in microbatches(lengths, section.microbatch_size):
+        inputs, pairs = collator([examples[place] for place in places])
         scores = engine(scoring_of(inputs), *moved(inputs))
         better, worse = scores[pairs.better.to(device())], scores[pairs.worse.to(device())]
         weight = pairs.weight.to(device())

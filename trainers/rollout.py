@@ -20,7 +20,7 @@ from chatllama.roles import Role, RoleModel, acting_as, autocast, mergeable, mer
 from chatllama.sampling import Sampling
 from chatllama.scoring import policy_and_value, response_logprobs, score_sequences
 from chatllama.tokenizer import decode
-from trainers.dealing import collect, deal
+from trainers.dealing import collect, deal, groups_of_like_totals
 from trainers.engine import Engine
 from trainers.ppo_rewards import Scorer
 
@@ -88,22 +88,13 @@ class Rollout:
         return Rollout(**picked)
 
     def microbatches(self, size: int) -> list[list[int]]:
-        """Rows that are scored, and later learnt from, together: `size` each, the last maybe fewer.
+        """Rows that are scored, and later learnt from, together: `size` of them on average.
 
-        They are of similar lengths, so that little of a microbatch is padding: in order of the
-        response's length, and within about the square root of as many stretches in order of the
-        prompt's.
+        Their number is that of rows / `size`; each has about the same number of tokens, prompts and
+        responses, which is what memory and time go by, since padding is not computed.
         """
-        lengths = self.lengths.tolist()
-        prompts = (self.mask.sum(1) - self.lengths).tolist()
-        rows = sorted(range(len(lengths)), key=lambda row: lengths[row])
-        count = -(-len(rows) // size)
-        stretch = size * -(-count // max(1, round(count**0.5)))
-        for start in range(0, len(rows), stretch):
-            rows[start : start + stretch] = sorted(
-                rows[start : start + stretch], key=lambda row: prompts[row]
-            )
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
+        tokens = self.mask.sum(1).tolist()
+        return groups_of_like_totals(tokens, -(-len(tokens) // size))
 
     def response_ids(self, row: int) -> list[int]:
         """The response's ids, its stop token included."""
@@ -219,7 +210,7 @@ def score(
         model: holds policy, reference and the reward roles, and value unless there is no critic.
         rollout: from `arrange`.
         temperature: at which it was sampled.
-        microbatch_size: responses per forward pass.
+        microbatch_size: responses per forward pass, on average.
         reward_roles: whose scores to take.
         reference: whose log-probabilities the policy's are compared with.
     """
@@ -273,7 +264,7 @@ def collect_rollout(
         ends: stop and pad ids, and how to read answers.
         scorer: makes scores.
         seed: integers that name this batch.
-        microbatch_size: responses per scoring pass.
+        microbatch_size: responses per scoring pass, on average.
         reference: whose log-probabilities the policy's are compared with.
         responses: token ids that were sampled elsewhere. None: they are sampled here.
     """
