@@ -21,6 +21,7 @@ from transformers import (
 
 from chatllama.config import BackboneSection
 from chatllama.distributed import device, rank
+from chatllama.training_kernels import check_kernels, use_liger
 
 NF4_BLOCK = 64
 """Weights that share a scale."""
@@ -32,12 +33,13 @@ def load_backbone(
     """The causal LLaMA at `path`, frozen, in eval mode, on the CPU or partitioned under ZeRO-3.
 
     Args:
-        section: type, attention, revision, remote code.
+        section: type, kernels, revision, remote code.
         path: local folder or hub id (`backbone_path` or `base_path`).
         dtype: overrides `section.dtype` (full fine-tuning trains float32 weights).
 
     Raises:
-        ValueError: not a LLaMA, no safetensors weights, or some of them missing.
+        ValueError: not a LLaMA, no safetensors weights, or some of them missing, or a kernel that
+            does not work here.
     """
     revision = section.revision if path == section.path else None
     common = {"revision": revision, "trust_remote_code": section.trust_remote_code}
@@ -54,6 +56,7 @@ def load_backbone(
         raise ValueError(
             f"backbone.path: {path!r} is a {config.model_type!r} model; chatllama trains LLaMAs"
         )
+    check_kernels(section, config)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             path,
@@ -86,6 +89,8 @@ def load_backbone(
             f"{missing[0]}; they would be random numbers"
         )
     model.requires_grad_(False)
+    if section.liger_kernel:
+        use_liger(model)
     if section.quantization == "nf4":
         _keep_4bit_layout(model)
     if section.quantization != "none" and rank() == 0:

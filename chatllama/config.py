@@ -113,9 +113,14 @@ class BackboneSection(Section):
     quantization: Literal["none", "int8", "nf4"] = "none"
     """Frozen linear layers in 8 or 4 bits (QLoRA; extra `bitsandbytes`; not with ZeRO-3 or
     `lora: null`). Matrix products stay in dtype, adapters and heads in float32."""
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "varlen"] = "sdpa"
     """Attention kernel, as transformers names it. With flash_attention_2 (CUDA, the package
-    flash-attn) the reward stage repeats a prompt for every answer."""
+    flash-attn) the reward stage repeats a prompt for every answer. varlen is sdpa but for one call
+    of PyTorch's own FlashAttention where PPO scores packed rows (CUDA, bfloat16); it has not been
+    measured on a GPU yet. Answering takes sdpa for it."""
+    liger_kernel: bool = False
+    """Liger's fused kernels (RMSNorm, rotary embedding, SwiGLU) in training: CUDA, extra `liger`.
+    Not measured on a GPU yet."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
@@ -133,6 +138,15 @@ class BackboneSection(Section):
                 "bfloat16 or float32"
             )
         return value
+
+    @model_validator(mode="after")
+    def _has_kernel(self) -> "BackboneSection":
+        if self.attn_implementation == "varlen" and self.dtype != "bfloat16":
+            raise ValueError(
+                f"attn_implementation varlen computes in bfloat16, not in dtype {self.dtype}; "
+                "choose sdpa"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_origin(self) -> "BackboneSection":

@@ -1,4 +1,4 @@
-"""The form in which weights are loaded for answering: words of the command line, and their meaning.
+"""The form in which a backbone is loaded for answering: words of the command line, their meaning.
 
 Training takes it from the config alone. Imports nothing heavy.
 """
@@ -7,7 +7,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # importing it takes a second
-    from chatllama.config import Config
+    from chatllama.config import BackboneSection, Config
 
 
 def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,3 +34,11 @@ def with_weights(cfg: "Config", dtype: str | None, quantization: str | None) -> 
     changes = {"dtype": dtype, "quantization": quantization}
     wanted = {key: value for key, value in changes.items() if value is not None}
     return cfg.model_copy(update={"backbone": cfg.backbone.model_copy(update=wanted)})
+
+
+def without_training_kernels(section: "BackboneSection") -> "BackboneSection":
+    """The section without what only training uses, so that any machine can open any run."""
+    changes: dict[str, object] = {"liger_kernel": False}
+    if section.attn_implementation == "varlen":
+        changes["attn_implementation"] = "sdpa"  # which it is where rows are not packed
+    return section.model_copy(update=changes)

@@ -31,7 +31,8 @@ SECTIONS: dict[Stage, tuple[str, ...]] = {
     "reward": ("reward", *SHARED),
     "ppo": ("ppo", "generation", "evaluation", *SHARED),
 }
-FREE_KEYS = ("save_every", "save_total_limit", "eval_every", "allow_weak", "gradient_checkpointing")
+FREE_KEYS = ("save_every", "save_total_limit", "eval_every", "allow_weak", "gradient_checkpointing",
+             "liger_kernel")  # fmt: skip
 FREE = ("sft.microbatch_size", "reward.microbatch_size")
 """Keys that change nothing of what a stage learns: by their last part, and by the whole of it."""
 SAMPLE = 64

@@ -13,6 +13,7 @@ from chatllama.chat_format import check_contract
 from chatllama.config import ChatSection, Config
 from chatllama.config_loader import load_config
 from chatllama.distributed import device
+from chatllama.inference_weights import without_training_kernels
 from chatllama.libraries import quiet_libraries
 from chatllama.lineage import check_base
 from chatllama.roles import Adapter, Role, RoleModel
@@ -84,7 +85,7 @@ def load_run(
         check_base(cfg, run, adapter.info, str(folders[role]))
     rewards = [role for role in wanted if role.startswith("reward")]
     model = RoleModel(
-        load_backbone(cfg.backbone, base_path(cfg, run)),
+        load_backbone(without_training_kernels(cfg.backbone), base_path(cfg, run)),
         {role: Adapter(adapter.lora, adapter.state) for role, adapter in saved.items()},
         heads=tuple(rewards),
     )

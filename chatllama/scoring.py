@@ -7,12 +7,11 @@ prompts followed by right-padded responses, so response token t stands in column
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from chatllama.chosen_tokens import chosen_logprobs
-from chatllama.packed_attention import NO_MASK
+from chatllama.packed_attention import packed_rows
 from chatllama.roles import Role, RoleModel, acting_as, autocast
 
 
@@ -35,10 +34,8 @@ def hidden_states(
         if min(lengths) == tokens.shape[1]:
             return llama(tokens, position_ids=positions, use_cache=False).last_hidden_state
         packed, positions = tokens[mask][None], positions[mask][None]
-        # Other kernels see by the positions where a row begins.
-        rows: dict[str, Any] = {}
-        if llama.config._attn_implementation == "sdpa":
-            rows = {"row_lengths": [n for n in lengths if n], "attention_mask": NO_MASK}
+        attention, filled = llama.config._attn_implementation, [n for n in lengths if n]
+        rows = packed_rows(attention, filled, tokens.device)
         states = llama(packed, position_ids=positions, use_cache=False, **rows).last_hidden_state
     padded = states.new_zeros(*tokens.shape, states.shape[-1])
     return padded.index_put(mask.nonzero(as_tuple=True), states[0])

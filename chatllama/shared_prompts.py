@@ -46,7 +46,7 @@ def score_shared(
         role: which reward model.
     """
     attention = model.llama.config._attn_implementation
-    assert attention in ("sdpa", "eager"), attention
+    assert attention in ("sdpa", "varlen", "eager"), attention
     mask = visible(prompts, answers)
     with acting_as(model, role), autocast(model):
         if attention == "eager":  # adds its mask

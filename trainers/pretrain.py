@@ -24,6 +24,7 @@ from chatllama.nodes import copy_to_nodes
 from chatllama.run_folder import INFO, RunFolder
 from chatllama.tokenizer import load_tokenizer, train_tokenizer
 from chatllama.tracking import Tracker
+from chatllama.training_kernels import check_kernels, use_liger
 from data.mixture import load_mixture
 from data.sft import tokenize_text
 from trainers.hf_trainer import MetricsToTracker, forget_accelerator
@@ -124,7 +125,11 @@ def _new_llama(
         eos_token_id=cast(int, tokenizer.eos_token_id),
         pad_token_id=cast(int, tokenizer.pad_token_id),
     )
+    check_kernels(cfg.backbone, config)
     torch.manual_seed(cfg.seed)
-    return AutoModelForCausalLM.from_config(
+    llama = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation=cfg.backbone.attn_implementation
     )
+    if cfg.backbone.liger_kernel:
+        use_liger(llama)
+    return llama

@@ -418,9 +418,9 @@ SCORING_BUGS = (
     ),
     Mutation(
         "rows of a packed batch see each other",
-        SCORING,
-        'rows = {"row_lengths": [n for n in lengths if n], "attention_mask": NO_MASK}',
-        'rows = {"row_lengths": [sum(lengths)], "attention_mask": NO_MASK}',
+        "chatllama/packed_attention.py",
+        'return {"row_lengths": lengths, "attention_mask": NO_MASK}',
+        'return {"row_lengths": [sum(lengths)], "attention_mask": NO_MASK}',
         (LAMBDA_1, START),
     ),
     Mutation(
