@@ -19,6 +19,7 @@ from chatllama.loading import LoadedRun
 from chatllama.roles import Role, RoleModel, acting_as, autocast
 from chatllama.sampling import Sampling
 from chatllama.scoring import response_logprobs, score_sequences
+from chatllama.static_slots import StaticSlots
 from chatllama.text_stream import AnswerText
 from chatllama.tokenizer import decode
 
@@ -50,13 +51,16 @@ class Answerer:
     reward_roles: list[Role]
     combine: Literal["mean", "min"]
     """How the members of a reward ensemble make one score."""
+    compiled: StaticSlots | None = None
+    """Of the model: its decode step is compiled."""
 
     @classmethod
-    def of(cls, loaded: LoadedRun, acting: Role) -> "Answerer":
+    def of(cls, loaded: LoadedRun, acting: Role, compiled: bool = False) -> "Answerer":
         """A role of an opened run."""
         combine = loaded.config.ppo.reward_ensemble
-        roles = loaded.reward_roles
-        return cls(loaded.model, acting, loaded.tokenizer, loaded.chat, roles, combine)
+        roles, model = loaded.reward_roles, loaded.model
+        slots = StaticSlots(model.llama) if compiled else None
+        return cls(model, acting, loaded.tokenizer, loaded.chat, roles, combine, slots)
 
     def render(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, ready for the assistant's first token."""
@@ -88,7 +92,14 @@ class Answerer:
         with acting_as(self.model, self.acting), autocast(self.model):
             watch = _StopStrings(self.tokenizer, stops, len(prompts)) if stops else None
             sampled = generate(
-                llama, prompts, sampling, stop_ids, uniforms, batch_size, ends_with=watch
+                llama,
+                prompts,
+                sampling,
+                stop_ids,
+                uniforms,
+                batch_size,
+                ends_with=watch,
+                compiled=self.compiled,
             )
         cuts = [watch and watch.cut(number) for number in range(len(prompts))]
         ended = [self._end(*each, stop_ids) for each in zip(sampled, cuts, strict=True)]

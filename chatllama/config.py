@@ -1,8 +1,8 @@
 """The YAML file as typed sections: every key, its unit, its default and its limits.
 
-A default lives here (or in `config_stages.py` and `config_ppo.py`) and nowhere else. Reading files,
-`extends:` and command-line overrides are in `config_loader.py`; numbers derived from these
-(microbatches, steps) are in `batching.py`.
+A default lives here (or in `config_stages.py`, `config_generation.py` and `config_ppo.py`) and
+nowhere else. Reading files, `extends:` and command-line overrides are in `config_loader.py`;
+numbers derived from these (microbatches, steps) are in `batching.py`.
 """
 
 from typing import Annotated, Literal
@@ -22,8 +22,8 @@ from chatllama.config_base import (
     language_codes,
     split_language,
 )
+from chatllama.config_generation import GenerationSection
 from chatllama.config_ppo import PpoSection, RewardSource
-from chatllama.config_servers import ServersSection
 from chatllama.config_stages import (
     OptimizerSection,
     RewardSection,
@@ -154,6 +154,21 @@ class BackboneSection(Section):
             raise ValueError("give exactly one of path and from_scratch")
         return self
 
+    @property
+    def against_compiling(self) -> str | None:
+        """Why the step of one token cannot be compiled. None: it can."""
+        if self.quantization != "none":
+            return (
+                f"quantised weights ({self.quantization}) are multiplied by bitsandbytes, which "
+                "torch.compile cannot look into; use quantization none, or do not compile"
+            )
+        if self.attn_implementation != "sdpa":
+            return (
+                "the mask of a compiled step has a form that only backbone.attn_implementation "
+                f"sdpa takes, not {self.attn_implementation}"
+            )
+        return None
+
 
 class ChatSection(Section):
     """How a conversation becomes tokens: one contract for SFT, reward, PPO and chat."""
@@ -216,43 +231,6 @@ class DeepSpeedSection(Section):
             )
         if ("nvme" in places) != (self.nvme_path is not None):
             raise ValueError("nvme_path and offloading to nvme go together: give both or neither")
-        return self
-
-
-class GenerationSection(Section):
-    """How rollouts are sampled."""
-
-    max_new_tokens: Positive = 256
-    """Longest response, in tokens."""
-    temperature: PositiveFloat = 1.0
-    """Divides the logits, in sampling and in every log-probability alike."""
-    top_k: NonNegative = 0
-    """Sample among the k likeliest tokens only. 0: all."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Sample among the likeliest tokens of this total probability only. 1: all."""
-    batch_size: Positive = 64
-    """Responses sampled at a time, on one rank."""
-    merge_lora: Literal["auto", "always", "never"] = "auto"
-    """Sample PPO's rollouts with the adapter added into a second copy of the matrices that it
-    changes (their memory twice while sampling; the base itself is not touched). auto: where the
-    base is float32 and whole, since in bfloat16 the sum is rounded. always is refused where the
-    base is quantised or split by ZeRO-3."""
-    engine: Literal["local", "server"] = "local"
-    """Who samples PPO's rollouts: the trainer itself, or `servers`."""
-    servers: ServersSection | None = None
-    """With `engine: server`: where they are."""
-
-    @model_validator(mode="after")
-    def _servers(self) -> "GenerationSection":
-        if (self.engine == "server") != (self.servers is not None):
-            raise ValueError("engine server and servers go together: give both or neither")
-        if self.engine == "server" and self.merge_lora == "always":
-            raise ValueError("merge_lora always: with engine server nothing is sampled here")
-        if self.engine == "server" and (self.top_k or self.top_p < 1):
-            raise ValueError(
-                "engine server: top_k must be 0 and top_p 1, or the servers' log-probabilities "
-                "cannot be compared with the trainer's"
-            )
         return self
 
 
@@ -328,6 +306,19 @@ class Config(Section):
             raise ValueError(
                 "ppo.reference_refresh_every needs a reference adapter; with `lora: null` the "
                 "reference is the base itself"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_compile(self) -> "Config":
+        if not self.generation.compile:
+            return self
+        if self.backbone.against_compiling is not None:
+            raise ValueError(f"generation.compile: {self.backbone.against_compiling}")
+        if self.deepspeed.stage == 3:
+            raise ValueError(
+                "generation.compile: deepspeed.stage 3 fetches the weights to other memory in "
+                "every rollout; use stage 2 or less, or do not compile"
             )
         return self
 

@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 
 from chatllama.key_value_slots import KeyValueSlots
 from chatllama.sampling import RowSampling, Sampling, next_tokens
+from chatllama.static_slots import StaticSlots
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,22 @@ class DecodingBatch:
     Args:
         llama: the model.
         slots: rows at a time.
+        compiled: of the same model: steps are compiled, and what another batch left in it is lost.
     """
 
-    def __init__(self, llama: LlamaForCausalLM, slots: int) -> None:
+    def __init__(
+        self, llama: LlamaForCausalLM, slots: int, compiled: StaticSlots | None = None
+    ) -> None:
         assert not llama.training and slots > 0
         self._llama = llama
         self.slots = slots
-        self._cache = KeyValueSlots(llama.config.num_hidden_layers, slots, llama.device)
+        if compiled is None:
+            self._cache = KeyValueSlots(llama.config.num_hidden_layers, slots, llama.device)
+        else:
+            assert compiled.llama is llama
+            compiled.clear()
+            compiled.reserve(slots, compiled.capacity)
+            self._cache = compiled
         self._rows: list[_Row] = []
         self._sampling: RowSampling | None = None
         self._next_number = 0
@@ -109,16 +119,11 @@ class DecodingBatch:
     def step(self) -> list[Sampled]:
         """The next token of every running row."""
         assert self._rows
-        mask, positions = self._cache.open_token()
-        newest = [[row.produced[-1]] for row in self._rows]
-        hidden = self._llama.model(
-            input_ids=torch.tensor(newest, device=self._llama.device),
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self._cache.cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-        self._cache.close_token()
+        newest = [row.produced[-1] for row in self._rows]
+        if isinstance(self._cache, StaticSlots):
+            hidden = self._cache.step(newest)
+        else:
+            hidden = self._read_tokens(self._cache, newest)
         if self._sampling is None:
             rows = [row.request.sampling for row in self._rows]
             self._sampling = RowSampling.of(rows, self._llama.device)
@@ -152,7 +157,8 @@ class DecodingBatch:
             tokens[row, length - len(prompt) :] = torch.tensor(prompt)
             mask[row, length - len(prompt) :] = True
         longest = max(len(r.prompt) + r.sampling.max_new_tokens for r in requests)
-        self._cache.open_prompts(prompt_of, length, longest)
+        lengths = [len(prompt) for prompt in prompts]
+        self._cache.open_prompts(prompt_of, lengths, longest)
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
         device = self._llama.device
         hidden = self._llama.model(
@@ -162,8 +168,21 @@ class DecodingBatch:
             past_key_values=self._cache.cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
-        self._cache.close_prompts([len(prompt) for prompt in prompts])
+        self._cache.close_prompts(lengths)
         return hidden[torch.tensor(prompt_of, device=device)]
+
+    def _read_tokens(self, cache: KeyValueSlots, newest: Sequence[int]) -> torch.Tensor:
+        """Last hidden states (N, H) of all rows, whose newest tokens are cached by now."""
+        mask, positions = cache.open_token()
+        hidden = self._llama.model(
+            input_ids=torch.tensor(newest, device=self._llama.device)[:, None],
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache.cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+        cache.close_token()
+        return hidden
 
     def _sample(self, hidden: torch.Tensor, first: int, sampling: RowSampling) -> list[Sampled]:
         """Samples for the rows from slot `first` on; those that end leave."""
@@ -214,7 +233,7 @@ class DecodingBatch:
             return
         for source, goal in self._cache.remove(slots):
             self._rows[goal] = self._rows[source]
-        del self._rows[len(self._cache.starts) :]
+        del self._rows[len(self._rows) - len(slots) :]
         self._sampling = None
 
 

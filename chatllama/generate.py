@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 
 from chatllama.decoding_batch import DecodingBatch, Request, check_request
 from chatllama.sampling import Sampling
+from chatllama.static_slots import StaticSlots
 
 REFILL_SHARE = 8
 PROMPT_TOKENS = 16384
@@ -27,6 +28,7 @@ def generate(
     batch_size: int,
     any_running: Callable[[bool], bool] = bool,
     ends_with: Callable[[int, int], bool] | None = None,
+    compiled: StaticSlots | None = None,
 ) -> list[list[int]]:
     """Sampled responses, each up to and including the token that ends it, in the prompts' order.
 
@@ -45,13 +47,17 @@ def generate(
             idly.
         ends_with: asked with the number of a prompt and each new token of its response that is no
             stop id, in order, whether the response ends with it. None: no.
+        compiled: of the same model: steps are compiled, and the next call finds them so.
 
     Raises:
         ValueError: an empty prompt, or prompt and response do not fit the model's positions.
     """
     for prompt in prompts:
         check_request(llama, prompt, sampling.max_new_tokens)
-    batch = DecodingBatch(llama, batch_size)
+    if compiled is not None:
+        longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
+        compiled.reserve(min(batch_size, len(prompts)), longest)
+    batch = DecodingBatch(llama, min(batch_size, max(1, len(prompts))), compiled)
     # The longest last: `pop` takes from the end, so prompts are read from the shortest on.
     order = range(len(prompts))
     queue = sorted(order, key=lambda i: (len(prompts[i]), tuple(prompts[i]), i), reverse=True)

@@ -33,6 +33,12 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="answers at a time; changes answers by rounding only",
     )
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the decode step: a minute or so before the first answer, then for a GPU and "
+        "many prompts; changes answers by rounding only",
+    )
     add("--seed", type=int, default=0, help="of the random numbers (default: 0)")
     add(
         "--stop",
@@ -68,6 +74,7 @@ def generate_options(arguments: argparse.Namespace) -> Options:
         top_k=arguments.top_k,
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
+        compile=arguments.compile,
         seed=arguments.seed,
         stops=tuple(arguments.stop),
         num_samples=arguments.n,

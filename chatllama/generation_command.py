@@ -116,10 +116,13 @@ def _answer_all(
     acting = "reference" if plan.role == "sft" else plan.role
     rewards = [reward_role(number) for number in range(len(plan.rewards))]
     cfg = with_weights(cfg, plan.dtype, plan.quantization)
-    answerer = Answerer.of(load_run(run, cfg, [acting, *rewards]), acting)
-    _check_lengths(answerer, prompts, plan.max_new_tokens)
+    answerer = Answerer.of(load_run(run, cfg, [acting, *rewards]), acting, plan.compile)
+    longest = _check_lengths(answerer, prompts, plan.max_new_tokens)
     # Batches begin where they would without an interruption, so that not even rounding differs.
     per_batch = max(1, plan.batch_size // plan.drawn)
+    if answerer.compiled is not None:  # once for all batches
+        rows = min(per_batch, len(prompts)) * plan.drawn
+        answerer.compiled.reserve(min(rows, plan.batch_size), longest)
     first = done // plan.kept // per_batch * per_batch
     skipped = done - first * plan.kept
     total = len(prompts) * plan.kept
@@ -218,19 +221,21 @@ def _with_error(values: Sequence[float]) -> str:
     return f"{mean:.3f}" if len(values) == 1 else f"{mean:.3f} +- {error:.3f}"
 
 
-def _check_lengths(answerer: "Answerer", prompts: Sequence[Prompt], max_new_tokens: int) -> None:
-    """Nothing, where every prompt and its answer fit the model.
+def _check_lengths(answerer: "Answerer", prompts: Sequence[Prompt], max_new_tokens: int) -> int:
+    """Tokens of the longest prompt and its answer, where all of them fit the model.
 
     Raises:
         ValueError: names the first prompt that cannot be rendered or does not fit.
     """
     limit = answerer.model.llama.config.max_position_embeddings
     too_long: list[tuple[str, int]] = []
+    longest = 0
     for prompt in prompts:
         try:
             tokens = len(answerer.render(prompt.messages))
         except ValueError as error:
             raise ValueError(f"{prompt.where}: {error}") from error
+        longest = max(longest, tokens + max_new_tokens)
         if tokens + max_new_tokens > limit:
             too_long.append((prompt.where, tokens))
     if too_long:
@@ -240,6 +245,7 @@ def _check_lengths(answerer: "Answerer", prompts: Sequence[Prompt], max_new_toke
             f"{where}: a prompt of {tokens} tokens and --max-new-tokens {max_new_tokens} do not "
             f"fit the model's {limit} positions{others}"
         )
+    return longest
 
 
 def _show(line: dict[str, Any], alone: bool) -> None:

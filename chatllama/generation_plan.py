@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from chatllama.inference_weights import with_weights
 from chatllama.prompt_files import Prompt
 from chatllama.run_folder import RunFolder
 
@@ -34,6 +35,8 @@ class Options:
     max_new_tokens: int | None = None
     batch_size: int | None = None
     """Answers at a time; changes answers by rounding only (near-ties in half precision)."""
+    compile: bool = False
+    """The decode step is compiled; changes answers by rounding only."""
     seed: int = 0
     stops: tuple[str, ...] = ()
     num_samples: int = 1
@@ -58,6 +61,7 @@ class Plan:
     top_k: int
     max_new_tokens: int
     batch_size: int
+    compile: bool
     seed: int
     stops: tuple[str, ...]
     drawn: int
@@ -77,7 +81,7 @@ class Plan:
             "run": str(run.root.resolve()),
             "prompts": digest([prompt.messages for prompt in prompts]),
         }
-        del values["batch_size"]
+        del values["batch_size"], values["compile"]
         values["adapter"] = _digest_adapter(self.adapter) if self.adapter else None
         values["rewards"] = [_digest_adapter(folder) for folder in self.rewards]
         return values
@@ -87,9 +91,14 @@ def make_plan(run: RunFolder, cfg: "Config", options: Options) -> Plan:
     """The options completed from the config, and the adapters found in the run.
 
     Raises:
-        ValueError: the run has no such role, or no reward model to choose the best answer with.
+        ValueError: the run has no such role, or no reward model to choose the best answer with, or
+            its model cannot be compiled.
     """
     section, backbone = cfg.generation, cfg.backbone
+    if options.compile:
+        loaded = with_weights(cfg, options.dtype, options.quantization).backbone
+        if loaded.against_compiling is not None:
+            raise ValueError(f"--compile: {loaded.against_compiling}")
     role, adapter = find_role(run, cfg, options.role)
     rewards = run.reward_members() if run.reward_adapter.is_dir() else []
     best_of = options.best_of
@@ -107,6 +116,7 @@ def make_plan(run: RunFolder, cfg: "Config", options: Options) -> Plan:
         top_k=section.top_k if options.top_k is None else options.top_k,
         max_new_tokens=options.max_new_tokens or section.max_new_tokens,
         batch_size=options.batch_size or section.batch_size,
+        compile=options.compile,
         seed=options.seed,
         stops=options.stops,
         drawn=drawn,

@@ -107,15 +107,15 @@ class KeyValueSlots:
         """First column that any row uses."""
         return min(self.starts, default=self.end)
 
-    def open_prompts(self, prompt_of: Sequence[int], length: int, longest: int) -> None:
+    def open_prompts(self, prompt_of: Sequence[int], lengths: Sequence[int], longest: int) -> None:
         """Makes room for new rows; a forward pass over their prompts, padded left, must follow.
 
         Args:
             prompt_of: number of the prompt of each new row: equal prompts are computed once.
-            length: columns of the padded prompts.
+            lengths: tokens of each new row's prompt.
             longest: tokens that the longest of the new rows may come to.
         """
-        rows = len(self.starts) + len(prompt_of)
+        rows, length = len(self.starts) + len(prompt_of), max(lengths)
         assert rows <= self.most
         if not self.starts and (self.capacity > 2 * longest or self.allocated > 2 * rows):
             self.allocated = self.capacity = 0
@@ -164,16 +164,14 @@ class KeyValueSlots:
         Returns:
             (slot left, slot taken) of each row that moved, to be followed by the caller.
         """
-        gone, left = set(rows), len(self.starts) - len(set(rows))
-        movers = [row for row in range(left, len(self.starts)) if row not in gone]
-        moved = list(zip(movers, sorted(row for row in gone if row < left), strict=True))
+        moved = closing_moves(len(self.starts), rows)
         if moved:
             sources, goals = torch.tensor(moved, device=self.device).T
             for layer in self._layers:
                 layer.copy_rows(sources, goals)
         for source, goal in moved:
             self.starts[goal] = self.starts[source]
-        del self.starts[left:]
+        del self.starts[len(self.starts) - len(set(rows)) :]
         return moved
 
     def _resize(self, allocated: int, capacity: int) -> None:
@@ -190,3 +188,15 @@ class KeyValueSlots:
             layer.slide(low, end, new_end)
         self.starts = [start - end + new_end for start in self.starts]
         self.end = new_end
+
+
+def closing_moves(count: int, gone: Sequence[int]) -> list[tuple[int, int]]:
+    """(row, place of a row that is gone) of each row that moves so that the first places are full.
+
+    Args:
+        count: rows before.
+        gone: rows that leave.
+    """
+    left = count - len(set(gone))
+    movers = [row for row in range(left, count) if row not in set(gone)]
+    return list(zip(movers, sorted(row for row in set(gone) if row < left), strict=True))

@@ -8,6 +8,7 @@ not used. Both engines give the same gradients, so the loops above do not know w
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,6 +19,7 @@ from chatllama.config import DeepSpeedSection
 from chatllama.distributed import device, is_launched, rank, world_size
 from chatllama.lora_layer import merge_products
 from chatllama.roles import RoleModel
+from chatllama.static_slots import StaticSlots
 from trainers.shares import (
     VALUE,
     SavedShares,
@@ -278,6 +280,12 @@ class Engine:
         if self._gathers == "auto":
             self._gathers = not self.partitions() or whole_model_fits(self.model)
         return self._gathers
+
+    @cached_property
+    def compiled(self) -> StaticSlots:
+        """The compiled decode step of all rollouts (`generation.compile`)."""
+        assert not self.partitions()
+        return StaticSlots(self.model.llama)
 
     @contextmanager
     def whole(self) -> Iterator[None]:

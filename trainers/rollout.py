@@ -8,7 +8,6 @@ Shapes: B responses of all ranks, P prompt, R response, T = P + R.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -128,7 +127,7 @@ def sample_responses(
     in_step = engine.partitions() and not engine.gathers
     model = engine.model
     model.eval()
-    with engine.whole(), _sampling_as(engine, role, generation.merge_lora), autocast(model):
+    with engine.whole(), _sampling_as(engine, role, generation), autocast(model):
         responses = generate(
             model.llama,
             [prompts[i] for i in own],
@@ -137,6 +136,7 @@ def sample_responses(
             uniforms[own],
             generation.batch_size,
             any_running=all_any if in_step else bool,
+            compiled=engine.compiled if generation.compile else None,
         )
     merged: list[list[int]] = [[] for _ in prompts]
     for share in all_gather_objects(list(zip(own, responses, strict=True))):
@@ -146,17 +146,18 @@ def sample_responses(
 
 
 def _sampling_as(
-    engine: Engine, role: Role, merge: Literal["auto", "always", "never"]
+    engine: Engine, role: Role, generation: GenerationSection
 ) -> AbstractContextManager[None]:
     """The role acting, its adapter merged or not."""
-    model = engine.model
+    model, merge = engine.model, generation.merge_lora
     possible = mergeable(model) and not engine.partitions()
     if merge == "always" and not possible:
         raise ValueError(
             "generation.merge_lora always: the backbone is quantised or split by ZeRO-3, so "
             "adapters cannot be merged into it; use auto or never"
         )
-    if merge == "always" or (merge == "auto" and possible and model.llama.dtype == torch.float32):
+    pays = possible and model.llama.dtype == torch.float32 and not generation.compile
+    if merge == "always" or (merge == "auto" and pays):
         return merged_as(model, role)
     return acting_as(model, role)
 

@@ -1,0 +1,58 @@
+"""The section `generation`: how PPO's rollouts are sampled, and by whom."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from chatllama.config_base import NonNegative, Positive, PositiveFloat, Section
+from chatllama.config_servers import ServersSection
+
+
+class GenerationSection(Section):
+    """How rollouts are sampled."""
+
+    max_new_tokens: Positive = 256
+    """Longest response, in tokens."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits, in sampling and in every log-probability alike."""
+    top_k: NonNegative = 0
+    """Sample among the k likeliest tokens only. 0: all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample among the likeliest tokens of this total probability only. 1: all."""
+    batch_size: Positive = 64
+    """Responses sampled at a time, on one rank."""
+    merge_lora: Literal["auto", "always", "never"] = "auto"
+    """Sample PPO's rollouts with the adapter added into a second copy of the matrices that it
+    changes (their memory twice while sampling; the base itself is not touched). auto: where the
+    base is float32 and whole, since in bfloat16 the sum is rounded, and not with `compile`. always
+    is refused where the base is quantised or split by ZeRO-3, and with `compile`."""
+    compile: bool = False
+    """Compile the step of one token in PPO's rollouts (torch.compile; on a GPU with CUDA graphs).
+    Takes a minute or so before the first step of each role, and where a prompt comes that is much
+    longer than all before. Needs a C++ compiler (on a GPU Triton), sdpa attention, no quantisation
+    and ZeRO 0 to 2; the rollouts' keys and values keep their memory during updates. Changes
+    responses by rounding only."""
+    engine: Literal["local", "server"] = "local"
+    """Who samples PPO's rollouts: the trainer itself, or `servers`."""
+    servers: ServersSection | None = None
+    """With `engine: server`: where they are."""
+
+    @model_validator(mode="after")
+    def _servers(self) -> "GenerationSection":
+        if (self.engine == "server") != (self.servers is not None):
+            raise ValueError("engine server and servers go together: give both or neither")
+        if self.engine == "server" and self.merge_lora == "always":
+            raise ValueError("merge_lora always: with engine server nothing is sampled here")
+        if self.engine == "server" and self.compile:
+            raise ValueError("compile: with engine server nothing is sampled here")
+        if self.compile and self.merge_lora == "always":
+            raise ValueError(
+                "merge_lora always: the sums would lie elsewhere in memory in every rollout, and a "
+                "compiled step (compile) would be recorded anew each time; use auto or never"
+            )
+        if self.engine == "server" and (self.top_k or self.top_p < 1):
+            raise ValueError(
+                "engine server: top_k must be 0 and top_p 1, or the servers' log-probabilities "
+                "cannot be compared with the trainer's"
+            )
+        return self
