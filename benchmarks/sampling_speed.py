@@ -8,13 +8,16 @@ the unit, so that a busy machine hurts them alike. Cases: `equal`, all responses
 temperature 1; `ragged`, 256 responses that end at random (geometric, mean 64), of which only
 tokens up to the end count; `top-p`, .95 at temperature 1, with logits as flat as random weights
 give (the nucleus is most of the vocabulary) and ten times as sharp (about as a trained model's).
+Each method is called once before, which compiles where it has to: the time is printed, not counted.
 The limit is the matrix products of the new tokens at the rate of one large product in this process.
 """
 
 import argparse
+import resource
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaForCau
 
 from chatllama.generate import generate
 from chatllama.sampling import Sampling
+from chatllama.static_slots import StaticSlots
 
 ROWS, PROMPT = 64, 64
 Answers = list[list[int]]
@@ -105,6 +109,19 @@ def ours(llama: LlamaForCausalLM, prompts: Answers, case: Case) -> Answers:
     return generate(llama, prompts, sampling, case.stops, uniforms, ROWS)
 
 
+@lru_cache
+def slots_of(llama: LlamaForCausalLM) -> StaticSlots:
+    """One for all calls."""
+    return StaticSlots(llama)
+
+
+def compiled(llama: LlamaForCausalLM, prompts: Answers, case: Case) -> Answers:
+    """This project's sampler, its decode step compiled (`generation.compile`)."""
+    sampling = Sampling(case.new_tokens, top_p=case.top_p)
+    uniforms = torch.rand(len(prompts), case.new_tokens)
+    return generate(llama, prompts, sampling, case.stops, uniforms, ROWS, compiled=slots_of(llama))
+
+
 def settings(case: Case) -> GenerationConfig:
     """The case as transformers puts it."""
     return GenerationConfig(
@@ -167,6 +184,7 @@ def plain_loop(llama: LlamaForCausalLM, prompts: Answers, case: Case) -> Answers
 
 METHODS: dict[str, Callable[[LlamaForCausalLM, Answers, Case], Answers]] = {
     "ours": ours,
+    "compiled": compiled,
     "generate": transformers_generate,
     "generate_batch": transformers_generate_batch,
     "plain loop": plain_loop,
@@ -189,8 +207,15 @@ def measure(name: str, case: Case, rounds: int, methods: Sequence[str]) -> list[
     prompts = torch.randint(1000, VOCABULARY, shape, generator=generator).tolist()
     models = {method: make_llama(case.sharpness) for method in methods}
     small = Case(8, 4, case.top_p, case.mean_length, case.sharpness)
+    if "compiled" in methods:  # at its full size from the first call on
+        slots_of(models["compiled"]).reserve(ROWS, PROMPT + case.new_tokens)
     for method in methods:
+        clock, children = Clock(), resource.getrusage(resource.RUSAGE_CHILDREN)
         METHODS[method](models[method], prompts[:8], small)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        wall, cpu = clock.read()
+        cpu += after.ru_utime + after.ru_stime - children.ru_utime - children.ru_stime
+        print(name, method, f"warm-up: {wall:.0f} s, {cpu:.0f} CPU s (not counted)", flush=True)
     rates: dict[str, list[float]] = {method: [] for method in methods}
     limits: list[float] = []
     length = {method: 0.0 for method in methods}

@@ -35,8 +35,6 @@ class Options:
     max_new_tokens: int | None = None
     batch_size: int | None = None
     """Answers at a time; changes answers by rounding only (near-ties in half precision)."""
-    compile: bool = False
-    """The decode step is compiled; changes answers by rounding only."""
     seed: int = 0
     stops: tuple[str, ...] = ()
     num_samples: int = 1
@@ -49,6 +47,8 @@ class Options:
     """Of the weights: float32, bfloat16 or float16. None: that of `backbone`."""
     quantization: str | None = None
     """Of the frozen weights: none, int8 or nf4. None: that of `backbone`."""
+    compile: bool = False
+    """The decode step is compiled; changes answers by rounding only."""
 
 
 @dataclass(frozen=True)

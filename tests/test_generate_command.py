@@ -332,7 +332,7 @@ def test_the_command_line_passes_everything(
     words = [
         *command.split(),
         *("--stop", "b c", "--token-ids", "--logprobs", "--out", "o.jsonl", "second one"),
-        *("--dtype", "float16", "--quantization", "int8"),
+        *("--dtype", "float16", "--quantization", "int8", "--compile"),
     ]
     assert cli.main(words) == 0
     ((folder, prompts, options, out),) = seen
@@ -352,6 +352,7 @@ def test_the_command_line_passes_everything(
         logprobs=True,
         dtype="float16",
         quantization="int8",
+        compile=True,
     )
     file = tmp_path / "p.txt"
     file.write_text("x\n")
