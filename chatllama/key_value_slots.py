@@ -197,6 +197,7 @@ def closing_moves(count: int, gone: Sequence[int]) -> list[tuple[int, int]]:
         count: rows before.
         gone: rows that leave.
     """
-    left = count - len(set(gone))
-    movers = [row for row in range(left, count) if row not in set(gone)]
-    return list(zip(movers, sorted(row for row in set(gone) if row < left), strict=True))
+    leaving = set(gone)
+    left = count - len(leaving)
+    movers = [row for row in range(left, count) if row not in leaving]
+    return list(zip(movers, sorted(row for row in leaving if row < left), strict=True))
