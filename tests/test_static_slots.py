@@ -85,6 +85,7 @@ def test_compiled_once_for_every_sampling_and_queue(
     assert len(graphs.seen) == 1 and (compiled.rows, compiled.capacity) == (5, 256)
 
 
+@pytest.mark.slow
 def test_whatever_a_step_reads_or_writes_lies_where_it_lay(
     llama: LlamaForCausalLM, compiled: StaticSlots, graphs: Graphs
 ):
@@ -288,6 +289,7 @@ def test_models_that_cannot_be_compiled(tmp_path: Path, tiny_tokenizer_dir: Path
         StaticSlots(llama)
 
 
+@pytest.mark.slow
 def test_without_a_compiler_it_is_said_what_to_install(llama: LlamaForCausalLM):
     def broken(graph: object, inputs: object) -> Any:
         raise RuntimeError("No working C++ compiler found")
@@ -297,6 +299,7 @@ def test_without_a_compiler_it_is_said_what_to_install(llama: LlamaForCausalLM):
         sampled(llama, Sampling(4), StaticSlots(llama, broken))
 
 
+@pytest.mark.slow
 def test_errors_of_computing_are_not_called_the_compilers(
     llama: LlamaForCausalLM, compiled: StaticSlots, monkeypatch: pytest.MonkeyPatch
 ):
