@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 
 from chatllama.chat_format import Message, end_of_turn_ids, render
 from chatllama.config import ChatSection
-from chatllama.distributed import device
 from chatllama.generate import generate
 from chatllama.loading import LoadedRun
 from chatllama.roles import Role, RoleModel, acting_as, autocast
@@ -166,7 +165,6 @@ class Answerer:
             place = slice(width - len(prompt), width + len(response))
             tokens[row, place] = torch.tensor([*prompt, *response])
             mask[row, place] = True
-        tokens, mask = tokens.to(device()), mask.to(device())
         scores = response_logprobs(
             self.model, self.acting, tokens, mask, mask[:, width:], temperature
         )
@@ -183,7 +181,6 @@ class Answerer:
         for row, ids in enumerate(sequences):
             tokens[row, : len(ids)] = torch.tensor(ids)
             mask[row, : len(ids)] = True
-        tokens, mask = tokens.to(device()), mask.to(device())
         members = torch.stack(
             [score_sequences(self.model, tokens, mask, role) for role in self.reward_roles]
         )

@@ -109,11 +109,11 @@ def mean_kl(
         prompt: token ids.
         response: token ids.
     """
-    tokens = torch.tensor([[*prompt, *response]], device=model.llama.device)
+    tokens = torch.tensor([[*prompt, *response]])
     mask = torch.ones_like(tokens, dtype=torch.bool)
     logprobs = []
     for each in (role, other):
-        hidden = hidden_states(model, each, tokens, mask)[0, len(prompt) - 1 : -1]
+        hidden = hidden_states(model, each, tokens, mask)[len(prompt) - 1 : -1]
         with acting_as(model, each), autocast(model):
             logprobs.append(model.llama.lm_head(hidden).float().log_softmax(-1))
     own, reference = logprobs

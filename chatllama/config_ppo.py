@@ -212,7 +212,7 @@ class PpoSection(StageSection):
     ptx_max_length: Positive = 512
     """Tokens of a text; longer ones are cut, and counted."""
     ptx_microbatch_size: Positive = 4
-    """Texts beside each microbatch of responses."""
+    """Texts beside each microbatch of responses, on average: of about equally many tokens."""
     ema_decay: Fraction | None = None
     """Decay per optimizer step of an average of the policy's weights, exported to ppo/policy-ema.
     null: none (InstructGPT: 0.992)."""

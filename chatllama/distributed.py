@@ -48,6 +48,14 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on this process's device; from the CPU to a GPU without waiting for the copy."""
+    place = device()
+    if place.type != "cpu" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(place, non_blocking=True)
+
+
 def processes_here() -> int:
     """Number of this job's processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")

@@ -20,33 +20,34 @@ from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from chatllama.distributed import device
+from chatllama.distributed import device, to_device
 
 NO_MASK = torch.empty(1, 1, 0, 0)
-"""For the model's `attention_mask` beside packed rows, so that no mask is made."""
+"""For the model's `attention_mask` where no mask is needed: none is made, and a GPU is not asked by
+the positions whether one is."""
 LARGEST_HEAD = 256
 """Of FlashAttention."""
 
 
-def packed_rows(
-    attention: str | None, lengths: Sequence[int], where: torch.device | None = None
-) -> dict[str, Any]:
-    """What a model must be told of a packed batch beside the tokens' positions.
+def packed_rows(attention: str | None, lengths: Sequence[int] | None) -> dict[str, Any]:
+    """What a model must be told of rows without padding, packed or not, beside the positions.
 
     Models pass it on to their layers, and to their recomputation under gradient checkpointing.
 
     Args:
         attention: name of the model's implementation. Those that are not ours see by the positions
             where a row begins.
-        lengths: tokens of each row, above 0, in order.
-        where: the model's device.
+        lengths: tokens of each packed row, above 0, in order. None: the rows are of equal length
+            and stand one below the other.
     """
+    if attention not in ("sdpa", "varlen"):
+        return {}
+    if lengths is None:
+        return {"attention_mask": NO_MASK}
     if attention == "sdpa":
         return {"row_lengths": lengths, "attention_mask": NO_MASK}
-    if attention == "varlen":
-        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=where)
-        return {"row_bounds": bounds, "longest_row": max(lengths), "attention_mask": NO_MASK}
-    return {}
+    bounds = to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32))
+    return {"row_bounds": bounds, "longest_row": max(lengths), "attention_mask": NO_MASK}
 
 
 def attend(
@@ -65,10 +66,12 @@ def attend(
         query: (B, heads, T, D); B is 1 with row lengths.
         key: (B, key heads, T, D).
         value: (B, key heads, T, D).
-        attention_mask: as transformers makes it; unused with row lengths.
+        attention_mask: as transformers makes it, or `NO_MASK`; unused with row lengths.
         row_lengths: tokens of each row, in order; they sum to T.
         **settings: of `sdpa`.
     """
+    if attention_mask is not None and not attention_mask.numel():
+        attention_mask = None
     if row_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     rows = zip(*(x.split(list(row_lengths), dim=2) for x in (query, key, value)), strict=True)
@@ -93,11 +96,13 @@ def attend_at_once(
         query: (B, heads, T, D); with row bounds B is 1 and the type bfloat16 or float16.
         key: (B, key heads, T, D).
         value: (B, key heads, T, D).
-        attention_mask: as transformers makes it; unused with row bounds.
+        attention_mask: as transformers makes it, or `NO_MASK`; unused with row bounds.
         row_bounds: (rows + 1,) int32, where each row begins, and T.
         longest_row: tokens.
         **settings: of `sdpa`. `check_varlen` has seen to it that there is no dropout.
     """
+    if attention_mask is not None and not attention_mask.numel():
+        attention_mask = None
     if row_bounds is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     from torch.nn.attention import varlen  # takes a second

@@ -2,8 +2,10 @@
 
 Everything here runs the model once and returns numbers; nothing trains, samples or writes files.
 
-Shapes: B sequences, P prompt, R response, T = P + R, H hidden. Tokens are laid out as left-padded
-prompts followed by right-padded responses, so response token t stands in column P + t.
+Shapes: B sequences, P prompt, R response, T = P + R, N real tokens, H hidden. Tokens are laid out
+as left-padded prompts followed by right-padded responses, so response token t stands in column
+P + t. Tokens and masks had best be on the CPU: where things stand is then known without waiting for
+the device, which receives real tokens only. Results are on the device.
 """
 
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from chatllama.chosen_tokens import chosen_logprobs
+from chatllama.distributed import to_device
 from chatllama.packed_attention import packed_rows
 from chatllama.roles import Role, RoleModel, acting_as, autocast
 
@@ -18,7 +21,7 @@ from chatllama.roles import Role, RoleModel, acting_as, autocast
 def hidden_states(
     model: RoleModel, role: Role, tokens: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
-    """Last hidden states of `role`: (B, T, H) in the backbone's type.
+    """Last hidden states of `role` at real tokens, row after row: (N, H) in the backbone's type.
 
     Padding is not computed: real tokens go through the layers end to end, and each row sees itself.
 
@@ -28,17 +31,24 @@ def hidden_states(
         tokens: (B, T) int64.
         mask: (B, T) bool, True at real tokens; padding may stand on either side.
     """
+    tokens, mask = tokens.cpu(), mask.cpu()
     llama, lengths = model.llama.model, mask.sum(1).tolist()
     positions = mask.long().cumsum(1) - 1
+    filled = None
+    if min(lengths) < tokens.shape[1]:
+        tokens, positions = tokens[mask][None], positions[mask][None]
+        filled = [n for n in lengths if n]
+    rows = packed_rows(llama.config._attn_implementation, filled)
     with acting_as(model, role), autocast(model):
-        if min(lengths) == tokens.shape[1]:
-            return llama(tokens, position_ids=positions, use_cache=False).last_hidden_state
-        packed, positions = tokens[mask][None], positions[mask][None]
-        attention, filled = llama.config._attn_implementation, [n for n in lengths if n]
-        rows = packed_rows(attention, filled, tokens.device)
-        states = llama(packed, position_ids=positions, use_cache=False, **rows).last_hidden_state
-    padded = states.new_zeros(*tokens.shape, states.shape[-1])
-    return padded.index_put(mask.nonzero(as_tuple=True), states[0])
+        output = llama(
+            to_device(tokens), position_ids=to_device(positions), use_cache=False, **rows
+        )
+    return output.last_hidden_state.flatten(0, 1)
+
+
+def _places(mask: torch.Tensor) -> torch.Tensor:
+    """Where a flattened mask is True: int64, on the device."""
+    return to_device(mask.cpu().flatten().nonzero()[:, 0])
 
 
 @dataclass(frozen=True)
@@ -115,10 +125,10 @@ def _before_responses(
     mask: torch.Tensor,
     response_mask: torch.Tensor,
 ) -> torch.Tensor:
-    """Hidden states that predict the response tokens, row by row: (N, H)."""
-    response_length = response_mask.shape[1]
-    hidden = hidden_states(model, role, tokens, mask)[:, -response_length - 1 : -1]
-    return hidden[response_mask]
+    """Hidden states that predict the response tokens, row after row."""
+    predicts = torch.zeros_like(mask)
+    predicts[:, -response_mask.shape[1] - 1 : -1] = response_mask
+    return hidden_states(model, role, tokens, mask).index_select(0, _places(predicts[mask]))
 
 
 def _scores(
@@ -129,7 +139,7 @@ def _scores(
     response_mask: torch.Tensor,
     temperature: float,
 ) -> TokenScores:
-    targets = tokens[:, -response_mask.shape[1] :][response_mask]
+    targets = to_device(tokens[:, -response_mask.shape[1] :][response_mask])
     with acting_as(model, role), autocast(model):
         head = model.llama.lm_head
         logprobs, entropy = chosen_logprobs(head, states, targets, temperature)
@@ -137,18 +147,9 @@ def _scores(
 
 
 def _laid_out(numbers: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
-    """(N,) numbers of the response tokens as (B, R), 0 elsewhere."""
-    zeros = torch.zeros(response_mask.shape, device=numbers.device)
-    return zeros.masked_scatter(response_mask, numbers)
-
-
-def last_token_index(mask: torch.Tensor) -> torch.Tensor:
-    """Column of each row's last real token: (B,) int64, for padding on either side.
-
-    Args:
-        mask: (B, T) bool with at least one True in every row.
-    """
-    return mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
+    """Numbers of the response tokens, row after row, as (B, R); 0 elsewhere."""
+    zeros = torch.zeros(response_mask.numel(), device=numbers.device)
+    return zeros.index_copy(0, _places(response_mask), numbers).view(response_mask.shape)
 
 
 def score_sequences(
@@ -159,9 +160,9 @@ def score_sequences(
     Args:
         model: holds the role and its head.
         tokens: (B, T) int64, prompt and answer with its end-of-turn.
-        mask: (B, T) bool, real tokens.
+        mask: (B, T) bool, real tokens, at least one in every row; padding on either side.
         role: which reward model.
     """
-    hidden = hidden_states(model, role, tokens, mask)
-    rows = torch.arange(len(tokens), device=tokens.device)
-    return model.heads[role](hidden[rows, last_token_index(mask)])
+    last = mask.sum(1).cumsum(0) - 1
+    states = hidden_states(model, role, tokens, mask)
+    return model.heads[role](states.index_select(0, to_device(last)))

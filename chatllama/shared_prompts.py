@@ -1,10 +1,12 @@
 """Scores of answers that stand behind one copy of their prompt.
 
-How such rows are laid out is in `data/answer_rows.py`. Shapes: B rows, T tokens, N answers.
+How such rows are laid out is in `data/answer_rows.py`. Shapes: B rows, T tokens, N answers. Inputs
+may be on the CPU; scores are on the device.
 """
 
 import torch
 
+from chatllama.distributed import to_device
 from chatllama.roles import Role, RoleModel, acting_as, autocast
 
 
@@ -45,6 +47,8 @@ def score_shared(
         ends: (N,) int64, where answer n ends in the rows laid end to end.
         role: which reward model.
     """
+    inputs = (tokens, positions, prompts, answers, ends)
+    tokens, positions, prompts, answers, ends = map(to_device, inputs)
     attention = model.llama.config._attn_implementation
     assert attention in ("sdpa", "varlen", "eager"), attention
     mask = visible(prompts, answers)

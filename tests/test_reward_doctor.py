@@ -10,6 +10,8 @@ from datasets import Dataset
 
 from chatllama.config import LoraSection, RewardSection
 from chatllama.roles import Adapter, RoleModel, adapter_parameters
+from chatllama.scoring import score_sequences
+from trainers import reward_doctor
 from trainers.preference_doctor import data_concerns, examine_data, rows_of, word_gaps
 from trainers.reward_data import Preferences
 from trainers.reward_doctor import (
@@ -302,12 +304,10 @@ def test_bfloat16_is_within_its_tolerance():
     assert 0 < found.error < found.tolerance
 
 
-def test_a_score_read_at_the_last_column_is_found(monkeypatch: pytest.MonkeyPatch):
-    from chatllama import scoring
+def test_padding_that_is_read_as_text_is_found(monkeypatch: pytest.MonkeyPatch):
+    def blind(model: RoleModel, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return score_sequences(model, tokens, torch.ones_like(mask))
 
-    def last_column(mask: torch.Tensor) -> torch.Tensor:
-        return torch.full((len(mask),), mask.shape[1] - 1)
-
-    monkeypatch.setattr(scoring, "last_token_index", last_column)
+    monkeypatch.setattr(reward_doctor, "score_sequences", blind)
     found = padding_error(reward_model(), Dataset.from_list(pairs(10)), 0)
     assert found.error > found.tolerance

@@ -32,7 +32,6 @@ from chatllama.roles import (
 )
 from chatllama.scoring import (
     hidden_states,
-    last_token_index,
     policy_and_value,
     response_logprobs,
     response_values,
@@ -222,18 +221,6 @@ def test_a_response_mask_without_any_token_is_zero(model: RoleModel):
     scores, values = policy_and_value(model, batch.tokens, batch.mask, nothing, 1.0)
     assert values is not None
     assert not scores.logprobs.any() and not scores.entropy.any() and not values.any()
-
-
-def test_last_token_index_on_either_side():
-    mask = torch.tensor(
-        [
-            [0, 0, 1, 1, 1],  # left padding: column 4
-            [1, 1, 1, 0, 0],  # right padding: column 2
-            [0, 1, 0, 0, 0],  # one token between: column 1
-            [1, 0, 0, 1, 0],  # a hole: the last True, column 3
-        ]
-    ).bool()
-    assert last_token_index(mask).tolist() == [4, 2, 1, 3]
 
 
 # --- number types --------------------------------------------------------------------------------

@@ -76,6 +76,7 @@ def trainer_settings(
         "fp16": False,
         "use_cpu": distributed.device().type == "cpu",
         "dataloader_pin_memory": distributed.device().type == "cuda",
+        "accelerator_config": {"non_blocking": distributed.device().type == "cuda"},
         "report_to": "none",
         "disable_tqdm": True,
         "seed": seed,

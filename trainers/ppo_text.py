@@ -7,15 +7,16 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.config import Config
-from chatllama.distributed import device, rank
+from chatllama.distributed import rank
 from data.collate import batch_indices, pad_right
 from data.mixture import load_mixture
 from data.sft import tokenize_conversations, tokenize_text
+from trainers.dealing import groups_of_like_totals
 
 
 @dataclass(frozen=True)
 class TextShare:
-    """The text beside one microbatch of responses."""
+    """The text beside one microbatch of responses, on the CPU."""
 
     tokens: torch.Tensor
     """(N, L) int64, padded on the right."""
@@ -32,19 +33,17 @@ class TextBatch:
     """The text of one optimizer step."""
 
     rows: list[dict]
-    per_microbatch: int
+    groups: list[list[int]]
+    """Of the rows, one for each microbatch, with about equally many tokens."""
     pad_id: int
 
     def share(self, place: int) -> TextShare:
         """The text beside the minibatch's microbatch number `place`."""
-        start = place * self.per_microbatch
-        own = self.rows[start : start + self.per_microbatch]
+        own = [self.rows[row] for row in self.groups[place]]
         tokens, mask = pad_right([row["input_ids"] for row in own], self.pad_id)
         trains, _ = pad_right([row["mask"] for row in own], 0)
         total = sum(sum(row["mask"][1:]) for row in self.rows)
-        return TextShare(
-            tokens.to(device()), mask.to(device()), trains.bool().to(device()), max(total, 1)
-        )
+        return TextShare(tokens, mask, trains.bool(), max(total, 1))
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,9 @@ class TextStream:
         """The text of the optimizer step number `position`."""
         count = self.per_microbatch * num_microbatches
         chosen = batch_indices(len(self.rows), count, position, self.seed)
-        return TextBatch([self.rows[i] for i in chosen], self.per_microbatch, self.pad_id)
+        rows = [self.rows[i] for i in chosen]
+        lengths = [len(row["input_ids"]) for row in rows]
+        return TextBatch(rows, groups_of_like_totals(lengths, num_microbatches), self.pad_id)
 
 
 def load_text(cfg: Config, tokenizer: PreTrainedTokenizerFast, pad_id: int) -> TextStream | None:

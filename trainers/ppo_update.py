@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from chatllama.config import PpoSection
-from chatllama.distributed import all_max, all_sum, device, rank, world_size
+from chatllama.distributed import all_max, all_sum, device, rank, to_device, world_size
 from chatllama.roles import RoleModel
 from chatllama.scoring import (
     TokenScores,
@@ -26,10 +26,13 @@ from trainers.ppo_math import ValueLoss, kl_loss, policy_loss, value_loss
 from trainers.ppo_text import TextShare, TextStream
 from trainers.rollout import Rollout
 
+COMPARED = ("logprobs", "ref_logprobs", "values")
+"""What the losses read of a rollout."""
+
 
 @dataclass(frozen=True)
 class Targets:
-    """What the update pulls towards, on every rank alike."""
+    """What the update pulls towards, on every rank alike, on the CPU until it is cut up."""
 
     advantages: torch.Tensor
     """(B, R) float32, whitened or not."""
@@ -45,13 +48,19 @@ class Targets:
             self.advantages[index, :width], self.returns[index, :width], self.mask[index, :width]
         )
 
+    def on_device(self) -> "Targets":
+        """The same where the losses are computed."""
+        return Targets(*(to_device(x) for x in (self.advantages, self.returns, self.mask)))
+
 
 @dataclass(frozen=True)
 class Part:
     """One microbatch, cut out once for all epochs."""
 
     rollout: Rollout
+    """Its numbers on the device; tokens and masks on the CPU, as `scoring.py` likes them."""
     targets: Targets
+    """On the device."""
     num_tokens: int
     """Tokens that are learnt from."""
 
@@ -166,7 +175,9 @@ class Update:
         for rows in self.rollout.microbatches(self.section.microbatch_size):
             rollout = self.rollout.select(rows)
             targets = self.targets.select(rows, rollout.response_mask.shape[1])
-            parts.append(Part(rollout, targets, sum(counts[row] for row in rows)))
+            numbers = {n: to_device(rollout.__dict__[n]) for n in COMPARED}
+            num_tokens = sum(counts[row] for row in rows)
+            parts.append(Part(replace(rollout, **numbers), targets.on_device(), num_tokens))
         return parts
 
     def _accumulate(

@@ -25,7 +25,7 @@ from chatllama.batching import lr_factor, microbatches_per_step, optimizer_steps
 from chatllama.chat_format import check_contract
 from chatllama.checkpoint import checkpoint_to_resume, layout_of, save_step
 from chatllama.config import Config
-from chatllama.distributed import all_sum, barrier, device, rank, world_size
+from chatllama.distributed import all_sum, barrier, device, rank, to_device, world_size
 from chatllama.lineage import check_base
 from chatllama.reward_models import member_folder
 from chatllama.roles import Adapter, RoleModel, adapter_parameters, adapter_state
@@ -50,7 +50,6 @@ from trainers.reward_scores import (
     HeldOut,
     collator_for,
     measure,
-    moved,
     ordered,
     score_answers,
     scoring_of,
@@ -235,13 +234,13 @@ def optimizer_step(
     lengths = [collator.num_tokens(example) for example in examples]
     for places in microbatches(lengths, section.microbatch_size):
         inputs, pairs = collator([examples[place] for place in places])
-        scores = engine(scoring_of(inputs), *moved(inputs))
-        better, worse = scores[pairs.better.to(device())], scores[pairs.worse.to(device())]
-        weight = pairs.weight.to(device())
+        scores = engine(scoring_of(inputs), *inputs)
+        better, worse = (scores[to_device(places)] for places in (pairs.better, pairs.worse))
+        weight = to_device(pairs.weight)
         loss = pairwise_loss(
             better,
             worse,
-            section.margin_coef * pairs.margin.to(device()),
+            section.margin_coef * to_device(pairs.margin),
             weight,
             len(batch),
             center_coef=section.center_coef,

@@ -25,7 +25,7 @@ from chatllama.calibration import (
     reliability,
 )
 from chatllama.config import RewardSection
-from chatllama.distributed import device, rank
+from chatllama.distributed import rank
 from chatllama.results import BAYES_SLACK
 from chatllama.reward_models import doctor_path
 from chatllama.roles import RoleModel
@@ -87,7 +87,7 @@ def padding_error(model: RoleModel, held_out: Dataset, pad_id: int) -> PaddingEr
     rows = [ids for example in examples for ids in example["answer_ids"]][: 2 * PADDING_SAMPLE]
 
     def scores(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return score_sequences(model, ids.to(device()), mask.to(device())).cpu()
+        return score_sequences(model, ids, mask).cpu()
 
     alone = torch.cat([scores(*pad_right([row], pad_id)) for row in rows])
     together = [scores(*pad(rows, pad_id)) for pad in (pad_left, pad_right)]

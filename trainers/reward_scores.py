@@ -43,11 +43,6 @@ def scoring_of(inputs: tuple[torch.Tensor, ...]) -> Callable[..., torch.Tensor]:
     return score_shared if isinstance(inputs, AnswerRows) else score_sequences
 
 
-def moved(inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-    """On this rank's device."""
-    return [tensor.to(device()) for tensor in inputs]
-
-
 def ordered(gap: torch.Tensor) -> torch.Tensor:
     """1 where the preferred answer scores higher, 0.5 for a tie."""
     return (gap > 0).float() + 0.5 * (gap == 0).float()
@@ -66,7 +61,7 @@ def score_answers(
     scores = torch.zeros(firsts[-1], device=device())
     for rows, counted in deal(len(examples), microbatch_size):
         inputs, _ = collator([examples[i] for i in rows])
-        found = scoring_of(inputs)(model, *moved(inputs))
+        found = scoring_of(inputs)(model, *inputs)
         if counted:
             scores[firsts[rows[0]] : firsts[rows[-1] + 1]] = found
     return collect(scores)

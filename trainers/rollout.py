@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.config import GenerationSection
-from chatllama.distributed import all_any, all_gather_objects, device, rank, world_size
+from chatllama.distributed import all_any, all_gather_objects, device, rank, to_device, world_size
 from chatllama.generate import generate
 from chatllama.roles import Role, RoleModel, acting_as, autocast, mergeable, merged_as
 from chatllama.sampling import Sampling
@@ -41,7 +41,10 @@ class TurnEnds:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Responses of one step, on every rank alike."""
+    """Responses of one step, on every rank alike, on the CPU.
+
+    There its statistics cost a GPU no waiting; what a forward pass needs is moved for it.
+    """
 
     tokens: torch.Tensor
     """(B, T) int64: left-padded prompts, then right-padded responses."""
@@ -178,7 +181,7 @@ def arrange(
         mask[row, place] = True
     finished = torch.tensor([response[-1] in stop_ids for response in responses])
     per_token = torch.zeros(len(prompts), width)
-    unscored = Rollout(
+    return Rollout(
         tokens=tokens,
         mask=mask,
         response_mask=mask[:, prompt_width:],
@@ -190,7 +193,6 @@ def arrange(
         member_scores=torch.zeros(len(prompts), 0),
         scores=torch.zeros(len(prompts)),
     )
-    return Rollout(**{name: value.to(device()) for name, value in unscored.__dict__.items()})
 
 
 @torch.no_grad()
@@ -217,19 +219,18 @@ def score(
     """
     model.train()  # as in the update; there is no dropout in PPO
     names = ("logprobs", "ref_logprobs", "entropy", "values")
-    filled = {name: torch.zeros_like(rollout.__dict__[name]) for name in names}
-    members = torch.zeros(len(rollout.tokens), len(reward_roles), device=rollout.tokens.device)
+    filled = {name: torch.zeros(rollout.logprobs.shape, device=device()) for name in names}
+    members = torch.zeros(len(rollout.tokens), len(reward_roles), device=device())
     microbatches = rollout.microbatches(microbatch_size)
     for (number,), counts in deal(len(microbatches), 1):
-        rows = microbatches[number]
-        part = rollout.select(rows)
+        part = rollout.select(microbatches[number])
         batch = (part.tokens, part.mask, part.response_mask)
         policy, values = policy_and_value(model, *batch, temperature)
         compared = response_logprobs(model, reference, *batch, temperature)
         scores = [score_sequences(model, part.tokens, part.mask, role) for role in reward_roles]
         if not counts:
             continue
-        width = part.response_mask.shape[1]
+        rows, width = to_device(torch.tensor(microbatches[number])), part.response_mask.shape[1]
         filled["logprobs"][rows, :width] = policy.logprobs
         filled["ref_logprobs"][rows, :width] = compared.logprobs
         filled["entropy"][rows, :width] = policy.entropy
@@ -237,8 +238,8 @@ def score(
             members[rows] = torch.stack(scores, dim=1)
         if values is not None:
             filled["values"][rows, :width] = values
-    collected = {name: collect(value) for name, value in filled.items()}
-    return replace(rollout, **collected, member_scores=collect(members))
+    collected = {name: collect(value).cpu() for name, value in filled.items()}
+    return replace(rollout, **collected, member_scores=collect(members).cpu())
 
 
 def collect_rollout(

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from chatllama.chat_format import Message, describe_contract, render
-from chatllama.distributed import device
 from chatllama.loading import LoadedRun
 from chatllama.roles import Role
 from chatllama.scoring import response_logprobs, score_sequences
@@ -59,7 +58,7 @@ def measure(loaded: LoadedRun, acting: Role) -> Probe:
     def logprobs(role: Role) -> list[list[float]]:
         found = []
         for row in ids:
-            tokens = torch.tensor([row], device=device())
+            tokens = torch.tensor([row])
             mask = torch.ones_like(tokens, dtype=torch.bool)
             scores = response_logprobs(loaded.model, role, tokens, mask, mask[:, 1:], 1.0)
             found.append(scores.logprobs[0].tolist())
@@ -67,7 +66,7 @@ def measure(loaded: LoadedRun, acting: Role) -> Probe:
 
     scores = []
     for role in loaded.reward_roles:
-        rows = [torch.tensor([row], device=device()) for row in ids]
+        rows = [torch.tensor([row]) for row in ids]
         masks = [torch.ones_like(row, dtype=torch.bool) for row in rows]
         found = [
             score_sequences(loaded.model, row, mask, role)

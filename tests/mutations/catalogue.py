@@ -381,8 +381,8 @@ SCORING_BUGS = (
     Mutation(
         "log-probabilities shifted by one",
         SCORING,
-        "hidden = hidden_states(model, role, tokens, mask)[:, -response_length - 1 : -1]",
-        "hidden = hidden_states(model, role, tokens, mask)[:, -response_length:]",
+        "predicts[:, -response_mask.shape[1] - 1 : -1] = response_mask",
+        "predicts[:, -response_mask.shape[1] :] = response_mask",
         (LAMBDA_1, START),
     ),
     Mutation(
@@ -426,8 +426,8 @@ SCORING_BUGS = (
     Mutation(
         "positions of a packed batch run on",
         SCORING,
-        "packed, positions = tokens[mask][None], positions[mask][None]",
-        "packed, positions = tokens[mask][None], positions[mask].cumsum(0)[None]",
+        "tokens, positions = tokens[mask][None], positions[mask][None]",
+        "tokens, positions = tokens[mask][None], positions[mask].cumsum(0)[None]",
         (LAMBDA_1, START),
     ),
     Mutation(
@@ -445,11 +445,11 @@ SCORING_BUGS = (
         ("tests/test_ppo_update.py::test_two_steps_are_what_the_oracle_does[plain]",),
     ),
     Mutation(
-        "reward read by the number of tokens, under left padding",
+        "reward read at the token before the last",
         SCORING,
-        "return mask.shape[1] - 1 - mask.flip(1).long().argmax(1)",
-        "return mask.sum(1) - 1",
-        (LAMBDA_1, "tests/test_scoring.py::test_last_token_index_on_either_side"),
+        "last = mask.sum(1).cumsum(0) - 1",
+        "last = mask.sum(1).cumsum(0) - 2",
+        (LAMBDA_1, "tests/test_scoring.py::test_scores_for_padding_on_either_side[left]"),
     ),
     Mutation(
         "dropout in PPO",
