@@ -1,27 +1,33 @@
 """Ways to cut a rollout batch into microbatches: peak memory, CPU seconds and evenness.
 
-    python benchmarks/microbatches.py [--rounds 2] [--out FILE]
+    python benchmarks/microbatches.py [--rounds 2] [--pairs HH_FILE] [--out FILE]
 
 The model and trainer of `ppo_speed.py`, 32 responses whose lengths are given, in four microbatches,
 are scored and make one epoch of updates. Ways: `rows`, sorted by length and cut into equally many
 rows; `stretches`, sorted by length and cut where the largest number of tokens is least; `tokens`,
 as the project does it. Cases: `ragged`, 64 tokens and geometric answers, mean 32, at most 128;
 `skewed`, geometric prompts and answers, means 48, one answer in eight of 384 tokens. Every
-measurement is a process of its own, in turn (A B C A B C).
+measurement is a process of its own, in turn (A B C A B C). With `--pairs`, the positions that the
+reward model computes for batches of 64 of Anthropic's pairs are counted instead, a token being four
+characters.
 """
 
 import argparse
+import gzip
 import json
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from measuring import VOCABULARY, Clock, hardware, peak_mib, publish, run_child
 from ppo_speed import STOP, make_trainer, write_models
 
+from data.answer_rows import SharedPromptCollator
+from data.collate import batch_indices
 from trainers.dealing import groups_of_like_totals
 from trainers.ppo_rewards import Statistics
 from trainers.ppo_state import PpoState
@@ -29,6 +35,7 @@ from trainers.rollout import Rollout, collect_rollout
 
 ROWS, CAP = 32, 384
 CASES = ("ragged", "skewed")
+PAIR, BATCH, STEPS = ("chosen", "rejected"), 64, 25
 Way = Callable[[Sequence[int], int], list[list[int]]]
 
 
@@ -68,6 +75,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="Markdown file, appended to")
+    parser.add_argument("--pairs", type=Path, help="transcripts, .jsonl.gz: only count positions")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -75,6 +83,9 @@ def main() -> None:
     if arguments.child:
         torch.set_num_threads(arguments.threads)
         print(json.dumps(measure(arguments.work, arguments.case, WAYS[arguments.child])))
+        return
+    if arguments.pairs:
+        publish(count_pairs(arguments.pairs), arguments.out)
         return
     lines = [hardware(arguments.threads), "", *HEADER]
     with tempfile.TemporaryDirectory() as work:
@@ -104,6 +115,39 @@ def row_of(case: str, way: str, rows: list[dict[str, float]]) -> str:
         f"| {case} | {way} | {rows[0]['totals']} | {middle['scoring']:.2f} | "
         f"{middle['update']:.2f} | {middle['peak']:,.0f} ({middle['before']:,.0f}) |"
     )
+
+
+def count_pairs(path: Path) -> list[str]:
+    """Positions of the largest microbatch of a step, and of the ranks' shares, by two ways."""
+    examples: list[dict[str, Any]] = []
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        for pair in map(json.loads, file):
+            chosen, rejected = (pair[name].rpartition("\n\nAssistant:") for name in PAIR)
+            if chosen[0] == rejected[0]:
+                split = len(chosen[0]) // 4 + 1
+                answers = [[0] * (split + len(each[2]) // 4 + 4) for each in (chosen, rejected)]
+                example = {"prompt_length": split, "answer_ids": answers}
+                examples.append({**example, "ranks": [0, 1], "ratings": [0.0, 0.0]})
+    collator = SharedPromptCollator(0, 512)
+    examples = [e for e in examples if max(map(len, e["answer_ids"])) <= collator.max_length]
+    lines = ["| pairs a microbatch | way | largest of a step | slowest of as many ranks |"]
+    lines.append("|---|---|---|---|")
+    for size in (8, 2):
+        count = BATCH // size
+        as_they_come = [list(range(BATCH))[place : place + size] for place in range(0, BATCH, size)]
+        found: dict[str, list[list[int]]] = {"rows": [], "tokens": []}
+        for step in range(STEPS):
+            batch = [examples[i] for i in batch_indices(len(examples), BATCH, step, 0)]
+            lengths = [collator.num_tokens(example) for example in batch]
+            cuts = {"rows": as_they_come, "tokens": groups_of_like_totals(lengths, count)}
+            for way, groups in cuts.items():
+                rows = [collator([batch[place] for place in group])[0] for group in groups]
+                found[way].append([each.tokens.numel() for each in rows])
+        for way, steps in found.items():
+            largest = statistics.mean(map(max, steps))
+            slowest = statistics.mean(max(each) * count / sum(each) for each in steps)
+            lines.append(f"| {size} | {way} | {largest:,.0f} | {slowest:.2f} of the mean |")
+    return lines
 
 
 def draw_lengths(case: str) -> tuple[list[int], list[int]]:
