@@ -162,7 +162,7 @@ class BackboneSection(Section):
                 f"quantised weights ({self.quantization}) are multiplied by bitsandbytes, which "
                 "torch.compile cannot look into; use quantization none, or do not compile"
             )
-        if self.attn_implementation != "sdpa":
+        if self.attn_implementation not in ("sdpa", "varlen"):
             return (
                 "the mask of a compiled step has a form that only backbone.attn_implementation "
                 f"sdpa takes, not {self.attn_implementation}"
@@ -315,6 +315,11 @@ class Config(Section):
             return self
         if self.backbone.against_compiling is not None:
             raise ValueError(f"generation.compile: {self.backbone.against_compiling}")
+        if self.backbone.liger_kernel:
+            raise ValueError(
+                "generation.compile: backbone.liger_kernel is on, and no compiled step has been "
+                "tried with Liger's kernels; use one of the two"
+            )
         if self.deepspeed.stage == 3:
             raise ValueError(
                 "generation.compile: deepspeed.stage 3 fetches the weights to other memory in "

@@ -29,9 +29,9 @@ class GenerationSection(Section):
     compile: bool = False
     """Compile the step of one token in PPO's rollouts (torch.compile; on a GPU with CUDA graphs).
     Takes a minute or so before the first step of each role, and where a prompt comes that is much
-    longer than all before. Needs a C++ compiler (on a GPU Triton), sdpa attention, no quantisation
-    and ZeRO 0 to 2; the rollouts' keys and values keep their memory during updates. Changes
-    responses by rounding only."""
+    longer than all before. Needs a C++ compiler (on a GPU Triton), sdpa or varlen attention,
+    neither quantisation nor Liger's kernels, and ZeRO 0 to 2; the rollouts' keys and values keep
+    their memory during updates. Changes responses by rounding only."""
     engine: Literal["local", "server"] = "local"
     """Who samples PPO's rollouts: the trainer itself, or `servers`."""
     servers: ServersSection | None = None

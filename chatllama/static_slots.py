@@ -102,7 +102,7 @@ class StaticSlots:
         self, llama: LlamaForCausalLM, backend: str | Callable[..., Any] = "inductor"
     ) -> None:
         attention = llama.config._attn_implementation
-        if attention != "sdpa":
+        if attention not in ("sdpa", "varlen"):  # the same where rows are not packed
             raise ValueError(
                 "a compiled step gives its mask in a form that only backbone.attn_implementation "
                 f"sdpa takes, not {attention}"

@@ -187,6 +187,14 @@ def test_bfloat16_differs_by_rounding_only():
 
 
 @pytest.mark.slow
+def test_varlen_compiles_as_sdpa_does(llama: LlamaForCausalLM):
+    varlen = tiny_llama(max_positions=POSITIONS)
+    varlen.set_attn_implementation("varlen")
+    slots = StaticSlots(varlen, Graphs())
+    assert sampled(varlen, Sampling(6), slots) == sampled(llama, Sampling(6), None)
+
+
+@pytest.mark.slow
 def test_rollouts_and_the_evaluation_share_what_is_compiled(
     tmp_path: Path, tiny_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -263,6 +271,7 @@ def config(**sections: Any) -> Config:
             {"backbone": {"attn_implementation": "eager"}},
             "generation.compile: the mask .* only backbone.attn_implementation sdpa takes",
         ),
+        ({"backbone": {"liger_kernel": True}}, "tried with Liger's kernels; use one of the two"),
         ({"deepspeed": {"stage": 3}}, "generation.compile: deepspeed.stage 3 .* use stage 2"),
         ({"generation": {"merge_lora": "always"}}, "merge_lora always: .* use auto or never"),
         (
@@ -273,6 +282,7 @@ def config(**sections: Any) -> Config:
 )
 def test_configs_that_cannot_be_compiled(sections: dict[str, Any], message: str):
     assert config().generation.compile
+    assert config(backbone={"attn_implementation": "varlen"}).generation.compile
     with pytest.raises(ValueError, match=message):
         config(**sections)
 
