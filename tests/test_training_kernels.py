@@ -29,6 +29,7 @@ from transformers.models.llama import modeling_llama
 from chatllama import backbone, training_kernels
 from chatllama.backbone import load_backbone
 from chatllama.config import BackboneSection
+from chatllama.distributed import device
 from chatllama.generate import generate
 from chatllama.inference_weights import without_training_kernels
 from chatllama.roles import acting_as
@@ -174,7 +175,7 @@ def near(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 @pytest.mark.slow
 def test_logits_gradients_and_answers_are_those_without_it(base: Path, kernels_run: None) -> None:
-    where = torch.device("cpu" if INTERPRETED else "cuda")
+    where = device()
     batch = ragged_batch((1, 3), (2, 1))
     for tensor in ("tokens", "mask", "response_mask"):
         setattr(batch, tensor, vars(batch)[tensor].to(where))
@@ -199,7 +200,7 @@ def test_logits_gradients_and_answers_are_those_without_it(base: Path, kernels_r
 
 @pytest.mark.slow
 def test_all_weights_train_with_it(base: Path, kernels_run: None) -> None:
-    where = torch.device("cpu" if INTERPRETED else "cuda")
+    where = device()
     tokens = torch.tensor([[1, 20, 30, 40]], device=where)
     found: list[dict[str, torch.Tensor]] = []
     for liger in (False, True):
