@@ -270,7 +270,7 @@ def test_nan_outside_the_response_mask_gets_no_gradient(model: RoleModel, monkey
         window = torch.zeros_like(mask)
         room = batch.response_mask.shape[1]
         window[:, -room - 1 : -1] = batch.response_mask
-        return torch.where(window[..., None], hidden, torch.nan)
+        return torch.where(window[mask][:, None], hidden, torch.nan)
 
     monkeypatch.setattr(scoring, "hidden_states", poisoned)
     dirty = joint_gradients(model, batch)
