@@ -216,9 +216,10 @@ def trl(
     )
     clock = Clock()
     trainer.train()
-    seconds = clock.read()[1]
+    wall, seconds = clock.read()
     return {
         "rate": len(prompts) * steps / seconds,
+        "wall": len(prompts) * steps / wall,
         "peak": peak_mib(),
         "libraries": libraries,
         "length": float(mean_length or new_tokens),
@@ -280,9 +281,10 @@ def ours(
         whole = [PROMPT + length for length in tokens]
         flops += EPOCHS * (training_flops(whole, sum(tokens)) + training_flops(whole, 0))
         lengths += tokens
-    seconds, peak = clock.read()[1], peak_mib()
+    (wall, seconds), peak = clock.read(), peak_mib()
     return {
         "rate": len(prompts) * steps / seconds,
+        "wall": len(prompts) * steps / wall,
         "peak": peak,
         "libraries": libraries,
         "length": sum(lengths) / len(lengths),

@@ -109,11 +109,13 @@ def mean_kl(
         prompt: token ids.
         response: token ids.
     """
-    tokens = torch.tensor([[*prompt, *response]])
+    tokens = torch.tensor([[*prompt, *response[:-1]]])
     mask = torch.ones_like(tokens, dtype=torch.bool)
+    wanted = mask.clone()
+    wanted[:, : len(prompt) - 1] = False
     logprobs = []
     for each in (role, other):
-        hidden = hidden_states(model, each, tokens, mask)[len(prompt) - 1 : -1]
+        hidden = hidden_states(model, each, tokens, mask, wanted)
         with acting_as(model, each), autocast(model):
             logprobs.append(model.llama.lm_head(hidden).float().log_softmax(-1))
     own, reference = logprobs

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from chatllama.config import LoraSection
+from chatllama.last_layer import trim_last_layer
 from chatllama.lora_layer import make_layer
 from chatllama.scalar_head import ScalarHead
 
@@ -57,6 +58,7 @@ class RoleModel(nn.Module):
         super().__init__()
         self.adapter_names: dict[Role, str | None] = {"base": None, "reference": None}
         backbone.requires_grad_(False)
+        trim_last_layer(backbone)
         self.backbone: LlamaForCausalLM | PeftModel = backbone
         for role, adapter in adapters.items():
             self._make_adapter(role, lora_config(adapter.lora, role, dropout))

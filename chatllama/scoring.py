@@ -14,36 +14,43 @@ import torch
 
 from chatllama.chosen_tokens import chosen_logprobs
 from chatllama.distributed import to_device
+from chatllama.last_layer import Wanted
 from chatllama.packed_attention import packed_rows
 from chatllama.roles import Role, RoleModel, acting_as, autocast
 
 
 def hidden_states(
-    model: RoleModel, role: Role, tokens: torch.Tensor, mask: torch.Tensor
+    model: RoleModel, role: Role, tokens: torch.Tensor, mask: torch.Tensor, wanted: torch.Tensor
 ) -> torch.Tensor:
-    """Last hidden states of `role` at real tokens, row after row: (N, H) in the backbone's type.
+    """Last hidden states of `role` where wanted, row after row: (N, H) in the backbone's type.
 
     Padding is not computed: real tokens go through the layers end to end, and each row sees itself.
+    Nor is, with `sdpa`, what the last layer would make of the other tokens.
 
     Args:
         model: holds the role.
         role: whose adapter computes.
         tokens: (B, T) int64.
         mask: (B, T) bool, True at real tokens; padding may stand on either side.
+        wanted: (B, T) bool, True at N of the real tokens.
     """
-    tokens, mask = tokens.cpu(), mask.cpu()
+    tokens, mask, wanted = tokens.cpu(), mask.cpu(), wanted.cpu()
     llama, lengths = model.llama.model, mask.sum(1).tolist()
-    positions = mask.long().cumsum(1) - 1
+    attention = llama.config._attn_implementation
+    positions, places = mask.long().cumsum(1) - 1, _places(wanted[mask])
     filled = None
     if min(lengths) < tokens.shape[1]:
         tokens, positions = tokens[mask][None], positions[mask][None]
         filled = [n for n in lengths if n]
-    rows = packed_rows(llama.config._attn_implementation, filled)
+    rows = packed_rows(attention, filled)
+    if attention == "sdpa":
+        rows["wanted"] = Wanted(places, wanted.sum(1).tolist(), lengths)
     with acting_as(model, role), autocast(model):
         output = llama(
             to_device(tokens), position_ids=to_device(positions), use_cache=False, **rows
         )
-    return output.last_hidden_state.flatten(0, 1)
+    states = output.last_hidden_state.flatten(0, 1)
+    return states if attention == "sdpa" else states.index_select(0, places)
 
 
 def _places(mask: torch.Tensor) -> torch.Tensor:
@@ -126,9 +133,11 @@ def _before_responses(
     response_mask: torch.Tensor,
 ) -> torch.Tensor:
     """Hidden states that predict the response tokens, row after row."""
-    predicts = torch.zeros_like(mask)
-    predicts[:, -response_mask.shape[1] - 1 : -1] = response_mask
-    return hidden_states(model, role, tokens, mask).index_select(0, _places(predicts[mask]))
+    # A row's last token predicts nothing that is asked for.
+    seen = mask[:, :-1] & mask[:, 1:]
+    predicts = torch.zeros_like(seen)
+    predicts[:, -response_mask.shape[1] :] = response_mask
+    return hidden_states(model, role, tokens[:, :-1], seen, predicts)
 
 
 def _scores(
@@ -163,6 +172,5 @@ def score_sequences(
         mask: (B, T) bool, real tokens, at least one in every row; padding on either side.
         role: which reward model.
     """
-    last = mask.sum(1).cumsum(0) - 1
-    states = hidden_states(model, role, tokens, mask)
-    return model.heads[role](states.index_select(0, to_device(last)))
+    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    return model.heads[role](hidden_states(model, role, tokens, mask, last))

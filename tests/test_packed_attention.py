@@ -78,7 +78,7 @@ def test_each_row_is_what_it_is_alone(attention: str, calls: list[int]):
         tokens[i, start : start + len(row)] = row
         mask[i, start : start + len(row)] = True
     with torch.no_grad(), acting_as(model, "policy"):
-        states = hidden_states(model, "policy", tokens, mask)
+        states = hidden_states(model, "policy", tokens, mask, mask)
         assert len(states) == sum(LENGTHS)
         for row, found in zip(rows, states.split(LENGTHS), strict=True):
             alone = model.llama.model(row[None]).last_hidden_state[0]
@@ -86,7 +86,33 @@ def test_each_row_is_what_it_is_alone(attention: str, calls: list[int]):
         # One call in each of two layers for all rows, and none for a row alone.
         assert calls == ([sum(LENGTHS)] * 2 if attention == "varlen" else [])
         garbage = torch.where(mask, tokens, 50)
-        assert torch.equal(hidden_states(model, "policy", garbage, mask), states)
+        assert torch.equal(hidden_states(model, "policy", garbage, mask, mask), states)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "varlen", "eager"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_states_that_are_wanted_are_those_of_the_whole(
+    attention: str, padded: bool, calls: list[int]
+):
+    model, batch = role_model(tiny_llama()).train(), ragged_batch()
+    model.llama.set_attn_implementation(attention)
+    mask = batch.mask if padded else torch.ones_like(batch.mask)
+    wanted = mask & (torch.rand(mask.shape, generator=torch.Generator().manual_seed(1)) < 0.4)
+    wanted[1] = False
+    assert 0 < wanted[0].sum() < mask[0].sum()
+    with acting_as(model, "policy"):
+        alone = [
+            model.llama.model(row[real][None]).last_hidden_state[0][chosen[real]]
+            for row, real, chosen in zip(batch.tokens, mask, wanted, strict=True)
+        ]
+    found, whole = hidden_states(model, "policy", batch.tokens, mask, wanted), torch.cat(alone)
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
+    weights, gradients = torch.randn(whole.shape), []
+    for states in (found, whole):
+        loss = (states * weights).sum()
+        gradients.append(torch.autograd.grad(loss, adapter_parameters(model, "policy")))
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
 def test_a_row_without_tokens_is_left_out():
@@ -94,20 +120,22 @@ def test_a_row_without_tokens_is_left_out():
     mask = batch.mask.clone()
     mask[1] = False
     with torch.no_grad():
-        states = hidden_states(model, "policy", batch.tokens, mask)
-        whole = hidden_states(model, "policy", batch.tokens, batch.mask)
+        states = hidden_states(model, "policy", batch.tokens, mask, mask)
+        whole = hidden_states(model, "policy", batch.tokens, batch.mask, batch.mask)
     torch.testing.assert_close(states, whole[mask[batch.mask]], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "varlen"])
 def test_recomputed_rows_are_still_apart(attention: str, calls: list[int]):
     batch, gradients = ragged_batch(), []
+    wanted = batch.mask & (torch.arange(batch.mask.shape[1]) > 8)
     for checkpointing in (False, True):
         model = role_model(tiny_llama()).train()
         model.llama.set_attn_implementation(attention)
         if checkpointing:
             model.enable_gradient_checkpointing()
-        hidden_states(model, "policy", batch.tokens, batch.mask).square().sum().backward()
+        states = hidden_states(model, "policy", batch.tokens, batch.mask, wanted)
+        states.square().sum().backward()
         gradients.append([p.grad for p in adapter_parameters(model, "policy")])
     for plain, recomputed in zip(*gradients, strict=True):
         assert plain is not None and torch.equal(plain, recomputed)
@@ -118,7 +146,8 @@ def test_gradients_of_one_call_are_those_of_one_call_per_row(calls: list[int]):
     for attention in ("sdpa", "varlen"):
         model = role_model(tiny_llama())
         model.llama.set_attn_implementation(attention)
-        hidden_states(model, "policy", batch.tokens, batch.mask).square().sum().backward()
+        states = hidden_states(model, "policy", batch.tokens, batch.mask, batch.mask)
+        states.square().sum().backward()
         gradients.append([p.grad for p in adapter_parameters(model, "policy")])
     assert len(calls) == 2
     for rows, at_once in zip(*gradients, strict=True):
@@ -132,7 +161,7 @@ def test_pytorchs_own_function_agrees_on_a_gpu():
     for attention in ("sdpa", "varlen"):
         model = role_model(tiny_llama(dtype=torch.bfloat16)).to("cuda")
         model.llama.set_attn_implementation(attention)
-        states = hidden_states(model, "policy", batch.tokens.cuda(), batch.mask.cuda())
+        states = hidden_states(model, "policy", batch.tokens, batch.mask, batch.mask)
         states.float().square().sum().backward()
         gradients = [p.grad for p in adapter_parameters(model, "policy")]
         found.append([states.detach(), *gradients])

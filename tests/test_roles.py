@@ -260,22 +260,22 @@ def test_a_step_leaves_base_reference_and_reward_untouched(model: RoleModel):
         assert moved == any(mark in name for mark in (".policy.", ".value.", "heads.value.")), name
 
 
-def test_nan_outside_the_response_mask_gets_no_gradient(model: RoleModel, monkeypatch):
-    batch = ragged_batch(extra_right=2)
-    clean = joint_gradients(model, batch)
-    whole = scoring.hidden_states
+def test_only_the_states_before_response_tokens_are_asked_for(model: RoleModel, monkeypatch):
+    batch, asked = ragged_batch(extra_right=2), []
+    inside = scoring.hidden_states
 
-    def poisoned(model, role, tokens, mask):
-        hidden = whole(model, role, tokens, mask)
-        window = torch.zeros_like(mask)
-        room = batch.response_mask.shape[1]
-        window[:, -room - 1 : -1] = batch.response_mask
-        return torch.where(window[mask][:, None], hidden, torch.nan)
+    def seen(model, role, tokens, mask, wanted):
+        asked.append((tokens, wanted))
+        return inside(model, role, tokens, mask, wanted)
 
-    monkeypatch.setattr(scoring, "hidden_states", poisoned)
-    dirty = joint_gradients(model, batch)
-    for name, gradient in clean.items():
-        assert torch.equal(dirty[name], gradient), name
+    monkeypatch.setattr(scoring, "hidden_states", seen)
+    policy_and_value(model, batch.tokens, batch.mask, batch.response_mask, 1.0)
+    width, room = batch.tokens.shape[1], batch.response_mask.shape[1]
+    before = torch.zeros(len(batch.tokens), width, dtype=torch.bool)
+    before[:, width - room - 1 : -1] = batch.response_mask
+    assert len(asked) == 2
+    for tokens, wanted in asked:
+        assert torch.equal(tokens, batch.tokens[:, :-1]) and torch.equal(wanted, before[:, :-1])
 
 
 def test_padding_embedding_gets_no_gradient(model: RoleModel):

@@ -239,7 +239,7 @@ def test_bfloat16_backbone_keeps_adapters_and_heads_float32():
         for name, tensor in expected.items():
             assert actual[name].dtype == torch.float32
             torch.testing.assert_close(actual[name], tensor, rtol=0.05, atol=0.3, msg=name)
-    hidden = hidden_states(model, "policy", batch.tokens, batch.mask)
+    hidden = hidden_states(model, "policy", batch.tokens, batch.mask, batch.mask)
     assert hidden.dtype == torch.bfloat16
 
 

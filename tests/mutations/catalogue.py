@@ -381,8 +381,8 @@ SCORING_BUGS = (
     Mutation(
         "log-probabilities shifted by one",
         SCORING,
-        "predicts[:, -response_mask.shape[1] - 1 : -1] = response_mask",
         "predicts[:, -response_mask.shape[1] :] = response_mask",
+        "predicts[:, -response_mask.shape[1] - 1 : -1] = response_mask",
         (LAMBDA_1, START),
     ),
     Mutation(
@@ -431,6 +431,16 @@ SCORING_BUGS = (
         (LAMBDA_1, START),
     ),
     Mutation(
+        "the last layer's wanted positions see the token after them",
+        "chatllama/last_layer.py",
+        "sees = (columns <= own[:, None])[None, None]",
+        "sees = (columns <= own[:, None] + 1)[None, None]",
+        (
+            LAMBDA_1,
+            "tests/test_packed_attention.py::test_states_that_are_wanted_are_those_of_the_whole",
+        ),
+    ),
+    Mutation(
         "adapter added to the weight without its scale",
         "chatllama/lora_layer.py",
         "return x @ torch.addmm(weight, up, down, alpha=scale).T",
@@ -447,8 +457,8 @@ SCORING_BUGS = (
     Mutation(
         "reward read at the token before the last",
         SCORING,
-        "last = mask.sum(1).cumsum(0) - 1",
-        "last = mask.sum(1).cumsum(0) - 2",
+        "last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)",
+        "last = mask & (mask.flip(1).cumsum(1).flip(1) == 2)",
         (LAMBDA_1, "tests/test_scoring.py::test_scores_for_padding_on_either_side[left]"),
     ),
     Mutation(

@@ -1,0 +1,85 @@
+"""A last decoder layer that computes only the positions that somebody reads.
+
+Of a prompt's tokens nobody wants the last hidden state: they act on a response through their keys
+and values alone. With few layers, or long prompts, leaving out their queries and feed-forward part
+is a sizeable share of the work; a reward reads a single position.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, rotate_half
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Positions that are read, in rows laid end to end."""
+
+    places: torch.Tensor
+    """(N,) int64, rising."""
+    counts: Sequence[int]
+    """How many of each row; they sum to N."""
+    lengths: Sequence[int]
+    """Tokens of each row."""
+
+
+class LastLayer(LlamaDecoderLayer):
+    """transformers' layer; with `wanted`, (B, T, H) -> (1, N, H)."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, wanted: Wanted | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """What the layer makes of its input: everywhere, or where it is wanted."""
+        if wanted is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        cosines, sines = (x.flatten(0, 1) for x in kwargs["position_embeddings"])
+        attended = self._attended(
+            self.input_layernorm(hidden_states).flatten(0, 1), wanted, cosines, sines
+        )
+        states = hidden_states.flatten(0, 1)[wanted.places][None] + attended
+        return states + self.mlp(self.post_attention_layernorm(states))
+
+    def _attended(
+        self, normed: torch.Tensor, wanted: Wanted, cosines: torch.Tensor, sines: torch.Tensor
+    ) -> torch.Tensor:
+        """What attention adds to the wanted positions: (1, N, H).
+
+        Args:
+            normed: (B * T, H).
+            wanted: the positions.
+            cosines: (B * T, D) of the rotary embedding.
+            sines: (B * T, D).
+        """
+        layer, places = self.self_attn, wanted.places
+        width = layer.head_dim
+        query, key, value = (
+            part.view(len(part), part.shape[1] // width, width).transpose(0, 1)[None]
+            for part in (layer.q_proj(normed[places]), layer.k_proj(normed), layer.v_proj(normed))
+        )
+        query = query * cosines[places] + rotate_half(query) * sines[places]
+        key = key * cosines + rotate_half(key) * sines
+        outputs, start = [query.new_empty(1, 0, *query.shape[1::2])], 0
+        rows = zip(
+            query.split(list(wanted.counts), dim=2),
+            key.split(list(wanted.lengths), dim=2),
+            value.split(list(wanted.lengths), dim=2),
+            places.split(list(wanted.counts)),
+            strict=True,
+        )
+        for q, k, v, own in rows:
+            columns = torch.arange(start, start + k.shape[2], device=own.device)
+            start += k.shape[2]
+            if len(own):
+                sees = (columns <= own[:, None])[None, None]
+                output, _ = sdpa_attention_forward(layer, q, k, v, sees, scaling=layer.scaling)
+                outputs.append(output)
+        return layer.o_proj(torch.cat(outputs, dim=1).flatten(2))
+
+
+def trim_last_layer(llama: LlamaForCausalLM) -> None:
+    """From now on the model takes `wanted` (with the `sdpa` kernel only)."""
+    llama.model.layers[-1].__class__ = LastLayer
