@@ -88,9 +88,12 @@ def gemm_rates(seconds: float = 1.0) -> tuple[float, float]:
 
 def peak_mib() -> int:
     """Peak resident memory of this process, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (
-        2**20 if sys.platform == "darwin" else 2**10
-    )
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage also knows the memory of the process that forked this one
+        lines = status.read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) // 2**10
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
 
 
 def hardware(threads: int) -> str:

@@ -39,9 +39,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="responses a step")
     parser.add_argument("--out", type=Path, help="Markdown file, appended to")
     parser.add_argument("--child", choices=list(CASES), help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        print(json.dumps(measure(arguments.child, arguments.batch)))
+        print(json.dumps(measure(arguments.child, arguments.batch, arguments.work)))
         return
     lines = [
         hardware(1),
@@ -51,8 +52,10 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for case in arguments.cases:
-        command = [sys.executable, __file__, "--child", case, "--batch", arguments.batch]
-        row = run_child(command)
+        with tempfile.TemporaryDirectory() as work:
+            write_models(Path(work), CASES[case][1])
+            command = [sys.executable, __file__, "--child", case, "--batch", arguments.batch]
+            row = run_child([*command, "--work", work])
         needed = row["backbone"] + row["trained"] + row["graph"]
         lines.append(
             f"| {case} | {row['backbone']:,.0f} | {row['trained']:,.0f} | {row['graph']:,.0f} "
@@ -62,21 +65,19 @@ def main() -> None:
     publish(lines, arguments.out)
 
 
-def measure(case: str, batch: int) -> dict[str, float]:
+def measure(case: str, batch: int, work: Path) -> dict[str, float]:
     """One case, MiB."""
     torch.set_num_threads(1)
     libraries = peak_mib()
     new_tokens, mean_length = CASES[case]
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(1000, VOCABULARY, (batch, PROMPT), generator=generator).tolist()
-    with tempfile.TemporaryDirectory() as work:
-        write_models(Path(work), mean_length)
-        stops = [STOP] if mean_length else []
-        trainer = make_trainer(Path(work), prompts, new_tokens, stops, steps=2)
-        state, rollout, *_ = trainer.advance(PpoState(0, 0.05, Statistics()))
-        resident = peak_mib() - libraries
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            trainer.advance(state)
+    stops = [STOP] if mean_length else []
+    trainer = make_trainer(work, prompts, new_tokens, stops, steps=2)
+    state, rollout, *_ = trainer.advance(PpoState(0, 0.05, Statistics()))
+    resident = peak_mib() - libraries
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        trainer.advance(state)
     model = trainer.engine.model
     trained = [p for p in model.parameters() if p.requires_grad]
     backbone = sum(p.nbytes for p in model.llama.parameters() if not p.requires_grad)
