@@ -4,7 +4,9 @@ Row i of the batch lies in slot i, and all rows end in the same column: a new to
 for all of them. Rows that begin later than the first have columns before them that are masked.
 """
 
+import weakref
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -17,7 +19,8 @@ class _Layer(CacheLayerMixin):
 
     def __init__(self, slots: "KeyValueSlots") -> None:
         super().__init__()
-        self.slots = slots
+        # Not a circle of references: the memory goes with the batch, not with a later collection.
+        self.slots: KeyValueSlots = cast(Any, weakref.proxy(slots))
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         _, heads, _, width = key_states.shape

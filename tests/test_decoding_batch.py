@@ -1,5 +1,7 @@
 """Rows that come and go: each is what it would be alone."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 from chatllama.decoding_batch import DecodingBatch, Request, Sampled
 from chatllama.generate import generate
+from chatllama.key_value_slots import KeyValueSlots
 from chatllama.sampling import Sampling
 
 WIDE = [2, *range(10, 30)]
@@ -185,10 +188,25 @@ def test_memory_is_let_go_when_a_wide_batch_is_followed_by_a_narrow_one(llama: L
     batch = DecodingBatch(llama, 8)
     wide = Request(list(range(3, 80)), Sampling(150, 0.0), [], torch.zeros(150))
     batch.admit([wide] * 8)
-    assert batch._cache.allocated == 8 and batch._cache.capacity == 227
+    cache = batch._cache
+    assert isinstance(cache, KeyValueSlots) and (cache.allocated, cache.capacity) == (8, 227)
     batch.drop(list(range(8)))
     batch.admit([Request([5], Sampling(5, 0.0), [], torch.zeros(5))])
-    assert batch._cache.allocated == 1 and batch._cache.capacity == 6
+    assert (cache.allocated, cache.capacity) == (1, 6)
+
+
+def test_memory_is_let_go_with_the_batch(llama: LlamaForCausalLM):
+    gc.disable()  # an update must not have the rollout's keys and values beside it
+    try:
+        batch = DecodingBatch(llama, 2)
+        batch.admit([Request([5, 9], Sampling(5), [], torch.zeros(5))])
+        layer: Any = batch._cache.cache.layers[0]
+        keys = weakref.ref(layer.keys)
+        assert keys() is not None
+        del batch, layer
+        assert keys() is None
+    finally:
+        gc.enable()
 
 
 def test_an_idle_pass_changes_nothing(llama: LlamaForCausalLM):
