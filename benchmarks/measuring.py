@@ -42,7 +42,7 @@ def llama_config(**more: Any) -> LlamaConfig:
     )
 
 
-def training_flops(lengths: Sequence[int], scored: int) -> float:
+def training_flops(lengths: Sequence[int], scored: int, read: Sequence[int] | None = None) -> float:
     """Matmul FLOPs that training LoRA adapters on these documents needs, forward and backward.
 
     The frozen weights' own gradients and the adapters' few percent are not counted; attention
@@ -51,11 +51,21 @@ def training_flops(lengths: Sequence[int], scored: int) -> float:
     Args:
         lengths: tokens of each document.
         scored: positions that go through the LM head.
+        read: last positions of each document whose last hidden state is read: of the others the
+            last layer needs keys and values only. None: all.
     """
-    weights = LAYERS * (4 * WIDTH * WIDTH + 3 * WIDTH * INNER)
+    layer, kept = 4 * WIDTH * WIDTH + 3 * WIDTH * INNER, 2 * WIDTH * WIDTH
+    flops = LAYERS * _layer_flops(layer, lengths) + 4.0 * VOCABULARY * WIDTH * scored
+    if read is not None:
+        unread = [length - last for length, last in zip(lengths, read, strict=True)]
+        flops -= _layer_flops(layer - kept, unread)
+    return flops
+
+
+def _layer_flops(weights: int, lengths: Sequence[int]) -> float:
+    """Of products with weights, and of attention: two products, two more each backward."""
     pairs = sum(length * (length + 1) // 2 for length in lengths)
-    attention = LAYERS * 2 * WIDTH * 2 * pairs * 3  # two products, two more each backward
-    return 4.0 * weights * sum(lengths) + attention + 4.0 * VOCABULARY * WIDTH * scored
+    return 4.0 * weights * sum(lengths) + 12.0 * WIDTH * pairs
 
 
 class Clock:

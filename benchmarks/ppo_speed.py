@@ -8,7 +8,7 @@ all linear layers, on 32 prompts of 64 tokens a step, 4 epochs of one minibatch 
 microbatches of 8, gradient checkpointing off. TRL's value model has no adapter: it trains whole, as
 TRL's interface has it. Cases: `equal`, 64 new tokens always; `ragged`, at most 128, ending at
 random (geometric, mean 32), which one raised logit brings about. Every measurement is a process of
-its own, in turn (A B A B); CPU seconds of all threads are the unit. Memory is the peak of the
+its own, in turn (A B A B); parts are in CPU seconds of all threads. Memory is the peak of the
 process, of which the libraries alone take the part that is printed beside it.
 """
 
@@ -80,9 +80,9 @@ def main() -> None:
 
 
 HEADER = (
-    "| case | trainer | samples per CPU second | ratio | peak MiB (libraries) | ratio "
-    "| update's share of the matrix limit | CPU seconds: sampling, scoring, update | mean length |",
-    "|---|---|---|---|---|---|---|---|---|",
+    "| case | trainer | samples per second | ratio | per CPU second | ratio "
+    "| peak MiB (libraries) | ratio | update's share of the matrix limit | CPU seconds: sampling, scoring, update | mean length |",
+    "|---|---|---|---|---|---|---|---|---|---|---|",
 )
 
 
@@ -95,14 +95,15 @@ def table(case: str, rows: dict[str, list[dict[str, float]]]) -> list[str]:
     base = middle.get("trl")
     lines = []
     for name, row in middle.items():
-        speed = f"{row['rate'] / base['rate']:.2f}" if base else "-"
+        wall, speed = (f"{row[u] / base[u]:.2f}" if base else "-" for u in ("wall", "rate"))
         memory = f"{row['peak'] / base['peak']:.2f}" if base else "-"
         parts, share = "-", "-"
         if name == "ours":
             parts = ", ".join(f"{row[part]:.1f}" for part in ("sampling", "scoring", "update"))
             share = f"{row['share']:.0%}"
         lines.append(
-            f"| {case} | {name} | {row['rate']:.2f} | {speed} | {row['peak']:,.0f} "
+            f"| {case} | {name} | {row['wall']:.2f} | {wall} | {row['rate']:.2f} | {speed} "
+            f"| {row['peak']:,.0f} "
             f"({row['libraries']:,.0f}) | {memory} | {share} | {parts} | {row['length']:.0f} |"
         )
     return lines
@@ -278,8 +279,9 @@ def ours(
     for _ in range(steps):
         state, batch, _, _ = trainer.advance(state)
         tokens = batch.lengths.tolist()
-        whole = [PROMPT + length for length in tokens]
-        flops += EPOCHS * (training_flops(whole, sum(tokens)) + training_flops(whole, 0))
+        seen = [PROMPT + length - 1 for length in tokens]
+        policy, value = (training_flops(seen, scored, tokens) for scored in (sum(tokens), 0))
+        flops += EPOCHS * (policy + value)
         lengths += tokens
     (wall, seconds), peak = clock.read(), peak_mib()
     return {
