@@ -81,7 +81,8 @@ def main() -> None:
 
 HEADER = (
     "| case | trainer | samples per second | ratio | per CPU second | ratio "
-    "| peak MiB (libraries) | ratio | update's share of the matrix limit | CPU seconds: sampling, scoring, update | mean length |",
+    "| peak MiB (libraries) | ratio | update's share of the matrix limit "
+    "| CPU seconds: sampling, scoring, update | mean length |",
     "|---|---|---|---|---|---|---|---|---|---|---|",
 )
 
