@@ -14,9 +14,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from chatllama import __version__
 from chatllama.backbone_path import backbone_path, base_path
 from chatllama.config import BackboneSection, Config, DataSource, Section
+from chatllama.config_errors import nested_section
 from chatllama.manifest import file_hash
 from chatllama.run_folder import STAGES, RunFolder, Stage, write_json
 
@@ -107,12 +110,14 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     Versions of code and packages are no reason. What is not known on both sides is none either:
     data that has been removed, a base that is not in the hub's cache.
     """
-    before, now = old["config"], new["config"]
+    now = new["config"]
+    # A key that the record does not know came with a later version, and was as it is by default.
+    before = {key: _default(key) for key in now} | old["config"]
     free = () if old["finished"] else ("evaluation",)  # an unfinished stage has evaluated nothing
     found = [
-        f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key.split(".")[0] not in free
+        f"{key}: {value!r} there, {now.get(key)!r} now"
+        for key, value in sorted(before.items())
+        if value != now.get(key) and key.split(".")[0] not in free
     ]
     was, is_ = (record["base"]["fingerprint"] for record in (old, new))
     if was and is_ and was != is_:
@@ -128,6 +133,19 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         if was != is_:
             found.append(f"it was made from another {name}")
     return found
+
+
+def _default(key: str) -> Any:
+    """The default of a dotted key of the config; None where there is none."""
+    *sections, last = key.split(".")
+    section: type[BaseModel] | None = Config
+    for name in sections:
+        field = section.model_fields.get(name) if section is not None else None
+        section = nested_section(field.annotation) if field is not None else None
+    field = section.model_fields.get(last) if section is not None else None
+    if field is None or field.is_required():
+        return None
+    return field.get_default(call_default_factory=True)
 
 
 def other_versions(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

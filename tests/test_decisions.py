@@ -384,3 +384,16 @@ def test_a_record_of_the_same_things_differs_in_nothing(world: World):
     one = gather(world.config(), world.run, "sft", named_files, {})
     two = gather(world.config(), world.run, "sft", named_files, one)
     assert differences(one, two) == []
+
+
+def test_keys_that_an_older_record_does_not_know_had_their_defaults(world: World):
+    record = gather(world.config(), world.run, "ppo", named_files, {})
+    now = json.loads(json.dumps(record))
+    for key in ("generation.compile", "ppo.ema_decay", "ppo.epochs", "lora.target_modules"):
+        del record["config"][key]
+    assert differences(record, now) == []
+    now["config"] |= {"generation.compile": True, "ppo.epochs": 3}
+    assert differences(record, now) == [
+        "generation.compile: False there, True now",
+        "ppo.epochs: 4 there, 3 now",
+    ]
