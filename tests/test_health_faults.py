@@ -164,7 +164,7 @@ FAULTS: dict[DiagnosisName, Fault] = {
     "eos_rate_falling": Fault(settings={"missing_eos_penalty": 0.0}, reward=endless),
     "length_drift": Fault(reward=short),
     "entropy_collapse": Fault(
-        settings={"learning_rate": 0.02, "kl_coef": 0.0},
+        settings={"learning_rate": 0.01, "kl_coef": 0.0},
         reward=only_wanted,
         along=("kl_explosion",),
     ),
