@@ -110,9 +110,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     Versions of code and packages are no reason. What is not known on both sides is none either:
     data that has been removed, a base that is not in the hub's cache.
     """
-    now = new["config"]
-    # A key that the record does not know came with a later version, and was as it is by default.
-    before = {key: _default(key) for key in now} | old["config"]
+    known, now = old["config"], new["config"]
+    # A key that the record does not know came with a later version, and was as it is by default;
+    # not one of a section that was there as a whole (`lora: null`).
+    later = [key for key in now if not any(key.startswith(f"{name}.") for name in known)]
+    before = dict.fromkeys(now) | {key: _default(key) for key in later} | known
     free = () if old["finished"] else ("evaluation",)  # an unfinished stage has evaluated nothing
     found = [
         f"{key}: {value!r} there, {now.get(key)!r} now"

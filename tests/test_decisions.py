@@ -397,3 +397,15 @@ def test_keys_that_an_older_record_does_not_know_had_their_defaults(world: World
         "generation.compile: False there, True now",
         "ppo.epochs: 4 there, 3 now",
     ]
+
+
+def test_a_section_that_was_null_did_not_have_its_defaults(world: World):
+    now = gather(world.config(), world.run, "sft", named_files, {})
+    record = json.loads(json.dumps(now))
+    lora = [key for key in now["config"] if key.startswith("lora.")]
+    for key in lora:
+        del record["config"][key]
+    record["config"]["lora"] = None
+    assert [line.partition(":")[0] for line in differences(record, now)] == sorted(
+        key for key in lora if now["config"][key] is not None
+    )
