@@ -46,6 +46,7 @@ check: venv
 	"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check .
 	"$(BIN)/pyright"
+	"$(BIN)/lint-imports"
 	"$(BIN)/python" -m pytest
 
 mutations: venv

@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from chatllama.arguments import parse_stage_arguments, run_stage
-from chatllama.run_folder import RunFolder
+from chatllama.runs.folder import RunFolder
+from trainers.stages.arguments import parse_stage_arguments, run_stage
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -18,9 +18,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg, run = arguments.config, RunFolder(Path(arguments.config.run_dir))
 
     # Heavy imports come after the command line: `--help` and config errors answer at once.
-    from chatllama import distributed, reward_models
-    from chatllama.decisions import finished_before
-    from data.files import named_files
+    from chatllama.runtime import distributed
+    from data.reading.files import named_files
+    from trainers.reward import evaluate as reward_models
+    from trainers.stages.decisions import finished_before
 
     if finished_before(cfg, run, "ppo", named_files):
         if distributed.rank() == 0:
@@ -31,18 +32,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         weak = reward_models.check_gate(run, cfg.reward)
         if weak and distributed.rank() == 0:
             print(*weak, sep="\n")
-    from trainers import evaluate, ppo, ppo_setup, ppo_text, stage
+    from trainers.ppo import data, evaluate, model, train
+    from trainers.stages import stage
 
     stage.join(run, "ppo", arguments.lock)
     tokenizer = stage.open_stage(cfg, run, "ppo")
 
-    prompts, ends = ppo_setup.load_prompts(cfg, tokenizer), ppo_setup.turn_ends(cfg, tokenizer)
-    text = ppo_text.load_text(cfg, tokenizer, ends.pad_id)
-    roles = ppo_setup.build_roles(cfg, run, tokenizer)
-    optimiser = ppo_setup.build_engine(cfg, roles.model)
-    trainer = ppo.PpoTrainer(cfg, run, optimiser, roles.scorer, prompts, ends, text)
+    prompts, ends = data.load_prompts(cfg, tokenizer), data.stop_tokens(cfg, tokenizer)
+    text = data.load_text(cfg, tokenizer, ends.pad_id)
+    roles = model.build_roles(cfg, run, tokenizer)
+    optimiser = model.build_engine(cfg, roles.model)
+    trainer = train.PpoTrainer(cfg, run, optimiser, roles.scorer, prompts, ends, text)
     numbers = trainer.train(arguments.resume)
-    ppo_setup.export_ppo(run, roles.model, stage.adapter_info(cfg, run, tokenizer, "ppo"))
+    model.export_ppo(run, roles.model, stage.adapter_info(cfg, run, tokenizer, "ppo"))
 
     measured = time.monotonic()
     evaluate.evaluate_roles(cfg, run, optimiser, roles.scorer, prompts, ends)

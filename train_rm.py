@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from chatllama.arguments import parse_stage_arguments, run_stage
-from chatllama.run_folder import RunFolder
+from chatllama.runs.folder import RunFolder
+from trainers.stages.arguments import parse_stage_arguments, run_stage
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -18,16 +18,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg, run = arguments.config, RunFolder(Path(arguments.config.run_dir))
 
     # Heavy imports come after the command line: `--help` and config errors answer at once.
-    from chatllama import distributed
-    from chatllama.decisions import finished_before
-    from data.files import named_files
+    from chatllama.runtime import distributed
+    from data.reading.files import named_files
+    from trainers.stages.decisions import finished_before
 
     if finished_before(cfg, run, "reward", named_files):
         if distributed.rank() == 0:
             print(f"stage reward of {run.root} has finished before: {run.result('reward')}")
         return
     run.read_result("sft")
-    from trainers import reward, reward_data, reward_doctor, stage
+    from trainers.reward import data as reward_data
+    from trainers.reward import train as reward
+    from trainers.reward.diagnosis import model_report as reward_doctor
+    from trainers.stages import stage
 
     stage.join(run, "reward", arguments.lock)
     tokenizer = stage.open_stage(cfg, run, "reward")

@@ -8,8 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from chatllama.arguments import parse_stage_arguments, run_stage
-from chatllama.run_folder import RunFolder
+from chatllama.runs.folder import RunFolder
+from trainers.stages.arguments import parse_stage_arguments, run_stage
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -19,25 +19,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg, run = arguments.config, RunFolder(Path(arguments.config.run_dir))
 
     # Heavy imports come after the command line: `--help` and config errors answer at once.
-    from chatllama import distributed
-    from chatllama.decisions import finished_before
-    from data.files import named_files
+    from chatllama.runtime import distributed
+    from data.reading.files import named_files
+    from trainers.stages.decisions import finished_before
 
     if finished_before(cfg, run, "sft", named_files):
         if distributed.rank() == 0:
             print(f"stage sft of {run.root} has finished before: {run.result('sft')}")
         return
-    from trainers import pretrain, sft, stage
+    from trainers.sft import data, model, pretrain, train
+    from trainers.stages import stage
 
     stage.join(run, "sft", arguments.lock)
     pretrain.ensure_backbone(cfg, run)
     tokenizer = stage.open_stage(cfg, run, "sft")
 
-    rows = sft.load_rows(cfg, tokenizer)
-    model = sft.build_policy(cfg, run)
-    numbers = sft.train_sft(cfg, run, rows, model, tokenizer, arguments.resume)
+    rows = data.load_rows(cfg, tokenizer)
+    llama = model.build_policy(cfg, run)
+    numbers = train.train_sft(cfg, run, rows, llama, tokenizer, arguments.resume)
     info = stage.adapter_info(cfg, run, tokenizer, "sft")
-    sft.export_sft(cfg, run, model, tokenizer, info)
+    model.export_sft(cfg, run, llama, tokenizer, info)
 
     numbers |= {"wall_seconds": time.monotonic() - started} | pretrain.backbone_seconds(run)
     stage.finish(cfg, run, "sft", numbers)

@@ -19,9 +19,10 @@ from datasets import Dataset, disable_progress_bars, load_from_disk
 from measuring import Clock, gemm_rates, hardware, llama_config, peak_mib, publish, run_child
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from chatllama.config import ChatSection, DataSource, LoraSection
-from chatllama.libraries import quiet_libraries
-from chatllama.tokenizer import load_tokenizer, save_tokenizer
+from chatllama.config.model import ChatSection, LoraSection
+from chatllama.config.schema import DataSource
+from chatllama.runtime.libraries import quiet_libraries
+from chatllama.text.tokenizer import load_tokenizer, save_tokenizer
 
 LENGTH = 512
 LORA = LoraSection(r=16, alpha=32)
@@ -73,7 +74,7 @@ def compare(
 
 def _prepare(arguments: argparse.Namespace, work: Path, kind: Any, tokenize: Tokenize) -> None:
     """The model with random weights, its tokenizer, and the data as tokens."""
-    from data.readers import read_source
+    from data.reading.source import read_source
 
     tokenizer = load_tokenizer(arguments.tokenizer)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}

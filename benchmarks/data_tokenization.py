@@ -26,10 +26,12 @@ from typing import Any, cast
 import datasets
 from transformers import PreTrainedTokenizerFast
 
-from chatllama.config import ChatSection, DataSource
-from chatllama.tokenizer import load_tokenizer
-from data.readers import num_workers, read_source
-from data.sft import tokenize_conversations
+from chatllama.config.model import ChatSection
+from chatllama.config.schema import DataSource
+from chatllama.text.tokenizer import load_tokenizer
+from data.caching import num_workers
+from data.reading.source import read_source
+from data.tokenize import tokenize_conversations
 
 
 def main() -> None:

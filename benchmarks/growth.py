@@ -21,11 +21,11 @@ import torch
 from measuring import Clock, gemm_rates, hardware, publish
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from chatllama.config import LoraSection
-from chatllama.generate import generate
-from chatllama.roles import Adapter, RoleModel, merged_as
-from chatllama.sampling import Sampling
-from chatllama.scoring import policy_and_value
+from chatllama.config.model import LoraSection
+from chatllama.generation.generate import generate
+from chatllama.generation.sampling import Sampling
+from chatllama.model.roles import Adapter, RoleModel, merged_as
+from chatllama.model.scoring import policy_and_value
 
 NEW, LAYERS = 16, 6
 

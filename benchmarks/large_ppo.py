@@ -19,18 +19,18 @@ import torch
 from measuring import hardware, ppo_trainer, publish, time_parts
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from chatllama.config import Config
-from chatllama.distributed import device
-from chatllama.roles import acting_as, autocast
-from trainers.ppo import PpoTrainer
-from trainers.ppo_rewards import Statistics
-from trainers.ppo_state import PpoState
-from trainers.rollout import TurnEnds
+from chatllama.config.schema import Config
+from chatllama.model.roles import acting_as, autocast
+from chatllama.runtime.distributed import device
+from trainers.ppo.data import StopTokens
+from trainers.ppo.rewards import Statistics
+from trainers.ppo.state import PpoState
+from trainers.ppo.train import PpoTrainer
 
 MICROBATCH, EPOCHS, VOCABULARY = 4, 4, 32_000
 
 
-class Ends(TurnEnds):
+class Ends(StopTokens):
     """Answers that nobody reads."""
 
     def decode(self, ids: Any) -> str:

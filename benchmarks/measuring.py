@@ -22,9 +22,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 if TYPE_CHECKING:
-    from chatllama.config import Config
-    from trainers.ppo import PpoTrainer
-    from trainers.rollout import TurnEnds
+    from chatllama.config.schema import Config
+    from trainers.ppo.data import StopTokens
+    from trainers.ppo.train import PpoTrainer
 
 VOCABULARY, WIDTH, INNER, LAYERS, HEADS = 32_000, 288, 768, 6, 6
 
@@ -121,16 +121,17 @@ def hardware(threads: int) -> str:
 
 
 def ppo_trainer(
-    cfg: "Config", llama: LlamaForCausalLM, prompts: list[list[int]], ends: "TurnEnds"
+    cfg: "Config", llama: LlamaForCausalLM, prompts: list[list[int]], ends: "StopTokens"
 ) -> "PpoTrainer":
     """This project's PPO over a LLaMA with new adapters for all four roles."""
     from datasets import Dataset
 
-    from chatllama.roles import Adapter, RoleModel
-    from chatllama.run_folder import RunFolder
-    from trainers.ppo import PpoTrainer
-    from trainers.ppo_rewards import Scorer
-    from trainers.ppo_setup import Prompts, build_engine
+    from chatllama.model.roles import Adapter, RoleModel
+    from chatllama.runs.folder import RunFolder
+    from trainers.ppo.data import Prompts
+    from trainers.ppo.model import build_engine
+    from trainers.ppo.rewards import Scorer
+    from trainers.ppo.train import PpoTrainer
 
     adapter, trained = Adapter(cfg.adapter_lora), Adapter(cfg.adapter_lora, trainable=True)
     roles = {"reference": adapter, "policy": trained, "reward": adapter, "value": trained}
@@ -150,7 +151,7 @@ def time_parts(trainer: "PpoTrainer", seconds: Callable[[], float]) -> dict[str,
         trainer: whose `advance` will be called; the functions it calls are replaced.
         seconds: the time.
     """
-    from trainers import rollout
+    from trainers.ppo import rollout
 
     spent = {"sampling": 0.0, "scoring": 0.0, "update": 0.0}
 

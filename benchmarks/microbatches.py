@@ -26,12 +26,11 @@ import torch
 from measuring import VOCABULARY, Clock, hardware, peak_mib, publish, run_child
 from ppo_speed import STOP, make_trainer, write_models
 
-from data.answer_rows import SharedPromptCollator
-from data.collate import batch_indices
-from trainers.dealing import groups_of_like_totals
-from trainers.ppo_rewards import Statistics
-from trainers.ppo_state import PpoState
-from trainers.rollout import Rollout, collect_rollout
+from data.batches import SharedPromptCollator, batch_indices
+from trainers.engine.microbatches import groups_of_like_totals
+from trainers.ppo.rewards import Statistics
+from trainers.ppo.rollout import Rollout, collect_rollout
+from trainers.ppo.state import PpoState
 
 ROWS, CAP = 32, 384
 CASES = ("ragged", "skewed")

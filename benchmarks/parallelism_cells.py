@@ -143,7 +143,7 @@ def prepare(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from chatllama.tokenizer import train_tokenizer
+    from chatllama.text.tokenizer import train_tokenizer
 
     for name, count in (("sft", 48), ("preferences", 30), ("prompts", 30)):
         source = SAMPLES / f"{name}.jsonl"
@@ -179,8 +179,8 @@ def run_cell(folder: Path, cell: Cell, microbatch_size: int, zero: int, place: s
     import train_ppo
     import train_rm
     import train_sft
-    from chatllama.distributed import barrier, rank
-    from trainers.hf_trainer import forget_accelerator
+    from chatllama.runtime.distributed import barrier, rank
+    from trainers.sft.hf_trainer import forget_accelerator
 
     run_dir = folder / "runs" / place
     if rank() == 0:
@@ -219,8 +219,8 @@ def main() -> None:
     arguments = parser.parse_args()
     sys.path.insert(0, str(PROJECT))
 
-    from chatllama import distributed
-    from trainers.engine import initialise
+    from chatllama.runtime import distributed
+    from trainers.engine.engine import initialise
 
     initialise()
     # Every script ends by leaving the process group; here the next cell still needs it.

@@ -39,7 +39,7 @@ from measuring import (
 from transformers import LlamaForCausalLM
 
 if TYPE_CHECKING:
-    from trainers.ppo import PpoTrainer
+    from trainers.ppo.train import PpoTrainer
 
 MICROBATCH, EPOCHS, PROMPT, STOP = 8, 4, 64, 2
 CASES: dict[str, tuple[int, int | None]] = {"equal": (64, None), "ragged": (128, 32)}
@@ -126,7 +126,7 @@ def write_models(folder: Path, mean_length: int | None) -> None:
     Coordinate 0 is large and alike in all embeddings; where responses end at random, the stop
     token's row of the (untied) head reads it, so its probability is about 1 / mean_length.
     """
-    from chatllama.tokenizer import train_tokenizer
+    from chatllama.text.tokenizer import train_tokenizer
 
     config = llama_config(
         tie_word_embeddings=False, bos_token_id=1, eos_token_id=STOP, pad_token_id=0
@@ -237,9 +237,9 @@ def make_trainer(
     stage: int = 2,
 ) -> "PpoTrainer":
     """This project's trainer over the LLaMA of `write_models`, with new adapters for all roles."""
-    from chatllama.config import Config
-    from chatllama.tokenizer import load_tokenizer
-    from trainers.rollout import TurnEnds
+    from chatllama.config.schema import Config
+    from chatllama.text.tokenizer import load_tokenizer
+    from trainers.ppo.data import StopTokens
 
     cfg = Config.model_validate(
         {
@@ -262,15 +262,17 @@ def make_trainer(
     )
     torch.manual_seed(0)
     llama = LlamaForCausalLM.from_pretrained(work / "llama")
-    return ppo_trainer(cfg, llama, prompts, TurnEnds(load_tokenizer(work / "tokenizer"), stops, 0))
+    return ppo_trainer(
+        cfg, llama, prompts, StopTokens(load_tokenizer(work / "tokenizer"), stops, 0)
+    )
 
 
 def ours(
     work: Path, prompts: list[list[int]], new_tokens: int, mean_length: int | None, steps: int
 ) -> dict[str, float]:
     """This project's trainer, step by step, and where its time goes."""
-    from trainers.ppo_rewards import Statistics
-    from trainers.ppo_state import PpoState
+    from trainers.ppo.rewards import Statistics
+    from trainers.ppo.state import PpoState
 
     libraries = peak_mib()
     trainer = make_trainer(work, prompts, new_tokens, [STOP] if mean_length else [], steps)

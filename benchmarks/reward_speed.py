@@ -31,17 +31,23 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from chatllama.config import BackboneSection, Config, RewardSection
-from chatllama.roles import Adapter, RoleModel, acting_as, lora_config
-from chatllama.tokenizer import load_tokenizer
-from data.collate import PreferenceCollator, batch_indices
+from chatllama.config.model import BackboneSection
+from chatllama.config.schema import Config, RewardSection
+from chatllama.model.roles import (
+    Adapter,
+    RoleModel,
+    acting_as,
+    lora_config,
+)
+from chatllama.text.tokenizer import load_tokenizer
+from data.batches import PreferenceCollator, batch_indices
 
 PAIRS, LEARNING_RATE, CENTER = 8, 5e-5, 0.01
 
 
 def tokenize(records: Dataset, tokenizer: PreTrainedTokenizerFast) -> Dataset:
     """Pairs as token ids."""
-    from data.preferences import tokenize_preferences
+    from data.tokenize import tokenize_preferences
 
     examples, _ = tokenize_preferences(records, tokenizer, CHAT, LENGTH)
     return examples.filter(lambda row: len(row["ranks"]) == 2)
@@ -69,8 +75,9 @@ def run_ours(
     arguments: argparse.Namespace, examples: Dataset, batches: list[list[int]]
 ) -> tuple[StepClock, list[float]]:
     """Steps of the reward stage, as train_rm.py makes them."""
-    from trainers.reward import build_engine, optimizer_step
-    from trainers.reward_scores import collator_for
+    from trainers.reward.evaluate import collator_for
+    from trainers.reward.model import build_engine
+    from trainers.reward.train import optimizer_step
 
     cfg = Config(
         run_dir=str(arguments.work / "run"),

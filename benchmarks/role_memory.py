@@ -16,9 +16,9 @@ import torch
 from measuring import hardware, publish, run_child
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from chatllama.config import LoraSection
-from chatllama.roles import Adapter, RoleModel
-from chatllama.scoring import policy_and_value, response_logprobs, score_sequences
+from chatllama.config.model import LoraSection
+from chatllama.model.roles import Adapter, RoleModel
+from chatllama.model.scoring import policy_and_value, response_logprobs, score_sequences
 
 ROLES = ("reference", "policy", "reward", "value")
 

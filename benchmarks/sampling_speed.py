@@ -35,9 +35,9 @@ from measuring import (
 )
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaForCausalLM
 
-from chatllama.generate import generate
-from chatllama.sampling import Sampling
-from chatllama.static_slots import StaticSlots
+from chatllama.generation.generate import generate
+from chatllama.generation.sampling import Sampling
+from chatllama.generation.static_kv_cache import StaticKVCache
 
 ROWS, PROMPT = 64, 64
 Answers = list[list[int]]
@@ -110,9 +110,9 @@ def ours(llama: LlamaForCausalLM, prompts: Answers, case: Case) -> Answers:
 
 
 @lru_cache
-def slots_of(llama: LlamaForCausalLM) -> StaticSlots:
+def slots_of(llama: LlamaForCausalLM) -> StaticKVCache:
     """One for all calls."""
-    return StaticSlots(llama)
+    return StaticKVCache(llama)
 
 
 def compiled(llama: LlamaForCausalLM, prompts: Answers, case: Case) -> Answers:

@@ -17,10 +17,15 @@ import torch
 from measuring import VOCABULARY, Clock, hardware, launcher, publish, run_child
 from ppo_speed import PROMPT, make_trainer, write_models
 
-from chatllama.distributed import all_max, all_sum, rank, shut_down
-from trainers.engine import initialise
-from trainers.ppo_rewards import Statistics
-from trainers.ppo_state import PpoState
+from chatllama.runtime.distributed import (
+    all_max,
+    all_sum,
+    rank,
+    shut_down,
+)
+from trainers.engine.engine import initialise
+from trainers.ppo.rewards import Statistics
+from trainers.ppo.state import PpoState
 
 NEW_TOKENS = 64
 

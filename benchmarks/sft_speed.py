@@ -28,10 +28,11 @@ from datasets import Dataset
 from measuring import training_flops
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from chatllama.config import BackboneSection, Config, SftSection
-from chatllama.roles import RoleModel, acting_as, lora_config
-from chatllama.run_folder import RunFolder
-from chatllama.tokenizer import load_tokenizer
+from chatllama.config.model import BackboneSection
+from chatllama.config.schema import Config, SftSection
+from chatllama.model.roles import RoleModel, acting_as, lora_config
+from chatllama.runs.folder import RunFolder
+from chatllama.text.tokenizer import load_tokenizer
 
 ROWS, LEARNING_RATE = 8, 1e-4
 VARIANTS = ("ours", "trl", "bare", "ours-unpacked", "trl-unpacked")
@@ -39,7 +40,7 @@ VARIANTS = ("ours", "trl", "bare", "ours-unpacked", "trl-unpacked")
 
 def tokenize(records: Dataset, tokenizer: PreTrainedTokenizerFast) -> Dataset:
     """Conversations as token ids and loss masks."""
-    from data.sft import tokenize_conversations
+    from data.tokenize import tokenize_conversations
 
     return tokenize_conversations(records, tokenizer, CHAT, LENGTH)[0]
 
@@ -77,7 +78,7 @@ class Counted:
 
 def our_rows(arguments: argparse.Namespace, documents: Dataset, packing: bool) -> Any:
     """Config and rows of our own SFT."""
-    from trainers.sft import arrange_rows
+    from trainers.sft.data import arrange_rows
 
     section = SftSection(
         steps=arguments.steps + 1,  # the first warms up
@@ -104,8 +105,9 @@ def our_rows(arguments: argparse.Namespace, documents: Dataset, packing: bool) -
 
 def run_ours(arguments: argparse.Namespace, documents: Dataset, packing: bool) -> None:
     """Our trainer, as train_sft.py makes it."""
-    from trainers.instruction_trainer import InstructionTrainer
-    from trainers.sft import build_policy, sft_arguments
+    from trainers.sft.instruction_trainer import InstructionTrainer
+    from trainers.sft.model import build_policy
+    from trainers.sft.train import sft_arguments
 
     cfg, rows = our_rows(arguments, documents, packing)
     run = RunFolder(Path(cfg.run_dir))
@@ -130,7 +132,7 @@ def run_bare(arguments: argparse.Namespace, documents: Dataset) -> None:
     """The model's own loss over all positions, in the loop everybody writes."""
     from peft import get_peft_model
 
-    from trainers.instruction_trainer import RowCollator
+    from trainers.sft.data import RowCollator
 
     _, rows = our_rows(arguments, documents, True)
     llama = AutoModelForCausalLM.from_pretrained(arguments.work / "model", dtype=torch.float32)

@@ -21,13 +21,13 @@ from measuring import hardware, peak_mib, publish, run_child
 from ppo_speed import CASES, MICROBATCH, PROMPT, STOP, VOCABULARY, make_trainer, write_models
 from torch.profiler import ProfilerActivity, profile
 
-from chatllama.scoring import response_logprobs
-from trainers.ppo_rewards import Statistics
-from trainers.ppo_state import PpoState
-from trainers.rollout import Rollout
+from chatllama.model.scoring import response_logprobs
+from trainers.ppo.rewards import Statistics
+from trainers.ppo.rollout import Rollout
+from trainers.ppo.state import PpoState
 
 if TYPE_CHECKING:
-    from trainers.ppo import PpoTrainer
+    from trainers.ppo.train import PpoTrainer
 
 MIB = 2.0**20
 

@@ -6,18 +6,22 @@ Those modules are imported inside the functions, so that `--help` answers at onc
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from chatllama import __version__
-from chatllama.chat_arguments import add_chat_arguments, chat_settings
-from chatllama.data_generation_arguments import add_data_generate_arguments
-from chatllama.exporting.options import add_export_arguments, export_options
-from chatllama.generation_arguments import add_generate_arguments, generate_options
-from chatllama.serving.arguments import add_serve_arguments, serve_settings
-from chatllama.translation_scores import add_eval_arguments, eval_options
+from chatllama.exporting.cli import add_export_arguments, export_options
+from chatllama.inference.cli import (
+    add_chat_arguments,
+    add_eval_arguments,
+    add_generate_arguments,
+    chat_settings,
+    eval_options,
+    generate_options,
+)
+from chatllama.runtime.command_line import Command, add_command, add_config_arguments
+from chatllama.serving.settings import add_serve_arguments, serve_settings
 
-Command = Callable[[argparse.Namespace], None]
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 
@@ -48,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments; ends the process with code 2 and a usage line if they make no sense."""
+    from data.cli import add_data_commands
+
     parser = argparse.ArgumentParser(
         prog="chatllama",
         description="RLHF for LLaMA: SFT, reward model and PPO on one frozen backbone.",
@@ -55,26 +61,38 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=f"chatllama {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    run = _add(commands, "run", _run, "train: SFT, reward model, PPO; then evaluation and report")
+    run = add_command(
+        commands, "run", _run, "train: SFT, reward model, PPO; then evaluation and report"
+    )
     _add_run_arguments(run)
-    chat = _add(commands, "chat", _chat, "talk to the model of a run in the terminal")
+    chat = add_command(commands, "chat", _chat, "talk to the model of a run in the terminal")
     add_chat_arguments(chat)
-    generate = _add(commands, "generate", _generate, "answer many prompts, into a file or here")
+    generate = add_command(
+        commands, "generate", _generate, "answer many prompts, into a file or here"
+    )
     add_generate_arguments(generate)
-    export = _add(commands, "export", _export, "adapter, merged model, reward model, GGUF files")
+    export = add_command(
+        commands, "export", _export, "adapter, merged model, reward model, GGUF files"
+    )
     add_export_arguments(export)
-    serve = _add(commands, "serve", _serve, "an OpenAI-compatible API, and a page to compare on")
+    serve = add_command(
+        commands, "serve", _serve, "an OpenAI-compatible API, and a page to compare on"
+    )
     add_serve_arguments(serve)
-    import_ = _add(commands, "import", _import, "make a Hugging Face folder of Meta's checkpoint")
+    import_ = add_command(
+        commands, "import", _import, "make a Hugging Face folder of Meta's checkpoint"
+    )
     _add_import_arguments(import_)
-    eval_ = _add(commands, "eval", _eval, "score a run's translations with sacrebleu")
+    eval_ = add_command(commands, "eval", _eval, "score a run's translations with sacrebleu")
     add_eval_arguments(eval_)
-    report = _add(commands, "report", _report, "write report.html of a run, finished or not")
+    report = add_command(commands, "report", _report, "write report.html of a run, finished or not")
     report.add_argument("run", metavar="RUN", help="run folder")
     about = "check the data of a config, look at its tokens, or make more of it"
     data = commands.add_parser("data", help=about, description=about, allow_abbrev=False)
-    _add_data_commands(data.add_subparsers(title="commands", metavar="COMMAND", required=True))
-    selftest = _add(commands, "selftest", _selftest, "PPO against the closed form, here and now")
+    add_data_commands(data.add_subparsers(title="commands", metavar="COMMAND", required=True))
+    selftest = add_command(
+        commands, "selftest", _selftest, "PPO against the closed form, here and now"
+    )
     _add_selftest_arguments(selftest)
     generate.set_defaults(rest="prompts")
     # argparse cannot take positionals that stand after an option; they come back as unknown words.
@@ -88,27 +106,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def _add(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
-    name: str,
-    command: Command,
-    help: str,
-) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of errors")
-    parser.set_defaults(command=command, rest=None)
-    return parser
-
-
-def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
-    about = "settings that replace those of the file"
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help=about)
-    parser.set_defaults(rest="overrides")
-
-
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_config_arguments(parser)
+    add_config_arguments(parser)
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -178,27 +177,10 @@ def _add_selftest_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="leave the training runs out")
 
 
-def _add_data_commands(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
-) -> None:
-    grow = _add(commands, "generate", _data_generate, "prompts, answers, pairs from a model's API")
-    add_data_generate_arguments(grow)
-    check = _add(commands, "check", _data_check, "what is wrong with a config's data; 1: errors")
-    show = _add(commands, "show", _data_show, "records as tokens, coloured by loss mask")
-    for parser, some in ((check, "all"), (show, "sft")):
-        _add_config_arguments(parser)
-        stages = ("sft", "reward", "ppo")
-        parser.add_argument("--stage", choices=stages, help=f"the stage (default: {some})")
-    check.add_argument("--fix", action="store_true", help="write cleaned copies and a log")
-    check.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/data_check")
-    show.add_argument("--n", type=int, default=3, metavar="N", help="records of each source")
-    show.add_argument("--html", type=Path, metavar="F", help="write a page instead")
-
-
 def _run(arguments: argparse.Namespace) -> None:
-    from chatllama.launcher import Launch
-    from chatllama.pipeline import StageFailed, run_pipeline
-    from data.files import named_files
+    from data.reading.files import named_files
+    from trainers.stages.launcher import Launch
+    from trainers.stages.pipeline import StageFailed, run_pipeline
 
     launch = Launch(
         arguments.num_gpus,
@@ -222,14 +204,14 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _chat(arguments: argparse.Namespace) -> None:
-    from chatllama.chat import chat
+    from chatllama.inference.chat import chat
 
     chat(Path(arguments.run), **chat_settings(arguments))
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from chatllama.generation_command import generate_command
-    from chatllama.prompt_files import read_prompts
+    from chatllama.inference.batch import generate_command
+    from chatllama.inference.prompt_files import read_prompts
 
     lines = None if sys.stdin.isatty() else sys.stdin
     prompts = read_prompts(arguments.prompts, arguments.file, lines)
@@ -237,19 +219,19 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from chatllama.exporting.command import export_run
+    from chatllama.exporting.export import export_run
 
     export_run(Path(arguments.run), export_options(arguments), arguments.out)
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    from chatllama.serving.command import serve
+    from chatllama.serving.server import serve
 
     serve(serve_settings(arguments))
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    from chatllama.meta.checkpoint import import_meta
+    from chatllama.importing.meta_checkpoint import import_meta
 
     import_meta(
         arguments.folder,
@@ -260,9 +242,9 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from chatllama.config import language_codes
-    from chatllama.translation_scores import Translations, evaluate_translation
-    from data.commands import read_requests
+    from chatllama.config.schema import language_codes
+    from chatllama.inference.translation import Translations, evaluate_translation
+    from data.cli import read_requests
 
     if arguments.limit is not None and arguments.limit < 1:
         raise ValueError(f"--limit {arguments.limit}: must be at least 1")
@@ -273,48 +255,10 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from chatllama.report import write_report
-    from chatllama.run_folder import RunFolder
+    from chatllama.reporting.page import write_report
+    from chatllama.runs.folder import RunFolder
 
     print(write_report(RunFolder(Path(arguments.run))))
-
-
-def _data_check(arguments: argparse.Namespace) -> None:
-    from chatllama.config_loader import load_config
-    from chatllama.loading import find_tokenizer
-    from data.commands import check_command
-
-    cfg = load_config(arguments.config, arguments.overrides)
-    code = check_command(
-        cfg,
-        Path(arguments.config),
-        find_tokenizer(cfg),
-        stage=arguments.stage,
-        fix=arguments.fix,
-        out=arguments.out or Path(cfg.run_dir) / "data_check",
-    )
-    if code:
-        raise SystemExit(code)
-
-
-def _data_show(arguments: argparse.Namespace) -> None:
-    from chatllama.config_loader import load_config
-    from chatllama.loading import find_tokenizer
-    from data.commands import show_command
-
-    cfg = load_config(arguments.config, arguments.overrides)
-    tokenizer = find_tokenizer(cfg)
-    if tokenizer is None:
-        raise ValueError("backbone.from_scratch has not been built yet, so there are no tokens")
-    show_command(cfg, tokenizer, arguments.stage or "sft", arguments.n, arguments.html)
-
-
-def _data_generate(arguments: argparse.Namespace) -> None:
-    from data.growing_command import Prices, Wanted, generate_data
-
-    known = Wanted.__annotations__
-    values = {name: value for name, value in vars(arguments).items() if name in known}
-    generate_data(Wanted(**values, prices=Prices(arguments.price_in, arguments.price_out)))
 
 
 def _selftest(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,1 @@
+"""Records to token rows: reading, checking, mixing, tokenizing, more data; no models."""

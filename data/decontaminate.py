@@ -13,8 +13,9 @@ from typing import Any
 
 from datasets import Dataset, Features, Value
 
-from chatllama.config import DataSource
-from data.readers import code_digest, num_workers, read_source
+from chatllama.config.schema import DataSource
+from data.caching import code_digest, num_workers
+from data.reading.source import read_source
 from data.similarity import words
 
 NGRAM, SHORTEST = 13, 8

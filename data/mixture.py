@@ -14,10 +14,10 @@ from fractions import Fraction
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
-from chatllama.config import DataSource
+from chatllama.config.schema import DataSource
 from data.decontaminate import build_index, contamination
-from data.readers import ReadReport, read_source
-from data.records import Kind
+from data.reading.records import Kind
+from data.reading.source import ReadReport, read_source
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def tiny_texts() -> list[str]:
 @pytest.fixture(scope="session")
 def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str]) -> Path:
     """A folder with a SentencePiece BPE tokenizer of 300 pieces."""
-    from chatllama.tokenizer import train_tokenizer
+    from chatllama.text.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny_tokenizer")
     train_tokenizer(tiny_texts, vocab_size=300, folder=folder)
@@ -77,7 +77,7 @@ def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory, tiny_texts: lis
 @pytest.fixture(scope="module")
 def tokenizer(tiny_tokenizer_dir: Path) -> "PreTrainedTokenizerFast":
     """The tiny tokenizer, loaded; a module may put one of its own in its place."""
-    from chatllama.tokenizer import load_tokenizer
+    from chatllama.text.tokenizer import load_tokenizer
 
     return load_tokenizer(tiny_tokenizer_dir)
 

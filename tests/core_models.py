@@ -7,9 +7,16 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from chatllama.config import LoraSection
-from chatllama.roles import Adapter, Role, RoleModel, ScalarHead, acting_as, adapter_parameters
-from chatllama.scoring import policy_and_value, response_logprobs
+from chatllama.config.model import LoraSection
+from chatllama.model.roles import (
+    Adapter,
+    Role,
+    RoleModel,
+    ScalarHead,
+    acting_as,
+    adapter_parameters,
+)
+from chatllama.model.scoring import policy_and_value, response_logprobs
 
 VOCABULARY = 96
 HIDDEN = 32

@@ -7,17 +7,22 @@ from typing import Any
 import torch
 from core_models import LORA, REWARD_LORA, tiny_llama
 
-from chatllama import generation_command
-from chatllama.adapter_files import save_adapter
-from chatllama.answering import Answerer
-from chatllama.chat_format import describe_contract
-from chatllama.config import ChatSection
-from chatllama.generation_plan import Options
-from chatllama.loading import load_run
-from chatllama.prompt_files import Prompt
-from chatllama.roles import Adapter, RoleModel, adapter_parameters, adapter_state
-from chatllama.run_folder import RunFolder
-from chatllama.tokenizer import load_tokenizer, save_tokenizer
+from chatllama.config.model import ChatSection
+from chatllama.inference import batch as generation_command
+from chatllama.inference.answerer import Answerer
+from chatllama.inference.load import load_run
+from chatllama.inference.options import Options
+from chatllama.inference.prompt_files import Prompt
+from chatllama.model.adapters import save_adapter
+from chatllama.model.roles import (
+    Adapter,
+    RoleModel,
+    adapter_parameters,
+    adapter_state,
+)
+from chatllama.runs.folder import RunFolder
+from chatllama.text.chat_format import describe_contract
+from chatllama.text.tokenizer import load_tokenizer, save_tokenizer
 
 NEW = 10
 TEXTS = ["Anna paints", "the river", "a", "my brother looks for an old house", "the queen", "hi!"]

@@ -6,11 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chatllama.config import DataSource
-from data.decoding import decode
-from data.files import DataFile
-from data.readers import GOOD, MALFORMED, UNUSABLE, _rows
-from data.records import Kind
+from chatllama.config.schema import DataSource
+from data.reading.decode import decode
+from data.reading.files import DataFile
+from data.reading.records import Kind
+from data.reading.source import (
+    GOOD,
+    MALFORMED,
+    UNUSABLE,
+    _rows,
+)
 
 U, A = "user", "assistant"
 

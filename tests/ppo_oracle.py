@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from ppo_runs import TinyRun, make_text
 
-from chatllama.roles import RoleModel, acting_as, adapter_parameters
-from trainers.ppo import PpoState, PpoTrainer
-from trainers.ppo_rewards import Statistics
-from trainers.ppo_update import Targets
-from trainers.rollout import Rollout
+from chatllama.model.roles import RoleModel, acting_as, adapter_parameters
+from trainers.ppo.rewards import Statistics
+from trainers.ppo.rollout import Rollout
+from trainers.ppo.train import PpoState, PpoTrainer
+from trainers.ppo.update import Targets
 
 # One optimizer step per rollout batch. Adam magnifies how tiny gradients were rounded.
 ONE_STEP = {"minibatch_size": 8, "epochs": 1, "adam_eps": 1e-4}

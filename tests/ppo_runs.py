@@ -11,16 +11,22 @@ from core_models import LORA, REWARD_LORA, tiny_llama
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from chatllama.adapter_files import save_adapter
-from chatllama.chat_format import describe_contract
-from chatllama.config import Config
-from chatllama.roles import Adapter, Role, RoleModel, adapter_parameters, adapter_state
-from chatllama.run_folder import RunFolder, write_json
-from chatllama.tokenizer import load_tokenizer
-from trainers.ppo import PpoTrainer
-from trainers.ppo_setup import Prompts, build_engine, build_roles
-from trainers.ppo_text import TextStream
-from trainers.rollout import TurnEnds
+from chatllama.config.schema import Config
+from chatllama.model.adapters import save_adapter
+from chatllama.model.roles import (
+    Adapter,
+    Role,
+    RoleModel,
+    adapter_parameters,
+    adapter_state,
+)
+from chatllama.runs.folder import RunFolder
+from chatllama.runtime.files import write_json
+from chatllama.text.chat_format import describe_contract
+from chatllama.text.tokenizer import load_tokenizer
+from trainers.ppo.data import Prompts, PtxLoader, StopTokens
+from trainers.ppo.model import build_engine, build_roles
+from trainers.ppo.train import PpoTrainer
 
 VOCABULARY = 300
 PAD = 0
@@ -121,7 +127,7 @@ def make_prompts(num_train: int = 7, num_held_out: int = 5) -> Prompts:
     return Prompts(data.select(range(num_train)), data.select(held_out))
 
 
-def make_text() -> TextStream:
+def make_text() -> PtxLoader:
     """Five texts of random ids, some of whose tokens count as predictions."""
     rows = [
         {"input_ids": [1, 90, 91, 92, 2], "mask": [0, 0, 1, 1, 1]},
@@ -130,15 +136,15 @@ def make_text() -> TextStream:
         {"input_ids": [1, 150, 151, 2], "mask": [0, 0, 0, 1]},
         {"input_ids": [1, 160, 161, 162, 2], "mask": [0, 0, 0, 1, 1]},
     ]
-    return TextStream(Dataset.from_list(rows), per_microbatch=1, pad_id=PAD, seed=0)
+    return PtxLoader(Dataset.from_list(rows), per_microbatch=1, pad_id=PAD, seed=0)
 
 
-def make_ends(cfg: Config, stops: list[int] | None = None) -> TurnEnds:
-    return TurnEnds(tokenizer_of(str(cfg.backbone.path)), STOPS if stops is None else stops, PAD)
+def make_ends(cfg: Config, stops: list[int] | None = None) -> StopTokens:
+    return StopTokens(tokenizer_of(str(cfg.backbone.path)), STOPS if stops is None else stops, PAD)
 
 
 def make_trainer(
-    cfg: Config, *, stops: list[int] | None = None, text: TextStream | None = None
+    cfg: Config, *, stops: list[int] | None = None, text: PtxLoader | None = None
 ) -> PpoTrainer:
     """What train_ppo.py makes, with prompts and ends of turn of our own."""
     run, ends = RunFolder(Path(cfg.run_dir)), make_ends(cfg, stops)
@@ -169,7 +175,7 @@ class TinyRun:
         return str(self.folder / "reward" / "adapter")
 
     def trainer(
-        self, *, stops: list[int] | None = None, text: TextStream | None = None, **changes: Any
+        self, *, stops: list[int] | None = None, text: PtxLoader | None = None, **changes: Any
     ) -> PpoTrainer:
         return make_trainer(self.config(**changes), stops=stops, text=text)
 

@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 
-from chatllama import chat, cli, pipeline, report
-from chatllama.launcher import Launch
-from chatllama.pipeline import StageFailed
-from data.files import named_files
+from chatllama import cli
+from chatllama.inference import chat
+from chatllama.reporting import page as report
+from data.reading.files import named_files
+from trainers.stages import pipeline
+from trainers.stages.launcher import Launch
+from trainers.stages.pipeline import StageFailed
 
 
 @pytest.fixture

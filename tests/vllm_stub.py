@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-from chatllama.adapter_files import load_adapter
-from chatllama.config import ChatSection
-from chatllama.decoding_batch import DecodingBatch, Request
-from chatllama.roles import Adapter, RoleModel, acting_as
-from chatllama.sampling import Sampling
+from chatllama.config.model import ChatSection
+from chatllama.generation.decoding_batch import DecodingBatch, Request
+from chatllama.generation.sampling import Sampling
+from chatllama.model.adapters import load_adapter
+from chatllama.model.roles import Adapter, RoleModel, acting_as
 
 REQUIRED = {"temperature": (int, float), "max_tokens": int, "prompt": list, "model": str}
 BASE = "meta-llama/tiny"

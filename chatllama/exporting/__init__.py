@@ -1,0 +1,1 @@
+"""Adapters, merged models and GGUF files for other programs, checked before they are published."""

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from chatllama import __version__
-from chatllama.chat_format import default_system
-from chatllama.config import Config, DataSource, OptimizerSection
-from chatllama.lineage import read_lineage
-from chatllama.results import read_summary, result_table
-from chatllama.run_folder import RunFolder, Stage
+from chatllama.config.schema import Config, DataSource, OptimizerSection
+from chatllama.reporting.summary import read_summary, result_table
+from chatllama.runs.folder import RunFolder, Stage, read_lineage
+from chatllama.text.chat_format import default_system
 
 Kind = Literal["adapter", "merged", "reward", "reward-merged", "gguf"]
 TITLES: dict[Kind, str] = {

@@ -7,8 +7,9 @@ import json
 
 from transformers import PreTrainedTokenizerFast
 
-from chatllama.chat_format import default_system, end_of_turn_ids
-from chatllama.config import ChatSection, GenerationSection
+from chatllama.config.model import ChatSection
+from chatllama.config.schema import GenerationSection
+from chatllama.text.chat_format import default_system, end_of_turn_ids
 
 _SYSTEM = """\
 {%- if messages[0]['role'] == 'system' -%}

@@ -13,8 +13,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
-from chatllama.decoding_batch import DecodingBatch, Sampled
-from chatllama.roles import Role, RoleModel, acting_as, autocast
+from chatllama.generation.decoding_batch import DecodingBatch, Sampled
+from chatllama.model.roles import (
+    Role,
+    RoleModel,
+    acting_as,
+    autocast,
+)
 from chatllama.serving.errors import ApiError
 from chatllama.serving.jobs import Job, Piece, Row
 from chatllama.serving.metrics import Metrics

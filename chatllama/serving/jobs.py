@@ -10,10 +10,10 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerFast
 
-from chatllama.decoding_batch import Request, Sampled
-from chatllama.roles import Role
+from chatllama.generation.decoding_batch import Request, Sampled
+from chatllama.model.roles import Role
 from chatllama.serving.errors import ApiError
-from chatllama.text_stream import AnswerText
+from chatllama.text.detokenizing import AnswerText
 
 Ended = Literal["stop", "length"]
 

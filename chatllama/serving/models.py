@@ -6,12 +6,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from chatllama.adapter_files import SavedAdapter, load_adapter
-from chatllama.chat_format import check_contract
-from chatllama.loading import LoadedRun
-from chatllama.roles import Adapter, Role
+from chatllama.inference.load import LoadedRun
+from chatllama.model.adapters import SavedAdapter, load_adapter
+from chatllama.model.roles import Adapter, Role
 from chatllama.serving.engine import Engine
 from chatllama.serving.errors import ApiError, unknown_model
+from chatllama.text.chat_format import check_contract
 
 REWARD = "reward"
 

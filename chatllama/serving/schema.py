@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from chatllama.chat_format import Message
+from chatllama.text.chat_format import Message
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]

@@ -9,17 +9,16 @@ import torch
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from chatllama.answering import Answerer, random_numbers
-from chatllama.chat_format import Message, check_messages, end_of_turn_ids, render
-from chatllama.decoding_batch import Request
-from chatllama.loading import LoadedRun
-from chatllama.sampling import Sampling
-from chatllama.serving.answers import Kind, Writer
-from chatllama.serving.calls import Call, EventStream, unless_gone
+from chatllama.generation.decoding_batch import Request
+from chatllama.generation.sampling import Sampling
+from chatllama.inference.answerer import Answerer, random_numbers
+from chatllama.inference.load import LoadedRun
 from chatllama.serving.engine import Engine, EngineLimits
 from chatllama.serving.errors import ApiError
 from chatllama.serving.metrics import Metrics
 from chatllama.serving.models import Models
+from chatllama.serving.requests import Call, EventStream, unless_gone
+from chatllama.serving.responses import Kind, Writer
 from chatllama.serving.schema import (
     ChatMessage,
     ChatRequest,
@@ -29,9 +28,15 @@ from chatllama.serving.schema import (
     TokenKlRequest,
 )
 from chatllama.serving.settings import ServerSettings
-from chatllama.serving.tokens import TokenTexts
 from chatllama.serving.votes import VoteFile
-from chatllama.tokenizer import control_tokens, encode
+from chatllama.text.chat_format import (
+    Message,
+    check_messages,
+    end_of_turn_ids,
+    render,
+)
+from chatllama.text.detokenizing import TokenTexts
+from chatllama.text.encoding import control_tokens, encode
 
 SCORED_TOKENS = 16384
 """Tokens, padding included, that are scored in one forward pass."""

@@ -35,12 +35,18 @@ import ppo_runs
 import train_ppo
 import train_rm
 import train_sft
-from chatllama.arguments import run_stage
-from chatllama.checkpoint import newest_good, step_folders, step_of
-from chatllama.interruption import EXIT_CODE
-from chatllama.run_folder import STAGES, RunFolder, Stage
-from chatllama.tokenizer import train_tokenizer
-from trainers import evaluate, ppo, ppo_setup, pretrain, reward, reward_doctor, sft
+from chatllama.runs.checkpoints import newest_good, step_folders, step_of
+from chatllama.runs.folder import STAGES, RunFolder, Stage
+from chatllama.runs.interruption import EXIT_CODE
+from chatllama.text.tokenizer import train_tokenizer
+from trainers.ppo import evaluate
+from trainers.ppo import model as ppo_setup
+from trainers.ppo import train as ppo
+from trainers.reward import train as reward
+from trainers.reward.diagnosis import model_report as reward_doctor
+from trainers.sft import pretrain
+from trainers.sft import train as sft
+from trainers.stages.arguments import run_stage
 
 WARM = (evaluate, ppo, ppo_setup, pretrain, reward, reward_doctor, sft)
 """Imported before the first fork."""

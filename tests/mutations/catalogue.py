@@ -22,7 +22,7 @@ class Mutation:
 
 
 def _selftest(case: str) -> str:
-    return f"tests/test_selftest.py::{case}"
+    return f"tests/selftest/test_selftest.py::{case}"
 
 
 LAMBDA_1 = _selftest("test_gradient[lambda-1]")
@@ -38,15 +38,19 @@ START = _selftest("test_identity[start]")
 SAMPLER = _selftest("test_identity[sampler]")
 BRADLEY_TERRY = _selftest("test_identity[bradley-terry]")
 
-PPO_MATH, ROLES, ROLLOUT = "trainers/ppo_math.py", "chatllama/roles.py", "trainers/rollout.py"
-UPDATE, LOOP, REWARDS = "trainers/ppo_update.py", "trainers/ppo.py", "trainers/ppo_rewards.py"
-SETUP, SAMPLING = "trainers/ppo_setup.py", "chatllama/sampling.py"
-SCORING = "chatllama/scoring.py"
+PPO_MATH, ROLES, ROLLOUT = (
+    "trainers/ppo/ppo_math.py",
+    "chatllama/model/roles.py",
+    "trainers/ppo/rollout.py",
+)
+UPDATE, LOOP, REWARDS = "trainers/ppo/update.py", "trainers/ppo/train.py", "trainers/ppo/rewards.py"
+SETUP, SAMPLING = "trainers/ppo/model.py", "chatllama/generation/sampling.py"
+SCORING = "chatllama/model/scoring.py"
 
-_GUARDS = "tests/test_ppo_guards.py::test_"
-_MATH = "tests/test_ppo_math.py::test_"
-_TARGETS = "tests/test_ppo_options.py::test_targets_are_what_plain_python_computes"
-_SCORES = "tests/test_ppo_rewards.py::test_shaped_scores_by_hand"
+_GUARDS = "tests/ppo/test_ppo_guards.py::test_"
+_MATH = "tests/ppo/test_ppo_math.py::test_"
+_TARGETS = "tests/ppo/test_ppo_options.py::test_targets_are_what_plain_python_computes"
+_SCORES = "tests/ppo/test_ppo_rewards.py::test_shaped_scores_by_hand"
 _KL_LINE = "rewards = masked(-kl_coef * kl, mask)"
 _LAST = "return rewards.scatter_add(1, last_index(mask)[:, None], "
 
@@ -134,14 +138,14 @@ REWARD_BUGS = (
         REWARDS,
         "total = total + term.weight * combined",
         "total = total + combined",
-        (LAMBDA_1, "tests/test_ppo_rewards.py::test_sources_are_added_with_their_weights"),
+        (LAMBDA_1, "tests/ppo/test_ppo_rewards.py::test_sources_are_added_with_their_weights"),
     ),
     Mutation(
         "reward whitening that shifts the mean",
         REWARDS,
         "return whiten(rewards, mask, mean, variance, shift_mean=False)",
         "return whiten(rewards, mask, mean, variance, shift_mean=True)",
-        ("tests/test_ppo_rewards.py::test_scaled_rewards_keep_their_mean",),
+        ("tests/ppo/test_ppo_rewards.py::test_scaled_rewards_keep_their_mean",),
     ),
     Mutation(
         "adaptive KL controller with the wrong sign",
@@ -289,7 +293,7 @@ LOSS_BUGS = (
         UPDATE,
         "            part.logprobs,",
         "            scores.logprobs.detach(),",
-        (CLIPPED, "tests/test_ppo_update.py::test_two_steps_are_what_the_oracle_does[plain]"),
+        (CLIPPED, "tests/ppo/test_ppo_update.py::test_two_steps_are_what_the_oracle_does[plain]"),
     ),
     Mutation(
         "mean of microbatch means",
@@ -303,7 +307,7 @@ LOSS_BUGS = (
         UPDATE,
         "num_tokens = float(max(1, sum(part.num_tokens for part in parts)))",
         "num_tokens = float(max(1, parts[0].num_tokens))",
-        (LAMBDA_1, "tests/test_ppo_update.py::test_two_steps_are_what_the_oracle_does[plain]"),
+        (LAMBDA_1, "tests/ppo/test_ppo_update.py::test_two_steps_are_what_the_oracle_does[plain]"),
     ),
     Mutation(
         "1 / length per response",
@@ -338,7 +342,7 @@ LOSS_BUGS = (
         UPDATE,
         "loss = loss + section.vf_coef * value",
         "loss = loss - section.vf_coef * value",
-        (LAMBDA_1, "tests/test_ppo_update.py::test_two_steps_are_what_the_oracle_does[plain]"),
+        (LAMBDA_1, "tests/ppo/test_ppo_update.py::test_two_steps_are_what_the_oracle_does[plain]"),
     ),
     Mutation(
         "k3 of the KL loss the wrong way round",
@@ -359,21 +363,24 @@ LOSS_BUGS = (
         UPDATE,
         "position = done + epoch * per_epoch + number",
         "position = 0",
-        ("tests/test_ppo_update.py::test_two_steps_are_what_the_oracle_does[plain]",),
+        ("tests/ppo/test_ppo_update.py::test_two_steps_are_what_the_oracle_does[plain]",),
     ),
     Mutation(
         "decay of the average inverted",
-        "trainers/engine.py",
+        "trainers/engine/engine.py",
         "_local(target).lerp_(_local(source), 1 - decay)",
         "_local(target).lerp_(_local(source), decay)",
-        ("tests/test_ppo_loop.py::test_the_average_moves_with_every_optimizer_step",),
+        ("tests/ppo/test_ppo_loop.py::test_the_average_moves_with_every_optimizer_step",),
     ),
     Mutation(
         "preference turned round in Bradley-Terry",
-        "trainers/losses.py",
+        "trainers/reward/loss.py",
         "gap = better - worse - margin",
         "gap = worse - better - margin",
-        (BRADLEY_TERRY, "tests/test_losses_pairwise.py::test_margin_is_subtracted_from_the_gap"),
+        (
+            BRADLEY_TERRY,
+            "tests/reward/test_pairwise_loss.py::test_margin_is_subtracted_from_the_gap",
+        ),
     ),
 )
 
@@ -387,14 +394,14 @@ SCORING_BUGS = (
     ),
     Mutation(
         "log-probability of the likeliest token",
-        "chatllama/chosen_tokens.py",
+        "chatllama/model/lm_head.py",
         "picked = logits.gather(1, targets[rows, None])",
         "picked = logits.amax(-1, keepdim=True)",
         (LAMBDA_1, START),
     ),
     Mutation(
         "temperature only in sampling",
-        "chatllama/chosen_tokens.py",
+        "chatllama/model/lm_head.py",
         "logits /= temperature",
         "logits /= 1.0",
         (TEMPERED, SAMPLER),
@@ -406,7 +413,7 @@ SCORING_BUGS = (
         "scaled = logits.float() if",
         (
             SAMPLER,
-            "tests/test_sampling.py::test_next_tokens_follow_the_softmax_over_the_whole_vocabulary",
+            "tests/generation/test_sampling.py::test_next_tokens_follow_the_softmax_over_the_whole_vocabulary",
         ),
     ),
     Mutation(
@@ -414,11 +421,11 @@ SCORING_BUGS = (
         SCORING,
         'states = _before_responses(model, "value", tokens, mask, response_mask)',
         'states = _before_responses(model, "value", tokens.roll(-1, 1), mask, response_mask)',
-        (LAMBDA_1, "tests/test_scoring.py::test_values_are_of_the_state_before_the_token"),
+        (LAMBDA_1, "tests/model/test_scoring.py::test_values_are_of_the_state_before_the_token"),
     ),
     Mutation(
         "rows of a packed batch see each other",
-        "chatllama/packed_attention.py",
+        "chatllama/model/packed_attention.py",
         'return {"row_lengths": lengths, "attention_mask": NO_MASK}',
         'return {"row_lengths": [sum(lengths)], "attention_mask": NO_MASK}',
         (LAMBDA_1, START),
@@ -432,41 +439,41 @@ SCORING_BUGS = (
     ),
     Mutation(
         "the last layer's wanted positions see the token after them",
-        "chatllama/last_layer.py",
+        "chatllama/model/last_layer.py",
         "sees = (columns <= own[:, None])[None, None]",
         "sees = (columns <= own[:, None] + 1)[None, None]",
         (
             LAMBDA_1,
-            "tests/test_packed_attention.py::test_states_that_are_wanted_are_those_of_the_whole",
+            "tests/model/test_packed_attention.py::test_states_that_are_wanted_are_those_of_the_whole",
         ),
     ),
     Mutation(
         "adapter added to the weight without its scale",
-        "chatllama/lora_layer.py",
+        "chatllama/model/lora.py",
         "return x @ torch.addmm(weight, up, down, alpha=scale).T",
         "return x @ torch.addmm(weight, up, down).T",
-        ("tests/test_lora_layer.py::test_it_is_pefts_layer",),
+        ("tests/model/test_lora.py::test_it_is_pefts_layer",),
     ),
     Mutation(
         "critic's gradients without its coefficient",
         UPDATE,
         "return None, None, *(slopes[0] * gradient for gradient in ctx.gradients)",
         "return None, None, *ctx.gradients",
-        ("tests/test_ppo_update.py::test_two_steps_are_what_the_oracle_does[plain]",),
+        ("tests/ppo/test_ppo_update.py::test_two_steps_are_what_the_oracle_does[plain]",),
     ),
     Mutation(
         "reward read at the token before the last",
         SCORING,
         "last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)",
         "last = mask & (mask.flip(1).cumsum(1).flip(1) == 2)",
-        (LAMBDA_1, "tests/test_scoring.py::test_scores_for_padding_on_either_side[left]"),
+        (LAMBDA_1, "tests/model/test_scoring.py::test_scores_for_padding_on_either_side[left]"),
     ),
     Mutation(
         "dropout in PPO",
         ROLES,
         "lora_dropout=lora.dropout if dropout else 0.0,",
         "lora_dropout=lora.dropout,",
-        ("tests/test_roles.py::test_dropout_only_where_it_is_asked_for",),
+        ("tests/model/test_roles.py::test_dropout_only_where_it_is_asked_for",),
     ),
     Mutation(
         "reference is the policy",
@@ -515,14 +522,14 @@ SCORING_BUGS = (
         ROLLOUT,
         "mask[row, place] = True",
         "mask[row, place.start :] = True",
-        (LAMBDA_1, "tests/test_rollout.py::test_arranged_by_hand"),
+        (LAMBDA_1, "tests/ppo/test_rollout.py::test_arranged_by_hand"),
     ),
     Mutation(
         "every response counts as finished",
         ROLLOUT,
         "finished = torch.tensor([response[-1] in stop_ids for response in responses])",
         "finished = torch.tensor([True for response in responses])",
-        (LAMBDA_1, "tests/test_rollout.py::test_arranged_by_hand"),
+        (LAMBDA_1, "tests/ppo/test_rollout.py::test_arranged_by_hand"),
     ),
     Mutation(
         "values of the rollout left at zero",
@@ -536,21 +543,27 @@ SCORING_BUGS = (
         SAMPLING,
         "section.top_k, section.top_p)",
         "section.top_k or 50, section.top_p)",
-        ("tests/test_sampling.py::test_sampling_is_read_from_the_config",),
+        ("tests/generation/test_sampling.py::test_sampling_is_read_from_the_config",),
     ),
     Mutation(
         "the sampler attends to the padding",
-        "chatllama/key_value_slots.py",
+        "chatllama/generation/kv_cache.py",
         "return (columns >= starts).long(), self.end - starts",
         "return (columns >= 0 * starts).long(), self.end - starts",
-        (SAMPLER, "tests/test_generate.py::test_greedy_equals_transformers_for_ragged_prompts"),
+        (
+            SAMPLER,
+            "tests/generation/test_generate.py::test_greedy_equals_transformers_for_ragged_prompts",
+        ),
     ),
     Mutation(
         "positions that stand still in sampling",
-        "chatllama/decoding_batch.py",
+        "chatllama/generation/decoding_batch.py",
         "position_ids=positions,",
         "position_ids=0 * positions,",
-        (SAMPLER, "tests/test_generate.py::test_greedy_equals_transformers_for_ragged_prompts"),
+        (
+            SAMPLER,
+            "tests/generation/test_generate.py::test_greedy_equals_transformers_for_ragged_prompts",
+        ),
     ),
 )
 

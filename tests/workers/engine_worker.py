@@ -1,4 +1,4 @@
-"""What tests/test_engine.py runs in one process and, through the launcher, on two ranks."""
+"""What tests/engine/test_engine.py runs in one process and, through the launcher, on two ranks."""
 
 import argparse
 import json
@@ -7,14 +7,27 @@ from typing import Any, cast
 
 import torch
 
-from chatllama.backbone import load_backbone
-from chatllama.config import BackboneSection, DeepSpeedSection, LoraSection
-from chatllama.distributed import all_sum, rank, shut_down, world_size
-from chatllama.generate import generate
-from chatllama.roles import Adapter, Role, RoleModel, ScalarHead, acting_as, adapter_parameters
-from chatllama.sampling import Sampling
-from chatllama.scoring import policy_and_value, response_logprobs, score_sequences
-from trainers.engine import (
+from chatllama.config.model import BackboneSection, LoraSection
+from chatllama.config.schema import DeepSpeedSection
+from chatllama.generation.generate import generate
+from chatllama.generation.sampling import Sampling
+from chatllama.model.backbone import load_backbone
+from chatllama.model.roles import (
+    Adapter,
+    Role,
+    RoleModel,
+    ScalarHead,
+    acting_as,
+    adapter_parameters,
+)
+from chatllama.model.scoring import policy_and_value, response_logprobs, score_sequences
+from chatllama.runtime.distributed import (
+    all_sum,
+    rank,
+    shut_down,
+    world_size,
+)
+from trainers.engine.engine import (
     Engine,
     OptimizerSettings,
     ParameterGroup,

@@ -1,4 +1,4 @@
-"""What tests/test_faults.py runs on two ranks: one meets a fault, the other waits for it."""
+"""What tests/engine/test_faults.py runs on two ranks: one meets a fault, the other waits for it."""
 
 import argparse
 import os
@@ -7,11 +7,16 @@ from pathlib import Path
 
 import torch
 
-from chatllama.arguments import run_stage
-from chatllama.distributed import all_sum, barrier, rank, shut_down
-from chatllama.nodes import views_of
-from chatllama.run_folder import RunFolder
-from trainers import stage
+from chatllama.runs.folder import RunFolder
+from chatllama.runs.replicas import views_of
+from chatllama.runtime.distributed import (
+    all_sum,
+    barrier,
+    rank,
+    shut_down,
+)
+from trainers.stages import stage
+from trainers.stages.arguments import run_stage
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What tests/test_ppo_launch.py runs in one process and, through the launcher, on two ranks."""
+"""What tests/ppo/test_ppo_launch.py runs in one process and, through the launcher, on two ranks."""
 
 import argparse
 import json
@@ -13,13 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ppo_runs import TinyRun, make_text
 
-from chatllama.distributed import barrier, rank, shut_down
-from chatllama.run_folder import RunFolder
-from trainers.engine import initialise
-from trainers.evaluate import evaluate_roles
-from trainers.ppo import PpoTrainer
-from trainers.ppo_setup import export_ppo
-from trainers.rollout import sample_responses
+from chatllama.runs.folder import RunFolder
+from chatllama.runtime.distributed import barrier, rank, shut_down
+from trainers.engine.engine import initialise
+from trainers.ppo.evaluate import evaluate_roles
+from trainers.ppo.model import export_ppo
+from trainers.ppo.rollout import sample_responses
+from trainers.ppo.train import PpoTrainer
 
 SIZES = {
     "steps": 2,

@@ -1,4 +1,4 @@
-"""What tests/test_resume.py runs through the launcher on two ranks.
+"""What tests/engine/test_resume.py runs through the launcher on two ranks.
 
 SFT, reward model and PPO under ZeRO 0, 2 and 3: each without interruption, and each told to stop
 by a signal to one rank alone, then resumed; and what one process left, resumed under ZeRO-3. All
@@ -21,11 +21,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kills.run import MAINS
 
-from chatllama import distributed, interruption
-from chatllama.checkpoint import step_folders
-from chatllama.distributed import barrier, rank, shut_down, world_size
-from chatllama.run_folder import STAGES, RunFolder, Stage
-from trainers.hf_trainer import forget_accelerator
+from chatllama.runs import interruption
+from chatllama.runs.checkpoints import step_folders
+from chatllama.runs.folder import STAGES, RunFolder, Stage
+from chatllama.runtime import distributed
+from chatllama.runtime.distributed import (
+    barrier,
+    rank,
+    shut_down,
+    world_size,
+)
+from trainers.sft.hf_trainer import forget_accelerator
 
 TRAINED: dict[str, tuple[str, tuple[Stage, ...]]] = {
     "adapters": ("lora.dropout=0", STAGES),

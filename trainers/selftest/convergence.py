@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from trainers.ppo import PpoTrainer
-from trainers.ppo_setup import build_engine, build_roles
+from trainers.ppo.model import build_engine, build_roles
+from trainers.ppo.train import PpoTrainer
 from trainers.selftest.exact import DenseRole, Enumeration, Optimum
 from trainers.selftest.world import World
 

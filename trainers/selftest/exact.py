@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch.func import functional_call
 
-from chatllama.roles import RoleModel
+from chatllama.model.roles import RoleModel
 from trainers.selftest.world import (
     ADAPTER_WEIGHT,
     LORA,

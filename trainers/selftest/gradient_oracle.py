@@ -17,13 +17,14 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from chatllama.roles import RoleModel, adapter_parameters
-from trainers import rollout as rollout_module
-from trainers.ppo import PpoState, PpoTrainer
-from trainers.ppo_rewards import Statistics
-from trainers.ppo_setup import Prompts, build_engine, build_roles
-from trainers.ppo_update import Targets
-from trainers.rollout import Rollout
+from chatllama.model.roles import RoleModel, adapter_parameters
+from trainers.ppo import rollout as rollout_module
+from trainers.ppo.data import Prompts
+from trainers.ppo.model import build_engine, build_roles
+from trainers.ppo.rewards import Statistics
+from trainers.ppo.rollout import Rollout
+from trainers.ppo.train import PpoState, PpoTrainer
+from trainers.ppo.update import Targets
 from trainers.selftest.exact import DenseRole, Enumeration, Optimum
 from trainers.selftest.world import PROMPTS, World, relative_error
 

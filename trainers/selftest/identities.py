@@ -4,13 +4,18 @@ from typing import Literal
 
 import torch
 
-from chatllama.distributed import device
-from chatllama.roles import Adapter, RoleModel, adapter_parameters
-from chatllama.scoring import score_sequences
-from trainers.losses import pairwise_loss
-from trainers.ppo_math import gae, kl_loss, masked, policy_loss
-from trainers.ppo_setup import build_engine, build_roles
-from trainers.rollout import arrange, sample_responses, score
+from chatllama.model.roles import Adapter, RoleModel, adapter_parameters
+from chatllama.model.scoring import score_sequences
+from chatllama.runtime.distributed import device
+from trainers.ppo.model import build_engine, build_roles
+from trainers.ppo.ppo_math import (
+    gae,
+    kl_loss,
+    masked,
+    policy_loss,
+)
+from trainers.ppo.rollout import arrange, sample_responses, score
+from trainers.reward.loss import pairwise_loss
 from trainers.selftest.exact import DenseRole, Enumeration
 from trainers.selftest.world import LORA, PROMPTS, STOP, World, reward
 

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
-from chatllama.libraries import quiet_libraries
+from chatllama.runtime.libraries import quiet_libraries
 from trainers.selftest.convergence import Convergence, converge
 from trainers.selftest.gradient_oracle import SETTINGS, Setting, check_gradient
 from trainers.selftest.identities import (

@@ -19,13 +19,18 @@ from tokenizers.decoders import Fuse, Replace, Sequence
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from chatllama.adapter_files import save_adapter
-from chatllama.chat_format import describe_contract
-from chatllama.config import Config, LoraSection
-from chatllama.roles import Adapter, RoleModel, adapter_parameters, adapter_state
-from chatllama.run_folder import RunFolder
-from trainers.ppo_setup import Prompts
-from trainers.rollout import TurnEnds
+from chatllama.config.model import LoraSection
+from chatllama.config.schema import Config
+from chatllama.model.adapters import save_adapter
+from chatllama.model.roles import (
+    Adapter,
+    RoleModel,
+    adapter_parameters,
+    adapter_state,
+)
+from chatllama.runs.folder import RunFolder
+from chatllama.text.chat_format import describe_contract
+from trainers.ppo.data import Prompts, StopTokens
 
 STOP = 0
 WORDS = ("ash", "bay", "cod", "dew", "elm")
@@ -124,9 +129,9 @@ class World:
         )
 
     @property
-    def ends(self) -> TurnEnds:
+    def ends(self) -> StopTokens:
         """The stop token, which also pads."""
-        return TurnEnds(self.tokenizer, [STOP], STOP)
+        return StopTokens(self.tokenizer, [STOP], STOP)
 
     def text(self, ids: tuple[int, ...]) -> str:
         """The words of a prompt or response."""

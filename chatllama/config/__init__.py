@@ -1,0 +1,1 @@
+"""The YAML config: sections, defaults, loading, errors; no torch, nothing of the other packages."""

@@ -1,0 +1,235 @@
+"""`ConfigError`, and pydantic's findings in plain words: key, place, value, what is allowed."""
+
+import difflib
+import json
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from chatllama.config.schema import Config
+
+Place = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a value was given."""
+
+    source: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return self.source if self.line is None else f"{self.source}, line {self.line}"
+
+
+class ConfigError(ValueError):
+    """All that is wrong with a config; `str()` is the message for the user."""
+
+    def __init__(self, source: str, problems: Sequence[str]) -> None:
+        self.source = source
+        self.problems = tuple(problems)
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{source}: {count}\n" + "\n".join(f"  - {each}" for each in problems))
+
+
+def unknown_key_paths(error: ValidationError, content: Mapping[str, Any]) -> list[Place]:
+    """Where in `content` the keys stand that the schema does not know."""
+    return [
+        _real_place(each["loc"], content, each["type"])
+        for each in error.errors()
+        if each["type"] == "extra_forbidden"
+    ]
+
+
+def explain(
+    error: ValidationError,
+    content: Mapping[str, Any],
+    places: Mapping[Place, Position],
+    only_unknown_keys: bool = False,
+) -> list[str]:
+    """One line for the user per wrong value.
+
+    Args:
+        error: what pydantic found.
+        content: the mapping that was validated.
+        places: where in which file entries stand.
+        only_unknown_keys: leave the other findings out.
+    """
+    reasons: dict[Place, list[str]] = {}
+    values: dict[Place, Any] = {}
+    for each in error.errors(include_url=False):
+        if only_unknown_keys and each["type"] != "extra_forbidden":
+            continue
+        place = _real_place(each["loc"], content, each["type"])
+        value = each["input"]
+        reason = _reason(each["type"], each.get("ctx", {}), value, each["msg"], place)
+        reasons.setdefault(place, []).append(reason)
+        values[place] = value
+    return [
+        f"{_dotted(place)}{_where(place, places)}: {' or '.join(dict.fromkeys(reason))}"
+        + _value_given(reason[0], values[place])
+        for place, reason in reasons.items()
+    ]
+
+
+def _real_place(loc: Place, content: Any, kind: str) -> Place:
+    """`loc` without the names that pydantic adds for the members of a union."""
+    place: list[str | int] = []
+    here = content
+    for part in loc:
+        if isinstance(here, dict) and (part in here or kind == "missing"):
+            here = cast(dict[str | int, Any], here).get(part)
+        elif isinstance(here, list) and isinstance(part, int):
+            here = cast(list[Any], here)[part]
+        else:
+            continue
+        place.append(part)
+    return tuple(place)
+
+
+def _reason(kind: str, ctx: Mapping[str, Any], value: Any, message: str, place: Place) -> str:
+    """What is wrong, without the value given (see `_value_given`)."""
+    match kind:
+        case "extra_forbidden":
+            return "unknown key" + _suggestion(place)
+        case "missing":
+            return "is missing"
+        case "value_error":
+            return str(ctx["error"])
+        case "literal_error":
+            allowed = _allowed(place)
+            one_of = "one of " if len(allowed) > 1 else ""
+            return f"must be {one_of}{', '.join(map(_show, allowed))}" + _nearest(value, allowed)
+        case "int_type" | "int_from_float" | "int_parsing":
+            return "must be a whole number"
+        case "float_type":
+            return "must be a number"
+        case "finite_number":
+            return "must be a finite number"
+        case "bool_type":
+            return "must be true or false"
+        case "string_type":
+            return "must be text"
+        case "list_type":
+            return "must be a list"
+        case "model_type" | "model_attributes_type":
+            return "must be a section with keys of its own"
+        case "greater_than":
+            return f"must be more than {ctx['gt']:g}"
+        case "greater_than_equal":
+            return f"must be at least {ctx['ge']:g}"
+        case "less_than":
+            return f"must be less than {ctx['lt']:g}"
+        case "less_than_equal":
+            return f"must be at most {ctx['le']:g}"
+        case "too_short":
+            return f"must have at least {ctx['min_length']} entries"
+        case "too_long":
+            return f"must have at most {ctx['max_length']} entries"
+        case _:
+            return message.replace("Input should be", "must be")
+
+
+def _value_given(reason: str, value: Any) -> str:
+    """The value given, where the sentence can end with it."""
+    if "did you mean" in reason or not reason.startswith("must"):
+        return ""
+    return f", not {_show(value)}"
+
+
+def _suggestion(place: Place) -> str:
+    """A likely meaning of the unknown key at `place`, else the keys that its section has."""
+    key, section = str(place[-1]), _model_at(place[:-1])
+    siblings = list(section.model_fields) if section else []
+    close = difflib.get_close_matches(key, siblings, n=1)
+    if close:
+        return f"; did you mean {_dotted((*place[:-1], close[0]))}?"
+    elsewhere = [path for path in schema_paths(Config) if path[-1] == key]
+    if elsewhere:
+        return f"; did you mean {' or '.join(map(_dotted, elsewhere))}?"
+    return f"; known here: {', '.join(siblings)}"
+
+
+def _nearest(value: Any, allowed: Sequence[Any]) -> str:
+    """`, not 'x'; did you mean 'y'?`, or nothing."""
+    texts = [each for each in allowed if isinstance(each, str)]
+    close = difflib.get_close_matches(value, texts, n=1) if isinstance(value, str) else []
+    return f", not {_show(value)}; did you mean {_show(close[0])}?" if close else ""
+
+
+def schema_paths(section: type[BaseModel], above: Place = ()) -> list[Place]:
+    """Every key below `section`; the entries of a list have the key `*` in between."""
+    paths: list[Place] = []
+    for name, field in section.model_fields.items():
+        paths.append((*above, name))
+        inner = nested_section(field.annotation)
+        if inner is not None:
+            star = ("*",) if _is_list(field.annotation) else ()
+            paths.extend(schema_paths(inner, (*above, name, *star)))
+    return paths
+
+
+def nested_section(annotation: Any) -> type[BaseModel] | None:
+    """The section class inside `X`, `X | None`, `list[X]` or `Annotated[...]`, if there is one."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in get_args(annotation):
+        found = nested_section(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def literal_values(annotation: Any) -> list[Any]:
+    """The values that an annotation lists by `Literal`, at any depth."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+        return [value for part in get_args(annotation) for value in literal_values(part)]
+    return []
+
+
+def _is_list(annotation: Any) -> bool:
+    if get_origin(annotation) is list:
+        return True
+    return any(_is_list(part) for part in get_args(annotation))
+
+
+def _model_at(place: Place) -> type[BaseModel] | None:
+    """The section class at `place`, list positions skipped."""
+    model: type[BaseModel] | None = Config
+    for part in place:
+        if isinstance(part, int):
+            continue
+        if model is None or part not in model.model_fields:
+            return None
+        model = nested_section(model.model_fields[part].annotation)
+    return model
+
+
+def _allowed(place: Place) -> list[Any]:
+    """The values that the key at `place` may have."""
+    section = _model_at(place[:-1])
+    assert section is not None, place
+    return literal_values(section.model_fields[str(place[-1])].annotation)
+
+
+def _dotted(place: Place) -> str:
+    return ".".join(str(part) for part in place) or "config"
+
+
+def _where(place: Place, places: Mapping[Place, Position]) -> str:
+    """` (file, line N)` of the entry or of the nearest one around it."""
+    for length in range(len(place), 0, -1):
+        if place[:length] in places:
+            return f" ({places[place[:length]]})"
+    return ""
+
+
+def _show(value: Any) -> str:
+    """A value as YAML would write it, cut to a readable length."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,215 @@
+"""The YAML file as typed sections: every key, its unit, its default and its limits.
+
+A default lives here (or in `config_stages.py`, `config_generation.py` and `config_ppo.py`) and
+nowhere else. Reading files, `extends:` and command-line overrides are in `config_loader.py`;
+numbers derived from these (microbatches, steps) are in `batching.py`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from chatllama.config.base import (
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Schedule,
+    Section,
+)
+from chatllama.config.generation import GenerationSection
+from chatllama.config.model import BackboneSection, ChatSection, FromScratch, LoraSection
+from chatllama.config.ppo import PpoSection, RewardSource
+from chatllama.config.sources import (
+    ColumnMapping,
+    DataSource,
+    Format,
+    language_codes,
+    split_language,
+)
+from chatllama.config.stages import (
+    OptimizerSection,
+    RewardSection,
+    SftSection,
+    StageSection,
+)
+
+__all__ = [
+    "BackboneSection",
+    "ChatSection",
+    "ColumnMapping",
+    "Config",
+    "DataSource",
+    "DeepSpeedSection",
+    "EvaluationSection",
+    "Format",
+    "FromScratch",
+    "GenerationSection",
+    "LoraSection",
+    "OptimizerSection",
+    "PpoSection",
+    "RewardSection",
+    "RewardSource",
+    "Schedule",
+    "Section",
+    "SftSection",
+    "StageSection",
+    "TrackingSection",
+    "language_codes",
+    "split_language",
+]
+
+
+class DeepSpeedSection(Section):
+    """ZeRO settings, used when a script is started by the `deepspeed` launcher."""
+
+    stage: Annotated[int, Field(ge=0, le=3)] = 2
+    """ZeRO stage. 2 suits LoRA; 3 shards the backbone too, for models larger than one GPU."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where optimizer state lives (cpu: stages 1 to 3; nvme: stage 3, with GPUs only)."""
+    offload_param: Literal["none", "cpu", "nvme"] = "none"
+    """Where parameters live (stage 3)."""
+    nvme_path: str | None = None
+    """Folder on a local NVMe disk, the same path on every node, for what is offloaded to nvme.
+    Needs the system's libaio (Debian: libaio-dev) and a C++ compiler."""
+    stage3_param_persistence_threshold: NonNegative = 100_000
+    """Parameters with fewer elements stay whole on every rank (stage 3)."""
+    gather_for_rollouts: bool | Literal["auto"] = "auto"
+    """Stage 3: true brings the whole model to every rank once per rollout batch (fast; each GPU
+    must hold it); false goes layer by layer for every token, slower but within a shard's memory.
+    auto: true where the model takes at most 80 % of every rank's free memory, else false with a
+    warning."""
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> "DeepSpeedSection":
+        places = (self.offload_optimizer, self.offload_param)
+        if self.offload_param != "none" and self.stage != 3:
+            raise ValueError(
+                f"offload_param needs stage 3, not {self.stage}: below it every rank computes "
+                "with the whole parameters"
+            )
+        if self.offload_optimizer != "none" and self.stage == 0:
+            raise ValueError(
+                "offload_optimizer needs stage 1, 2 or 3, not 0, which is plain data parallelism"
+            )
+        if "nvme" in places and self.stage != 3:
+            raise ValueError(
+                f"offloading to nvme needs stage 3, not {self.stage}, where DeepSpeed would use "
+                "the CPU's memory instead"
+            )
+        if ("nvme" in places) != (self.nvme_path is not None):
+            raise ValueError("nvme_path and offloading to nvme go together: give both or neither")
+        return self
+
+
+class EvaluationSection(Section):
+    """What `chatllama run` measures at the end, on held-out prompts."""
+
+    num_prompts: NonNegative = 256
+    """Held-out prompts answered by every role. 0: no evaluation."""
+    gold: str | None = None
+    """`module:function` from (prompt, response) strings to a float: the true reward, if known."""
+    label_scale: PositiveFloat | None = None
+    """With gold: labels were drawn with probability sigmoid(label_scale * gold difference),
+    which gives the best accuracy that any reward model can have (the Bayes limit)."""
+
+
+class TrackingSection(Section):
+    """Progress display, metrics and samples."""
+
+    report_to: list[str] = ["tensorboard"]
+    """Trackers beside metrics.jsonl: tensorboard, wandb (needs the extra of that name)."""
+    log_every: Positive = 1
+    """Steps between lines of metrics.jsonl and trackers."""
+    sample_every: NonNegative = 10
+    """PPO steps between printed samples. 0: none."""
+
+
+class Config(Section):
+    """The whole YAML."""
+
+    run_dir: str
+    """Folder that receives everything the run writes."""
+    seed: NonNegative = 0
+    """Seeds data order, splits, initial weights and sampling."""
+    backbone: BackboneSection
+    """The shared LLaMA."""
+    chat: ChatSection = ChatSection()
+    """Conversation layout."""
+    lora: LoraSection | None = LoraSection()
+    """Adapters of all roles. null: SFT trains all weights, and its result becomes the base."""
+    later_lora: LoraSection | None = None
+    """With `lora: null`: the adapters of the reward and PPO stages (null: the defaults)."""
+    deepspeed: DeepSpeedSection = DeepSpeedSection()
+    """ZeRO settings."""
+    sft: SftSection = SftSection()
+    """Stage 1."""
+    reward: RewardSection = RewardSection()
+    """Stage 2."""
+    ppo: PpoSection = PpoSection()
+    """Stage 3."""
+    generation: GenerationSection = GenerationSection()
+    """Sampling."""
+    evaluation: EvaluationSection = EvaluationSection()
+    """The final measurement."""
+    tracking: TrackingSection = TrackingSection()
+    """Logging."""
+
+    @model_validator(mode="after")
+    def _check_lora(self) -> "Config":
+        if self.lora is not None and self.later_lora is not None:
+            raise ValueError("later_lora is only for `lora: null`")
+        quantization = self.backbone.quantization
+        if quantization != "none" and self.deepspeed.stage == 3:
+            raise ValueError(
+                f"backbone.quantization {quantization}: ZeRO-3 cannot split quantised weights; use "
+                "deepspeed.stage 2, or quantization none"
+            )
+        if quantization != "none" and self.lora is None:
+            raise ValueError(
+                f"backbone.quantization {quantization}: `lora: null` trains all weights, and "
+                "quantised ones cannot be trained"
+            )
+        if self.lora is None and self.ppo.reference_refresh_every:
+            raise ValueError(
+                "ppo.reference_refresh_every needs a reference adapter; with `lora: null` the "
+                "reference is the base itself"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_compile(self) -> "Config":
+        if not self.generation.compile:
+            return self
+        if self.backbone.against_compiling is not None:
+            raise ValueError(f"generation.compile: {self.backbone.against_compiling}")
+        if self.backbone.liger_kernel:
+            raise ValueError(
+                "generation.compile: backbone.liger_kernel is on, and no compiled step has been "
+                "tried with Liger's kernels; use one of the two"
+            )
+        if self.deepspeed.stage == 3:
+            raise ValueError(
+                "generation.compile: deepspeed.stage 3 fetches the weights to other memory in "
+                "every rollout; use stage 2 or less, or do not compile"
+            )
+        return self
+
+    @property
+    def adapter_lora(self) -> LoraSection:
+        """The adapter shape of the reward and PPO stages."""
+        return self.lora or self.later_lora or LoraSection()
+
+
+def with_weights(cfg: "Config", dtype: str | None, quantization: str | None) -> "Config":
+    """The config with the backbone's weights in another form, for inference.
+
+    float16 is for inference only: its gradients would underflow, so no YAML may ask for it.
+
+    Args:
+        cfg: of a run.
+        dtype: float32, bfloat16 or float16. None: as it is.
+        quantization: none, int8 or nf4. None: as it is.
+    """
+    changes = {"dtype": dtype, "quantization": quantization}
+    wanted = {key: value for key, value in changes.items() if value is not None}
+    return cfg.model_copy(update={"backbone": cfg.backbone.model_copy(update=wanted)})

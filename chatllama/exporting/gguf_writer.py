@@ -1,0 +1,284 @@
+"""A LLaMA and its adapter as GGUF files, for llama.cpp and Ollama.
+
+Names and metadata are those of llama.cpp's `llama` architecture. Rows of queries and keys are put
+in Meta's order (channels 2i and 2i + 1 of a head rotate together), which llama.cpp computes with.
+Needs the extra `gguf`.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from chatllama.config.model import ChatSection
+from chatllama.model.adapters import SavedAdapter
+from chatllama.model.weight_files import ModelFiles, cast_to
+from chatllama.text.chat_format import end_of_turn_ids
+from chatllama.text.sentencepiece_bpe import read_model
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+_LAYER = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_WHOLE = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
+_Tensor = tuple[tuple[int, ...], torch.dtype, Callable[[], torch.Tensor]]
+"""Shape, type as written, and what gives it."""
+# How LLaMA-3 parts text before its merges; llama.cpp knows it as `llama-bpe`.
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def write_model_gguf(
+    path: Path,
+    files: ModelFiles,
+    config: LlamaConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    chat: ChatSection,
+    template: str,
+    name: str,
+) -> None:
+    """One file with weights (norms in float32), tokenizer and chat template.
+
+    Args:
+        path: of the new file.
+        files: the merged model's tensors.
+        config: of the model.
+        tokenizer: of the model.
+        chat: says which tokens end a turn.
+        template: Jinja chat template.
+        name: shown by programs.
+
+    Raises:
+        ValueError: the extra is missing, or something that llama.cpp does not know.
+    """
+    gguf = import_gguf()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("model")
+    writer.add_name(name)
+    _add_shape(writer, config)
+    _add_tokenizer(writer, tokenizer, config.vocab_size)
+    writer.add_chat_template(template)
+    stops = end_of_turn_ids(tokenizer, chat)
+    writer.add_eos_token_id(stops[-1])
+    if stops[0] != stops[-1]:
+        writer.add_eot_token_id(stops[0])
+    tensors: dict[str, _Tensor] = {}
+    for own, shape in files.shapes.items():
+        if own.endswith("rotary_emb.inv_freq"):
+            continue
+        dtype = torch.float32 if len(shape) == 1 else files.dtypes[own]
+        tensors[gguf_name(own)] = (shape, dtype, _getter(files, own, config))
+    if config.tie_word_embeddings:
+        tensors.pop("output.weight", None)
+    if (factors := _rope_factors(config)) is not None:
+        tensors["rope_freqs.weight"] = (tuple(factors.shape), torch.float32, lambda: factors)
+    types = {
+        torch.float32: gguf.LlamaFileType.ALL_F32,
+        torch.float16: gguf.LlamaFileType.MOSTLY_F16,
+        torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16,
+    }
+    writer.add_file_type(types[files.dtypes["model.embed_tokens.weight"]])
+    _write(writer, tensors)
+
+
+def write_adapter_gguf(path: Path, adapter: SavedAdapter, config: LlamaConfig, name: str) -> None:
+    """A LoRA adapter that llama.cpp adds to a GGUF of the base when it starts.
+
+    Raises:
+        ValueError: the extra is missing.
+    """
+    gguf = import_gguf()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_name(name)
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", adapter.lora.alpha)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    tensors: dict[str, _Tensor] = {}
+    for own, tensor in adapter.state.items():
+        place, _, part = own.removeprefix("base_model.model.").rpartition(".lora_")
+        target = f"{gguf_name(f'{place}.weight')}.lora_{part[0].lower()}"
+        value = interleaved(tensor, place, config) if part.startswith("B") else tensor
+        tensors[target] = (tuple(value.shape), torch.float32, lambda value=value: value)
+    _write(writer, tensors)
+
+
+def import_gguf() -> Any:
+    """The `gguf` package.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise ValueError("GGUF files need the extra: pip install 'chatllama[gguf]'") from error
+    return gguf
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of a tensor.
+
+    Raises:
+        ValueError: it has none.
+    """
+    stem, _, kind = name.rpartition(".")
+    if stem in _WHOLE:
+        return f"{_WHOLE[stem]}.{kind}"
+    if stem.startswith("model.layers."):
+        _, _, layer, inner = stem.split(".", 3)
+        if inner in _LAYER:
+            return f"blk.{layer}.{_LAYER[inner]}.{kind}"
+    raise ValueError(f"GGUF: llama.cpp's llama has no tensor for {name}")
+
+
+def interleaved(rows: torch.Tensor, name: str, config: LlamaConfig) -> torch.Tensor:
+    """Query or key rows (H * C, ...) in Meta's order; other tensors as they are.
+
+    The inverse of `meta.checkpoint.halves_together`.
+    """
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    part = next((key for key in heads if f"self_attn.{key}" in name), None)
+    if part is None:
+        return rows
+    return rows.unflatten(0, (heads[part], 2, -1)).transpose(1, 2).reshape(rows.shape)
+
+
+def _getter(files: ModelFiles, name: str, config: LlamaConfig) -> Callable[[], torch.Tensor]:
+    return lambda: interleaved(files.tensor(name), name, config)
+
+
+def _write(
+    writer: "GGUFWriter",
+    tensors: Mapping[str, _Tensor],
+) -> None:
+    """Header, then one tensor after another: one is in memory at a time."""
+    from gguf import GGMLQuantizationType
+
+    for name, (shape, dtype, _) in tensors.items():
+        count = math.prod(shape) * dtype.itemsize
+        if dtype == torch.bfloat16:
+            kind, raw = np.dtype(np.int16), GGMLQuantizationType.BF16
+        else:
+            kind, raw = np.dtype(str(dtype).removeprefix("torch.")), None
+        writer.add_tensor_info(name, shape, kind, count, raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, (_, dtype, get) in tensors.items():
+        value = cast_to(get(), dtype, name).contiguous()
+        bits = value.view(torch.int16) if dtype == torch.bfloat16 else value
+        writer.write_tensor_data(bits.numpy())
+    writer.close()
+
+
+def _add_shape(writer: "GGUFWriter", config: LlamaConfig) -> None:
+    rope = cast(dict[str, Any], config.rope_parameters)
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3"):
+        raise ValueError(f"GGUF: rope_type {kind!r} is not written; default, linear and llama3 are")
+    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(cast(int, config.num_key_value_heads))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    if kind == "linear":
+        from gguf import RopeScalingType
+
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+
+
+def _rope_factors(config: LlamaConfig) -> torch.Tensor | None:
+    """By how much LLaMA-3.1 slows each frequency: (C / 2,) float32; None without that scaling."""
+    rope = cast(dict[str, Any], config.rope_parameters)
+    if rope.get("rope_type") != "llama3":
+        return None
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    scaled = cast(torch.Tensor, LlamaRotaryEmbedding(config).inv_freq)
+    steps = torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled))
+    return float(rope["rope_theta"]) ** -steps / scaled
+
+
+def _add_tokenizer(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerFast, num_rows: int) -> None:
+    """Pieces with scores and types, as SentencePiece or as LLaMA-3's byte-level BPE."""
+    added = tokenizer.added_tokens_decoder
+    model_file = vars(tokenizer).get("vocab_file")
+    model = read_model(Path(model_file)) if model_file else None
+    tokens: list[str] = [f"[PAD{index}]" for index in range(num_rows)]
+    kinds = [_UNUSED] * num_rows
+    scores = [-1000.0] * num_rows
+    if model is not None:
+        writer.add_tokenizer_model("llama")
+        for index, piece in enumerate(model.pieces):
+            tokens[index], scores[index], kinds[index] = piece.piece, piece.score, piece.type
+        writer.add_add_space_prefix(model.normalizer_spec.add_dummy_prefix)
+        writer.add_remove_extra_whitespaces(model.normalizer_spec.remove_extra_whitespaces)
+    else:
+        pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
+        if LLAMA3_SPLIT not in _strings(pipeline["pre_tokenizer"]):
+            raise ValueError(
+                "GGUF: a tokenizer that is neither a SentencePiece model nor LLaMA-3's; llama.cpp "
+                "would split text in other ways. Put tokenizer.model beside the base's files"
+            )
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("llama-bpe")
+        for token, index in pipeline["model"]["vocab"].items():
+            tokens[index], kinds[index] = token, 1
+        merges = pipeline["model"]["merges"]
+        writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+    for index, token in added.items():
+        if index < num_rows and (model is None or index >= len(model.pieces)):
+            tokens[index] = token.content
+            kinds[index] = _CONTROL if token.special else _USER_DEFINED
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(kinds)
+    for add, index in (
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_unk_token_id, tokenizer.unk_token_id),
+        (writer.add_pad_token_id, tokenizer.pad_token_id),
+    ):
+        if isinstance(index, int):
+            add(index)
+    writer.add_add_bos_token(tokenizer.bos_token_id is not None)
+    writer.add_add_eos_token(False)
+
+
+def _strings(tree: Any) -> set[str]:
+    """Every text in a JSON tree."""
+    if isinstance(tree, str):
+        return {tree}
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    return set().union(*map(_strings, parts))

@@ -1,0 +1,1 @@
+"""Sampling from a model: KV caches, decoding batches, the sampler; no text."""

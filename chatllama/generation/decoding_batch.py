@@ -1,0 +1,253 @@
+"""A batch of responses in the making, one token a step, rows coming and going as they please.
+
+Each row has its own random numbers, sampling, stop ids and limit, and does not feel its
+neighbours. Whoever holds the batch decides when to admit and when to step; queues are elsewhere.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from transformers import LlamaForCausalLM
+
+from chatllama.generation.kv_cache import KVCache
+from chatllama.generation.sampling import RowSampling, Sampling, next_tokens
+from chatllama.generation.static_kv_cache import StaticKVCache
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response that is wanted."""
+
+    prompt: Sequence[int]
+    sampling: Sampling
+    stop_ids: Collection[int]
+    """Ids that end it."""
+    uniforms: torch.Tensor
+    """(at least max_new_tokens,) float32 in [0, 1): all of its randomness."""
+    logprobs: int | None = None
+    """Likeliest tokens to report beside the sampled one's log-probability. None: neither."""
+
+
+class Sampled(NamedTuple):
+    """One new token of one row."""
+
+    row: int
+    """Number that `admit` gave the row."""
+    token: int
+    ended: Literal["stop", "length"] | None
+    """Why this token is the row's last; the row is gone then."""
+    logprob: float | None
+    """Under softmax(logits / temperature) of all tokens (temperature 1 where greedy)."""
+    top: list[tuple[int, float]]
+    """Likeliest tokens with their log-probabilities, the likeliest first."""
+
+
+@dataclass
+class _Row:
+    number: int
+    request: Request
+    uniforms: list[float]
+    stops: frozenset[int]
+    produced: list[int] = field(default_factory=list)
+
+
+class DecodingBatch:
+    """Rows that are being answered. All calls want the same role acting, in eval mode.
+
+    `admit` and `step` are one forward pass of the whole model each, as is `idle`: under ZeRO-3
+    with split weights, ranks that make equally many calls stay in step.
+
+    Args:
+        llama: the model.
+        slots: rows at a time.
+        compiled: of the same model: steps are compiled, and what another batch left in it is lost.
+    """
+
+    def __init__(
+        self, llama: LlamaForCausalLM, slots: int, compiled: StaticKVCache | None = None
+    ) -> None:
+        assert not llama.training and slots > 0
+        self._llama = llama
+        self.slots = slots
+        if compiled is None:
+            self._cache = KVCache(llama.config.num_hidden_layers, slots, llama.device)
+        else:
+            assert compiled.llama is llama
+            compiled.clear()
+            compiled.reserve(slots, compiled.capacity)
+            self._cache = compiled
+        self._rows: list[_Row] = []
+        self._sampling: RowSampling | None = None
+        self._next_number = 0
+
+    @property
+    def running(self) -> list[int]:
+        """Numbers of the rows that have not ended."""
+        return [row.number for row in self._rows]
+
+    @property
+    def free(self) -> int:
+        """Rows that can be admitted now."""
+        return self.slots - len(self._rows)
+
+    @torch.no_grad()
+    def admit(self, requests: Sequence[Request]) -> list[Sampled]:
+        """The first token of each request, in order; rows are numbered from 0 as they come.
+
+        Equal prompts among the requests are computed once.
+
+        Raises:
+            ValueError: an empty prompt, or prompt and response do not fit the model's positions.
+        """
+        assert 0 < len(requests) <= self.free
+        for request in requests:
+            check_request(self._llama, request.prompt, request.sampling.max_new_tokens)
+            assert len(request.uniforms) >= request.sampling.max_new_tokens
+        first = len(self._rows)
+        hidden = self._read_prompts([tuple(request.prompt) for request in requests], requests)
+        for request in requests:
+            numbers = request.uniforms.tolist()
+            row = _Row(self._next_number, request, numbers, frozenset(request.stop_ids))
+            self._rows.append(row)
+            self._next_number += 1
+        sampling = RowSampling.of([r.sampling for r in requests], self._llama.device)
+        return self._sample(hidden, first, sampling)
+
+    @torch.no_grad()
+    def step(self) -> list[Sampled]:
+        """The next token of every running row."""
+        assert self._rows
+        newest = [row.produced[-1] for row in self._rows]
+        if isinstance(self._cache, StaticKVCache):
+            hidden = self._cache.step(newest)
+        else:
+            hidden = self._read_tokens(self._cache, newest)
+        if self._sampling is None:
+            rows = [row.request.sampling for row in self._rows]
+            self._sampling = RowSampling.of(rows, self._llama.device)
+        return self._sample(hidden, 0, self._sampling)
+
+    def drop(self, rows: Collection[int]) -> None:
+        """Forgets rows that have not ended, by number."""
+        wanted = set(rows)
+        slots = [slot for slot, row in enumerate(self._rows) if row.number in wanted]
+        assert len(slots) == len(wanted), f"not all of rows {sorted(wanted)} are running"
+        self._remove(slots)
+
+    @torch.no_grad()
+    def idle(self) -> None:
+        """A forward pass for the sake of other ranks."""
+        token = torch.zeros(1, 1, dtype=torch.long, device=self._llama.device)
+        hidden = self._llama.model(input_ids=token, use_cache=False).last_hidden_state[:, -1]
+        self._llama.lm_head(hidden)
+
+    def _read_prompts(
+        self, prompts: Sequence[tuple[int, ...]], requests: Sequence[Request]
+    ) -> torch.Tensor:
+        """Last hidden states (N, H) of the prompts, whose keys and values are cached by now."""
+        different = list(dict.fromkeys(prompts))
+        number = {prompt: i for i, prompt in enumerate(different)}
+        prompt_of = [number[prompt] for prompt in prompts]
+        length = max(map(len, different))
+        tokens = torch.zeros(len(different), length, dtype=torch.long)
+        mask = torch.zeros(tokens.shape, dtype=torch.bool)
+        for row, prompt in enumerate(different):
+            tokens[row, length - len(prompt) :] = torch.tensor(prompt)
+            mask[row, length - len(prompt) :] = True
+        longest = max(len(r.prompt) + r.sampling.max_new_tokens for r in requests)
+        lengths = [len(prompt) for prompt in prompts]
+        self._cache.open_prompts(prompt_of, lengths, longest)
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        device = self._llama.device
+        hidden = self._llama.model(
+            input_ids=tokens.to(device),
+            attention_mask=mask.to(device),
+            position_ids=positions.to(device),
+            past_key_values=self._cache.cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+        self._cache.close_prompts(lengths)
+        return hidden[torch.tensor(prompt_of, device=device)]
+
+    def _read_tokens(self, cache: KVCache, newest: Sequence[int]) -> torch.Tensor:
+        """Last hidden states (N, H) of all rows, whose newest tokens are cached by now."""
+        mask, positions = cache.open_token()
+        hidden = self._llama.model(
+            input_ids=torch.tensor(newest, device=self._llama.device)[:, None],
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache.cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+        cache.close_token()
+        return hidden
+
+    def _sample(self, hidden: torch.Tensor, first: int, sampling: RowSampling) -> list[Sampled]:
+        """Samples for the rows from slot `first` on; those that end leave."""
+        rows = self._rows[first:]
+        logits = self._llama.lm_head(hidden)
+        numbers = [row.uniforms[len(row.produced)] for row in rows]
+        uniforms = torch.tensor(numbers, dtype=torch.float32, device=logits.device)
+        tokens = next_tokens(logits, uniforms, sampling).tolist()
+        details = self._details(logits, tokens, rows)
+        sampled = []
+        for row, token, (logprob, top) in zip(rows, tokens, details, strict=True):
+            row.produced.append(token)
+            ended = None
+            if token in row.stops:
+                ended = "stop"
+            elif len(row.produced) == row.request.sampling.max_new_tokens:
+                ended = "length"
+            sampled.append(Sampled(row.number, token, ended, logprob, top))
+        if first:
+            self._sampling = None
+        self._remove([first + i for i, one in enumerate(sampled) if one.ended])
+        return sampled
+
+    def _details(
+        self, logits: torch.Tensor, tokens: Sequence[int], rows: Sequence[_Row]
+    ) -> list[tuple[float | None, list[tuple[int, float]]]]:
+        """Log-probabilities for the rows that want them."""
+        details: list[tuple[float | None, list[tuple[int, float]]]] = [(None, []) for _ in rows]
+        asking = [i for i, row in enumerate(rows) if row.request.logprobs is not None]
+        if not asking:
+            return details
+        temperatures = [[rows[i].request.sampling.temperature or 1.0] for i in asking]
+        scaled = logits[asking].float() / torch.tensor(temperatures, device=logits.device)
+        normalizer = scaled.logsumexp(-1, keepdim=True)
+        chosen = torch.tensor([[tokens[i]] for i in asking], device=logits.device)
+        logprobs = (scaled.gather(1, chosen) - normalizer).squeeze(1).tolist()
+        most = max(rows[i].request.logprobs or 0 for i in asking)
+        best = scaled.topk(min(most, scaled.shape[1]))
+        values, ids = (best.values - normalizer).tolist(), best.indices.tolist()
+        for place, i in enumerate(asking):
+            count = rows[i].request.logprobs or 0
+            top = list(zip(ids[place][:count], values[place][:count], strict=True))
+            details[i] = (logprobs[place], top)
+        return details
+
+    def _remove(self, slots: Sequence[int]) -> None:
+        if not slots:
+            return
+        for source, goal in self._cache.remove(slots):
+            self._rows[goal] = self._rows[source]
+        del self._rows[len(self._rows) - len(slots) :]
+        self._sampling = None
+
+
+def check_request(llama: LlamaForCausalLM, prompt: Sequence[int], max_new_tokens: int) -> None:
+    """Nothing, for a prompt that can be answered.
+
+    Raises:
+        ValueError: it is empty, or it and the response do not fit the model's positions.
+    """
+    limit = llama.config.max_position_embeddings
+    if not prompt:
+        raise ValueError("a prompt holds no token")
+    if len(prompt) + max_new_tokens > limit:
+        raise ValueError(
+            f"a prompt of {len(prompt)} tokens and max_new_tokens {max_new_tokens} "
+            f"do not fit the model's {limit} positions"
+        )

@@ -1,0 +1,203 @@
+"""One token per row from logits, by inverting the cumulative distribution.
+
+The random numbers are handed in. Top-k and top-p are exact, ties included, and sort the whole
+vocabulary only where its likeliest tokens do not hold enough. Nothing here knows a model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from chatllama.config.schema import GenerationSection
+
+CANDIDATES = 1024
+BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    top_k: int = 0
+    """0: all tokens."""
+    top_p: float = 1.0
+    """1: all tokens."""
+
+    @classmethod
+    def of(cls, section: GenerationSection) -> "Sampling":
+        """The sampling that the config asks for."""
+        return cls(section.max_new_tokens, section.temperature, section.top_k, section.top_p)
+
+
+@dataclass(frozen=True)
+class RowSampling:
+    """How to choose the tokens of several rows, each in its own way."""
+
+    temperature: torch.Tensor
+    """(B, 1) float32; 1 where greedy."""
+    greedy: torch.Tensor
+    """(B,) bool."""
+    top_k: torch.Tensor
+    """(B, 1) int64; 0: all tokens."""
+    top_p: torch.Tensor
+    """(B, 1) float32."""
+    truncated: torch.Tensor
+    """(B,) bool; top_k or top_p leaves tokens out."""
+    greedy_rows: int
+    truncated_rows: int
+    largest_top_k: int
+    tempered: bool
+
+    @classmethod
+    def of(cls, rows: Sequence[Sampling], device: torch.device | None = None) -> "RowSampling":
+        """As tensors; one row serves for a batch of any size."""
+        greedy = [row.temperature == 0 for row in rows]
+        truncated = [
+            not zero and (row.top_k > 0 or row.top_p < 1)
+            for row, zero in zip(rows, greedy, strict=True)
+        ]
+        temperatures = [[row.temperature or 1.0] for row in rows]
+        return cls(
+            temperature=torch.tensor(temperatures, device=device),
+            greedy=torch.tensor(greedy, device=device),
+            top_k=torch.tensor([[row.top_k] for row in rows], device=device),
+            top_p=torch.tensor([[row.top_p] for row in rows], device=device),
+            truncated=torch.tensor(truncated, device=device),
+            greedy_rows=sum(greedy),
+            truncated_rows=sum(truncated),
+            largest_top_k=max(row.top_k for row in rows),
+            tempered=any(row.temperature not in (0, 1) for row in rows),
+        )
+
+
+def next_tokens(logits: torch.Tensor, uniforms: torch.Tensor, rows: RowSampling) -> torch.Tensor:
+    """One token id per row: (B,) int64.
+
+    Args:
+        logits: (B, V) float, of the next position.
+        uniforms: (B,) float32 in [0, 1).
+        rows: how to choose.
+
+    Raises:
+        ValueError: a row of logits is NaN, or holds no finite number.
+    """
+    if not bool(logits.amax(-1).isfinite().all()):
+        raise ValueError("the model's logits are NaN or infinite: its weights are broken")
+    count = len(rows.greedy)
+    if rows.greedy_rows == count:
+        return logits.argmax(-1)
+    scaled = logits.float() / rows.temperature if rows.tempered else logits.float()
+    probabilities = scaled.softmax(-1)
+    if rows.truncated_rows == count:
+        chosen = _truncated(probabilities, uniforms, rows.top_k, rows.top_p, rows.largest_top_k)
+    else:
+        chosen = _inverted(probabilities, uniforms)
+        if rows.truncated_rows:
+            some = rows.truncated
+            chosen[some] = _truncated(
+                probabilities[some],
+                uniforms[some],
+                rows.top_k[some],
+                rows.top_p[some],
+                rows.largest_top_k,
+            )
+    return torch.where(rows.greedy, logits.argmax(-1), chosen) if rows.greedy_rows else chosen
+
+
+def _inverted(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """The token at which the cumulative weight reaches (1 - u) of the total: (B,) int64.
+
+    In two stages, blocks and then tokens of one block, since cumulating a whole vocabulary costs
+    more than the rest. 1 - u lies in (0, 1], so a token of weight 0 is never met.
+
+    Args:
+        weights: (B, V) float32, not negative, at least one above 0 in every row.
+        uniforms: (B,) float32 in [0, 1).
+    """
+    vocabulary = weights.shape[-1]
+    whole = vocabulary // BLOCK * BLOCK
+    sums = weights[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1)
+    if whole < vocabulary:
+        sums = torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], 1)
+    cumulative = sums.cumsum(-1)
+    goal = (1 - uniforms[:, None]) * cumulative[:, -1:]
+    block = torch.searchsorted(cumulative, goal)
+    before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0.0)
+    columns = block * BLOCK + torch.arange(BLOCK, device=weights.device)
+    inside = weights.gather(1, columns.clamp(max=vocabulary - 1))
+    within = torch.where(columns < vocabulary, inside, 0.0).cumsum(-1)
+    # Two sums of the same numbers may round apart: the goal must not lie behind the block's end.
+    rest = torch.minimum(goal - before, within[:, -1:])
+    return (block * BLOCK + torch.searchsorted(within, rest)).squeeze(-1)
+
+
+def _truncated(
+    weights: torch.Tensor,
+    uniforms: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    largest_top_k: int,
+) -> torch.Tensor:
+    """Tokens sampled among the likeliest only: (B,) int64.
+
+    First the rank of the token is found among the sorted weights, then its id, by looking for its
+    weight; of equal weights the smaller id has the smaller rank.
+
+    Args:
+        weights: (B, V) float32, not negative.
+        uniforms: (B,) float32 in [0, 1).
+        top_k: (B or 1, 1) int64; 0: all tokens.
+        top_p: (B or 1, 1) float32; the fewest likeliest that hold this share of what top_k left.
+        largest_top_k: of `top_k`.
+    """
+    vocabulary = weights.shape[-1]
+    limit = torch.where(top_k > 0, top_k, vocabulary).clamp(max=vocabulary)
+    limit = limit.expand(len(weights), 1)
+    whole = weights.sum(-1, keepdim=True)
+    for count in (min(max(CANDIDATES, largest_top_k), vocabulary), vocabulary):
+        best = _largest(weights, count)
+        cumulative = best.cumsum(-1)
+        among = cumulative.gather(1, limit.clamp(max=count) - 1)
+        wanted = top_p * torch.where(limit <= count, among, whole)
+        reached = (cumulative[:, -1:] >= wanted) | (limit <= count)
+        if count == vocabulary or bool(reached.all()):
+            return _by_rank(weights, best, cumulative, limit, wanted, uniforms)
+    raise AssertionError
+
+
+def _by_rank(
+    weights: torch.Tensor,
+    best: torch.Tensor,
+    cumulative: torch.Tensor,
+    limit: torch.Tensor,
+    wanted: torch.Tensor,
+    uniforms: torch.Tensor,
+) -> torch.Tensor:
+    """Tokens at which the cumulative weight of the kept ones reaches (1 - u) of its total."""
+    # Tokens are kept until their total reaches what is wanted; the first always.
+    kept = torch.minimum(torch.searchsorted(cumulative, wanted) + 1, limit.clamp(max=best.shape[1]))
+    goal = (1 - uniforms[:, None]) * cumulative.gather(1, kept - 1)
+    rank = torch.searchsorted(cumulative, goal)
+    weight = best.gather(1, rank)
+    likelier = best.shape[1] - torch.searchsorted(best.flip(1), weight, right=True)
+    among_equals = rank - likelier
+    row, token = (weights == weight).nonzero(as_tuple=True)
+    first = torch.searchsorted(row, torch.arange(len(weights), device=row.device))
+    return token[first + among_equals.squeeze(1)]
+
+
+def _largest(weights: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` largest of each row in falling order: (B, count)."""
+    if weights.device.type != "cpu":
+        return weights.topk(count).values
+    # NumPy partitions and sorts numbers without their indices, with vector instructions: 1.6 and
+    # 5 ms for 64 x 32,000, against 19 ms of topk(1024) and 140 ms of torch.sort.
+    numbers = weights.numpy()
+    if count < numbers.shape[1]:
+        numbers = np.partition(numbers, numbers.shape[1] - count, axis=1)[:, -count:]
+    return torch.from_numpy(np.sort(numbers, axis=1)[:, ::-1].copy())

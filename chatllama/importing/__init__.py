@@ -1,0 +1,1 @@
+"""Meta's original checkpoints as Hugging Face folders; nothing else reads them."""

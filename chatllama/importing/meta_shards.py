@@ -1,0 +1,226 @@
+"""Meta's consolidated.NN.pth files, opened without reading them, and their tensors put together.
+
+Every tensor is as Meta stores it: the order of rows that Hugging Face wants is made in
+`checkpoint.py`.
+"""
+
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chatllama.importing.meta_model import MetaParams
+
+MAX_SHARDS = 8
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Computed anew from rope_theta; rounded to half precision in some files.
+ROPE_SUFFIX, ROPE_TOLERANCE = "rope.freqs", 0.02
+# fairscale: a column-parallel layer holds rows of its matrix, a row-parallel one columns.
+ROWS, COLUMNS = 0, 1
+_LAYER_AXES = {
+    "attention.wq.weight": ROWS,
+    "attention.wk.weight": ROWS,
+    "attention.wv.weight": ROWS,
+    "attention.wo.weight": COLUMNS,
+    "feed_forward.w1.weight": ROWS,
+    "feed_forward.w2.weight": COLUMNS,
+    "feed_forward.w3.weight": ROWS,
+    "attention_norm.weight": None,
+    "ffn_norm.weight": None,
+}
+_EMBEDDING = "tok_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class Part:
+    """How a tensor lies in the files."""
+
+    shape: tuple[int, ...]
+    """Of the whole."""
+    axis: int | None
+    """Along which it is split; None: every file has all of it."""
+
+    def local(self, num_shards: int) -> tuple[int, ...] | None:
+        """Shape in each file; None where it cannot be split into so many."""
+        if self.axis is None:
+            return self.shape
+        if self.shape[self.axis] % num_shards:
+            return None
+        return tuple(
+            size // num_shards if i == self.axis else size for i, size in enumerate(self.shape)
+        )
+
+
+class MetaShards:
+    """The tensors of a checkpoint, read when they are asked for.
+
+    Args:
+        folder: with consolidated.00.pth and so on.
+        params: of its params.json.
+        vocab_size: tokens of its tokenizer.
+
+    Raises:
+        ValueError: a file is missing, cut off, or holds other things than params.json says.
+    """
+
+    def __init__(self, folder: Path, params: MetaParams, vocab_size: int) -> None:
+        self.files = shard_files(folder)
+        self._shards = [_open(file) for file in self.files]
+        self._params = params
+        self._check_count()
+        self.ffn_dim = params.ffn_dim() or self._rows("layers.0.feed_forward.w1.weight")
+        self.vocab_size = params.vocab_size or vocab_size
+        self.parts = self._expected()
+        self._check_tensors(folder)
+        self.dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in self._used().values()})
+        if vocab_size > self.vocab_size:
+            raise ValueError(
+                f"{folder}: the tokenizer has {vocab_size} tokens, the model {self.vocab_size}"
+            )
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The whole tensor, in the type of the files."""
+        pieces, axis = [shard[name] for shard in self._shards], self.parts[name].axis
+        if axis is None or len(pieces) == 1:
+            return pieces[0]
+        return torch.cat(pieces, dim=axis)
+
+    def _rows(self, name: str) -> int:
+        """Rows of a column-parallel matrix over all files."""
+        return sum(_get(s, name, f).shape[0] for s, f in zip(self._shards, self.files, strict=True))
+
+    def _check_count(self) -> None:
+        """Nothing, where the files are as many as the checkpoint was split into."""
+        folder, first, dim = self.files[0].parent, self.files[0], self._params.dim
+        channels = _get(self._shards[0], "norm.weight", first).shape[0]
+        if channels != dim:
+            raise ValueError(
+                f"{folder}: params.json says dim {dim}, but norm.weight has {channels} channels"
+            )
+        name = "layers.0.attention.wq.weight"
+        rows, own = self._rows(name), _get(self._shards[0], name, first).shape[0]
+        if rows != dim and dim % own == 0:
+            raise ValueError(
+                f"{folder}: {len(self.files)} of {dim // own} files: {name} has {own} rows in "
+                f"{first.name}, of {dim} in all; consolidated.00.pth to "
+                f"consolidated.{dim // own - 1:02d}.pth are needed"
+            )
+
+    def _expected(self) -> dict[str, Part]:
+        """Name -> part of every tensor that a model of these parameters has."""
+        params = self._params
+        dim, kv_dim, ffn = params.dim, params.n_kv_heads * params.head_dim, self.ffn_dim
+        shapes = {
+            "attention.wk.weight": (kv_dim, dim),
+            "attention.wv.weight": (kv_dim, dim),
+            "feed_forward.w1.weight": (ffn, dim),
+            "feed_forward.w2.weight": (dim, ffn),
+            "feed_forward.w3.weight": (ffn, dim),
+            "attention_norm.weight": (dim,),
+            "ffn_norm.weight": (dim,),
+        }
+        # LLaMA-1 and LLaMA-2 split the embedding by channels, LLaMA-3 by tokens.
+        by_channels = _get(self._shards[0], _EMBEDDING, self.files[0]).shape[-1] < dim
+        parts = {_EMBEDDING: Part((self.vocab_size, dim), COLUMNS if by_channels else ROWS)}
+        for layer in range(params.n_layers):
+            for name, axis in _LAYER_AXES.items():
+                parts[f"layers.{layer}.{name}"] = Part(shapes.get(name, (dim, dim)), axis)
+        parts["norm.weight"] = Part((dim,), None)
+        parts["output.weight"] = Part((self.vocab_size, dim), ROWS)
+        return parts
+
+    def _check_tensors(self, folder: Path) -> None:
+        """Nothing, where every file holds its share of every tensor, and nothing else."""
+        for file, shard in zip(self.files, self._shards, strict=True):
+            extra = [n for n in shard if n not in self.parts and not n.endswith(ROPE_SUFFIX)]
+            if extra:
+                raise ValueError(
+                    f"{file}: {len(extra)} tensors that params.json (n_layers "
+                    f"{self._params.n_layers}) has no place for, such as {extra[0]}"
+                )
+            for name, part in self.parts.items():
+                found, local = tuple(_get(shard, name, file).shape), part.local(len(self.files))
+                if found != local:
+                    raise ValueError(
+                        f"{file}: {name} has shape {found}; params.json and tokenizer ask for "
+                        f"{local or part.shape}, in {len(self.files)} files"
+                    )
+                if part.axis is None and not torch.equal(shard[name], self._shards[0][name]):
+                    raise ValueError(
+                        f"{file}: {name} differs from that of {self.files[0].name}; are these "
+                        "files of one checkpoint?"
+                    )
+            for name in shard:
+                if name.endswith(ROPE_SUFFIX):
+                    self._check_rope(file, shard[name])
+        wrong = {n: t.dtype for n, t in self._used().items() if t.dtype not in DTYPES}
+        for name, dtype in wrong.items():
+            raise ValueError(f"{folder}: {name} is {dtype}; known: {', '.join(map(str, DTYPES))}")
+
+    def _used(self) -> dict[str, torch.Tensor]:
+        return {f"{n} of {i}": s[n] for i, s in enumerate(self._shards) for n in self.parts}
+
+    def _check_rope(self, file: Path, found: torch.Tensor) -> None:
+        """Nothing, where stored rotation frequencies are those of rope_theta."""
+        theta, head_dim = self._params.rope_theta, self._params.head_dim
+        expected = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        fits = found.shape == expected.shape and torch.allclose(
+            found.double(), expected, rtol=ROPE_TOLERANCE, atol=1e-6
+        )
+        if not fits:
+            raise ValueError(
+                f"{file}: its {ROPE_SUFFIX} are not those of rope_theta {theta:g} and head size "
+                f"{head_dim} in params.json"
+            )
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The consolidated files, in order.
+
+    Raises:
+        ValueError: there is none, one is missing between others, or there are too many.
+    """
+    found = {
+        int(match[1]): path
+        for path in sorted(folder.iterdir())
+        if (match := re.fullmatch(r"consolidated\.(\d\d)\.pth", path.name))
+    }
+    if not found:
+        raise ValueError(f"{folder}: no consolidated.00.pth; is this Meta's checkpoint?")
+    missing = [n for n in range(max(found) + 1) if n not in found]
+    if missing:
+        names = ", ".join(f"consolidated.{n:02d}.pth" for n in missing)
+        there = ", ".join(path.name for path in found.values())
+        raise ValueError(f"{folder}: {names} missing; there: {there}")
+    if len(found) > MAX_SHARDS:
+        raise ValueError(f"{folder}: {len(found)} files; a LLaMA has at most {MAX_SHARDS}")
+    return list(found.values())
+
+
+def _open(file: Path) -> dict[str, torch.Tensor]:
+    """Name -> tensor, mapped into memory; no code of the file is run."""
+    try:
+        content: Any = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file}: holds other things than tensors and is not opened: {error}"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        first = (str(error).splitlines() or [repr(error)])[0]
+        raise ValueError(f"{file}: cut off, damaged, or no torch file: {first}") from error
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
+    ):
+        raise ValueError(f"{file}: expected named tensors")
+    return content
+
+
+def _get(shard: dict[str, torch.Tensor], name: str, file: Path) -> torch.Tensor:
+    if name not in shard:
+        raise ValueError(f"{file}: lacks {name}, which params.json asks for")
+    if not shard[name].dim():
+        raise ValueError(f"{file}: {name} is a single number")
+    return shard[name]

@@ -1,0 +1,342 @@
+"""`chatllama generate`: many prompts answered, to the terminal or to a file that can be resumed.
+
+The settings and the order of the work are here; prompts are read in `prompt_files.py`, answered in
+`answering.py`, kept in `answers_file.py`.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatllama.config.schema import with_weights
+from chatllama.inference.options import (
+    Options,
+    Plan,
+    best_of_kl,
+    check_options,
+    make_plan,
+)
+from chatllama.inference.prompt_files import Prompt
+from chatllama.reporting.display import _Progress
+from chatllama.reporting.statistics import mean_and_error
+from chatllama.runs.folder import RunFolder
+from chatllama.runtime.command_line import duration, printable, tell
+from chatllama.runtime.files import write_json
+
+if TYPE_CHECKING:  # importing them takes seconds
+    from chatllama.config.schema import Config
+    from chatllama.inference.answerer import Answer, Answerer
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+@dataclass
+class Tally:
+    """Numbers of the answers written so far, those of earlier sessions included."""
+
+    lengths: list[int] = field(default_factory=list)
+    finished: int = 0
+    scores: list[float] = field(default_factory=list)
+    candidate_scores: list[float] = field(default_factory=list)
+    """Mean score of each prompt's samples, with best-of-n."""
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Takes in a line of the file."""
+        self.lengths.append(line["num_tokens"])
+        self.finished += line["finished"]
+        if "score" in line:
+            self.scores.append(line["score"])
+        if "mean_candidate_score" in line:
+            self.candidate_scores.append(line["mean_candidate_score"])
+
+
+def generate_command(
+    run_dir: Path, prompts: Sequence[Prompt], options: Options, out: Path | None = None
+) -> None:
+    """Answers every prompt; to `out` as JSON lines, else to the terminal. Ends with a summary.
+
+    An interrupted run goes on where `out` ends. The random numbers of an answer belong to (seed,
+    number of the prompt, number of the sample), so the first samples of a larger number are those
+    of a smaller one. Interruptions change nothing, batch sizes no more than rounding does.
+
+    Args:
+        run_dir: the run's folder.
+        prompts: at least one.
+        options: how to answer.
+        out: file to write or to continue.
+
+    Raises:
+        ValueError: an option out of range, no such role in the run, a prompt too long for the
+            model, or an `out` that holds other answers.
+    """
+    check_options(options)
+    run = RunFolder(run_dir)
+    config = run.existing_config()
+
+    from chatllama.config.loader import load_config
+
+    cfg = load_config(config)
+    plan = make_plan(run, cfg, options)
+    keys = [(prompt.id, sample) for prompt in prompts for sample in range(plan.kept)]
+    tally, done = Tally(), 0
+    if out is not None:
+        for line in begin_or_continue(out, plan.settings(run, prompts), keys):
+            tally.add(line)
+            done += 1
+    old_tokens, seconds = sum(tally.lengths), 0.0
+    if done < len(keys):
+        if done:
+            tell(f"{out}: going on after {done} of {len(keys)} answers")
+        seconds = _answer_all(run, cfg, plan, prompts, done, tally, out)
+    tell("\n".join(summary(plan, tally, sum(tally.lengths) - old_tokens, seconds)))
+
+
+def _answer_all(
+    run: RunFolder,
+    cfg: "Config",
+    plan: Plan,
+    prompts: Sequence[Prompt],
+    done: int,
+    tally: Tally,
+    out: Path | None,
+) -> float:
+    """Answers the prompts from line `done` on, batch by batch; gives the seconds without loading.
+
+    Every batch is written, or printed, as soon as it is done.
+    """
+    from chatllama.inference.answerer import Answerer
+    from chatllama.inference.load import load_run, reward_role
+
+    acting = "reference" if plan.role == "sft" else plan.role
+    rewards = [reward_role(number) for number in range(len(plan.rewards))]
+    cfg = with_weights(cfg, plan.dtype, plan.quantization)
+    answerer = Answerer.of(load_run(run, cfg, [acting, *rewards]), acting, plan.compile)
+    longest = _check_lengths(answerer, prompts, plan.max_new_tokens)
+    # Batches begin where they would without an interruption, so that not even rounding differs.
+    per_batch = max(1, plan.batch_size // plan.drawn)
+    if answerer.compiled is not None:  # once for all batches
+        rows = min(per_batch, len(prompts)) * plan.drawn
+        answerer.compiled.reserve(min(rows, plan.batch_size), longest)
+    first = done // plan.kept // per_batch * per_batch
+    skipped = done - first * plan.kept
+    total = len(prompts) * plan.kept
+    started = time.monotonic()
+    with _Progress(total, done, shown=out is not None or not sys.stdout.isatty()) as progress:
+        for start in range(first, len(prompts), per_batch):
+            batch = range(start, min(start + per_batch, len(prompts)))
+            lines = _answer_batch(answerer, plan, prompts, batch)[skipped:]
+            skipped = 0
+            if out is not None:
+                append(out, lines)
+            for line in lines:
+                tally.add(line)
+                if out is None:
+                    _show(line, alone=total == 1)
+            progress.advance(len(lines))
+    return time.monotonic() - started
+
+
+def _answer_batch(
+    answerer: "Answerer", plan: Plan, prompts: Sequence[Prompt], batch: range
+) -> list[dict[str, Any]]:
+    """The lines of a few prompts."""
+    import torch
+
+    from chatllama.generation.sampling import Sampling
+    from chatllama.inference.answerer import random_numbers
+
+    drawn = [(number, sample) for number in batch for sample in range(plan.drawn)]
+    uniforms = [random_numbers(plan.seed, *place, plan.max_new_tokens) for place in drawn]
+    answers = answerer.answer(
+        [prompts[number].messages for number, _ in drawn],
+        torch.stack(uniforms),
+        Sampling(plan.max_new_tokens, plan.temperature, plan.top_k, plan.top_p),
+        plan.stops,
+        plan.batch_size,
+        plan.logprobs,
+    )
+    lines = []
+    for place, number in enumerate(batch):
+        own = answers[place * plan.drawn : (place + 1) * plan.drawn]
+        if plan.kept == plan.drawn:
+            for sample, answer in enumerate(own):
+                extra = {"sample": sample} if plan.kept > 1 else {}
+                lines.append(_line(plan, prompts[number], answer, extra))
+        else:
+            scores = [answer.score for answer in own if answer.score is not None]
+            best = own[max(range(len(scores)), key=scores.__getitem__)]
+            extra = {"best_of": len(own), "mean_candidate_score": sum(scores) / len(scores)}
+            lines.append(_line(plan, prompts[number], best, extra))
+    return lines
+
+
+def _line(plan: Plan, prompt: Prompt, answer: "Answer", extra: dict[str, Any]) -> dict[str, Any]:
+    line: dict[str, Any] = {"id": prompt.id, **extra, "prompt": prompt.content}
+    line |= {"response": answer.text, "finished": answer.finished, "num_tokens": len(answer.ids)}
+    if answer.score is not None:
+        line["score"] = answer.score
+    if answer.logprobs is not None:
+        line |= {"logprob": sum(answer.logprobs), "logprobs": answer.logprobs}
+    if plan.token_ids:
+        line["token_ids"] = answer.ids
+    return line
+
+
+def summary(plan: Plan, tally: Tally, new_tokens: int, seconds: float) -> list[str]:
+    """The closing lines.
+
+    Args:
+        plan: what was asked.
+        tally: of all answers.
+        new_tokens: tokens of the answers that were written in this session.
+        seconds: of this session.
+    """
+    count = len(tally.lengths)
+    length, _ = mean_and_error(tally.lengths)
+    lines = [
+        f"{count} answers by {plan.role}: {tally.finished / count:.1%} finished, "
+        f"{length:.1f} tokens on average"
+    ]
+    if new_tokens:
+        rate = new_tokens / max(seconds, 1e-9)
+        lines.append(f"{duration(seconds)}, {rate:.0f} tokens of answers a second")
+    if tally.scores:
+        lines.append(f"score {_with_error(tally.scores)}")
+    if tally.candidate_scores:
+        lines.append(
+            f"best of {plan.drawn}: score of all samples {_with_error(tally.candidate_scores)}; "
+            f"KL to {plan.role} at most {best_of_kl(plan.drawn):.3f} nats (log n - (n - 1)/n)"
+        )
+    return lines
+
+
+def _with_error(values: Sequence[float]) -> str:
+    mean, error = mean_and_error(values)
+    return f"{mean:.3f}" if len(values) == 1 else f"{mean:.3f} +- {error:.3f}"
+
+
+def _check_lengths(answerer: "Answerer", prompts: Sequence[Prompt], max_new_tokens: int) -> int:
+    """Tokens of the longest prompt and its answer, where all of them fit the model.
+
+    Raises:
+        ValueError: names the first prompt that cannot be rendered or does not fit.
+    """
+    limit = answerer.model.llama.config.max_position_embeddings
+    too_long: list[tuple[str, int]] = []
+    longest = 0
+    for prompt in prompts:
+        try:
+            tokens = len(answerer.render(prompt.messages))
+        except ValueError as error:
+            raise ValueError(f"{prompt.where}: {error}") from error
+        longest = max(longest, tokens + max_new_tokens)
+        if tokens + max_new_tokens > limit:
+            too_long.append((prompt.where, tokens))
+    if too_long:
+        where, tokens = too_long[0]
+        others = f" ({len(too_long)} prompts are too long)" if len(too_long) > 1 else ""
+        raise ValueError(
+            f"{where}: a prompt of {tokens} tokens and --max-new-tokens {max_new_tokens} do not "
+            f"fit the model's {limit} positions{others}"
+        )
+    return longest
+
+
+def _show(line: dict[str, Any], alone: bool) -> None:
+    """Prints an answer: its text alone, or below its prompt where there are several."""
+    if alone:
+        print(printable(line["response"]), flush=True)
+        return
+    prompt = line["prompt"]
+    asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    score = f"  (score {line['score']:.2f})" if "score" in line else ""
+    print(f"> {printable(asked)}\n< {printable(line['response'])}{score}", flush=True)
+
+
+Key = tuple[int | str, int]
+"""Prompt's id and number of the sample."""
+
+
+def settings_path(path: Path) -> Path:
+    """Where the settings of the answers in `path` are."""
+    return path.with_name(path.name + ".settings.json")
+
+
+def begin_or_continue(
+    path: Path, settings: Mapping[str, Any], keys: Sequence[Key]
+) -> list[dict[str, Any]]:
+    """The answers that `path` already holds; a last line that was cut off is removed from it.
+
+    Args:
+        path: file to write to; made, with its folder, if missing.
+        settings: JSON values that determine the answers.
+        keys: of all answers, in order.
+
+    Raises:
+        ValueError: the file is not ours, was made with other settings, or is damaged.
+    """
+    settings = json.loads(json.dumps(settings))
+    if not path.exists() or not path.stat().st_size:
+        write_json(settings_path(path), settings)
+        path.touch()
+        return []
+    if not path.is_file():
+        raise ValueError(f"--out {path}: not a file")
+    _check_settings(path, settings)
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    answers = [_parse(line, path, i) for i, line in enumerate(content[:end].split(b"\n")[:-1])]
+    if len(answers) > len(keys):
+        raise ValueError(f"--out {path}: {len(answers)} lines, more than the {len(keys)} answers")
+    for number, (answer, key) in enumerate(zip(answers, keys, strict=False), start=1):
+        found = (answer.get("id"), answer.get("sample", 0))
+        if found != key:
+            raise ValueError(
+                f"--out {path}:{number}: id {found[0]!r}, sample {found[1]} where id {key[0]!r}, "
+                f"sample {key[1]} belongs; the file was changed since it was written"
+            )
+    if end < len(content):
+        with path.open("r+b") as file:
+            file.truncate(end)
+    return answers
+
+
+def append(path: Path, answers: Iterable[Mapping[str, Any]]) -> None:
+    """Adds whole lines to the file."""
+    lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+    with path.open("a", encoding="utf-8", newline="\n") as file:
+        file.write(lines)
+
+
+def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    beside = settings_path(path)
+    remedy = "name another file with --out, or delete this one"
+    if not beside.is_file():
+        raise ValueError(f"--out {path} exists, without {beside.name} beside it: {remedy}")
+    try:
+        before = json.loads(beside.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{beside}: damaged ({error}): {remedy}") from None
+    differing = [
+        "other prompts" if name == "prompts" else f"{name} was {before.get(name)!r}, is {value!r}"
+        for name, value in settings.items()
+        if before.get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"--out {path} holds answers made otherwise ({'; '.join(differing)}): {remedy}"
+        )
+
+
+def _parse(line: bytes, path: Path, index: int) -> dict[str, Any]:
+    try:
+        answer = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"--out {path}:{index + 1}: not an answer ({error})") from None
+    if not isinstance(answer, dict):
+        raise ValueError(f"--out {path}:{index + 1}: not an answer")
+    return answer

@@ -1,0 +1,177 @@
+"""The roles of a loaded run as speakers: streamed answers, and answers side by side."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from chatllama.generation.generate import stream
+from chatllama.generation.sampling import Sampling
+from chatllama.inference.answerer import Answerer
+from chatllama.inference.load import LoadedRun
+from chatllama.model.backbone import megabytes, weight_bytes
+from chatllama.model.roles import (
+    Role,
+    RoleModel,
+    acting_as,
+    autocast,
+)
+from chatllama.model.scoring import hidden_states
+from chatllama.runtime.command_line import printable
+from chatllama.text.chat_format import Message, end_of_turn_ids, render
+from chatllama.text.detokenizing import stream_text
+
+ChatRole = Literal["base", "sft", "policy", "ema"]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One role's answer beside those of others."""
+
+    role: ChatRole
+    text: str
+    num_tokens: int
+    score: float | None
+    """Of the reward model, where the run has one."""
+    kl: float | None
+    """To the SFT model, nats per token of this answer; None for the SFT model itself."""
+
+
+ACTING: dict[ChatRole, Role] = {
+    "base": "base",
+    "sft": "reference",
+    "policy": "policy",
+    "ema": "ema",
+}
+
+
+class ModelSpeaker:
+    """Answers with a run's model.
+
+    Where conversation and answer do not fit the model's positions, the oldest exchanges are left
+    out, and a note says so.
+
+    Args:
+        loaded: model with its roles, tokenizer and chat layout.
+        sampling: how to choose tokens.
+        generator: CPU generator of the random numbers.
+        stops: strings that end an answer.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedRun,
+        sampling: Sampling,
+        generator: torch.Generator,
+        stops: Sequence[str] = (),
+    ) -> None:
+        self.loaded, self.sampling, self.generator = loaded, sampling, generator
+        self._stops = tuple(stops)
+        self.model = loaded.model.eval()
+        self._stop_ids = end_of_turn_ids(loaded.tokenizer, loaded.chat)
+        limit = self.model.llama.config.max_position_embeddings
+        self._room = limit - sampling.max_new_tokens
+
+    @property
+    def roles(self) -> tuple[ChatRole, ...]:
+        """Those that are loaded; after full fine-tuning there is no base beside SFT's model."""
+        full = self.loaded.config.lora is None
+        there = {"base": not full, "sft": full or "reference" in self.model.lora}
+        return tuple(
+            role for role, acting in ACTING.items() if there.get(role, acting in self.model.lora)
+        )
+
+    def answer(self, messages: list[Message], role: ChatRole) -> Iterator[str]:
+        """Streams the answer as text."""
+        tokenizer = self.loaded.tokenizer
+        prompt = self._render(self._fitting(messages))
+        with acting_as(self.model, ACTING[role]), autocast(self.model):
+            ids = stream(self.model.llama, prompt, self.sampling, self._stop_ids, self.generator)
+            yield from stream_text(tokenizer, ids, self._stops)
+
+    def compare(self, messages: list[Message]) -> Iterator[Compared]:
+        """Every role's answer, from the same random numbers, with its numbers."""
+        kept = self._fitting(messages)
+        prompt = self._render(kept)
+        uniforms = torch.rand(1, self.sampling.max_new_tokens, generator=self.generator)
+        for role in self.roles:
+            answerer = Answerer.of(self.loaded, ACTING[role])
+            (answer,) = answerer.answer([kept], uniforms, self.sampling, self._stops, 1, False)
+            kl = None
+            if role != "sft" and "sft" in self.roles:
+                kl = mean_kl(self.model, ACTING[role], "reference", prompt, answer.ids)
+            yield Compared(role, answer.text, len(answer.ids), answer.score, kl)
+
+    def _render(self, messages: Sequence[Message]) -> list[int]:
+        loaded = self.loaded
+        return render(loaded.tokenizer, loaded.chat, messages, add_generation_prompt=True).ids
+
+    def _fitting(self, messages: list[Message]) -> list[Message]:
+        kept = fit(messages, lambda some: len(self._render(some)), self._room)
+        if len(kept) < len(messages):
+            left_out = f"(the oldest {len(messages) - len(kept)} messages no longer fit)"
+            print(printable(left_out), file=sys.stderr, flush=True)
+        return kept
+
+
+@torch.no_grad()
+def mean_kl(
+    model: RoleModel, role: Role, other: Role, prompt: Sequence[int], response: Sequence[int]
+) -> float:
+    """KL divergence from `other` to `role`, nats, averaged over the positions of a response.
+
+    Exact at every position (over the whole vocabulary), at temperature 1.
+
+    Args:
+        model: holds both roles.
+        role: whose answer it is.
+        other: what it is compared with.
+        prompt: token ids.
+        response: token ids.
+    """
+    tokens = torch.tensor([[*prompt, *response[:-1]]])
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    wanted = mask.clone()
+    wanted[:, : len(prompt) - 1] = False
+    logprobs = []
+    for each in (role, other):
+        hidden = hidden_states(model, each, tokens, mask, wanted)
+        with acting_as(model, each), autocast(model):
+            logprobs.append(model.llama.lm_head(hidden).float().log_softmax(-1))
+    own, reference = logprobs
+    return float((own.exp() * (own - reference)).sum(-1).mean())
+
+
+def fit(
+    messages: Sequence[Message], count: Callable[[list[Message]], int], room: int
+) -> list[Message]:
+    """The longest ending of a conversation, system prompt included, of at most `room` tokens.
+
+    Args:
+        messages: perhaps a system message, then user and assistant in turn, a user message last.
+        count: tokens of such a conversation.
+        room: tokens at hand.
+
+    Raises:
+        ValueError: the last message alone does not fit.
+    """
+    head = [m for m in messages[:1] if m["role"] == "system"]
+    turns = list(messages[len(head) :])
+    while (tokens := count([*head, *turns])) > room:
+        if len(turns) <= 2:
+            raise ValueError(
+                f"this message takes {tokens} tokens and {room} are left beside the answer; "
+                "shorten it or lower --max-new-tokens"
+            )
+        turns = turns[2:]
+    return [*head, *turns]
+
+
+def describe_model(model: RoleModel, quantization: str) -> str:
+    """Type, memory and place of the loaded weights, adapters and heads included."""
+    kind = str(model.llama.dtype).removeprefix("torch.")
+    if quantization != "none":
+        kind = f"{quantization} and {kind}"
+    return f"{kind}, {megabytes(weight_bytes(model))} of weights on {model.llama.device}"

@@ -1,0 +1,94 @@
+"""A run opened for inference: its backbone once, its adapters as roles."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from chatllama.config.loader import load_config
+from chatllama.config.model import ChatSection, without_training_kernels
+from chatllama.config.schema import Config
+from chatllama.model.adapters import load_adapter
+from chatllama.model.backbone import load_backbone
+from chatllama.model.fingerprint import check_base
+from chatllama.model.roles import Adapter, Role, RoleModel
+from chatllama.runs.folder import RunFolder, backbone_path, base_path
+from chatllama.runtime.distributed import device
+from chatllama.runtime.libraries import quiet_libraries
+from chatllama.text.chat_format import check_contract
+from chatllama.text.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """Model on its device in eval mode, tokenizer and chat layout of a run."""
+
+    model: RoleModel
+    tokenizer: PreTrainedTokenizerFast
+    chat: ChatSection
+    config: Config
+    reward_roles: list[Role]
+    """The loaded members of the reward ensemble; empty: nothing can be scored."""
+
+
+def role_folders(run: RunFolder) -> dict[Role, Path]:
+    """The adapters that the run has written so far: reference, policy, ema, reward, reward_1 ..."""
+    members = run.reward_members() if run.reward_adapter.is_dir() else []
+    folders: dict[Role, Path] = {
+        "reference": run.sft_adapter,
+        "policy": run.policy_adapter,
+        "ema": run.ema_adapter,
+        **{reward_role(number): folder for number, folder in enumerate(members)},
+    }
+    return {role: folder for role, folder in folders.items() if folder.is_dir()}
+
+
+def reward_role(member: int) -> Role:
+    """The role of member 0, 1, ... of the reward ensemble."""
+    return f"reward_{member}" if member else "reward"
+
+
+def load_run(
+    run: RunFolder, cfg: Config | None = None, roles: Sequence[Role] | None = None
+) -> LoadedRun:
+    """The run's backbone with its adapters.
+
+    Args:
+        run: the run's folder.
+        cfg: its config. None: read here.
+        roles: those to load; `base`, and `reference` after full fine-tuning, have no adapter.
+            None: all that have been written so far.
+
+    Raises:
+        ValueError: not a run folder, nothing trained yet, or an adapter that is missing, damaged
+            or made under another chat contract.
+    """
+    quiet_libraries()
+    cfg = cfg or load_config(run.existing_config())
+    folders = role_folders(run)
+    if not folders and not run.full_model.is_dir():
+        raise ValueError(f"{run.root} holds no adapter yet: has train_sft.py finished?")
+    bare = ("base",) if cfg.lora is not None else ("base", "reference")
+    wanted = list(folders) if roles is None else [role for role in roles if role not in bare]
+    if missing := [role for role in wanted if role not in folders]:
+        raise ValueError(f"{run.root} has no adapter for {missing[0]}; there: {sorted(folders)}")
+    tokenizer = load_tokenizer(
+        backbone_path(cfg.backbone, run),
+        revision=cfg.backbone.revision,
+        trust_remote_code=cfg.backbone.trust_remote_code,
+    )
+    saved = {role: load_adapter(folders[role]) for role in wanted}
+    for role, adapter in saved.items():
+        check_contract(adapter.info["contract"], tokenizer, cfg.chat, str(folders[role]))
+        check_base(cfg, run, adapter.info, str(folders[role]))
+    rewards = [role for role in wanted if role.startswith("reward")]
+    model = RoleModel(
+        load_backbone(without_training_kernels(cfg.backbone), base_path(cfg, run)),
+        {role: Adapter(adapter.lora, adapter.state) for role, adapter in saved.items()},
+        heads=tuple(rewards),
+    )
+    for role in rewards:
+        model.heads[role].load_state_dict(saved[role].head)
+    model.to(device()).eval().requires_grad_(False)
+    return LoadedRun(model, tokenizer, cfg.chat, cfg, rewards)

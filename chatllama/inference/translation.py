@@ -1,0 +1,125 @@
+"""`chatllama eval RUN --translation FILE`: a run translates, sacrebleu compares with references.
+
+Answers are made, kept and continued as by `chatllama generate`; requests and references come from
+`data/cli.py`.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chatllama.inference.options import Options, check_options, make_plan
+from chatllama.inference.prompt_files import Prompt
+from chatllama.runs.folder import RunFolder
+from chatllama.runtime.files import write_json
+
+# Languages written without spaces between words, or joined ones: what sacrebleu counts as a word.
+TOKENIZERS = {"zh": "zh", "ja": "char", "ko": "char", "th": "char", "km": "char"}
+NUM_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Translations:
+    """What is to be translated."""
+
+    name: str
+    """Of the set, for file names."""
+    requests: Sequence[tuple[str, str, str]]
+    """Place, request and reference of every sentence."""
+    source: str
+    """Language code."""
+    target: str
+    """Language code."""
+
+
+def evaluate_translation(
+    run_dir: Path, translations: Translations, options: Options
+) -> dict[str, Any]:
+    """BLEU and chrF of a run's translations, printed and written beside the answers.
+
+    Args:
+        run_dir: the run's folder.
+        translations: what to translate and to compare with.
+        options: who translates, and how.
+
+    Raises:
+        ValueError: no run, no such role, or answers there that were made otherwise.
+    """
+    from chatllama.config.loader import load_config
+    from chatllama.inference.batch import generate_command
+
+    check_options(options)
+    run = RunFolder(run_dir)
+    cfg = load_config(run.existing_config())
+    plan = make_plan(run, cfg, options)
+    role = plan.role
+    direction = f"{translations.source}-{translations.target}"
+    parts = [translations.name, str(len(translations.requests)), direction, role]
+    own = cfg.backbone
+    forms = ((plan.dtype, own.dtype), (plan.quantization, own.quantization))
+    # Answers from weights in another form than the config's stand beside its own.
+    stem = ".".join([*parts, *(form for form, usual in forms if form != usual)])
+    out = run.root / "translation" / f"{stem}.jsonl"
+    out.parent.mkdir(exist_ok=True)
+    prompts = [Prompt(i, ask, where) for i, (where, ask, _) in enumerate(translations.requests)]
+    generate_command(run_dir, prompts, options, out)
+    answers = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    found = [answer["response"] for answer in answers]
+    references = [reference for _, _, reference in translations.requests]
+    result = {
+        "role": role,
+        "dtype": plan.dtype,
+        "quantization": plan.quantization,
+        "sentences": len(found),
+        "unfinished": sum(not answer["finished"] for answer in answers),
+        "empty": sum(not text for text in found),
+        **translation_scores(found, references, translations.target),
+    }
+    write_json(out.with_suffix(".scores.json"), result)
+    print("\n".join(_summary(result, direction)))
+    print(f"written: {out.with_suffix('.scores.json')}")
+    return result
+
+
+def translation_scores(
+    found: Sequence[str], references: Sequence[str], target: str
+) -> dict[str, dict[str, Any]]:
+    """Sacrebleu's BLEU and chrF of a corpus: score, half of its 95 % interval, and signature.
+
+    The interval is a bootstrap over sentences; None where there is one sentence only.
+
+    Args:
+        found: translations.
+        references: one for each.
+        target: code of their language, which decides what counts as a word.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+    tokenizer = TOKENIZERS.get(target.replace("_", "-").split("-")[0].lower(), "13a")
+    resamples = NUM_RESAMPLES if len(found) > 1 else 1
+    scores: dict[str, dict[str, Any]] = {}
+    for name, metric in (("bleu", BLEU(tokenize=tokenizer)), ("chrf", CHRF())):
+        score = metric.corpus_score(list(found), [list(references)], n_bootstrap=resamples)
+        signature = metric.get_signature().format()
+        told = json.loads(score.format(width=4, signature=signature, is_json=True))
+        scores[name] = {
+            "score": score.score,
+            "plus_minus": told.get("confidence_var"),
+            "signature": signature,
+        }
+    return scores
+
+
+def _summary(result: dict[str, Any], direction: str) -> list[str]:
+    """The closing lines."""
+    lines = [f"{result['sentences']} sentences {direction} by {result['role']}"]
+    if result["unfinished"] or result["empty"]:
+        lines[0] += f"; {result['unfinished']} cut by max_new_tokens, {result['empty']} empty"
+    for name, label in (("bleu", "BLEU"), ("chrf", "chrF")):
+        own = result[name]
+        error = "" if own["plus_minus"] is None else f" +- {own['plus_minus']:.1f}"
+        lines.append(f"{label} {own['score']:.1f}{error}  ({own['signature']})")
+    return lines

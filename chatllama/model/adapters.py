@@ -1,0 +1,147 @@
+"""Adapters on disk, in PEFT's own format, reopened and checked after writing.
+
+A folder holds adapter_model.safetensors, adapter_config.json and chatllama.json (chat contract,
+base, stage). No config.json: transformers would take the folder for a whole model.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from chatllama.config.model import LoraSection
+from chatllama.runs.folder import INFO
+from chatllama.runtime.files import replace_folder, write_json
+
+WEIGHTS = "adapter_model.safetensors"
+HEAD_PREFIX = "base_model.model.score."
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter read back from its folder."""
+
+    lora: LoraSection
+    state: dict[str, torch.Tensor]
+    """PEFT names -> float32 tensors, without the head."""
+    head: dict[str, torch.Tensor]
+    """`weight` (1, H) and, for a value head, `bias` (1,); empty without a head."""
+    info: dict[str, Any]
+    """What chatllama.json says: `contract`, `base`, `stage` ..."""
+
+
+def save_adapter(
+    folder: Path,
+    state: Mapping[str, torch.Tensor],
+    lora: LoraSection,
+    info: Mapping[str, Any],
+    head: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Replaces `folder` by the adapter, complete and checked, or leaves it as it was.
+
+    With a head of a weight alone, as reward models have, the adapter loads through
+    AutoModelForSequenceClassification(num_labels=1). That class has no place for the bias of a
+    value head: with one the adapter is for this project's own use.
+
+    Args:
+        folder: where PEFT's `from_pretrained` will read.
+        state: PEFT names -> tensors, as `roles.adapter_state` gives them, gathered.
+        lora: the adapter's shape.
+        info: `base` (path or hub id) and whatever else travels with the adapter.
+        head: `weight` and perhaps `bias` of a scalar head.
+
+    Raises:
+        ValueError: a tensor is empty, all zero or not finite, or does not read back equal.
+    """
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
+    for name, tensor in (head or {}).items():
+        tensors[HEAD_PREFIX + name] = tensor.detach().float().cpu().contiguous()
+    check_tensors(tensors, str(folder))
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=_target_modules(lora, state),
+        task_type="SEQ_CLS" if head else "CAUSAL_LM",
+        modules_to_save=["score"] if head else None,
+        base_model_name_or_path=str(info["base"]),
+        bias="none",
+        inference_mode=True,
+    )
+    beside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
+    config.save_pretrained(str(beside))
+    write_json(beside / INFO, dict(info))
+    with safe_open(beside / WEIGHTS, framework="pt") as reopened:
+        if set(reopened.keys()) != set(tensors):
+            raise ValueError(f"{folder}: the adapter did not read back: other tensor names")
+        for name, tensor in tensors.items():
+            if not torch.equal(reopened.get_tensor(name), tensor):
+                raise ValueError(f"{folder}: tensor {name} did not read back equal")
+    replace_folder(beside, folder)
+
+
+def _target_modules(lora: LoraSection, state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names by which PEFT finds the adapted layers in any model class, with a head or without."""
+    if lora.target_modules != "all-linear":
+        return sorted(lora.target_modules)
+    return sorted({name.split(".")[-3] for name in state})
+
+
+def check_tensors(tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Refuses what a broken gather or a dead training run writes.
+
+    Raises:
+        ValueError: names the tensor and what is wrong with it.
+    """
+    if not tensors:
+        raise ValueError(f"{where}: the adapter holds no tensors")
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            raise ValueError(f"{where}: tensor {name} is empty (not gathered under ZeRO-3?)")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{where}: tensor {name} holds NaN or infinity")
+        if not name.endswith("bias") and not tensor.any():
+            raise ValueError(f"{where}: tensor {name} is all zero: it was never trained")
+
+
+def load_adapter(folder: Path) -> SavedAdapter:
+    """The adapter in `folder`, checked.
+
+    Raises:
+        ValueError: a file is missing, cut off, or not an adapter that this project wrote.
+    """
+    for name in (WEIGHTS, "adapter_config.json", INFO):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: no {name}; is this an adapter of a chatllama run?")
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        info = json.loads((folder / INFO).read_text(encoding="utf-8"))
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        lora = LoraSection(
+            r=config["r"],
+            alpha=float(config["lora_alpha"]),
+            dropout=float(config["lora_dropout"]),
+            target_modules=sorted(config["target_modules"]),
+        )
+    except Exception as error:
+        raise ValueError(f"{folder}: damaged adapter: {error!r}") from error
+    check_tensors(tensors, str(folder))
+    return SavedAdapter(
+        lora=lora,
+        state={n: t for n, t in tensors.items() if not n.startswith(HEAD_PREFIX)},
+        head={
+            n.removeprefix(HEAD_PREFIX): t for n, t in tensors.items() if n.startswith(HEAD_PREFIX)
+        },
+        info=info,
+    )

@@ -1,0 +1,232 @@
+"""The LLaMA that all roles share: where it comes from and how it is loaded.
+
+Safe loading only: safetensors, no pickles, no remote code unless the user allows it. Building one
+from text (`backbone.from_scratch`) is training, so it lives in trainers/sft/pretrain.py.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.models.llama import modeling_llama
+
+from chatllama.config.model import BackboneSection
+from chatllama.model.packed_attention import check_varlen
+from chatllama.runtime.distributed import device, rank
+
+NF4_BLOCK = 64
+"""Weights that share a scale."""
+
+
+def load_backbone(
+    section: BackboneSection, path: str, dtype: torch.dtype | None = None
+) -> LlamaForCausalLM:
+    """The causal LLaMA at `path`, frozen, in eval mode, on the CPU or partitioned under ZeRO-3.
+
+    Args:
+        section: type, kernels, revision, remote code.
+        path: local folder or hub id (`backbone_path` or `base_path`).
+        dtype: overrides `section.dtype` (full fine-tuning trains float32 weights).
+
+    Raises:
+        ValueError: not a LLaMA, no safetensors weights, or some of them missing, or a kernel that
+            does not work here.
+    """
+    revision = section.revision if path == section.path else None
+    common = {"revision": revision, "trust_remote_code": section.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(path, **common)
+    except OSError as error:
+        raise ValueError(
+            f"backbone.path: no model at {path!r}. Give a local Hugging Face folder (with "
+            f"config.json and model.safetensors) or a hub id. {_first_line(error)}"
+        ) from error
+    except ValueError as error:  # no known model_type, or code that we do not run
+        raise ValueError(f"backbone.path: {path!r} cannot be loaded: {error}") from error
+    if not isinstance(config, LlamaConfig):
+        raise ValueError(
+            f"backbone.path: {path!r} is a {config.model_type!r} model; chatllama trains LLaMAs"
+        )
+    check_kernels(section, config)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            path,
+            output_loading_info=True,
+            dtype=dtype or getattr(torch, section.dtype),
+            attn_implementation=section.attn_implementation,
+            use_safetensors=True,
+            **_quantized(section, config, dtype),
+            **common,
+        )
+    except OSError as error:
+        raise ValueError(
+            f"backbone.path: {path!r} holds no safetensors weights (pickled checkpoints are not "
+            f"loaded). {_first_line(error)}"
+        ) from error
+    except ImportError as error:  # attention from a package of its own
+        raise ValueError(
+            f"backbone.attn_implementation: {section.attn_implementation} does not work here. "
+            f"{_first_line(error)} Install flash-attn (CUDA only) or choose sdpa"
+        ) from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"backbone.path: the weights in {path!r} are damaged: {_first_line(error)}"
+        ) from error
+    model, report = cast(tuple[LlamaForCausalLM, dict], loaded)
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(
+            f"backbone.path: {path!r} lacks {len(missing)} of the model's tensors, such as "
+            f"{missing[0]}; they would be random numbers"
+        )
+    model.requires_grad_(False)
+    if section.liger_kernel:
+        use_liger(model)
+    if section.quantization == "nf4":
+        _keep_4bit_layout(model)
+    if section.quantization != "none" and rank() == 0:
+        memory = f"{section.quantization}, {megabytes(weight_bytes(model))} of weights"
+        print(f"backbone: {memory}", file=sys.stderr)  # answers go to stdout
+    return model.eval()
+
+
+def _quantized(
+    section: BackboneSection, llama: LlamaConfig, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """What `from_pretrained` must be told to quantise while it loads.
+
+    Raises:
+        ValueError: the extra is missing, or cannot quantise such a model here.
+    """
+    if section.quantization == "none":
+        return {}
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"backbone.quantization {section.quantization} needs the extra: pip install "
+            "'chatllama[bitsandbytes]'"
+        )
+    narrow = [w for w in (llama.hidden_size, llama.intermediate_size) if w % NF4_BLOCK]
+    if section.quantization == "nf4" and device().type == "cpu" and narrow:
+        raise ValueError(
+            f"backbone.quantization nf4: on the CPU bitsandbytes computes wrongly in layers whose "
+            f"width is no multiple of {NF4_BLOCK}, and this model has {narrow[0]}; use int8"
+        )
+    if section.quantization == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype or getattr(torch, section.dtype),
+        )
+    return {"quantization_config": config, "device_map": {"": device()}}
+
+
+def _keep_4bit_layout(model: nn.Module) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights for the CPU's AVX512-BF16 when they sample.
+
+    The repacked layers round their scales and cut the gradient: what is trained would neither be
+    what was sampled nor learn below them.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            vars(module)["support_avx512bf16_for_cpu"] = False
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters, as they lie in memory."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def megabytes(count: int) -> str:
+    """Bytes as MB or GB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+ACTIVATIONS = ("silu", "swish")
+"""Names of the activation that Liger's SwiGLU computes, whatever the model's config says."""
+
+
+def check_kernels(section: BackboneSection, llama: LlamaConfig) -> None:
+    """Nothing, if the kernels that the section names work on this machine and for this model.
+
+    Raises:
+        ValueError: which one does not, and why.
+    """
+    if section.attn_implementation == "varlen":
+        check_varlen(llama)
+    if not section.liger_kernel:
+        return
+    # Triton's interpreter is slow and exact: for tests.
+    if device().type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            "backbone.liger_kernel: Liger's kernels need a CUDA GPU, and this process sees none; "
+            "set it to false (the results are the same but for rounding)"
+        )
+    if llama.hidden_act not in ACTIVATIONS:
+        raise ValueError(
+            f"backbone.liger_kernel: Liger's SwiGLU computes silu, and this model has hidden_act "
+            f"{llama.hidden_act!r}; set it to false"
+        )
+    _liger()
+
+
+def use_liger(llama: LlamaForCausalLM) -> None:
+    """A loaded LLaMA computes with Liger's kernels from now on; its weights stay as they are.
+
+    Before adapters are attached. The rotary embedding is a function that all LLaMAs of the process
+    look up by its name, so it changes for every one of them.
+
+    Raises:
+        ValueError: a model with code of its own.
+    """
+    if type(llama) is not LlamaForCausalLM:
+        raise ValueError(
+            "backbone.liger_kernel: Liger's kernels are for the LLaMA of transformers, not for "
+            f"{type(llama).__name__} of {type(llama).__module__}; set it to false"
+        )
+    names = cast(Any, modeling_llama)
+    norm, mlp = names.LlamaRMSNorm, names.LlamaMLP
+    _liger()(
+        rope=True,
+        rms_norm=True,
+        swiglu=True,
+        cross_entropy=False,
+        fused_linear_cross_entropy=False,
+        model=llama,
+    )
+    # What is loaded later has them only if it is asked for, too.
+    names.LlamaRMSNorm, names.LlamaMLP = norm, mlp
+
+
+def _liger() -> Callable[..., None]:
+    """Liger's function that changes a LLaMA."""
+    if find_spec("liger_kernel") is None or find_spec("triton") is None:
+        raise ValueError("backbone.liger_kernel needs the extra: pip install 'chatllama[liger]'")
+    try:
+        from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
+            apply_liger_kernel_to_llama,
+        )
+    except ImportError as error:  # it does not know this transformers
+        raise ValueError(
+            f"backbone.liger_kernel: liger-kernel cannot be used: {error}. The version in "
+            "constraints.txt can: pip install -c constraints.txt 'chatllama[liger]'"
+        ) from error
+    return apply_liger_kernel_to_llama

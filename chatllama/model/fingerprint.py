@@ -1,0 +1,105 @@
+"""Fingerprints of weights: which base an adapter was trained on, and whether it is in use."""
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from chatllama.config.model import BackboneSection
+from chatllama.config.schema import Config
+from chatllama.runs.folder import RunFolder, backbone_path, base_path
+from chatllama.runtime.files import file_hash
+
+SAMPLE = 64
+"""Bytes of each end of a tensor that a fingerprint looks at."""
+
+
+def folder_hash(folder: Path) -> str | None:
+    """One hash of an adapter's files, or a whole model's fingerprint; None: not there."""
+    if not folder.is_dir():
+        return None
+    if (folder / "config.json").is_file():
+        return fingerprint(folder)
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+        digest.update(f"{path.name}\0{file_hash(path)}\0".encode())
+    return digest.hexdigest()
+
+
+def base_record(cfg: Config, run: RunFolder) -> dict[str, str | None]:
+    """Path and fingerprint of the original backbone."""
+    path = backbone_path(cfg.backbone, run)
+    return {"path": path, "fingerprint": model_fingerprint(cfg.backbone, path)}
+
+
+def check_base(cfg: Config, run: RunFolder, info: dict[str, Any], where: str) -> None:
+    """Nothing, where an adapter was trained on the base that is in use.
+
+    Args:
+        cfg: names the base in use.
+        run: holds it, if it was made there.
+        info: of the adapter; older ones know no fingerprint.
+        where: the adapter's folder, for the message.
+
+    Raises:
+        ValueError: the weights are others.
+    """
+    path = base_path(cfg, run)
+    found, expected = model_fingerprint(cfg.backbone, path), info.get("base_fingerprint")
+    if found and expected and found != expected:
+        raise ValueError(
+            f"{where} was trained on another base: {info['base']} with fingerprint "
+            f"{expected[:12]}, and {path} has {found[:12]}. An adapter fits its own base only: "
+            "set backbone.path to that one, or train the earlier stages again"
+        )
+
+
+def model_fingerprint(section: BackboneSection, path: str) -> str | None:
+    """The fingerprint of the model at a path or, if it is in the cache, of a hub id."""
+    if Path(path).is_dir():
+        return fingerprint(Path(path))
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    revision = section.revision if path == section.path else None
+    try:
+        return fingerprint(Path(snapshot_download(path, revision=revision, local_files_only=True)))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def fingerprint(folder: Path) -> str | None:
+    """A hash of a model's weights that does not depend on how they are split into files.
+
+    It sees names, types, shapes and both ends of every tensor: any training changes it, and a 70B
+    model takes a second. None: no safetensors there, or not all of them yet.
+    """
+    entries: dict[str, bytes] = {}
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        if not all((folder / shard).is_file() for shard in shards):
+            return None
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            try:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(length))
+            except (struct.error, ValueError) as error:
+                raise ValueError(f"{path} is damaged: no safetensors header") from error
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                begin, end = (8 + length + offset for offset in entry["data_offsets"])
+                size = min(SAMPLE, end - begin)
+                file.seek(begin)
+                ends = file.read(size)
+                file.seek(end - size)
+                ends += file.read(size)
+                entries[name] = f"{entry['dtype']}{entry['shape']}".encode() + ends
+    if not entries:
+        return None
+    digest = hashlib.sha256()
+    for name in sorted(entries):
+        digest.update(name.encode() + b"\0" + entries[name])
+    return digest.hexdigest()

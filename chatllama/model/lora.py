@@ -1,0 +1,105 @@
+"""LoRA layers that multiply once where that is cheaper: the adapter is added to the weight first.
+
+PEFT computes x W' + (x A') B' scale: two thin products and three passes over the output beside the
+large product, and as much again backward. Over many tokens W + scale B A is made faster than that.
+It lives for one product only (backward makes it anew), so no second copy of the weights is held.
+"""
+
+from typing import Any, cast
+
+import torch
+from peft.tuners import lora
+from torch import nn
+
+from chatllama.runtime.distributed import call_inside
+
+
+class _MergedProduct(torch.autograd.Function):
+    """x (W + scale B A)', with gradients for x, A and B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, down, up)
+        ctx.scale = scale
+        return x @ torch.addmm(weight, up, down, alpha=scale).T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, down, up = ctx.saved_tensors
+        slope = gradients[0].flatten(0, -2)
+        inputs = x.flatten(0, -2)
+        to_x = to_down = to_up = None
+        if ctx.needs_input_grad[0]:
+            merged = torch.addmm(weight, up, down, alpha=ctx.scale)
+            to_x = (slope @ merged).view(x.shape)
+        if ctx.needs_input_grad[2]:
+            to_down = (slope @ up).mul_(ctx.scale).T @ inputs
+            to_up = slope.T @ (inputs @ down.T).mul_(ctx.scale)
+        return to_x, None, to_down, to_up, None
+
+
+class MergingLinear(lora.Linear):
+    """PEFT's layer; once told to, with the other order of products where many float32 rows come."""
+
+    merges = False
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """(..., in) -> (..., out), as PEFT's layer but for rounding."""
+        if not self.merges or args or kwargs or self.disable_adapters:
+            return super().forward(x, *args, **kwargs)
+        name = self._active_adapter[0]
+        if name not in self.lora_A or not self._pays(x, name):
+            return super().forward(x)
+        base, down, up = (
+            cast(nn.Linear, module)
+            for module in (self.base_layer, self.lora_A[name], self.lora_B[name])
+        )
+
+        def product(x: torch.Tensor) -> torch.Tensor:
+            # Views, so that backward hands the two gradients on one after another. Both at once,
+            # their order would be a matter of chance, and ZeRO-2 relies on ranks agreeing in it.
+            views = (part.weight.view_as(part.weight) for part in (down, up))
+            result = _MergedProduct.apply(x, base.weight, *views, self.scaling[name])
+            return result if base.bias is None else result + base.bias
+
+        split = hasattr(base.weight, "ds_id")
+        return call_inside([base, down, up] if split else [], product, x)
+
+    def _pays(self, x: torch.Tensor, name: str) -> bool:
+        """Whether the shortcut is exact but for rounding, and not slower.
+
+        Sums in bfloat16 would round the adapter away. Under ZeRO-3 all ranks must go the same way,
+        whatever the number of their rows.
+        """
+        base = cast(nn.Linear, self.base_layer)
+        if not base.weight.dtype == x.dtype == torch.float32:
+            return False
+        if torch.is_autocast_enabled(x.device.type):
+            return False
+        if not isinstance(self.lora_dropout[name], nn.Identity):
+            return False
+        if hasattr(base.weight, "ds_id"):
+            return self.training
+        rows = x.numel() // x.shape[-1]
+        return rows * (base.in_features + base.out_features) > base.in_features * base.out_features
+
+
+def merge_products(model: nn.Module) -> None:
+    """For training: its layers may round otherwise than PEFT's from now on, and are faster."""
+    for layer in model.modules():
+        if isinstance(layer, MergingLinear):
+            layer.merges = True
+
+
+def make_layer(target: nn.Module, adapter_name: str, **settings: Any) -> nn.Module | None:
+    """For PEFT: the layer of a plain matrix's first adapter; quantised ones keep PEFT's own."""
+    if type(target) is not nn.Linear:
+        return None
+    return MergingLinear(target, adapter_name, **settings)

@@ -1,0 +1,299 @@
+"""Four roles on one backbone: which adapter and which head act.
+
+The only module that knows PEFT adapter names. Everything else says `with acting_as(model, role):`
+or calls the functions of `scoring.py`. It never trains, samples or writes files.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from chatllama.config.model import LoraSection
+from chatllama.model.last_layer import trim_last_layer
+from chatllama.model.lora import make_layer
+
+T = TypeVar("T")
+Role = str
+"""base, reference, policy, reward, value; further reward adapters have names of their own."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a role starts from: an adapter's shape and, if it continues another, its tensors."""
+
+    lora: LoraSection
+    state: Mapping[str, torch.Tensor] | None = None
+    """PEFT names -> tensors; None: a new adapter, which changes nothing yet (B = 0)."""
+    trainable: bool = False
+
+
+class RoleModel(nn.Module):
+    """A frozen LLaMA, one LoRA adapter per role and the scalar heads.
+
+    Args:
+        backbone: the LLaMA; its weights are frozen here.
+        adapters: role -> adapter, in the order in which they are made. A role left out acts
+            without adapter (`base` always; `reference` after full fine-tuning).
+        heads: roles that get a scalar head.
+        shared: role -> role whose adapter it uses (value head on the policy's trunk).
+        dropout: whether the adapters keep their dropout (SFT and reward training only).
+    """
+
+    def __init__(
+        self,
+        backbone: LlamaForCausalLM,
+        adapters: Mapping[Role, Adapter],
+        heads: tuple[Role, ...] = (),
+        shared: Mapping[Role, Role] | None = None,
+        dropout: bool = False,
+    ) -> None:
+        super().__init__()
+        self.adapter_names: dict[Role, str | None] = {"base": None, "reference": None}
+        backbone.requires_grad_(False)
+        trim_last_layer(backbone)
+        self.backbone: LlamaForCausalLM | PeftModel = backbone
+        for role, adapter in adapters.items():
+            self._make_adapter(role, lora_config(adapter.lora, role, dropout))
+        self.heads = nn.ModuleDict(
+            {role: ScalarHead(backbone.config.hidden_size, role == "value") for role in heads}
+        )
+        for role, source in (shared or {}).items():
+            self.adapter_names[role] = self.adapter_names[source]
+        self._lora_layers = _lora_layers(self.backbone)
+        self.lora = {role: adapter.lora for role, adapter in adapters.items()}
+        self.trainable_roles = tuple(r for r, a in adapters.items() if a.trainable)
+        for role, adapter in adapters.items():
+            if adapter.state is not None:
+                _load_state(self, role, adapter.state)
+            for parameter in adapter_parameters(self, role):
+                parameter.requires_grad_(adapter.trainable)
+        trains_head = {r: r in self.trainable_roles or r in (shared or {}) for r in heads}
+        for role, head in self.heads.items():
+            head.requires_grad_(trains_head[role])
+        self._acting: Role = "base"
+        _activate(self, "base")
+
+    def _make_adapter(self, role: Role, config: LoraConfig) -> None:
+        if isinstance(self.backbone, PeftModel):
+            self.backbone.add_adapter(role, config)
+        else:
+            wrapped = get_peft_model(self.backbone, config, adapter_name=role)
+            self.backbone = cast(PeftModel, wrapped)
+        self.adapter_names[role] = role
+
+    def add(self, role: Role, adapter: Adapter) -> None:
+        """One more role, frozen and for inference, while the model is in use.
+
+        Raises:
+            ValueError: the adapter does not fit the backbone; nothing has changed then.
+        """
+        assert role not in self.adapter_names and adapter.state is not None and not self.training
+        try:
+            self._make_adapter(role, lora_config(adapter.lora, role))
+            self._lora_layers = _lora_layers(self.backbone)
+            _load_state(self, role, adapter.state)
+        except ValueError:
+            self.remove(role)
+            raise
+        self.lora[role] = adapter.lora
+        self.eval().requires_grad_(False)
+        _activate(self, self._acting)
+
+    def remove(self, role: Role) -> None:
+        """Forgets a role that `add` made; it must not be acting."""
+        assert role != self._acting
+        self.adapter_names.pop(role, None)
+        self.lora.pop(role, None)
+        if role in self.peft_model.peft_config:
+            self.peft_model.delete_adapter(role)
+        self._lora_layers = _lora_layers(self.backbone)
+        _activate(self, self._acting)
+
+    @property
+    def peft_model(self) -> PeftModel:
+        """PEFT's own model, which holds the adapters; there must be one."""
+        assert isinstance(self.backbone, PeftModel)
+        return self.backbone
+
+    @property
+    def llama(self) -> LlamaForCausalLM:
+        """The LLaMA with its adapters in place."""
+        if isinstance(self.backbone, PeftModel):
+            return cast(LlamaForCausalLM, self.backbone.get_base_model())
+        return self.backbone
+
+    @property
+    def acting(self) -> Role:
+        """The role whose adapter is in force."""
+        return self._acting
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trades time for memory; the recomputation runs under the role of its forward pass."""
+
+        def contexts() -> tuple:
+            return nullcontext(), acting_as(self, self._acting)
+
+        # The older of two names: transformers 5.20, the last for Python 3.10, has no other.
+        self.llama.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
+        )
+
+    def forward(self, function: Callable[..., T], *args: object) -> T:
+        """Runs a function of `scoring.py` inside the training engine's forward pass.
+
+        Args:
+            function: takes the model first.
+            *args: its other arguments.
+        """
+        return function(self, *args)
+
+
+@contextmanager
+def acting_as(model: RoleModel, role: Role) -> Iterator[None]:
+    """The model computes as `role` inside; the role before comes back at the end.
+
+    Only names switch: no parameter's requires_grad changes (that would break ZeRO).
+
+    Raises:
+        ValueError: the model holds no such role.
+    """
+    if role not in model.adapter_names:
+        raise ValueError(f"role {role!r} is not loaded; loaded: {sorted(model.adapter_names)}")
+    before = model.acting
+    _activate(model, role)
+    try:
+        yield
+    finally:
+        _activate(model, before)
+
+
+def mergeable(model: RoleModel) -> bool:
+    """Whether every adapted matrix is a plain one, neither quantised nor split over ranks."""
+    bases = [layer.get_base_layer() for layer in model._lora_layers]
+    return all(type(base) is nn.Linear and base.weight.ndim == 2 for base in bases)
+
+
+@contextmanager
+def merged_as(model: RoleModel, role: Role) -> Iterator[None]:
+    """As `acting_as`, with the adapter's product inside the weights, for inference.
+
+    The sums stand beside the base, which is not written to: what comes back at the end is the very
+    memory that was there. Costs a second copy of the adapted matrices while it lasts.
+
+    Args:
+        model: holds the role; must be `mergeable`.
+        role: who acts.
+    """
+    assert mergeable(model)
+    originals: list[tuple[nn.Parameter, torch.Tensor]] = []
+    with acting_as(model, role):
+        name = model.adapter_names[role]
+        try:
+            for layer in model._lora_layers:
+                if name is not None and name in layer.lora_A:
+                    weight = cast(nn.Parameter, layer.get_base_layer().weight)
+                    up = cast(nn.Linear, layer.lora_B[name]).weight.data
+                    down = cast(nn.Linear, layer.lora_A[name]).weight.data
+                    merged = weight.data.float() + layer.scaling[name] * (up @ down)
+                    originals.append((weight, weight.data))
+                    weight.data = merged.to(weight.dtype)
+                layer._disable_adapters = True
+            yield
+        finally:
+            for weight, original in originals:
+                weight.data = original
+
+
+def _lora_layers(backbone: nn.Module) -> list[LoraLayer]:
+    return [module for module in backbone.modules() if isinstance(module, LoraLayer)]
+
+
+def _activate(model: RoleModel, role: Role) -> None:
+    name = model.adapter_names[role]
+    for layer in model._lora_layers:
+        # PEFT's public set_adapter flips requires_grad; a test pins these private names.
+        layer._disable_adapters = name is None
+        if name is not None:
+            layer._active_adapter = [name]
+    model._acting = role
+
+
+def lora_config(lora: LoraSection, role: Role, dropout: bool = False) -> LoraConfig:
+    """The PEFT configuration of a role's adapter, in memory: plain LoRA, no extras."""
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=cast(int, lora.alpha),
+        lora_dropout=lora.dropout if dropout else 0.0,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+        bias="none",
+    )
+    # An experimental name of PEFT's (pinned; tests/model/test_lora.py).
+    config._register_custom_module(cast(Any, {nn.Linear: make_layer}))
+    return config
+
+
+def adapter_parameters(model: RoleModel, role: Role) -> list[nn.Parameter]:
+    """Parameters of the role's own adapter, without its head."""
+    marks = (f".lora_A.{role}.", f".lora_B.{role}.")
+    return [p for n, p in model.backbone.named_parameters() if any(m in n for m in marks)]
+
+
+def adapter_state(model: RoleModel, role: Role) -> dict[str, torch.Tensor]:
+    """PEFT's names -> tensors of the role's adapter (not copied). Gather first under ZeRO-3."""
+    marks = (f".lora_A.{role}.", f".lora_B.{role}.")
+    return {
+        name.replace(f".{role}.weight", ".weight"): parameter.detach()
+        for name, parameter in model.backbone.named_parameters()
+        if any(mark in name for mark in marks)
+    }
+
+
+def _load_state(model: RoleModel, role: Role, state: Mapping[str, torch.Tensor]) -> None:
+    own = adapter_state(model, role)
+    if own.keys() != state.keys():
+        missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        raise ValueError(
+            f"adapter for role {role} does not fit the backbone: missing {missing[:3]}, "
+            f"not expected {extra[:3]} ({len(missing)} and {len(extra)} in all)"
+        )
+    for name, tensor in state.items():
+        if own[name].shape != tensor.shape:
+            raise ValueError(
+                f"adapter for role {role}: {name} has shape {tuple(tensor.shape)}, "
+                f"the backbone needs {tuple(own[name].shape)}"
+            )
+        own[name].copy_(tensor)
+
+
+def autocast(model: RoleModel) -> torch.autocast:
+    """Matrix products in the backbone's type: adapters and heads themselves stay float32."""
+    kind = model.llama.dtype
+    half = kind in (torch.bfloat16, torch.float16)
+    return torch.autocast(model.llama.device.type, kind if half else torch.bfloat16, enabled=half)
+
+
+class ScalarHead(nn.Linear):
+    """One float32 number per position, whatever the type of the backbone.
+
+    Weights start from N(0, 1 / sqrt(H + 1)) (Stiennon 2020; Huang 2024, arXiv 2403.17031). A
+    reward head has no bias, so that it loads as the `score` of a classification model.
+    """
+
+    def __init__(self, hidden_size: int, bias: bool) -> None:
+        super().__init__(hidden_size, 1, bias=bias, dtype=torch.float32)
+        nn.init.normal_(self.weight, std=(hidden_size + 1) ** -0.5)
+        if bias:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Scores of hidden states: (..., H) any float -> (...) float32."""
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float()).squeeze(-1)

@@ -1,0 +1,183 @@
+"""The tensors of a Hugging Face folder, read, added up with an adapter, and written one at a time.
+
+`safetensors.torch.save_file` wants all tensors of a file at once. The format: the header's length
+(8 bytes, little endian), the header (JSON), the tensors' bytes.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+
+from chatllama.model.adapters import SavedAdapter
+from chatllama.runtime.files import write_json
+
+TORCH_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_NAMES = {dtype: name for name, dtype in TORCH_TYPES.items()}
+_PREFIX = "base_model.model."
+_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Names, shapes and types of a model's tensors, and how to get one."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """In the order of the files."""
+    dtypes: Mapping[str, torch.dtype]
+    tensor: Callable[[str], torch.Tensor]
+
+
+def local_folder(path: str, revision: str | None = None) -> Path:
+    """A model's folder on this machine; a hub id is downloaded, or found in the cache."""
+    if Path(path).is_dir():
+        return Path(path)
+    return Path(snapshot_download(path, revision=revision, allow_patterns=list(_FILES)))
+
+
+def open_model(folder: Path) -> ModelFiles:
+    """The tensors in the folder's safetensors files.
+
+    Raises:
+        ValueError: there are none, or a file is cut off.
+    """
+    places: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (no mapping)
+                    part = opened.get_slice(name)
+                    places[name], shapes[name] = file, tuple(part.get_shape())
+                    if part.get_dtype() not in TORCH_TYPES:
+                        raise ValueError(f"{file}: {name} is of type {part.get_dtype()}")
+                    dtypes[name] = TORCH_TYPES[part.get_dtype()]
+        except SafetensorError as error:
+            raise ValueError(f"{file}: damaged: {error}") from error
+    if not places:
+        raise ValueError(f"{folder}: no safetensors files")
+
+    def tensor(name: str) -> torch.Tensor:
+        with safe_open(places[name], framework="pt") as opened:
+            return opened.get_tensor(name)
+
+    return ModelFiles(shapes, dtypes, tensor)
+
+
+def merged(base: ModelFiles, adapter: SavedAdapter | None, dtype: torch.dtype) -> ModelFiles:
+    """The base with the adapter's products added: W + alpha / r * B A, added up in float32.
+
+    Args:
+        base: tensors of the unquantised base.
+        adapter: plain LoRA. None: only the type changes.
+        dtype: of the results.
+
+    Raises:
+        ValueError: the adapter changes a tensor that the base does not have, or of another shape.
+    """
+    if adapter is None:
+        same = dict.fromkeys(base.shapes, dtype)
+        return ModelFiles(base.shapes, same, lambda name: cast_to(base.tensor(name), dtype, name))
+    scale = adapter.lora.alpha / adapter.lora.r
+    changed = {name.removeprefix(_PREFIX).replace(".lora_A.", "."): name for name in adapter.state}
+    changed = {name: key for name, key in changed.items() if ".lora_B." not in name}
+    for name, key in changed.items():
+        a, b = adapter.state[key], adapter.state[key.replace(".lora_A.", ".lora_B.")]
+        if base.shapes.get(name) != (b.shape[0], a.shape[1]):
+            raise ValueError(
+                f"the adapter changes {name} of shape {(b.shape[0], a.shape[1])}; in the base it "
+                f"has {base.shapes.get(name, 'no such tensor')}"
+            )
+
+    def tensor(name: str) -> torch.Tensor:
+        weight = base.tensor(name)
+        if (key := changed.get(name)) is not None:
+            a, b = adapter.state[key], adapter.state[key.replace(".lora_A.", ".lora_B.")]
+            weight = weight.float() + scale * (b.float() @ a.float())
+        return cast_to(weight, dtype, name)
+
+    return ModelFiles(base.shapes, dict.fromkeys(base.shapes, dtype), tensor)
+
+
+def cast_to(weight: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """The weight in another type.
+
+    Raises:
+        ValueError: the type does not reach that far.
+    """
+    converted = weight.to(dtype)
+    if not torch.isfinite(converted).all():
+        raise ValueError(f"{name} is too large for {dtype}: choose another --dtype")
+    return converted
+
+
+def write_model(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    tensor: Callable[[str], torch.Tensor],
+    max_bytes: int,
+) -> list[Path]:
+    """The files that hold a model's tensors as `from_pretrained` finds them.
+
+    One model.safetensors, or several with an index.
+
+    Args:
+        folder: where they go.
+        shapes: name -> shape, in the order in which they are written.
+        dtype: of all tensors.
+        tensor: gives a tensor of that name and type.
+        max_bytes: of a file; a single larger tensor gets a file of its own.
+    """
+    groups: list[list[str]] = [[]]
+    room = max_bytes
+    for name, shape in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
+        if groups[-1] and size > room:
+            groups.append([])
+            room = max_bytes
+        groups[-1].append(name)
+        room -= size
+    files: list[Path] = []
+    places: dict[str, str] = {}
+    for number, names in enumerate(groups, start=1):
+        several = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        file = folder / (several if len(groups) > 1 else "model.safetensors")
+        write_file(file, {name: shapes[name] for name in names}, dtype, tensor)
+        files.append(file)
+        places |= dict.fromkeys(names, file.name)
+    if len(files) > 1:
+        total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        write_json(folder / "model.safetensors.index.json", index)
+    return files
+
+
+def write_file(
+    file: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    tensor: Callable[[str], torch.Tensor],
+) -> None:
+    """One safetensors file; arguments as for `write_model`."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        entry = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        header[name] = entry
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little"))
+        stream.write(encoded)
+        for name, shape in shapes.items():
+            value = tensor(name).contiguous()
+            assert (tuple(value.shape), value.dtype) == (shape, dtype), name
+            stream.write(value.flatten().view(torch.uint8).numpy().data)

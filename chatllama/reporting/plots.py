@@ -1,0 +1,215 @@
+"""Curves of a run as SVG text whose colours follow the page (light and dark).
+
+Which curves there are is listed in `PANELS`; the page around them is `report.py`.
+"""
+
+import io
+import re
+from dataclasses import dataclass
+from html import escape
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from chatllama.runs.folder import Stage
+
+# Placeholders that `_themed` turns into CSS variables of the page.
+INK, FAINT, LIMIT = "#010203", "#040506", "#0a0b0c"
+LINES = ("#111213", "#141516", "#171819")
+_VARIABLES = {
+    INK: "var(--muted)",
+    FAINT: "var(--line)",
+    LIMIT: "var(--limit)",
+    LINES[0]: "var(--curve1)",
+    LINES[1]: "var(--curve2)",
+    LINES[2]: "var(--curve3)",
+}
+SMOOTH_FROM = 30
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot: its words (the title is unique), and label -> metric for each curve."""
+
+    stage: Stage
+    title: str
+    explanation: str
+    curves: dict[str, str]
+
+
+PANELS: tuple[Panel, ...] = (
+    Panel(
+        "ppo",
+        "Reward model score",
+        "Mean score of the sampled answers; what PPO climbs.",
+        {"training": "ppo/score_mean", "held out": "ppo/eval_score_mean"},
+    ),
+    Panel(
+        "ppo",
+        "KL to the SFT model",
+        "Nats per answer; how far the policy has moved.",
+        {"training": "ppo/kl_sequence", "held out": "ppo/eval_kl_sequence"},
+    ),
+    Panel(
+        "ppo",
+        "Answer length",
+        "Tokens per sampled answer.",
+        {"length": "ppo/response_length"},
+    ),
+    Panel(
+        "ppo",
+        "Entropy",
+        "Nats per token; near 0 the policy has stopped exploring.",
+        {"entropy": "ppo/entropy"},
+    ),
+    Panel(
+        "ppo",
+        "Answers that end by themselves",
+        "Share that closes with the end-of-turn token within the length limit.",
+        {"share": "ppo/eos_rate"},
+    ),
+    Panel(
+        "ppo",
+        "Clipped ratios",
+        "Share of tokens whose probability ratio left the clip range.",
+        {"share": "ppo/clip_fraction"},
+    ),
+    Panel("ppo", "Value loss", "Squared error of the value model.", {"loss": "ppo/value_loss"}),
+    Panel(
+        "ppo",
+        "Explained variance",
+        "Share of the returns' variance that the value model explains; 1 is perfect.",
+        {"explained": "ppo/explained_variance"},
+    ),
+    Panel(
+        "reward",
+        "Reward model loss",
+        "Pairwise Bradley-Terry loss; 0.693 is guessing.",
+        {"training": "reward/loss", "held out": "reward/eval_loss"},
+    ),
+    Panel(
+        "reward",
+        "Reward model accuracy",
+        "Share of pairs in which the chosen answer scores higher.",
+        {"training": "reward/accuracy", "held out": "reward/eval_accuracy"},
+    ),
+    Panel(
+        "sft",
+        "SFT loss",
+        "Cross-entropy per answer token, in nats.",
+        {"training": "sft/loss", "held out": "sft/eval_loss"},
+    ),
+)
+
+PRETRAINING = Panel(
+    "sft",
+    "Pretraining loss",
+    "Cross-entropy per token of a backbone made from scratch, in nats.",
+    {"training": "sft/loss"},
+)
+
+
+def smooth(values: list[float], window: int) -> list[float]:
+    """Mean of each value with its neighbours, up to `window` values, fewer at the ends."""
+    half = window // 2
+    out = []
+    for i in range(len(values)):
+        near = values[max(0, i - half) : i + half + 1]
+        out.append(sum(near) / len(near))
+    return out
+
+
+def curve(lines: list[dict], metric: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one metric, where it was logged and finite."""
+    points = [(line["step"], line[metric]) for line in lines if line.get(metric) is not None]
+    return [float(step) for step, _ in points], [float(value) for _, value in points]
+
+
+def draw(panel: Panel, lines: list[dict], limit: float | None = None) -> str | None:
+    """The panel as inline SVG; None if none of its metrics was logged.
+
+    Args:
+        panel: what to draw.
+        lines: of the stage's metrics.jsonl.
+        limit: the Bayes limit of the accuracy, drawn as a dashed line.
+    """
+    found = {label: curve(lines, metric) for label, metric in panel.curves.items()}
+    found = {label: points for label, points in found.items() if points[0]}
+    if not found:
+        return None
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.title}):
+        figure = Figure(figsize=(4.8, 2.5), layout="constrained")
+        axes = figure.subplots()
+        for colour, (label, (steps, values)) in zip(LINES, found.items(), strict=False):
+            _plot(axes, steps, values, label, colour)
+        if limit is not None:
+            axes.axhline(
+                limit, color=LIMIT, linestyle=(0, (4, 3)), linewidth=1.4, label="Bayes limit"
+            )
+        style(axes, "step", legend=len(found) > 1 or limit is not None)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        return themed(figure, panel.title, _in_words(panel, found))
+
+
+def _plot(axes: Axes, steps: list[float], values: list[float], label: str, colour: str) -> None:
+    """One curve: points where few, the values faintly under their running mean where many."""
+    if len(steps) < SMOOTH_FROM:
+        size = 4 if len(steps) < 12 else 0
+        axes.plot(steps, values, color=colour, linewidth=1.8, label=label, marker="o", ms=size)
+        return
+    axes.plot(steps, values, color=colour, linewidth=0.9, alpha=0.35)
+    mean = smooth(values, max(5, len(values) // 12))
+    axes.plot(steps, mean, color=colour, linewidth=2.0, label=label)
+
+
+def style(axes: Axes, xlabel: str, legend: bool) -> None:
+    """The look of all plots: quiet axes, a grid behind, text in the page's colour."""
+    axes.set_xlabel(xlabel, color=INK, fontsize=9)
+    axes.grid(axis="y", color=FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=9, length=0)
+    axes.margins(x=0.02, y=0.12)
+    axes.locator_params(axis="y", nbins=5)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(FAINT)
+    if legend:
+        axes.legend(frameon=False, labelcolor=INK, fontsize=9, loc="best")
+
+
+def _in_words(panel: Panel, found: dict[str, tuple[list[float], list[float]]]) -> str:
+    """What a reader who cannot see the plot is told."""
+    parts = []
+    for label, (steps, values) in found.items():
+        parts.append(
+            f"{label} from {values[0]:.3g} at step {steps[0]:g} to {values[-1]:.3g} at step "
+            f"{steps[-1]:g}, lowest {min(values):.3g}, highest {max(values):.3g}"
+        )
+    return f"{panel.title}: {'; '.join(parts)}."
+
+
+def themed(figure: Figure, title: str, words: str) -> str:
+    """A figure as SVG element of a page: page colours, page font, unique ids, alt text.
+
+    Args:
+        figure: drawn in the placeholder colours, under `svg.fonttype: none`.
+        title: unique on the page.
+        words: what a reader who cannot see the plot is told.
+    """
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    prefix = re.sub(r"[^a-z]+", "-", title.lower())
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}.", svg)
+    for placeholder, variable in _VARIABLES.items():
+        svg = svg.replace(placeholder, variable)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
+    head, rest = svg.split(">", 1)
+    box = re.search(r'viewBox="[^"]*"', head)
+    assert box is not None, head
+    return f'<svg {box[0]} role="img" aria-label="{escape(words)}">{rest}'

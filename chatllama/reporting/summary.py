@@ -1,0 +1,176 @@
+"""What a finished run amounts to: summary.json, its table of base, SFT and PPO, and findings.
+
+Table and findings are read from the summary only; the terminal (`pipeline.py`) and the page
+(`report.py`) show the same.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from chatllama.runs.folder import STAGES, RunFolder
+from chatllama.runtime.files import write_json
+
+ROWS = (("base", "base"), ("sft", "SFT"), ("ppo", "PPO"))
+REWARD_NUMBERS = ("accuracy", "accuracy_low", "accuracy_high", "bayes_accuracy")
+BAYES_SLACK = 0.05
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence about a run."""
+
+    kind: Literal["good", "bad", "neutral"]
+    text: str
+
+
+def write_summary(run: RunFolder) -> dict[str, Any]:
+    """Gathers what the finished stages and the evaluation wrote into summary.json; gives it.
+
+    `base`, `sft`, `ppo`: the evaluation's numbers of each role. `reward`: accuracy on held-out
+    pairs, its interval and, if known, the Bayes limit. `wall_seconds`: per stage; making the
+    backbone and the evaluation are taken out of the stage that did them.
+    """
+    summary: dict[str, Any] = {}
+    if run.evaluation.is_file():
+        summary.update(json.loads(run.evaluation.read_text(encoding="utf-8"))["roles"])
+    results = {s: run.read_result(s) for s in STAGES if run.result(s).is_file()}
+    reward = {name: results.get("reward", {}).get(name) for name in REWARD_NUMBERS}
+    summary["reward"] = {name: value for name, value in reward.items() if value is not None}
+    seconds: dict[str, float] = {}
+    for stage, numbers in results.items():
+        own = numbers.get("wall_seconds", 0.0)
+        if "backbone_seconds" in numbers:
+            seconds["backbone"] = numbers["backbone_seconds"]
+            own -= numbers["backbone_seconds"]
+        seconds[stage] = own
+        if "evaluation_seconds" in numbers:
+            seconds["evaluation"] = numbers["evaluation_seconds"]
+    summary["wall_seconds"] = {**seconds, "total": sum(seconds.values())}
+    write_json(run.summary, summary)
+    return summary
+
+
+def read_summary(run: RunFolder) -> dict[str, Any]:
+    """The numbers of summary.json; empty if it has not been written."""
+    if not run.summary.is_file():
+        return {}
+    return json.loads(run.summary.read_text(encoding="utf-8"))
+
+
+def number(summary: dict[str, Any], name: str) -> float | None:
+    """The value at a dotted name; None where it is absent."""
+    value: Any = summary
+    for key in name.split("."):
+        if not isinstance(value, dict) or key not in value:
+            return None
+        value = value[key]
+    return None if value is None else float(value)
+
+
+def result_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of the table of roles; columns that no role has are left out."""
+    columns = (
+        ("gold score", lambda r: _plus_minus(summary, f"{r}.gold_mean", f"{r}.gold_se")),
+        ("RM score", lambda r: _plain(summary, f"{r}.score_mean", ".2f")),
+        ("win rate vs SFT", lambda r: _with_interval(summary, f"{r}.win_rate")),
+        ("KL to SFT (nats)", lambda r: _plain(summary, f"{r}.kl", ".2f")),
+        ("tokens per answer", lambda r: _plain(summary, f"{r}.response_length", ".1f")),
+    )
+    cells = {head: [cell(role) for role, _ in ROWS] for head, cell in columns}
+    shown = {head: column for head, column in cells.items() if any(column)}
+    heads = ["model", *shown]
+    rows = [
+        [label, *(column[i] or "\N{EN DASH}" for column in shown.values())]
+        for i, (_, label) in enumerate(ROWS)
+    ]
+    return (heads, rows) if shown else ([], [])
+
+
+def reward_accuracy(summary: dict[str, Any]) -> str:
+    """The reward model's accuracy with its interval and the Bayes limit, in one line; or ''."""
+    accuracy = _with_interval(summary, "reward.accuracy")
+    limit = _plain(summary, "reward.bayes_accuracy", ".3f")
+    return f"{accuracy}, Bayes limit {limit}" if accuracy and limit else accuracy
+
+
+def findings(summary: dict[str, Any]) -> list[Finding]:
+    """What the numbers say about PPO and about the reward model."""
+    found = [_about_gold(summary) or _about_win_rate(summary), _about_reward_model(summary)]
+    return [each for each in found if each is not None]
+
+
+def _about_gold(summary: dict[str, Any]) -> Finding | None:
+    before, after = number(summary, "sft.gold_mean"), number(summary, "ppo.gold_mean")
+    if before is None or after is None:
+        return None
+    errors = number(summary, "sft.gold_se") or 0.0, number(summary, "ppo.gold_se") or 0.0
+    spread = math.hypot(*errors)
+    if not spread:
+        return Finding("neutral", f"Gold score: SFT {before:.2f}, PPO {after:.2f}, errors unknown.")
+    distance = (after - before) / spread
+    change = f"from {before:.2f} to {after:.2f} ({abs(distance):.1f} standard errors)"
+    if distance > 2:
+        return Finding("good", f"PPO raised the gold score {change}.")
+    if distance >= -2:
+        return Finding("neutral", f"PPO made no measurable difference to the gold score: {change}.")
+    text = f"PPO lowered the gold score {change}."
+    rm = number(summary, "sft.score_mean"), number(summary, "ppo.score_mean")
+    if rm[0] is not None and rm[1] is not None and rm[1] > rm[0]:
+        text += (
+            f" The reward model's score rose from {rm[0]:.2f} to {rm[1]:.2f}: it is over-optimised."
+            " Raise ppo.kl_coef, lower ppo.steps or improve the reward model."
+        )
+    return Finding("bad", text)
+
+
+def _about_win_rate(summary: dict[str, Any]) -> Finding | None:
+    low, high = number(summary, "ppo.win_rate_low"), number(summary, "ppo.win_rate_high")
+    rate = _with_interval(summary, "ppo.win_rate")
+    if low is None or high is None or not rate:
+        return None
+    text = (
+        f"By the reward model's own judgement PPO's answers beat SFT's at a rate of {rate}. "
+        "No gold score is known, and PPO was trained on that judge: read the samples."
+    )
+    return Finding("good" if low > 0.5 else "bad" if high < 0.5 else "neutral", text)
+
+
+def _about_reward_model(summary: dict[str, Any]) -> Finding | None:
+    accuracy, low = number(summary, "reward.accuracy"), number(summary, "reward.accuracy_low")
+    limit = number(summary, "reward.bayes_accuracy")
+    if accuracy is None:
+        return None
+    if limit is not None and accuracy < limit - BAYES_SLACK:
+        text = (
+            f"The reward model's accuracy {accuracy:.3f} is far below the {limit:.3f} that is "
+            "possible; PPO will exploit what it has not learned."
+        )
+        return Finding("bad", text)
+    if low is not None and low <= 0.5:
+        text = f"The reward model's accuracy {accuracy:.3f} cannot be told from guessing."
+        return Finding("bad", text)
+    return None
+
+
+def _plain(summary: dict[str, Any], name: str, form: str) -> str:
+    value = number(summary, name)
+    return "" if value is None else f"{value:{form}}"
+
+
+def _plus_minus(summary: dict[str, Any], name: str, error_name: str) -> str:
+    value, error = number(summary, name), number(summary, error_name)
+    if value is None:
+        return ""
+    return f"{value:.2f}" if error is None else f"{value:.2f} \N{PLUS-MINUS SIGN} {error:.2f}"
+
+
+def _with_interval(summary: dict[str, Any], name: str) -> str:
+    value = number(summary, name)
+    low, high = number(summary, f"{name}_low"), number(summary, f"{name}_high")
+    if value is None:
+        return ""
+    if low is None or high is None:
+        return f"{value:.3f}"
+    return f"{value:.3f} ({low:.3f}\N{EN DASH}{high:.3f})"

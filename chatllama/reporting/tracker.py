@@ -1,0 +1,297 @@
+"""What a stage tells while it runs: metrics.jsonl, trackers, samples.
+
+Only rank 0 writes and prints. It computes no metric and decides nothing about training; how
+progress looks is in `progress.py`.
+"""
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from chatllama.config.schema import TrackingSection
+from chatllama.reporting.display import PlainDisplay, open_display
+from chatllama.runs.folder import STAGES, RunFolder, Stage
+
+TRACKERS = ("tensorboard", "wandb")
+
+
+def check_trackers(report_to: list[str]) -> None:
+    """Nothing, if every tracker is known and its package is installed.
+
+    Raises:
+        ValueError: an unknown name, or a package that is missing.
+    """
+    for name in report_to:
+        if name not in TRACKERS:
+            raise ValueError(
+                f"tracking.report_to: {name!r} is unknown; allowed: {', '.join(TRACKERS)}"
+            )
+        if find_spec(name) is None:
+            raise ValueError(
+                f"tracking.report_to: {name!r} needs the package of that name: "
+                f"pip install {name}, or take it out of the list"
+            )
+
+
+class _Writer(Protocol):
+    """A tracker beside metrics.jsonl."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _TensorBoard:
+    """Event files in RUN/<stage>/tensorboard."""
+
+    def __init__(self, folder: Path, resumed_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    """One Weights & Biases run per stage, in the project `chatllama`."""
+
+    def __init__(self, run: RunFolder, stage: Stage) -> None:
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        self._run = wandb.init(
+            project="chatllama",
+            group=run.root.name,
+            name=f"{run.root.name}-{stage}",
+            dir=str(run.stage(stage)),
+        )
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Tracker:
+    """Metrics and progress of one stage; use as `with Tracker(...) as tracker:`.
+
+    Args:
+        run: the run's folder.
+        stage: the stage that runs.
+        tracking: the config's section.
+        total_steps: steps of the whole stage, finished ones included.
+        rank: this process's number; others than 0 do nothing.
+        title: what the display calls it, where that is not the stage's name.
+
+    Raises:
+        ValueError: `tracking.report_to` cannot be honoured (on every rank alike).
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        stage: Stage,
+        tracking: TrackingSection,
+        total_steps: int,
+        rank: int,
+        title: str | None = None,
+    ) -> None:
+        assert stage in STAGES
+        check_trackers(tracking.report_to)
+        self._run, self._tracking = run, tracking
+        self._stage: Stage = stage
+        self._title = title or stage
+        self._total = total_steps
+        self._is_main = rank == 0
+        self._resumed_step = 0
+        self._seconds_before = 0.0
+        self._started = time.monotonic()
+        self._writers: list[_Writer] | None = None
+        self._display: PlainDisplay | None = None
+        self._named_not_finite: set[str] = set()
+
+    def __enter__(self) -> "Tracker":
+        self._started = time.monotonic()
+        if self._is_main:
+            self._display = open_display(self._stage, self._total, self._title)
+            self._display.start_at(self._resumed_step)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._display is not None:
+            self._display.stop()
+        for writer in self._writers or []:
+            writer.close()
+
+    def resume_from(self, step: int) -> None:
+        """Continues the files of an interrupted stage: lines of later steps are cut away.
+
+        Call before the first `log`; without it the stage's files start anew.
+
+        Args:
+            step: the last step whose effect the restored state holds.
+        """
+        assert self._writers is None, "resume_from comes before the first log"
+        if not self._is_main:
+            return
+        self._resumed_step = step
+        if self._display is not None:
+            self._display.start_at(step)
+        kept = read_lines(self._run.metrics(self._stage))
+        kept = [line for line in kept if line["step"] <= step]
+        self._seconds_before = max((line["time"] for line in kept), default=0.0)
+
+    def rewind(self, step: int) -> None:
+        """Goes back to `step` in mid-run: lines of later steps are cut away, the clock runs on.
+
+        Args:
+            step: the last step whose effect the restored state holds.
+        """
+        if not self._is_main:
+            return
+        for writer in self._writers or []:
+            writer.close()
+        self._writers, self._resumed_step = None, step
+        if self._display is not None:
+            self._display.start_at(step)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shows progress and writes the metrics of a step.
+
+        Every `tracking.log_every`-th step is written, and always the first, the last and every
+        call that holds a metric named `.../eval_...`. Values that are not finite become null in
+        metrics.jsonl, with a warning the first time.
+
+        Args:
+            step: optimizer steps (SFT, reward) or rollout batches (PPO) done, from 1.
+            metrics: name -> value, named like `ppo/kl_sequence`.
+        """
+        if not self._is_main:
+            return
+        if self._display is not None:
+            self._display.update(step, metrics)
+        due = step % self._tracking.log_every == 0 or step in (1, self._total)
+        if not due and not any("/eval_" in name for name in metrics):
+            return
+        self._warn_not_finite(step, metrics)
+        finite = {name: float(v) for name, v in metrics.items() if math.isfinite(v)}
+        seconds = self._seconds_before + time.monotonic() - self._started
+        line: dict[str, float | int | None] = {"step": step, "time": round(seconds, 3)}
+        line.update({name: finite.get(name) for name in metrics})
+        writers = self._open()
+        path = self._run.metrics(self._stage)
+        if step == self._resumed_step:  # a closing evaluation that is made a second time
+            _keep(path, lambda old: old["step"] != step or old.keys() != line.keys())
+        _append(path, line)
+        for writer in writers:
+            writer.write(step, finite)
+
+    def sample(self, step: int, prompt: str, response: str, score: float) -> None:
+        """Prints one answer every `tracking.sample_every` steps and keeps it in samples.jsonl.
+
+        Args:
+            step: rollout batches done, from 1.
+            prompt: what was asked, as text.
+            response: what the policy answered.
+            score: of the reward model.
+        """
+        every = self._tracking.sample_every
+        if not self._is_main or every == 0 or (step % every and step not in (1, self._total)):
+            return
+        self._open()
+        content = {"step": step, "prompt": prompt, "response": response, "score": score}
+        if not math.isfinite(score):
+            content["score"] = None
+        _append(samples_path(self._run, self._stage), content)
+        if self._display is not None:
+            self._display.show_sample(step, prompt, response, score)
+
+    def _open(self) -> list[_Writer]:
+        """The trackers; at the first call cuts the files to the resumed step and opens them."""
+        if self._writers is None:
+            for path in (self._run.metrics(self._stage), samples_path(self._run, self._stage)):
+                _keep(path, lambda line: line["step"] <= self._resumed_step)
+            self._writers = []
+            for name in self._tracking.report_to:
+                if name == "tensorboard":
+                    folder = self._run.stage(self._stage) / "tensorboard"
+                    self._writers.append(_TensorBoard(folder, self._resumed_step))
+                else:
+                    self._writers.append(_Wandb(self._run, self._stage))
+        return self._writers
+
+    def _warn_not_finite(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            if not math.isfinite(value) and name not in self._named_not_finite:
+                self._named_not_finite.add(name)
+                warnings.warn(
+                    f"{name} is {value} at step {step}; metrics.jsonl holds null", stacklevel=3
+                )
+
+
+def samples_path(run: RunFolder, stage: Stage) -> Path:
+    """Where a stage keeps its samples: one JSON object a line."""
+    return run.stage(stage) / "samples.jsonl"
+
+
+def logged_metrics(run: RunFolder, stage: Stage, step: int) -> dict[str, float]:
+    """What metrics.jsonl says of a step, null being NaN; empty if it was not logged."""
+    found: dict[str, float] = {}
+    for line in read_lines(run.metrics(stage)):
+        if line["step"] == step:
+            found.update({k: math.nan if v is None else v for k, v in line.items()})
+    return {name: value for name, value in found.items() if name not in ("step", "time")}
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The JSON objects of a .jsonl file; none if it is missing.
+
+    A last line without its newline is what a killed process left half written: it is left out.
+
+    Raises:
+        ValueError: another line is not JSON.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
+    return found
+
+
+def _append(path: Path, content: Mapping[str, object]) -> None:
+    """Adds one line, on disk when this returns."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
+    except OSError as error:  # a write, unlike an open, does not say where
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _keep(path: Path, wanted: Callable[[dict], bool]) -> None:
+    """Leaves only the lines that are wanted."""
+    kept = [line for line in read_lines(path) if wanted(line)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in kept), "utf-8")
+    beside.replace(path)

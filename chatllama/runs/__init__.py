@@ -1,0 +1,1 @@
+"""The run folder on disk: paths, lock, checkpoints, signals, copies to machines; no models."""

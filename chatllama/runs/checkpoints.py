@@ -1,0 +1,315 @@
+"""Folders `checkpoints/step-N`: complete or absent, verified when read, old ones removed.
+
+What stands in them is the business of whoever writes (`trainers/engine/engine.py`, the Trainer). A
+checkpoint is written beside the others, listed in a manifest with sizes and hashes, flushed to disk
+and only then renamed, so that a kill at any moment leaves the last good one as it was.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from chatllama.config.schema import DeepSpeedSection
+from chatllama.runs.folder import RunFolder, Stage
+from chatllama.runtime.distributed import (
+    all_gather_objects,
+    barrier,
+    is_launched,
+    rank,
+    world_size,
+)
+from chatllama.runtime.files import file_hash, put_back, replace_folder, write_json
+
+STEP = "step-"
+DAMAGED = "damaged-"
+REMOVED = ".removed"
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """The complete checkpoints in `folder`, oldest step first."""
+    if not folder.is_dir():
+        return []
+    found = [p for p in folder.glob(f"{STEP}*") if p.name.removeprefix(STEP).isdigit()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """N of `step-N`."""
+    return int(checkpoint.name.removeprefix(STEP))
+
+
+def layout_of(section: DeepSpeedSection, microbatch_size: int) -> dict[str, Any]:
+    """How this start splits a batch: `ranks`, `zero_stage` (null: no launcher), `microbatch_size`.
+
+    The same layout resumes bit for bit, another one to rounding.
+    """
+    return {
+        "ranks": world_size(),
+        "zero_stage": section.stage if is_launched() else None,
+        "microbatch_size": microbatch_size,
+    }
+
+
+def checkpoint_to_resume(
+    run: RunFolder, stage: Stage, resume: bool, layout: dict[str, Any]
+) -> Path | None:
+    """The newest good checkpoint to go on from; None: start from the beginning.
+
+    Every rank must call. A damaged one is set aside as `damaged-step-N`, with a warning; one of
+    another layout is told of.
+
+    Raises:
+        ValueError: there are checkpoints and no `--resume`: a fresh start would mix with them; or
+            all of them are damaged.
+    """
+    folder = run.checkpoints(stage)
+    if rank() == 0:
+        _clean_up(folder)
+    barrier()
+    found = step_folders(folder)
+    if not found:
+        return None
+    if not resume:
+        raise ValueError(
+            f"{found[-1]} exists from an earlier start. Go on from it with --resume, or remove "
+            f"{folder} to start afresh"
+        )
+    checkpoint, manifest = newest_good(folder)
+    _tell_layout(checkpoint, manifest["layout"], layout)
+    return checkpoint
+
+
+def newest_good(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint whose files are as they were written, and its manifest.
+
+    Every rank must call; rank 0 reads, and sets damaged ones aside.
+
+    Raises:
+        ValueError: all of them are damaged: names what is wrong with each.
+    """
+    chosen = all_gather_objects(_newest_good(folder) if rank() == 0 else None)[0]
+    if isinstance(chosen, str):
+        raise ValueError(chosen)
+    return chosen
+
+
+def _newest_good(folder: Path) -> tuple[Path, dict[str, Any]] | str:
+    """The answer of `newest_good`, or the message of its error."""
+    wrong = []
+    for checkpoint in reversed(step_folders(folder)):
+        try:
+            manifest = verify(checkpoint)
+        except (DamagedError, OSError) as error:
+            wrong.append((checkpoint, str(error)))
+            continue
+        for damaged, text in wrong:
+            aside = folder / f"{DAMAGED}{damaged.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            damaged.rename(aside)
+            print(f"warning: {text}. {damaged.name} is set aside as {aside.name}; going on from "
+                  f"{checkpoint}", file=sys.stderr, flush=True)  # fmt: skip
+        return checkpoint, manifest
+    texts = "; ".join(text for _, text in wrong)
+    return (
+        f"no checkpoint in {folder} can be used: {texts}. Remove {folder} to start the stage "
+        "afresh, or bring an undamaged copy back"
+    )
+
+
+def _tell_layout(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Says what another layout changes: rounding, and the random numbers of dropout."""
+    if saved != now and rank() == 0:
+        print(
+            f"{checkpoint} was written by {_words(saved)}; going on with {_words(now)}: the same "
+            "batches, but not bit for bit the same weights",
+            flush=True,
+        )
+
+
+def _words(layout: dict[str, Any]) -> str:
+    size = f"microbatches of {layout['microbatch_size']}"
+    if layout["zero_stage"] is None:
+        return f"one process without the deepspeed launcher, {size}"
+    ranks = f"{layout['ranks']} rank{'s' if layout['ranks'] > 1 else ''}"
+    return f"{ranks} under ZeRO-{layout['zero_stage']}, {size}"
+
+
+def publish(written: Path, folder: Path, step: int, limit: int, layout: dict[str, Any]) -> None:
+    """Makes the complete folder `written` the checkpoint of `step`; every rank must call.
+
+    Args:
+        written: all ranks have written their parts into it.
+        folder: of the checkpoints.
+        step: N of `step-N`.
+        limit: checkpoints kept.
+        layout: of `layout_of`.
+
+    Raises:
+        ValueError: the disk is full or cannot be written; older checkpoints are as they were.
+    """
+    barrier()
+    if rank() == 0:
+        with explained(written, folder, step):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_manifest(written, {"step": step, "layout": layout})
+            replace_folder(written, folder / f"{STEP}{step}")
+            for outdated in step_folders(folder)[:-limit]:
+                _remove(outdated)
+    barrier()
+
+
+def save_step(
+    run: RunFolder,
+    stage: Stage,
+    step: int,
+    limit: int,
+    layout: dict[str, Any],
+    write: Callable[[Path], None],
+) -> None:
+    """Writes the checkpoint of `step` beside the others and publishes it; every rank must call.
+
+    Args:
+        run: whose checkpoints.
+        stage: whose checkpoints.
+        step: finished steps.
+        limit: checkpoints kept.
+        layout: of `layout_of`.
+        write: writes this rank's part into the folder it is given.
+
+    Raises:
+        ValueError: the disk is full or cannot be written; older checkpoints are as they were.
+    """
+    unfinished, folder = run.stage(stage) / ".unfinished", run.checkpoints(stage)
+    if rank() == 0:
+        with explained(unfinished, folder, step):
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+    barrier()
+    with explained(unfinished, folder, step):
+        write(unfinished)
+    publish(unfinished, folder, step, limit, layout)
+
+
+@contextmanager
+def explained(unfinished: Path, folder: Path, step: int) -> Iterator[None]:
+    """A failure to write becomes a message that says what is left; its half files are removed.
+
+    Args:
+        unfinished: where the checkpoint is being written.
+        folder: of the checkpoints.
+        step: N of `step-N`.
+
+    Raises:
+        ValueError: inside, something could not be written.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(_existing(folder)).free  # before the half files go
+        shutil.rmtree(unfinished, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        good = step_folders(folder)
+        kept = f"{good[-1]} is as it was" if good else "there is no earlier one"
+        raise ValueError(
+            f"the checkpoint of step {step} could not be written below {unfinished.parent}: "
+            f"{reason.strip().splitlines()[0]} ({free / 1e9:.2f} GB free there). {kept}. Make "
+            "room or give the right to write, and go on with --resume"
+        ) from error
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _remove(checkpoint: Path) -> None:
+    """Removes a checkpoint; killed half-way, it is none any more."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}{REMOVED}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _clean_up(folder: Path) -> None:
+    """Ends what a killed process left half done among the checkpoints."""
+    for old in sorted(folder.glob(f".{STEP}*.old")):
+        put_back(folder / old.name.removeprefix(".").removesuffix(".old"))
+    for doomed in folder.glob(f".{STEP}*{REMOVED}"):
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+MANIFEST = "manifest.json"
+
+
+THREADS = 4
+
+
+class DamagedError(ValueError):
+    """A folder does not hold what its manifest says."""
+
+
+def write_manifest(folder: Path, about: dict[str, Any]) -> None:
+    """Lists size and SHA-256 of every file below `folder` in its manifest.json.
+
+    Args:
+        folder: complete.
+        about: whatever else the reader must know, as JSON values.
+    """
+    files = {name: {"bytes": size, "sha256": sha} for name, (size, sha) in _files(folder).items()}
+    write_json(folder / MANIFEST, {**about, "files": files})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `write_manifest` wrote.
+
+    Raises:
+        DamagedError: it is missing or not JSON.
+    """
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing: this is no complete checkpoint") from None
+    except ValueError as error:
+        raise DamagedError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+        raise DamagedError(f"{path} is damaged: it lists no files")
+    return content
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder whose files are all as they were written.
+
+    Raises:
+        DamagedError: names the first file that is missing, cut off, or different.
+    """
+    manifest = read_manifest(folder)
+    expected = manifest["files"]
+    for name, entry in expected.items():
+        path = folder / name
+        if not path.is_file():
+            raise DamagedError(f"{path} is missing")
+        if (size := path.stat().st_size) != entry["bytes"]:
+            raise DamagedError(f"{path} has {size} bytes; {entry['bytes']} were written")
+    found = _files(folder)
+    for name, entry in expected.items():
+        if found[name][1] != entry["sha256"]:
+            raise DamagedError(f"{folder / name} is corrupted: its content is not what was written")
+    return manifest
+
+
+def _files(folder: Path) -> dict[str, tuple[int, str]]:
+    """Path below `folder` -> (bytes, SHA-256) of every file but the manifest itself."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+    with ThreadPoolExecutor(THREADS) as pool:
+        hashes = list(pool.map(file_hash, paths))
+    return {
+        path.relative_to(folder).as_posix(): (path.stat().st_size, sha)
+        for path, sha in zip(paths, hashes, strict=True)
+    }

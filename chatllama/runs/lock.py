@@ -1,0 +1,188 @@
+"""One user of a run folder at a time: lock files that say who holds it, where, and since when.
+
+`chatllama run` holds one for all stages, rank 0 of a stage another; a token that the first hands
+to the second shows that they belong together. Readers (chat, report) need none.
+"""
+
+import atexit
+import contextlib
+import fcntl
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from chatllama.runs.folder import RunFolder
+
+Holder = Literal["run", "stage"]
+HOLDERS: tuple[Holder, ...] = ("run", "stage")
+SAME_START_SECONDS = 5.0
+"""The start of a process is known to that, since clocks are put right."""
+
+_held: set[Path] = set()
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process that holds a run folder."""
+
+    host: str
+    pid: int
+    started: float
+    """Seconds since 1970, of the process: tells it from a later one with the same number."""
+    command: str
+    since: float
+    """Seconds since 1970, of the lock."""
+    token: str
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is, or was, a process of this machine."""
+        return self.host == socket.gethostname()
+
+    def is_gone(self) -> bool:
+        """True where this machine knows that the process has ended."""
+        import psutil
+
+        if not self.is_here:
+            return False
+        try:
+            started = psutil.Process(self.pid).create_time()
+        except psutil.NoSuchProcess:
+            return True
+        return abs(started - self.started) > SAME_START_SECONDS
+
+    def __str__(self) -> str:
+        from chatllama.runtime.command_line import duration
+
+        age = duration(max(0.0, time.time() - self.since))
+        return f"`{self.command}` (process {self.pid} on {self.host}, for {age})"
+
+
+def lock_path(run: RunFolder, holder: Holder) -> Path:
+    """The lock file of a kind of holder."""
+    return run.root / f".lock-{holder}"
+
+
+def read_owner(path: Path) -> Owner | None:
+    """Who holds a lock file; None: nobody.
+
+    Raises:
+        ValueError: the file is not one that `acquire` wrote.
+    """
+    try:
+        return Owner(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}): if nothing runs there, remove it"
+        ) from error
+
+
+def acquire(run: RunFolder, holder: Holder, token: str | None = None) -> str:
+    """Locks the run folder for this process, until `release` or its end; returns the lock's token.
+
+    Locks of processes of this machine that have ended are taken over.
+
+    Args:
+        run: its folder is made if it is not there.
+        holder: which of the two.
+        token: of a lock that does not count, since its owner started this process.
+
+    Raises:
+        ValueError: another process works there: says which, where and since when.
+    """
+    run.root.mkdir(parents=True, exist_ok=True)
+    path = lock_path(run, holder)
+    with _alone(run.root):
+        for each in HOLDERS:
+            _check(run, lock_path(run, each), token)
+        me = _this_process(token)
+        path.unlink(missing_ok=True)
+        try:
+            # On shared disks another machine may come first; then this fails.
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            raise ValueError(f"{run.root} has just been locked by another machine") from None
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(asdict(me), file)
+            file.flush()
+            os.fsync(file.fileno())
+    if not _held:
+        atexit.register(release_all)
+    _held.add(path)
+    return me.token
+
+
+@contextlib.contextmanager
+def locked(run: RunFolder, holder: Holder) -> Iterator[str]:
+    """The run folder is locked inside; gives the token."""
+    token = acquire(run, holder)
+    try:
+        yield token
+    finally:
+        release_all()
+
+
+def release_all() -> None:
+    """Gives back every lock of this process."""
+    for path in list(_held):
+        _held.discard(path)
+        owner = read_owner(path)
+        if owner is not None and (owner.host, owner.pid) == (socket.gethostname(), os.getpid()):
+            path.unlink(missing_ok=True)
+
+
+def _check(run: RunFolder, path: Path, token: str | None) -> None:
+    """Nothing, if the lock file at `path` does not stand in the way of this process.
+
+    Raises:
+        ValueError: it does.
+    """
+    owner = read_owner(path)
+    if owner is None or owner.token == token:
+        return
+    if owner.is_here and (owner.pid == os.getpid() or owner.is_gone()):
+        if owner.pid != os.getpid():
+            print(f"{run.root} was left locked by {owner}, which has ended", file=sys.stderr)
+            path.unlink(missing_ok=True)
+        return
+    if owner.is_here:
+        remedy = f"wait for it, or stop it: kill {owner.pid}"
+    else:
+        remedy = (
+            f"this is {socket.gethostname()}, from where that process cannot be seen: if it has "
+            f"ended, remove {path}"
+        )
+    raise ValueError(f"{run.root} is in use by {owner}; {remedy}")
+
+
+def _this_process(token: str | None) -> Owner:
+    import psutil
+
+    script = Path(sys.argv[0])
+    name = script.parent.name if script.name == "__main__.py" else script.name  # python -m
+    command = shlex.join([name, *sys.argv[1:]])
+    started = psutil.Process().create_time()
+    host, pid = socket.gethostname(), os.getpid()
+    return Owner(host, pid, started, command, time.time(), token or os.urandom(8).hex())
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other process of this machine is inside for the same folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # Where a network disk knows no such locks, creating the file decides alone.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

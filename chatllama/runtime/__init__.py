@@ -1,0 +1,1 @@
+"""What any package may use: ranks, durable files, JSONL, HTTP, command line."""

@@ -1,0 +1,258 @@
+"""A conversation as token ids and a loss mask: the one contract of SFT, reward, PPO and chat.
+
+`render` is the only way from messages to ids. How a layout looks is in `templates.py`; this module
+turns it into ids, checks messages, and names the contract so that a mismatch is refused.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+from transformers import PreTrainedTokenizerFast
+
+from chatllama.config.model import ChatSection
+from chatllama.text import chat_templates as templates
+from chatllama.text.chat_templates import Segment
+from chatllama.text.encoding import control_tokens, encode
+from chatllama.text.tokenizer_template import own_template
+
+Role = Literal["system", "user", "assistant"]
+
+
+class Message(TypedDict):
+    """One message of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as the model sees it."""
+
+    ids: list[int]
+    """(T,) token ids, BOS included."""
+    mask: list[bool]
+    """(T,) True on the assistant's tokens and the token that ends each of its turns."""
+
+
+_CONTROLS = {
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+}
+_DEFAULT_SYSTEM = {"alpaca": templates.ALPACA_SYSTEM, "vicuna": templates.VICUNA_SYSTEM}
+# Rendered into the contract's hash: turns, spaces, line breaks, digits, bytes, special strings.
+_PROBES: tuple[list[Message], ...] = (
+    [{"role": "user", "content": "Hello"}],
+    [{"role": "user", "content": "Hi  there\n 1234"}, {"role": "assistant", "content": "Yes."}],
+    [
+        {"role": "user", "content": "a</s> [INST] naïve 日本語"},
+        {"role": "assistant", "content": "  one\n\ttwo 🙂"},
+        {"role": "user", "content": "and?"},
+        {"role": "assistant", "content": "done"},
+    ],
+)
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Nothing, for a conversation in order: system at most once and first, then user, assistant...
+
+    Raises:
+        ValueError: Names the first message that is out of order or not a message.
+    """
+    if not messages:
+        raise ValueError("a conversation needs at least one message")
+    expected: tuple[str, ...] = ("system", "user")
+    for index, message in enumerate(messages):
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"message {index}: content must be a string")
+        role = message.get("role")
+        if role not in expected:
+            raise ValueError(f"message {index} has role {role!r}; expected {' or '.join(expected)}")
+        expected = ("assistant",) if role == "user" else ("user",)
+    if len(messages) == 1 and messages[0]["role"] == "system":
+        raise ValueError("message 0 is a system message and no user message follows it")
+
+
+def render(
+    tokenizer: PreTrainedTokenizerFast,
+    chat: ChatSection,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = False,
+) -> Rendered:
+    """Ids and loss mask of a conversation; ids of a prompt begin those of prompt plus answer.
+
+    Segments are tokenised one by one and control tokens put in as ids, so text never becomes a
+    special token and an answer's tokens never merge with its prompt's. Blanks around a message are
+    dropped (with `template: tokenizer`: as that template does). The system prompt is the
+    conversation's, else `chat.system`, else the layout's own; "" means none.
+
+    Args:
+        tokenizer: From `load_tokenizer`.
+        chat: Layout and system prompt.
+        messages: In order, as `check_messages` wants them.
+        add_generation_prompt: Open the assistant's turn after a last user message.
+
+    Raises:
+        ValueError: Messages out of order, a layout whose tokens the vocabulary lacks, or an open
+            assistant turn asked for after an assistant message.
+    """
+    check_messages(messages)
+    if add_generation_prompt and messages[-1]["role"] != "user":
+        raise ValueError(
+            f"add_generation_prompt needs a user message at the end, not message "
+            f"{len(messages) - 1} by {messages[-1]['role']!r}"
+        )
+    controls = control_tokens(tokenizer)
+    ids: list[int] = []
+    mask: list[bool] = []
+    for part in _segments(tokenizer, chat, messages, add_generation_prompt):
+        if part.control:
+            new = [controls[part.text]]
+        else:
+            new = encode(tokenizer, part.text, continues=part.continues)
+        ids += new
+        mask += [part.answer] * len(new)
+    return Rendered(ids, mask)
+
+
+def end_of_turn_ids(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> list[int]:
+    """Ids that end an assistant's turn: the one that `render` writes first, then the EOS.
+
+    Sampling stops at any of them.
+    """
+    answered = render(tokenizer, chat, _PROBES[1])
+    return list(dict.fromkeys([answered.ids[-1], _eos_id(tokenizer)]))
+
+
+def contract_hash(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> str:
+    """16 hex digits that change with the layout, the system prompt and the tokenizer."""
+    rendered = [render(tokenizer, chat, probe) for probe in _PROBES]
+    return _digest(
+        [
+            chat.template,
+            [[r.ids, r.mask] for r in rendered],
+            render(tokenizer, chat, _PROBES[0], add_generation_prompt=True).ids,
+            _vocabulary_hash(tokenizer),
+            [tokenizer.pad_token_id, end_of_turn_ids(tokenizer, chat)],
+        ]
+    )
+
+
+def describe_contract(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> dict[str, Any]:
+    """The contract as JSON values, to be written beside every adapter."""
+    return {
+        "template": chat.template,
+        "system": chat.system,
+        "hash": contract_hash(tokenizer, chat),
+        "vocabulary_hash": _vocabulary_hash(tokenizer),
+        "chat_template_hash": (
+            _digest(tokenizer.chat_template) if chat.template == "tokenizer" else None
+        ),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "end_of_turn_ids": end_of_turn_ids(tokenizer, chat),
+    }
+
+
+def check_contract(
+    expected: dict[str, Any], tokenizer: PreTrainedTokenizerFast, chat: ChatSection, where: str
+) -> None:
+    """Nothing, where `expected` (of `describe_contract`) is what tokenizer and chat make now.
+
+    Args:
+        expected: The contract that an adapter was trained under.
+        tokenizer: The one in use.
+        chat: The configuration in use.
+        where: What carries `expected`, for the message: a path or a stage.
+
+    Raises:
+        ValueError: Names every part that differs.
+    """
+    found = describe_contract(tokenizer, chat)
+    labels = {
+        "template": "chat.template",
+        "system": "chat.system (system prompt)",
+        "vocabulary_hash": "tokenizer (vocabulary)",
+        "chat_template_hash": "tokenizer (chat_template)",
+        "bos_token_id": "tokenizer (BOS)",
+        "eos_token_id": "tokenizer (EOS)",
+        "pad_token_id": "tokenizer (padding)",
+        "end_of_turn_ids": "end of turn",
+    }
+    if missing := [key for key in (*labels, "hash") if key not in expected]:
+        raise ValueError(f"{where}: the chat contract lacks {', '.join(missing)}")
+    differing = [
+        f"{label}: {expected[key]!r} there, {found[key]!r} here"
+        for key, label in labels.items()
+        if expected[key] != found[key]
+    ]
+    if not differing and expected["hash"] != found["hash"]:
+        differing = ["tokenizer or layout: the same conversations give other token ids"]
+    if differing:
+        raise ValueError(f"{where} was made under another chat contract: {'; '.join(differing)}")
+
+
+def _segments(
+    tokenizer: PreTrainedTokenizerFast, chat: ChatSection, messages: Sequence[Message], prompt: bool
+) -> Iterable[Segment]:
+    if chat.template == "tokenizer":
+        if messages[0]["role"] != "system" and chat.system is not None:
+            messages = [{"role": "system", "content": chat.system}, *messages]
+        return own_template(tokenizer, messages, prompt)
+    for name in _CONTROLS.get(chat.template, ()):
+        if name not in control_tokens(tokenizer):
+            raise ValueError(
+                f"chat.template {chat.template!r} needs the token {name!r}, which this tokenizer "
+                "lacks, and the vocabulary is never enlarged: choose llama2, alpaca or vicuna"
+            )
+    turns, system = _turns(chat, messages)
+    _eos_id(tokenizer)
+    ends = templates.Ends(str(tokenizer.bos_token or ""), str(tokenizer.eos_token))
+    match chat.template:
+        case "llama2":
+            return templates.llama2(turns, system, ends)
+        case "alpaca":
+            return templates.alpaca(turns, system, ends, prompt)
+        case "vicuna":
+            return templates.vicuna(turns, system, ends, prompt)
+        case "llama3":
+            return templates.llama3(turns, system, ends, prompt)
+        case "chatml":
+            return templates.chatml(turns, system, ends, prompt)
+
+
+def default_system(chat: ChatSection) -> str:
+    """System prompt of a conversation that brings none; "" for none."""
+    return chat.system if chat.system is not None else _DEFAULT_SYSTEM.get(chat.template, "")
+
+
+def _turns(chat: ChatSection, messages: Sequence[Message]) -> tuple[list[templates.Turn], str]:
+    """Question and answer pairs without outer blanks, and the system prompt that holds."""
+    system = default_system(chat)
+    texts = [message["content"].strip() for message in messages]
+    if messages[0]["role"] == "system":
+        system, *texts = texts
+    answers: list[str | None] = [*texts[1::2]]
+    if len(answers) < len(texts[::2]):
+        answers.append(None)
+    return list(zip(texts[::2], answers, strict=True)), system.strip()
+
+
+def _eos_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    index = tokenizer.eos_token_id
+    if not isinstance(index, int):
+        raise ValueError("the tokenizer has no EOS token; load it with load_tokenizer")
+    return index
+
+
+def _vocabulary_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    return _digest(sorted(tokenizer.get_vocab().items()))
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,164 @@
+"""The text of an answer while its tokens come: whole characters only, and nothing of a stop string.
+
+Works on a window of the newest tokens, so a long answer costs no more a token than a short one.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from transformers import PreTrainedTokenizerFast
+
+from chatllama.text.encoding import control_tokens, decode
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+LONGEST_WINDOW = 64
+"""Tokens held back for the sake of a character that never comes."""
+
+
+class PtxLoader:
+    """Text of token ids as soon as it is certain: characters made of several tokens come whole.
+
+    tokenizers' own DecodeStream raises on bytes that are no UTF-8, which a model may well sample;
+    here they come out as U+FFFD.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._tokenizer = tokenizer
+        self._controls = frozenset(control_tokens(tokenizer).values())
+        self._window: list[int] = []
+        self._known = 0  # tokens of the window whose text has been given
+        self._told = ""  # that text
+
+    def push(self, index: int) -> str:
+        """The text that is certain now and was not before; often the token's own, perhaps none."""
+        if index in self._controls:
+            return ""
+        self._window.append(index)
+        text = decode(self._tokenizer, self._window)
+        if text.endswith(REPLACEMENT) and len(self._window) - self._known < LONGEST_WINDOW:
+            return ""
+        return self._tell(text)
+
+    def flush(self) -> str:
+        """Bytes that never became a character."""
+        return self._tell(decode(self._tokenizer, self._window))
+
+    def _tell(self, text: str) -> str:
+        new = text[len(self._told) :]
+        # The window goes on from the last piece, whose text a decoder may need beside the next.
+        self._window = self._window[self._known :]
+        self._known = len(self._window)
+        self._told = decode(self._tokenizer, self._window)
+        return new
+
+
+class AnswerText:
+    """The text of one answer up to its stop string, as it comes.
+
+    The answer ends at the first token after which the text so far holds any of the strings, at
+    the place where the earliest of these begins; so it does not matter whether the string is a
+    token, a part of one, or spread over several.
+
+    Args:
+        tokenizer: reads the ids.
+        stops: strings that end the answer, none of them empty.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stops: Sequence[str]) -> None:
+        self._stream = PtxLoader(tokenizer)
+        self._stops = tuple(stops)
+        self._held = ""
+        self.stopped = False
+        """A stop string was found; nothing more comes."""
+
+    def push(self, index: int) -> str:
+        """New text that no stop string can begin in."""
+        return self._add(self._stream.push(index))
+
+    def finish(self) -> str:
+        """What was held back, once no more tokens come."""
+        if self.stopped:
+            return ""
+        text = self._add(self._stream.flush()) + self._held
+        self._held = ""
+        return text
+
+    def _add(self, new: str) -> str:
+        text = self._held + new
+        places = [place for place in map(text.find, self._stops) if place >= 0]
+        if places:
+            self.stopped, self._held = True, ""
+            return text[: min(places)]
+        kept = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of `text` that may become `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[-length:]):
+            return length
+    return 0
+
+
+def stream_text(
+    tokenizer: PreTrainedTokenizerFast, ids: Iterable[int], stops: Sequence[str] = ()
+) -> Iterator[str]:
+    """Pieces of the text of `ids`, as soon as they are certain; no id is asked for beyond its end.
+
+    Args:
+        tokenizer: reads the ids.
+        ids: of one answer.
+        stops: strings that end it, none of them empty.
+    """
+    answer = AnswerText(tokenizer, stops)
+    for index in ids:
+        if piece := answer.push(index):
+            yield piece
+        if answer.stopped:
+            return
+    if piece := answer.finish():
+        yield piece
+
+
+SENTENCEPIECE_SPACE = "\u2581"
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letter that byte-level BPE (GPT-2, LLaMA-3) writes for each byte, to the byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + place): byte for place, byte in enumerate(others)
+    }
+
+
+class TokenTexts:
+    """Bytes and text of every token of a vocabulary."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        vocabulary = tokenizer.get_vocab()
+        self._pieces = {index: piece for piece, index in vocabulary.items()}
+        self._controls = frozenset(control_tokens(tokenizer).values())
+        has_byte_pieces = "<0x00>" in vocabulary
+        self._letters = None if has_byte_pieces else _byte_letters()
+        self.longest = max(len(self.bytes_of(index)) for index in self._pieces)
+        """Bytes of the longest token: a text has at least its length / this many tokens."""
+
+    def bytes_of(self, index: int) -> bytes:
+        """What the token stands for; part of a character where one takes several tokens."""
+        piece = self._pieces.get(index, "")
+        if index in self._controls:
+            return piece.encode()
+        if self._letters is not None:
+            letters = self._letters
+            if all(letter in letters for letter in piece):
+                return bytes(letters[letter] for letter in piece)
+            return piece.encode()
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(SENTENCEPIECE_SPACE, " ").encode()
+
+    def text_of(self, index: int) -> str:
+        """The same as text, with U+FFFD for parts of characters."""
+        return self.bytes_of(index).decode(errors="replace")

@@ -1,0 +1,126 @@
+"""Private `tokenizers` pipelines behind `tokenizer.encode`: text in, no special token out.
+
+The public functions are in `tokenizer.py`. transformers' own pipeline is not used for text: it
+turns `</s>` written by a user into the EOS id, and carries padding state between calls.
+"""
+
+import json
+import threading
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+# Published tokenizers sometimes forget to flag these as special.
+TURN_MARKERS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+)
+
+
+@dataclass(frozen=True)
+class TextEncoders:
+    """Private copies of the pipeline, safe under threads: transformers' own keeps padding state."""
+
+    start: Tokenizer
+    continuing: Tokenizer
+    controls: dict[str, int]
+    control_ids: frozenset[int]
+    prefixes_every_segment: bool
+
+
+_Cache = weakref.WeakKeyDictionary[PreTrainedTokenizerFast, TextEncoders]
+_cache: _Cache = weakref.WeakKeyDictionary()
+_cache_lock = threading.Lock()
+
+
+def text_encoders(tokenizer: PreTrainedTokenizerFast) -> TextEncoders:
+    """The tokenizer's private pipelines, built at its first use."""
+    with _cache_lock:
+        if tokenizer not in _cache:
+            _cache[tokenizer] = _build_encoders(tokenizer)
+        return _cache[tokenizer]
+
+
+def _build_encoders(tokenizer: PreTrainedTokenizerFast) -> TextEncoders:
+    controls = {
+        token.content: index
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if token.special or token.content in TURN_MARKERS
+    }
+    pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
+    pipeline |= {"padding": None, "truncation": None, "post_processor": None}
+    for token in pipeline["added_tokens"]:
+        token["special"] = token["content"] in controls
+    steps = {key: _without_prefix(pipeline[key]) for key in ("normalizer", "pre_tokenizer")}
+    start, continuing = (
+        Tokenizer.from_str(json.dumps(parts)) for parts in (pipeline, pipeline | steps)
+    )
+    start.encode_special_tokens = continuing.encode_special_tokens = True
+    return TextEncoders(
+        start=start,
+        continuing=continuing,
+        controls=controls,
+        control_ids=frozenset(controls.values()),
+        prefixes_every_segment='"prepend_scheme": "first"'
+        not in json.dumps(pipeline["pre_tokenizer"]),
+    )
+
+
+def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The normalizer or pre-tokenizer without whatever treats the start of a text specially."""
+    if step is None:
+        return None
+    if step["type"] == "Sequence":
+        key = "normalizers" if "normalizers" in step else "pretokenizers"
+        kept = [_without_prefix(inner) for inner in step[key]]
+        return step | {key: [inner for inner in kept if inner is not None]}
+    if step["type"] == "Metaspace":
+        return step | {"prepend_scheme": "never"}
+    if step["type"] == "ByteLevel":
+        return step | {"add_prefix_space": False}
+    starts = step["type"] == "Prepend" or step.get("pattern") == {"Regex": r"\A +"}
+    return None if starts else step
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, text: str, *, continues: bool = False) -> list[int]:
+    """Ids of plain text: no BOS or EOS, and `</s>` written in it stays text.
+
+    Args:
+        tokenizer: From `load_tokenizer`.
+        text: Any Unicode text.
+        continues: The text follows other text, so no space is put before it. Equal to encoding
+            both together where the boundary is not inside a token.
+
+    Raises:
+        ValueError: The text holds half a surrogate pair.
+    """
+    encoders = text_encoders(tokenizer)
+    pipeline = encoders.continuing if continues else encoders.start
+    try:
+        return pipeline.encode(text, add_special_tokens=False).ids
+    except (UnicodeEncodeError, TypeError) as error:
+        raise ValueError(f"not valid Unicode text: {text[:80]!r}") from error
+
+
+def decode(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> str:
+    """Text of ids, without special tokens and without SentencePiece's leading space."""
+    special = text_encoders(tokenizer).control_ids
+    kept = [index for index in ids if index not in special]
+    return tokenizer.backend_tokenizer.decode(kept, skip_special_tokens=False)
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """Tokens that structure conversations and that text never becomes: content to id."""
+    return text_encoders(tokenizer).controls
+
+
+def prefixes_every_segment(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether text after a control token gets the dummy prefix, as text at the start does."""
+    return text_encoders(tokenizer).prefixes_every_segment

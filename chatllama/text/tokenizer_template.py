@@ -1,0 +1,147 @@
+"""The tokenizer's own Jinja chat template, cut into the same segments as our layouts.
+
+The template only writes text. Where answers start and end is found by rendering prefixes of the
+conversation and checked, so the mask and the prompt are right by construction or refused.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerFast
+
+from chatllama.text.chat_templates import Segment
+from chatllama.text.encoding import control_tokens, prefixes_every_segment
+
+_PRIVATE_USE = range(0xE000, 0xF900)
+
+
+def own_template(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Any], prompt: bool
+) -> list[Segment]:
+    """Segments of the text that the tokenizer's `chat_template` writes.
+
+    Text after the last answer's end-of-turn token is left out, so that a finished conversation
+    ends there. `{% generation %}` tags are allowed and not needed.
+
+    Args:
+        tokenizer: One with a chat_template.
+        messages: Checked messages, a system message first if there is one.
+        prompt: Open an answer after the last user message.
+
+    Raises:
+        ValueError: No template; the template refuses the conversation, rewrites an answer, does
+            not write prompts as prefixes of the whole, or ends an answer without a control token.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "chat.template is 'tokenizer' but this tokenizer has no chat_template; choose "
+            "llama2, llama3, alpaca, vicuna or chatml"
+        )
+    controls = _control_pattern(tokenizer)
+    mark, escaped = _escape(messages, sorted(control_tokens(tokenizer), key=len, reverse=True))
+    text = _write(tokenizer, escaped, prompt)
+    spans: list[tuple[int, int]] = []
+    for index, message in enumerate(escaped):
+        if message["role"] == "assistant":
+            opening = _write(tokenizer, escaped[:index], True)
+            spans.append(_answer_span(text, opening, message["content"], index, controls))
+    if spans and messages[-1]["role"] == "assistant":
+        text = text[: spans[-1][1]]
+    names = sorted(control_tokens(tokenizer), key=len, reverse=True)
+    bare = not prefixes_every_segment(tokenizer)
+    return [
+        Segment(
+            s.text if s.control else re.sub(f"{mark}(\\d+){mark}", _unescape(names), s.text),
+            control=s.control,
+            answer=s.answer,
+            continues=s.continues or (bare and position > 0),
+        )
+        for position, s in enumerate(_cut(text, spans, controls))
+    ]
+
+
+def _write(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Any], prompt: bool) -> str:
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=prompt
+        )
+    except TemplateError as error:
+        raise ValueError(f"the tokenizer's chat template refuses this: {error}") from error
+    assert isinstance(text, str)
+    return text
+
+
+def _answer_span(
+    text: str, opening: str, answer: str, index: int, controls: re.Pattern[str]
+) -> tuple[int, int]:
+    """Where the answer, its end-of-turn token included, stands in the whole text."""
+    where = f"the tokenizer's chat template: message {index}"
+    if not text.startswith(opening):
+        raise ValueError(
+            f"{where} is not preceded by the prompt that the template writes for it, so what is "
+            "sampled would not follow what was trained; choose another chat.template"
+        )
+    end = controls.search(text, len(opening))
+    if end is None:
+        raise ValueError(f"{where} is not ended by a special token, so no answer could end")
+    if answer.strip() not in text[len(opening) : end.start()]:
+        raise ValueError(
+            f"{where} is not written as it is after the prompt (generation prompt missing, or the "
+            f"template changes answers): {text[len(opening) : len(opening) + 80]!r}"
+        )
+    return len(opening), end.end()
+
+
+def _cut(text: str, spans: list[tuple[int, int]], controls: re.Pattern[str]) -> Iterator[Segment]:
+    """Segments between control tokens and answer boundaries, in order."""
+    edges = sorted({0, len(text), *(edge for span in spans for edge in span)})
+    after_text = False
+    for start, stop in pairwise(edges):
+        answer = (start, stop) in spans
+        position = start
+        for found in controls.finditer(text, start, stop):
+            if found.start() > position:
+                yield Segment(text[position : found.start()], False, answer, after_text)
+            yield Segment(found.group().strip(), True, answer)
+            position, after_text = found.end(), False
+        if stop > position:
+            yield Segment(text[position:stop], False, answer, after_text)
+            after_text = True
+
+
+def _control_pattern(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
+    """Finds control tokens as the tokenizer would, with the blanks that they swallow."""
+    tokens = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+    return re.compile(
+        "|".join(
+            (r"\s*" if tokens[name].lstrip else "")
+            + re.escape(name)
+            + (r"\s*" if tokens[name].rstrip else "")
+            for name in sorted(control_tokens(tokenizer), key=len, reverse=True)
+        )
+    )
+
+
+def _escape(messages: Sequence[Any], names: list[str]) -> tuple[str, list[dict[str, str]]]:
+    """The messages with special tokens in their text replaced, and the mark around the numbers."""
+    everything = "".join(message["content"] for message in messages)
+    mark = next((chr(c) for c in _PRIVATE_USE if chr(c) not in everything), None)
+    if mark is None:
+        raise ValueError("the messages use every private-use character of Unicode")
+    pattern = re.compile("|".join(re.escape(name) for name in names))
+    return mark, [
+        {
+            "role": message["role"],
+            "content": pattern.sub(
+                lambda found: f"{mark}{names.index(found.group())}{mark}", message["content"]
+            ),
+        }
+        for message in messages
+    ]
+
+
+def _unescape(names: list[str]) -> Any:
+    return lambda found: names[int(found.group(1))]

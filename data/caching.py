@@ -1,0 +1,32 @@
+"""What names cached results, and how many processes make them."""
+
+import hashlib
+import os
+from pathlib import Path
+
+RECORDS_PER_WORKER = 5000  # fewer are done before a second process has started
+
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+# The packages that make records and tokens: a change of any line of them makes caches stale.
+CODE_OF_TOKENS = ("data", "chatllama/text")
+
+
+def code_digest() -> str:
+    """Digest of the code that makes records and tokens: a part of the name of cached results."""
+    digest = hashlib.blake2b(digest_size=8)
+    for package in CODE_OF_TOKENS:
+        for file in sorted((PROJECT_ROOT / package).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def num_workers(num_records: int) -> int | None:
+    """Processes for `Dataset.map`: all cores of this machine shared among its ranks, or None.
+
+    None, the calling process alone, where the records are too few to be worth it.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    wanted = min((cores or 1) // ranks, num_records // RECORDS_PER_WORKER)
+    return wanted if wanted > 1 else None

@@ -1,0 +1,1 @@
+"""`data check` and `data show`: what is wrong with data, and how it is tokenized."""

@@ -1,0 +1,146 @@
+"""Cleaned copies of a config's sources, and a log of every record that is not in them.
+
+What is dropped: records that cannot be decoded or cannot serve, those whose tokens break a rule,
+later exact copies, training records that ask what the stage's eval_data asks, and those that give
+away an evaluation set. So nothing of severity error is left, but for what no record can cure.
+Near duplicates and long records stay: they are a judgement, not a defect.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from chatllama.config.schema import Config
+from data.checking.check import Checked, Examination
+from data.checking.records import identity, question
+from data.decontaminate import build_index, contamination
+from data.reading.source import GOOD
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """What `write_cleaned` wrote."""
+
+    config: Path
+    """The config with the cleaned sources in place of the others."""
+    log: Path
+    """`dropped.jsonl`: a line `{source, where, reason}` for every record left out."""
+    num_kept: int
+    num_dropped: int
+
+
+def write_cleaned(
+    cfg: Config, config_file: Path, examination: Examination, folder: Path
+) -> Cleaned:
+    """Writes one jsonl file for every source that could be read, the log, and a config.
+
+    Records keep their order and say under `source` where they come from. The new config extends
+    the old one and replaces its lists of sources.
+
+    Args:
+        cfg: the run's.
+        config_file: where it was read from.
+        examination: of `cfg`.
+        folder: receives everything.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    log, num_kept, num_dropped = folder / "dropped.jsonl", 0, 0
+    lists: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    with log.open("w", encoding="utf-8") as dropped:
+        for number, one in enumerate(examination.checked):
+            file = folder / f"{number:02}_{one.part.stage}_{one.part.role}_{_stem(one)}.jsonl"
+            reasons = drop_reasons(cfg, one, examination.checked)
+            pairs = all(
+                len(row["answers"] or [0, 0]) == 2 for row in _rows(one) if "answers" in row
+            )
+            with file.open("w", encoding="utf-8") as kept:
+                for row, reason in zip(_rows(one), reasons, strict=True):
+                    if reason:
+                        entry = {"source": one.health.name, "where": row["where"], "reason": reason}
+                        dropped.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                    else:
+                        kept.write(json.dumps(_record(row, one, pairs), ensure_ascii=False) + "\n")
+            num_dropped += sum(map(bool, reasons))
+            num_kept += sum(not reason for reason in reasons)
+            entry = {
+                "path": str(file.resolve()),
+                "weight": one.part.source.weight,
+                "epochs": one.part.source.epochs,
+            }
+            if one.part.kind == "text":
+                entry["format"] = "text"
+            lists.setdefault((one.part.stage, one.part.role), []).append(entry)
+    config = folder / "config.yaml"
+    config.write_text(_config(config_file, lists), encoding="utf-8")
+    return Cleaned(config, log, num_kept, num_dropped)
+
+
+def drop_reasons(cfg: Config, one: Checked, checked: list[Checked]) -> list[str]:
+    """For every row of a source, why it is dropped, or ""."""
+    leaks: set[str] = set()
+    marks = [""] * len(one.rows)
+    if one.part.role == "data" and one.part.stage != "pretraining":
+        section = {"sft": cfg.sft, "reward": cfg.reward, "ppo": cfg.ppo}[one.part.stage]
+        same_stage = [each for each in checked if each.part.stage == one.part.stage]
+        held = [each for each in same_stage if each.part.role == "eval_data"]
+        leaks = {question(each.rows[i]) for each in held for i in each.usable} - {""}
+        if section.decontaminate and one.usable:
+            found = contamination(one.rows.select(one.usable), build_index(section.decontaminate))
+            for i, path in zip(one.usable, found, strict=True):
+                marks[i] = f"gives away {path}" if path else ""
+    seen: dict[str, str] = {}
+    reasons: list[str] = []
+    for i, row in enumerate(_rows(one)):
+        if row["severity"] != GOOD or i in one.failed:
+            reasons.append(one.failed.get(i) or row["problem"])
+            continue
+        before = seen.setdefault(identity(row), row["where"])
+        if before != row["where"]:
+            reasons.append(f"exact copy of {before}")
+        elif leaks and question(row) in leaks:
+            reasons.append("asks what eval_data asks")
+        else:
+            reasons.append(marks[i])
+    return reasons
+
+
+def _rows(one: Checked) -> Iterator[dict[str, Any]]:
+    return cast(Iterator[dict[str, Any]], iter(one.rows))
+
+
+def _record(row: dict[str, Any], one: Checked, pairs: bool) -> dict[str, Any]:
+    """A record in the layout that reads back as the same; pairs where all of the file are."""
+    source = {"source": row["where"]}
+    match one.part.kind:
+        case "text":
+            return {"text": row["text"], **source}
+        case "preferences" if pairs:
+            chosen, rejected = row["answers"]
+            margin = row["ratings"][0] - row["ratings"][1]
+            answers = {"chosen": chosen, "rejected": rejected, "margin": margin}
+            return {"prompt": row["prompt"], **answers, **source}
+        case "preferences":
+            ratings = [float(rating) for rating in row["ratings"]]
+            order = {"scores": ratings} if any(ratings) else {"ranks": row["ranks"]}
+            return {"messages": row["prompt"], "answers": row["answers"], **order, **source}
+        case _:
+            return {"messages": row["messages"], **source}
+
+
+def _stem(one: Checked) -> str:
+    return re.sub(r"[^\w-]+", "_", Path(one.part.source.path).name.split(".")[0])[:40] or "data"
+
+
+def _config(old: Path, lists: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
+    content: dict[str, Any] = {"extends": str(old.resolve())}
+    for (stage, role), entries in lists.items():
+        if stage == "pretraining":
+            content.setdefault("backbone", {})["from_scratch"] = {role: entries}
+        else:
+            content.setdefault(stage, {})[role] = entries
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

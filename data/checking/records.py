@@ -1,0 +1,148 @@
+"""Checks of records as they are written, before any tokenizer: one source at a time."""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, cast
+
+from datasets import Dataset
+
+from data.checking.report import Findings, SourceHealth
+from data.decontaminate import record_texts
+from data.reading.grouped import JOINED
+from data.reading.source import GOOD, MALFORMED
+from data.similarity import near_duplicates, script, words
+
+# Reasons that belong to a layout: such records are passed over, and nothing is wrong with them.
+EXPECTED = (
+    "labelled as a bad answer",
+    "no answer with the other label to the same prompt",
+    "a tie",
+    "all answers are tied",
+    "the annotators disagree",
+    "no ranked answers in the tree",
+)
+# Nothing is lost: the record is a part of one that stands elsewhere.
+_PARTS = ("joined with the other answers to its prompt", JOINED)
+_REASONS = (
+    ("empty_side", re.compile(r"^empty |^no turns|^no instances|^no answers")),
+    ("role_order", re.compile(r"^roles do not|^the last turn|^role ")),
+    ("chosen_equals_rejected", re.compile(r"^chosen equals|^all answers are equal|^one answer is")),
+    ("different_prompts", re.compile(r"different prompts|does not begin with the prompt")),
+)
+_MARKS = re.compile(
+    r"</?s>|<\|(?:im_start|im_end|endoftext|eot_id|start_header_id|begin_of_text)\|>"
+    r"|\[/?INST\]|<</?SYS>>|### (?:Instruction|Response):"
+)
+
+
+def check_records(rows: Dataset, health: SourceHealth, findings: Findings) -> list[int]:
+    """Numbers of the rows that hold a usable record; the defects go into `findings`.
+
+    Args:
+        rows: from `read_rows`.
+        health: of the source; its figures are filled in.
+        findings: collects.
+    """
+    severities: list[int] = rows["severity"][:]
+    usable = [i for i, severity in enumerate(severities) if severity == GOOD]
+    formats = {each for each in rows.unique("format") if each}
+    health.format = "/".join(sorted(formats))
+    health.num_records, health.num_usable = len(rows), len(usable)
+    for i, severity in enumerate(severities):
+        if severity != GOOD:
+            _unusable(rows[i], severity == MALFORMED, health.name, findings)
+    good = rows.select(usable)
+    scripts: Counter[str] = Counter()
+    for row in _iterate(good):
+        texts = record_texts(row)
+        scripts[script("\n".join(texts))] += 1
+        _check_texts(row["where"], texts, health.name, findings)
+    health.scripts = dict(scripts.most_common())
+    _duplicates(good, health, findings)
+    return usable
+
+
+def identity(row: dict[str, Any]) -> str:
+    """What makes two records the same: all of their texts but for white space around them."""
+    return "\x00".join(text.strip() for text in record_texts(row))
+
+
+def question(row: dict[str, Any]) -> str:
+    """The words that a record asks, to compare across sources: of its last user turn, or all."""
+    turns = row.get("messages") or row.get("prompt")
+    if not turns:
+        return " ".join(words(row["text"]))
+    asked = [turn["content"] for turn in turns if turn["role"] == "user"]
+    return " ".join(words("\n".join(asked)))
+
+
+def _unusable(row: dict[str, Any], malformed: bool, source: str, findings: Findings) -> None:
+    problem, where = row["problem"], row["where"]
+    if malformed:
+        findings.add("error", "malformed", source, "malformed record", problem)
+        return
+    check = next((name for name, pattern in _REASONS if pattern.search(problem)), "unusable")
+    if problem in _PARTS:
+        return
+    if problem in EXPECTED:
+        findings.add("warning", "passed_over", source, problem, where)
+    else:
+        findings.add("error", check, source, problem, where)
+
+
+def _check_texts(where: str, texts: list[str], source: str, findings: Findings) -> None:
+    text = "\n".join(texts)
+    if "\ufffd" in text:
+        findings.add(
+            "warning", "broken_text", source, "U+FFFD: text was decoded wrongly before", where
+        )
+    if not text.isprintable():
+        strange = {c for c in text if unicodedata.category(c) == "Cc" and c not in "\n\t\r\x85"}
+        if strange:
+            listed = ", ".join(sorted(f"U+{ord(c):04X}" for c in strange))
+            findings.add(
+                "warning", "control_characters", source, "control characters in the text",
+                f"{where}: {listed}",
+            )  # fmt: skip
+    if mark := _MARKS.search(text):
+        findings.add(
+            "warning", "template_marks", source, "marks of a chat template in the text",
+            f"{where}: {mark.group()}",
+        )  # fmt: skip
+
+
+def _duplicates(good: Dataset, health: SourceHealth, findings: Findings) -> None:
+    """Exact and near duplicates, and pairs that say the opposite of each other."""
+    first: dict[str, int] = {}
+    copies: set[int] = set()
+    verdicts: dict[frozenset[str], str] = {}
+    for i, row in enumerate(_iterate(good)):
+        own = identity(row)
+        if own in first:
+            copies.add(i)
+            same = f"{row['where']} is {good[first[own]]['where']}"
+            findings.add("warning", "duplicate", health.name, "exact duplicate", same)
+        first.setdefault(own, i)
+        if health.kind == "preferences":
+            asked = str(row["prompt"])
+            both = frozenset((asked, *row["answers"]))
+            before = verdicts.setdefault(both, row["answers"][0])
+            if len(row["answers"]) == 2 and before != row["answers"][0]:
+                findings.add(
+                    "warning", "contradiction", health.name,
+                    "the same two answers are ranked the other way round elsewhere", row["where"],
+                )  # fmt: skip
+
+    def text(i: int) -> str:
+        return "\n".join(record_texts(cast(dict[str, Any], good[i])))
+
+    for earlier, later in near_duplicates(len(good), text):
+        if later not in copies:
+            near = f"{good[later]['where']} is like {good[earlier]['where']}"
+            findings.add("warning", "near_duplicate", health.name, "near duplicate", near)
+
+
+def _iterate(rows: Dataset) -> Iterator[dict[str, Any]]:
+    return cast(Iterator[dict[str, Any]], iter(rows))

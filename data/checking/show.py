@@ -1,0 +1,149 @@
+"""Records as the model sees them: tokens coloured by loss mask, in the terminal and as a page."""
+
+import html
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerFast
+
+from chatllama.config.schema import Config
+from chatllama.text.chat_format import render
+from chatllama.text.encoding import control_tokens, encode
+from data.checking.check import StageSource, stage_sources
+from data.reading.source import read_source
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One sequence of tokens to look at."""
+
+    title: str
+    """Where the record stands, and which of its sequences this is."""
+    pieces: list[tuple[str, bool, bool]]
+    """Text of each token, whether it is trained (or scored), whether it is a control token."""
+    over: int
+    """Tokens over the stage's limit."""
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens that are trained."""
+        return sum(trained for _, trained, _ in self.pieces)
+
+
+def shown_records(
+    cfg: Config, tokenizer: PreTrainedTokenizerFast, stage: str, num: int
+) -> list[Shown]:
+    """The first records of each source of a stage, as tokens.
+
+    Args:
+        cfg: the run's.
+        tokenizer: the run's.
+        stage: sft, reward or ppo.
+        num: records of each source.
+
+    Raises:
+        ValueError: the stage has no data, or a source cannot be read.
+    """
+    parts = [part for part in stage_sources(cfg) if part.stage == stage]
+    if not parts:
+        raise ValueError(f"{stage}.data is empty: there is nothing to show")
+    shown: list[Shown] = []
+    for part in parts:
+        data, _ = read_source(part.source, part.kind)
+        for row in data.select(range(min(num, len(data)))):
+            shown += _sequences(cast(dict[str, Any], row), part, cfg, tokenizer)
+    return shown
+
+
+def print_records(shown: Sequence[Shown], console: Console) -> None:
+    """Prints every sequence; trained tokens are green, control tokens bold."""
+    legend = Text.assemble(("trained", "black on green"), "  ", ("not trained", "dim"), "  ",
+                           ("control token", "bold magenta"))  # fmt: skip
+    console.print(legend)
+    for one in shown:
+        console.rule(Text(_heading(one)), align="left")
+        line = Text()
+        for text, trained, control in one.pieces:
+            style = "bold magenta" if control else "" if trained else "dim"
+            line.append(text, style=f"{style} on green" if trained else style)
+        console.print(line)
+
+
+def page(shown: Sequence[Shown]) -> str:
+    """The same as one HTML page that needs nothing else."""
+    parts = [_PAGE_BEGIN]
+    for one in shown:
+        parts.append(f"<h2>{html.escape(_heading(one))}</h2>\n<pre>")
+        for text, trained, control in one.pieces:
+            classes = f"{'t' if trained else 'u'}{' c' if control else ''}"
+            parts.append(f'<span class="{classes}">{html.escape(text)}</span>')
+        parts.append("</pre>\n")
+    return "".join([*parts, "</body></html>\n"])
+
+
+_PAGE_BEGIN = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Tokens and loss mask</title><style>
+body { font-family: sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h2 { font-size: .9rem; border-top: 1px solid #ccc; padding-top: 1rem; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.6; }
+span { border-right: 1px solid #8883; }
+.t { background: #b7ebb0; color: #000; } .u { color: #888; } .c { font-weight: bold; color: #a0a; }
+</style></head><body>
+<p><span class="t">trained</span> <span class="u">not trained</span>
+<span class="c">control token</span></p>
+"""
+
+
+def _heading(one: Shown) -> str:
+    over = f", {one.over} over the limit" if one.over else ""
+    return f"{one.title} - {len(one.pieces)} tokens, {one.num_trained} trained{over}"
+
+
+def _sequences(
+    row: dict[str, Any], part: StageSource, cfg: Config, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[Shown]:
+    """Every sequence that a record becomes."""
+    place = f"{part.stage}.{part.role} {row['where']}"
+    if part.kind == "text":
+        ids = [tokenizer.bos_token_id, *encode(tokenizer, row["text"]), tokenizer.eos_token_id]
+        ids = [each for each in ids if isinstance(each, int)]
+        yield _shown(place, ids, [True] * len(ids), part, tokenizer)
+    elif part.kind == "prompts":
+        rendered = render(tokenizer, cfg.chat, row["messages"], add_generation_prompt=True)
+        yield _shown(place, rendered.ids, rendered.mask, part, tokenizer)
+    elif part.kind == "sft":
+        rendered = render(tokenizer, cfg.chat, row["messages"])
+        yield _shown(place, rendered.ids, rendered.mask, part, tokenizer)
+    else:
+        prompt = row["prompt"]
+        for answer, rank in zip(row["answers"], row["ranks"], strict=True):
+            turns = [*prompt, {"role": "assistant", "content": answer}]
+            rendered = render(tokenizer, cfg.chat, turns)
+            yield _shown(f"{place}, rank {rank}", rendered.ids, rendered.mask, part, tokenizer)
+
+
+def _shown(
+    title: str,
+    ids: list[int],
+    mask: Sequence[bool],
+    part: StageSource,
+    tokenizer: PreTrainedTokenizerFast,
+) -> Shown:
+    controls = set(control_tokens(tokenizer).values())
+    texts = _token_texts(ids, tokenizer)
+    pieces = [
+        (text, bool(trained), token in controls)
+        for text, token, trained in zip(texts, ids, mask, strict=True)
+    ]
+    over = max(0, len(ids) - part.max_length) if part.max_length else 0
+    return Shown(title, pieces, over)
+
+
+def _token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The text of each token; a byte inside a character as `<0xE2>`, as the vocabulary has it."""
+    pieces = cast(list[str], tokenizer.convert_ids_to_tokens(list(ids)))
+    whole = {f"<0x{code:02X}>": chr(code) for code in range(128)}
+    return [whole.get(piece, piece.replace("\u2581", " ")) for piece in pieces]

@@ -1,0 +1,175 @@
+"""The `chatllama data` commands, and the pairs for `eval`.
+
+What reads and shows data is imported inside the functions, so that `--help` answers at once.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from chatllama.runtime.command_line import add_command, add_config_arguments
+
+STAGES = ("pretraining", "sft", "reward", "ppo")
+
+
+def add_data_commands(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> None:
+    """Declares `data generate`, `data check` and `data show`."""
+    grow = add_command(
+        commands, "generate", _data_generate, "prompts, answers, pairs from a model's API"
+    )
+    add_data_generate_arguments(grow)
+    check = add_command(
+        commands, "check", _data_check, "what is wrong with a config's data; 1: errors"
+    )
+    show = add_command(commands, "show", _data_show, "records as tokens, coloured by loss mask")
+    for parser, some in ((check, "all"), (show, "sft")):
+        add_config_arguments(parser)
+        stages = ("sft", "reward", "ppo")
+        parser.add_argument("--stage", choices=stages, help=f"the stage (default: {some})")
+    check.add_argument("--fix", action="store_true", help="write cleaned copies and a log")
+    check.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/data_check")
+    show.add_argument("--n", type=int, default=3, metavar="N", help="records of each source")
+    show.add_argument("--html", type=Path, metavar="F", help="write a page instead")
+
+
+def _data_check(arguments: argparse.Namespace) -> None:
+    """Prints what is wrong with a config's data and writes it; exit code 1 where there are errors.
+
+    The exit code is that of the originals, also with --fix.
+    """
+    import datasets
+    from rich.console import Console
+
+    from chatllama.config.loader import load_config
+    from chatllama.text.tokenizer import find_tokenizer
+    from data.checking.check import examine
+    from data.checking.clean import write_cleaned
+
+    cfg = load_config(arguments.config, arguments.overrides)
+    out = arguments.out or Path(cfg.run_dir) / "data_check"
+    datasets.disable_progress_bars()
+    console = Console(soft_wrap=True)
+    stages = STAGES if arguments.stage is None else (arguments.stage,)
+    examination = examine(cfg, find_tokenizer(cfg), stages)
+    examination.report.show(console)
+    for file in examination.report.write(out):
+        console.print(f"written: {file}", markup=False)
+    if arguments.fix:
+        cleaned = write_cleaned(cfg, Path(arguments.config), examination, out / "cleaned")
+        console.print(
+            f"kept {cleaned.num_kept} records, dropped {cleaned.num_dropped} ({cleaned.log}); "
+            f"train with {cleaned.config}",
+            markup=False,
+        )
+    if code := examination.report.exit_code:
+        raise SystemExit(code)
+
+
+def _data_show(arguments: argparse.Namespace) -> None:
+    """Prints the first records of a stage's sources as tokens, or writes them as a page."""
+    import datasets
+    from rich.console import Console
+
+    from chatllama.config.loader import load_config
+    from chatllama.text.tokenizer import find_tokenizer
+    from data.checking.show import page, print_records, shown_records
+
+    cfg = load_config(arguments.config, arguments.overrides)
+    tokenizer = find_tokenizer(cfg)
+    if tokenizer is None:
+        raise ValueError("backbone.from_scratch has not been built yet, so there are no tokens")
+    datasets.disable_progress_bars()
+    shown = shown_records(cfg, tokenizer, arguments.stage or "sft", arguments.n)
+    if arguments.html is None:
+        print_records(shown, Console())
+        return
+    arguments.html.parent.mkdir(parents=True, exist_ok=True)
+    arguments.html.write_text(page(shown), encoding="utf-8")
+    print(f"written: {arguments.html}")
+
+
+def _data_generate(arguments: argparse.Namespace) -> None:
+    from data.synthesis.command import Prices, Wanted, generate_data
+
+    known = Wanted.__annotations__
+    values = {name: value for name, value in vars(arguments).items() if name in known}
+    generate_data(Wanted(**values, prices=Prices(arguments.price_in, arguments.price_out)))
+
+
+def add_data_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares what can be typed."""
+    add = parser.add_argument
+    add(
+        "what",
+        metavar="WHAT",
+        choices=("prompts", "answers", "pairs"),
+        help="prompts (like those of FILE), answers (to FILE's prompts), or pairs (two answers to "
+        "each, and which one a judge prefers)",
+    )
+    add("--file", metavar="FILE", required=True, help="seeds or prompts, in any format")
+    add("--format", metavar="NAME", help="of FILE (default: told from its keys)")
+    add("--out", type=Path, metavar="F.jsonl", required=True, help="grows; can be continued")
+    add("--url", required=True, help="an OpenAI-compatible API, such as http://127.0.0.1:8000/v1")
+    add("--model", required=True, metavar="NAME", help="as the API calls it")
+    add("--judge-model", metavar="NAME", help="who compares pairs (default: --model)")
+    add("--num", type=int, metavar="N", help="prompts to make; or answer the first N only")
+    add("--temperature", type=float, default=1.0, metavar="T", help="default: 1")
+    add("--max-tokens", type=int, default=1024, metavar="N", help="of an answer (default: 1024)")
+    add("--parallel", type=int, default=4, metavar="N", help="requests at a time (default: 4)")
+    add("--per-minute", type=float, metavar="N", help="requests a minute at most")
+    add("--retries", type=int, default=6, metavar="N", help="after 429, 5xx, no answer (default 6)")
+    add(
+        "--similarity",
+        type=float,
+        default=0.7,
+        metavar="S",
+        help="ROUGE-L from which a prompt is not new (default: 0.7)",
+    )
+    add("--seed", type=int, default=0, help="of the choice of examples (default: 0)")
+    add("--price-in", type=float, metavar="USD", help="for a million tokens to the model")
+    add("--price-out", type=float, metavar="USD", help="for a million tokens from it")
+    add(
+        "--key-env",
+        default="OPENAI_API_KEY",
+        metavar="NAME",
+        help="environment variable that holds the API's key, if it wants one",
+    )
+    add("--yes", action="store_true", help="do not ask before the first request")
+    parser.epilog = "What it will cost is told first. Stopped at any time, it goes on where it was."
+
+
+def read_requests(path: str, languages: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Place, request for a translation, and reference, of every pair in order.
+
+    Every sentence is needed for a score, so a broken pair stops.
+
+    Args:
+        path: a file of pairs, or of two aligned files without their endings, as in a config.
+        languages: source and target, such as `de` and `en`.
+
+    Raises:
+        ValueError: an unknown language, no such file, or a pair is broken or has an empty side.
+    """
+    from chatllama.config.sources import DataSource, language_codes
+    from data.reading.formats import RecordError, mapping
+    from data.reading.source import decode_source
+    from data.reading.translation import TEMPLATES, request, sentence_pair
+
+    language_codes(languages)
+    source = DataSource(path=path, format="translation", languages=list(languages))
+    found: list[tuple[str, str, str]] = []
+    for where, raw in decode_source(source):
+        if isinstance(raw, RecordError):
+            raise raw
+        try:
+            sentence, reference = sentence_pair(mapping(raw, "the record"), languages)
+        except ValueError as error:
+            raise RecordError(f"{where}: {error}") from None
+        if not sentence or not reference:
+            raise RecordError(f"{where}: the {'translation' if sentence else 'sentence'} is empty")
+        found.append((where, request(sentence, languages, TEMPLATES[0]), reference))
+    if not found:
+        raise RecordError(f"{path}: no sentences")
+    return found

@@ -1,0 +1,1 @@
+"""Files and hub data sets as checked records; no tokens."""

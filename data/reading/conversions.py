@@ -1,0 +1,316 @@
+"""Dialects: formats that are another one in other words, or that hold several records at once.
+
+Each becomes objects of a layout that `layouts.py` reads; here too, without judgement about use.
+A column mapping of the config is the same kind of translation.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+from chatllama.config.schema import ColumnMapping, Format
+from data.reading.formats import (
+    PROMPT_KEYS,
+    Malformed,
+    Raw,
+    Unusable,
+    checked_list,
+    mapping,
+    shorten,
+)
+from data.reading.translation import as_instruction
+
+Piece = tuple[str, Raw, Format]
+"""What to add to the place, an object, and its layout."""
+
+QUESTION_KEYS, ANSWER_KEYS = ("question", "q", "query"), ("answer", "a", "response")
+TWO_ANSWERS = (
+    ("output_1", "output_2"),
+    ("response1", "response2"),
+    ("response_1", "response_2"),
+    ("answer_1", "answer_2"),
+    ("response_0", "response_1"),
+    ("response_a", "response_b"),
+    ("conversation_a", "conversation_b"),
+)
+VERDICTS = ("preference", "label", "winner", "better_response_id")
+# 0: the first answer is better, 1: the second, 0.5: a tie.
+WINNERS = {"model_a": 0.0, "a": 0.0, "model_b": 1.0, "b": 1.0, "tie": 0.5, "tie (bothbad)": 0.5}
+OPTIONAL = ("input", "system", "history", "margin", "ranks", "scores")
+
+
+def question_answer_keys(fields: Raw) -> tuple[str, str] | None:
+    """The columns of question and answer, however they are written; None where they lack."""
+    found = {str(key).strip().casefold(): str(key) for key in fields}
+    question = next((found[key] for key in QUESTION_KEYS if key in found), None)
+    answer = next((found[key] for key in ANSWER_KEYS if key in found), None)
+    return None if question is None or answer is None else (question, answer)
+
+
+def two_answer_keys(fields: Raw) -> tuple[str, str] | None:
+    """The columns of two answers that a verdict goes with; None where there are none."""
+    if not any(key in fields for key in VERDICTS) and not _annotators(fields):
+        return None
+    return next((pair for pair in TWO_ANSWERS if set(pair) <= fields.keys()), None)
+
+
+def apply_mapping(fields: Raw, columns: ColumnMapping, *, answers_optional: bool) -> Raw:
+    """The object under the names that the layouts know; other columns are not carried over.
+
+    Raises:
+        Malformed: a column that the mapping names is not there.
+    """
+    renamed: dict[str, object] = {}
+    names = [(key, name) for key, name in columns.model_dump().items() if name is not None]
+    for key, name in names:
+        found, value = _look_up(fields, name)
+        if found and value is not None:
+            renamed[key] = value
+        elif key not in OPTIONAL and not (answers_optional and key in ("completion", "output")):
+            wrong = "is null" if found else "is missing"
+            keys = sorted(map(str, fields))
+            raise Malformed(f"column {name!r} (format.{key}) {wrong}; the record has {keys}")
+    return renamed
+
+
+def _look_up(fields: Raw, name: str) -> tuple[bool, object]:
+    """Whether there is a column `name`, and what it holds."""
+    if name in fields:
+        return True, fields[name]
+    here: object = fields
+    for part in name.split("."):
+        if isinstance(here, dict) and part in here:
+            here = cast("dict[str, object]", here)[part]
+        elif isinstance(here, list) and part.isdecimal() and int(part) < len(here):
+            here = cast("list[object]", here)[int(part)]
+        else:
+            return False, None
+    return True, here
+
+
+def translate(fields: Raw, format: Format, kind: str) -> list[Piece]:
+    """The objects of a record in the layouts that `layouts.py` reads.
+
+    Args:
+        fields: the record.
+        format: its format; a layout of `layouts.py` is given back as it is.
+        kind: what it is to serve for.
+
+    Raises:
+        Malformed: the record is not laid out as its format says.
+        Unusable: it holds nothing for `kind`.
+    """
+    match format:
+        case "self_instruct":
+            return _instances(fields)
+        case "question_answer":
+            return [("", _question_answer(fields), "prompt_completion")]
+        case "utterances":
+            return [("", {**fields, "messages": _utterances(fields)}, "messages")]
+        case "turns":
+            return [("", {"prompt": _first_turn(fields)}, "prompts")]
+        case "lines" if kind == "prompts":
+            return [("", {"prompt": fields.get("text")}, "prompts")]
+        case "lines":
+            return [("", fields, "text")]
+        case "comparison":
+            return [("", _comparison(fields), "preference")]
+        case "kto":
+            return [("", *_labelled(fields, kind))]
+        case "oasst":
+            return _tree(fields, kind)
+        case "translation":
+            return [("", as_instruction(fields), "prompt_completion")]
+        case _:
+            return [("", fields, format)]
+
+
+def _numbered(what: str, pieces: Sequence[tuple[Raw, Format]]) -> list[Piece]:
+    if len(pieces) == 1:
+        return [("", *pieces[0])]
+    return [(f" ({what} {i} of {len(pieces)})", *each) for i, each in enumerate(pieces, start=1)]
+
+
+def _instances(fields: Raw) -> list[Piece]:
+    instances = checked_list(fields.get("instances"), "instances")
+    if not instances:
+        raise Unusable("no instances")
+    shared = {"instruction": fields.get("instruction")}
+    made: list[tuple[Raw, Format]] = [
+        ({**shared, **mapping(each, f"instances[{i}]")}, "alpaca")
+        for i, each in enumerate(instances)
+    ]
+    return _numbered("instance", made)
+
+
+def _question_answer(fields: Raw) -> Raw:
+    keys = question_answer_keys(fields)
+    if keys is None:
+        known = f"one of {QUESTION_KEYS} and one of {ANSWER_KEYS}"
+        raise Malformed(f"expected the columns {known}, got {sorted(map(str, fields))}")
+    return {**fields, "prompt": fields[keys[0]], "completion": fields[keys[1]]}
+
+
+def _utterances(fields: Raw) -> list[Raw]:
+    turns = checked_list(fields.get("utterances"), "utterances")
+    named = [mapping(turn, f"utterances[{i}]") for i, turn in enumerate(turns)]
+    return [{"role": turn.get("name"), "content": turn.get("text")} for turn in named]
+
+
+def _first_turn(fields: Raw) -> object:
+    """The first question; the later ones answer answers that are not there."""
+    turns = checked_list(fields.get("turns"), "turns")
+    if not turns:
+        raise Unusable("no turns")
+    return turns[0]
+
+
+def _labelled(fields: Raw, kind: str) -> tuple[Raw, Format]:
+    """The conversation under a label; one with a bad answer is no example to learn from."""
+    good = label(fields)
+    if kind == "sft" and not good:
+        raise Unusable("labelled as a bad answer")
+    base: tuple[tuple[str, Format], ...] = (
+        ("messages", "messages"),
+        ("conversations", "sharegpt"),
+        ("completion", "prompt_completion"),
+        ("instruction", "alpaca"),
+    )
+    for key, format in base:
+        if key in fields:
+            return fields, format
+    keys = sorted(map(str, fields))
+    raise Malformed(f"a labelled answer needs one of the keys {[k for k, _ in base]}, got {keys}")
+
+
+def label(fields: Raw) -> bool:
+    """Whether the answer of a `kto` record is labelled as good.
+
+    Raises:
+        Malformed: the label is not true or false (in a csv also as a word, or 1 and 0).
+    """
+    known = {"true": True, "false": False, "1": True, "0": False}
+    value = fields.get("label")
+    if isinstance(value, bool | int | str) and str(value).strip().lower() in known:
+        return known[str(value).strip().lower()]
+    raise Malformed(f"label: expected true or false, got {shorten(value)}")
+
+
+def _comparison(fields: Raw) -> Raw:
+    """`chosen` and `rejected` from two answers and the verdict on them."""
+    keys = two_answer_keys(fields)
+    if keys is None:
+        known = " or ".join(f"{a} and {b}" for a, b in TWO_ANSWERS)
+        raise Malformed(f"expected {known}, with one of the keys {VERDICTS}")
+    verdict = _verdict(fields, from_zero=keys[0].endswith("_0"))
+    if verdict == 0.5:
+        raise Unusable("a tie")
+    better, worse = keys if verdict < 0.5 else keys[::-1]
+    made = {key: value for key, value in fields.items() if key not in (*keys, *VERDICTS)}
+    if not any(key in made for key in PROMPT_KEYS):
+        asked = next((key for key in ("question", "input") if key in made), None)
+        if asked is not None:
+            made["prompt"] = made.pop(asked)
+    return {**made, "chosen": fields[better], "rejected": fields[worse]}
+
+
+def _verdict(fields: Raw, *, from_zero: bool) -> float:
+    """From 0, the first answer is better, to 1, the second is; 0.5 is a tie."""
+    annotators = _annotators(fields)
+    if annotators:
+        votes = Counter(_verdict({"label": vote}, from_zero=False) for vote in annotators)
+        (best, count), *others = votes.most_common()
+        if others and others[0][1] == count:
+            raise Unusable("the annotators disagree")
+        return best
+    key = next(key for key in VERDICTS if key in fields)
+    value = fields[key]
+    if isinstance(value, str) and value.strip().lower() in WINNERS:
+        return WINNERS[value.strip().lower()]
+    try:
+        number = float(cast(Any, value))
+    except (TypeError, ValueError):
+        number = -1.0
+    if isinstance(value, bool):
+        number = -1.0
+    low = 0.0 if from_zero else 1.0
+    if number == 0.0 and not from_zero:
+        return 0.5  # how PandaLM and AlpacaFarm write a tie
+    if not low <= number <= low + 1:
+        allowed = f"{low:g} (the first is better) to {low + 1:g} (the second), or {[*WINNERS]}"
+        raise Malformed(f"{key}: expected {allowed}, got {shorten(value)}")
+    return number - low
+
+
+def _annotators(fields: Raw) -> list[object]:
+    return [
+        fields[key]
+        for key in fields
+        if str(key).startswith("annotator") and str(key)[9:].isdecimal()
+    ]
+
+
+def _tree(fields: Raw, kind: str) -> list[Piece]:
+    """What an OASST tree holds: the threads of best answers, their prompts, or all rankings."""
+    root = mapping(fields.get("prompt"), "prompt")
+    made: list[tuple[Raw, Format]] = []
+    for path, replies in _nodes(root, only_best=kind != "preferences"):
+        asks = path[-1].get("role") != "assistant"
+        turns = [{"role": node.get("role"), "content": node.get("text")} for node in path]
+        ranked = [reply for reply in replies if _rank(reply) is not None]
+        if kind == "prompts" and asks:
+            made.append(({"messages": turns}, "prompts"))
+        elif kind == "preferences" and asks and len(ranked) > 1:
+            ranked.sort(key=_order)
+            answers = [reply.get("text") for reply in ranked]
+            ranks = [_rank(reply) for reply in ranked]
+            made.append(({"messages": turns, "answers": answers, "ranks": ranks}, "ranked"))
+        elif kind == "sft" and not asks and not any(reply.get("replies") for reply in replies):
+            made.append(({"messages": turns}, "messages"))
+    if not made:
+        wanted = {"preferences": "ranked answers", "sft": "answers", "prompts": "prompts"}
+        raise Unusable(f"no {wanted[kind]} in the tree")
+    return _numbered("thread", made)
+
+
+def _nodes(root: Raw, *, only_best: bool) -> Iterator[tuple[list[Raw], list[Raw]]]:
+    """Every message of a tree with those above it, and its replies; the best one first.
+
+    Args:
+        root: the first message.
+        only_best: of a question's answers, follow the best-ranked alone.
+    """
+    waiting: list[list[Raw]] = [[root]]
+    while waiting:
+        path = waiting.pop()
+        value = path[-1].get("replies")
+        replies = [
+            mapping(reply, f"replies[{i}]")
+            for i, reply in enumerate(checked_list([] if value is None else value, "replies"))
+        ]
+        yield path, replies
+        followed = sorted(replies, key=_order)
+        if only_best and path[-1].get("role") != "assistant":
+            followed = followed[:1]
+        waiting += [[*path, reply] for reply in reversed(followed)]
+
+
+def _rank(reply: Raw) -> int | None:
+    """The place among the answers to one message, from 0; None for a message without."""
+    rank = reply.get("rank")
+    if rank is None or rank == "":
+        return None
+    try:
+        number = float(cast(Any, rank))
+        if isinstance(rank, bool) or not number.is_integer():
+            raise ValueError(rank)
+    except (TypeError, ValueError):
+        raise Malformed(f"rank: expected a whole number or null, got {shorten(rank)}") from None
+    return int(number)
+
+
+def _order(reply: Raw) -> float:
+    rank = _rank(reply)
+    return float("inf") if rank is None else rank

@@ -1,0 +1,278 @@
+"""Layouts: from the keys of a decoded object to turns, one function a layout.
+
+No judgement about what the turns are good for: that is `records.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
+
+from chatllama.config.schema import Format
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from chatllama.text.chat_format import Message
+
+Raw = Mapping[str, object]
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "prompter": "user",
+    "agent": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+}
+PROMPT_KEYS = ("prompt", "messages", "conversations", "instruction")
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+
+class RecordError(ValueError):
+    """A malformed file or record; the message begins with its place, `file:line`."""
+
+
+class Malformed(ValueError):
+    """The object is not laid out as its format says; `records.py` adds the place."""
+
+
+class Unusable(ValueError):
+    """A well-formed record that cannot serve; the message is the reason to count."""
+
+
+def conversation(fields: Raw, format: Format, *, prompts_only: bool) -> list[Message]:
+    """The turns of a record that is not a pair, without the answer where it has none."""
+    match format:
+        case "messages":
+            return _with_system(fields, _turns(fields.get("messages"), "messages"))
+        case "sharegpt":
+            return _with_system(fields, _turns(fields.get("conversations"), "conversations"))
+        case "prompts" if "messages" in fields:
+            return _with_system(fields, _turns(fields["messages"], "messages"))
+        case "prompts":
+            return _with_system(fields, _turns_or_text(fields.get("prompt"), "prompt", "user"))
+        case "prompt_completion":
+            prompt = _with_system(fields, _turns_or_text(fields.get("prompt"), "prompt", "user"))
+            if prompts_only and fields.get("completion") is None:
+                return prompt
+            return prompt + _turns_or_text(fields.get("completion"), "completion", "assistant")
+        case _:
+            prompt = _alpaca_prompt(fields)
+            if prompts_only and fields.get("output") is None:
+                return prompt
+            return [*prompt, _message("assistant", string(fields, "output"))]
+
+
+def _alpaca_prompt(fields: Raw) -> list[Message]:
+    """System, history and instruction; the input follows its instruction after a blank line."""
+    system = string(fields, "system", "")
+    turns = [_message("system", system)] if system else []
+    history = fields.get("history")
+    for past in checked_list([] if history is None else history, "history"):
+        exchange = checked_list(past, "history")
+        if len(exchange) != 2:
+            raise Malformed(f"history: expected [question, answer], got {shorten(exchange)}")
+        turns.append(_message("user", _checked(exchange[0], "history")))
+        turns.append(_message("assistant", _checked(exchange[1], "history")))
+    asked = (string(fields, "instruction"), string(fields, "input", ""))
+    turns.append(_message("user", "\n\n".join(part for part in asked if part.strip())))
+    return turns
+
+
+def _with_system(fields: Raw, turns: list[Message]) -> list[Message]:
+    """`turns` after the system prompt that stands in a column of its own."""
+    system = string(fields, "system", "")
+    if not system.strip() or (turns and turns[0] == _message("system", system)):
+        return turns
+    return [_message("system", system), *turns]
+
+
+def _turns_or_text(value: object, name: str, role: str) -> list[Message]:
+    """Messages, from a string, from one message, or from a list of them."""
+    if isinstance(value, str):
+        return [_message(role, _checked(value, name))]
+    return _turns([value] if isinstance(value, Mapping) else value, name)
+
+
+def _turns(value: object, name: str) -> list[Message]:
+    return [
+        _turn(mapping(turn, f"{name}[{i}]"), f"{name}[{i}]")
+        for i, turn in enumerate(checked_list(value, name))
+    ]
+
+
+def _turn(turn: Raw, name: str) -> Message:
+    """One message, from `role`/`content` or from `from`/`value`."""
+    role_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
+    role = turn.get(role_key)
+    if not isinstance(role, str):
+        raise Malformed(f"{name}: {role_key!r} must name the speaker, got {shorten(role)}")
+    if role not in ROLES:
+        raise Unusable(f"role {role!r} (known: {', '.join(ROLES)})")
+    trained = turn.get("loss_weight")
+    if trained is not None and trained != (1 if ROLES[role] == "assistant" else 0):
+        raise Unusable("a loss_weight other than 1 for the assistant and 0 for the others")
+    content = turn.get(content_key)
+    if isinstance(content, list):
+        parts = cast("list[object]", content)
+        return _message(ROLES[role], "".join(_part(part, name) for part in parts))
+    if content is None and turn.get("tool_calls"):
+        raise Unusable("tool calls")
+    return _message(ROLES[role], _checked(content, f"{name}.{content_key}"))
+
+
+def _part(part: object, name: str) -> str:
+    """The text of one piece of a message whose content is a list."""
+    fields = mapping(part, name)
+    if fields.get("type") != "text":
+        raise Unusable(f"content of type {shorten(fields.get('type'))}, not text")
+    return string(fields, "text" if "text" in fields else "value")
+
+
+def transcripts(fields: Raw) -> tuple[list[Message], list[Message]]:
+    """Both transcripts of an Anthropic HH pair."""
+    return _transcript(fields, "chosen"), _transcript(fields, "rejected")
+
+
+def _transcript(fields: Raw, key: str) -> list[Message]:
+    """Turns of a transcript; white space around them is layout."""
+    text = string(fields, key)
+    if not text.startswith(HUMAN):
+        raise Malformed(f"{key}: a transcript begins with {HUMAN!r}, got {shorten(text)}")
+    turns: list[Message] = []
+    for asked in text.split(HUMAN)[1:]:
+        question, *answers = asked.split(ASSISTANT)
+        turns.append(_message("user", question.strip()))
+        turns.extend(_message("assistant", answer.strip()) for answer in answers)
+    return turns
+
+
+def pair(fields: Raw) -> tuple[list[Message], list[Message]]:
+    """Both whole conversations of a pair; an answer alone is put after the prompt."""
+    prompt = _prompt(fields)
+    return _side(fields, "chosen", prompt), _side(fields, "rejected", prompt)
+
+
+def ranking(fields: Raw) -> tuple[list[Message], list[str], list[int], list[float]]:
+    """Prompt, answers from best to worst, their ranks and ratings.
+
+    The answers stand in `answers` (or in a list under `output`, beside an Alpaca prompt), best
+    first. `ranks` may say where they tie (equal numbers, lower is better); `scores` may rate them
+    (equal numbers tie, higher is better, differences are margins). Ranks come back from 0.
+    """
+    prompt = _prompt(fields)
+    if prompt is None:
+        raise Malformed(f"ranked answers need one of the keys {PROMPT_KEYS}")
+    key = "answers" if "answers" in fields else "output"
+    answers = [_checked(answer, key) for answer in checked_list(fields.get(key), key)]
+    if not answers:
+        raise Unusable("no answers")
+    if fields.get("ranks") is not None and fields.get("scores") is not None:
+        raise Malformed("give `ranks` or `scores`, not both")
+    ratings = [0.0] * len(answers)
+    order = [float(i) for i in range(len(answers))]
+    if fields.get("ranks") is not None:
+        order = _numbers(fields["ranks"], "ranks", len(answers))
+    if fields.get("scores") is not None:
+        ratings = _numbers(fields["scores"], "scores", len(answers))
+        order = [-rating for rating in ratings]
+    if order != sorted(order):
+        raise Malformed(f"{key}: the answers must go from best to worst, their order is {order}")
+    places = sorted(set(order))
+    return prompt, answers, [places.index(place) for place in order], ratings
+
+
+def _prompt(fields: Raw) -> list[Message] | None:
+    """The turns under whichever prompt key the record has; None where it has none."""
+    key = next((key for key in PROMPT_KEYS if fields.get(key) is not None), None)
+    if key is None:
+        return None
+    if key == "instruction":
+        return _alpaca_prompt(fields)
+    return _with_system(fields, _turns_or_text(fields[key], key, "user"))
+
+
+def _side(fields: Raw, key: str, prompt: list[Message] | None) -> list[Message]:
+    answer = _turns_or_text(fields.get(key), key, "assistant")
+    if len(answer) == 1 and answer[0]["role"] == "assistant":
+        if prompt is None:
+            raise Malformed(f"an answer alone in {key!r} needs one of the keys {PROMPT_KEYS}")
+        return prompt + answer
+    if prompt is not None and answer[:-1] != prompt:
+        raise Unusable("the conversation does not begin with the prompt")
+    return answer
+
+
+def margin(fields: Raw) -> float:
+    """By how much `chosen` is better; 0 where the record does not say."""
+    value = fields.get("margin")
+    return 0.0 if value is None else _number(value, "margin")
+
+
+def _numbers(value: object, name: str, count: int) -> list[float]:
+    numbers = [_number(each, name) for each in checked_list(value, name)]
+    if len(numbers) != count:
+        raise Malformed(f"{name}: expected one number for each of {count} answers, got {numbers}")
+    return numbers
+
+
+def _number(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise Malformed(f"{name}: expected a finite number, got {shorten(value)}")
+    return float(value)
+
+
+def shorten(value: object, limit: int = 80) -> str:
+    """`value` as Python writes it, cut to `limit` characters."""
+    written = repr(value)
+    return written if len(written) <= limit else written[: limit - 3] + "..."
+
+
+def mapping(value: object, name: str) -> Raw:
+    """`value`, if it is an object with keys."""
+    if not isinstance(value, Mapping):
+        raise Malformed(f"{name}: expected an object with keys, got {shorten(value)}")
+    return cast(Raw, value)
+
+
+def checked_list(value: object, name: str) -> list[object]:
+    """`value`, if it is a list."""
+    if not isinstance(value, list):
+        raise Malformed(f"{name}: expected a list, got {shorten(value)}")
+    return cast("list[object]", value)
+
+
+def _checked(value: object, name: str) -> str:
+    """`value` if it is text that can be encoded."""
+    if not isinstance(value, str):
+        raise Malformed(f"{name}: expected a string, got {shorten(value)}")
+    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        raise Unusable("half of a surrogate pair in the text")
+    return value
+
+
+def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """The object of a JSON text; the same key twice in it is an error."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return made
+
+
+def string(fields: Raw, key: str, default: str | None = None) -> str:
+    """`fields[key]`; a missing or null key is `default`, or an error where there is none."""
+    value = fields.get(key)
+    if value is None and default is not None:
+        return default
+    if key not in fields:
+        raise Malformed(f"key {key!r} is missing; the record has {sorted(map(str, fields))}")
+    return _checked(value, key)
+
+
+def _message(role: str, content: str) -> Message:
+    return cast("Message", {"role": role, "content": content})

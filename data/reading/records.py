@@ -1,0 +1,324 @@
+"""Records: what one line of a data file means, whichever layout it came in.
+
+Pure functions. The keys of each layout are in `layouts.py` and `dialects.py`, reading files in
+`readers.py`, turning messages into tokens in `sft.py`, `preferences.py` and `prompts.py`.
+
+Two kinds of bad record are told apart. A malformed one (a missing key, a wrong type) raises
+`RecordError`: the file is not what the config says, and reading stops. A well-formed one that
+cannot serve (an empty answer, a pair whose prompts differ) raises `Unusable`: it is left out,
+and its reason is counted and reported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, cast
+
+from chatllama.config.schema import ColumnMapping, Format
+from data.reading.conversions import (
+    apply_mapping,
+    question_answer_keys,
+    translate,
+    two_answer_keys,
+)
+from data.reading.formats import (
+    PROMPT_KEYS,
+    Malformed,
+    Raw,
+    RecordError,
+    Unusable,
+    conversation,
+    mapping,
+    margin,
+    pair,
+    ranking,
+    shorten,
+    string,
+    transcripts,
+)
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from chatllama.text.chat_format import Message
+
+Kind = Literal["sft", "preferences", "prompts", "text"]
+
+# Formats that can serve each kind, in the order in which they are tried.
+_CONVERSATIONS: tuple[Format, ...] = (
+    "self_instruct", "alpaca", "messages", "sharegpt", "prompt_completion", "utterances", "oasst",
+    "translation",
+)  # fmt: skip
+_PREFERENCES: tuple[Format, ...] = ("hh", "preference", "ranked", "comparison")
+KIND_FORMATS: dict[Kind, tuple[Format, ...]] = {
+    "sft": ("kto", *_CONVERSATIONS, *_PREFERENCES, "question_answer"),
+    "preferences": (*_PREFERENCES, "kto", "oasst"),
+    "prompts": (
+        *_PREFERENCES, "kto", *_CONVERSATIONS, "prompts", "turns", "question_answer", "lines",
+    ),
+    "text": ("text", "lines"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns that end with an assistant's answer."""
+
+    messages: list[Message]
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Answers to one prompt, the best first; a pair has two."""
+
+    prompt: list[Message]
+    answers: list[str]
+    ranks: list[int]
+    """0 for the best; equal ranks are a tie."""
+    ratings: list[float]
+    """Their differences are the margins of the pairs; all 0 where the record does not say."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Turns that end with the user's."""
+
+    messages: list[Message]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain text to pre-train on."""
+
+    text: str
+
+
+Record = Conversation | Preference | Prompt | Text
+
+
+def parse_records(
+    raw: object, format: Format | ColumnMapping, kind: Kind, where: str
+) -> list[tuple[str, Record | Unusable]]:
+    """The place and the typed record of everything that an object holds; most hold one.
+
+    Args:
+        raw: the decoded object.
+        format: how `raw` is laid out.
+        kind: what it is to serve for. Pairs and lists give SFT their best answer; whatever has a
+            prompt gives PPO that prompt.
+        where: `file:line`, for errors.
+
+    Returns:
+        For a record that is well-formed but cannot serve as `kind`, the reason.
+
+    Raises:
+        RecordError: the object is not laid out as `format`.
+    """
+    found: list[tuple[str, Record | Unusable]] = []
+    try:
+        fields, name = _named(raw, format, kind)
+        if name not in KIND_FORMATS[kind]:
+            raise Malformed(f"format {name} cannot serve as {kind}; {_formats_for(kind)}")
+        for place, piece, layout in translate(fields, name, kind):
+            try:
+                found.append((where + place, _parse(piece, layout, kind)))
+            except Unusable as reason:
+                found.append((where + place, reason))
+    except Malformed as error:
+        raise RecordError(f"{where}: {error}") from None
+    except Unusable as reason:
+        return [(where, reason)]
+    return found
+
+
+def parse_record(raw: object, format: Format | ColumnMapping, kind: Kind, where: str) -> Record:
+    """The one record of an object that holds one; see `parse_records`.
+
+    Raises:
+        RecordError: the object is not laid out as `format`.
+        Unusable: it is, but cannot serve as `kind`.
+    """
+    ((_, record),) = parse_records(raw, format, kind, where)
+    if isinstance(record, Unusable):
+        raise record
+    return record
+
+
+def _named(raw: object, format: Format | ColumnMapping, kind: Kind) -> tuple[Raw, Format]:
+    """The object and the name of its layout, after a mapping of columns."""
+    fields = mapping(raw, "the record")
+    if not isinstance(format, ColumnMapping):
+        return fields, format
+    fields = apply_mapping(fields, format, answers_optional=kind == "prompts")
+    if format.label is not None:
+        return fields, "kto"
+    fitting = fitting_formats(fields)
+    usable: list[Format] = [name for name in KIND_FORMATS[kind] if name in fitting]
+    if not usable:
+        raise Malformed(f"the columns {sorted(fields)} make no record for {kind}")
+    return fields, usable[0]
+
+
+def _parse(fields: Raw, format: Format, kind: Kind) -> Record:
+    """One record of a layout of `layouts.py`."""
+    if format == "text":
+        return Text(_not_empty(string(fields, "text"), "text"))
+    if format in ("hh", "preference"):
+        chosen, rejected = transcripts(fields) if format == "hh" else pair(fields)
+        if kind == "preferences":
+            return _preference(chosen, rejected, margin(fields))
+        return _serve(chosen, kind)
+    if format == "ranked":
+        prompt, answers, ranks, ratings = ranking(fields)
+        if kind == "preferences":
+            return _ranked(prompt, answers, ranks, ratings)
+        return _serve([*prompt, {"role": "assistant", "content": answers[0]}], kind)
+    turns = conversation(fields, format, prompts_only=kind == "prompts")
+    if kind == "preferences":  # an answer with a label, to be joined with another
+        return Conversation(_alternating(turns, "assistant"))
+    return _serve(turns, kind)
+
+
+def labelled_preference(good: list[Conversation], bad: list[Conversation]) -> Preference:
+    """All good answers to a prompt before all bad ones.
+
+    Args:
+        good: at least one conversation; all that are given have the same prompt.
+        bad: at least one.
+
+    Raises:
+        Unusable: a good answer is a bad one too.
+    """
+    prompt = good[0].messages[:-1]
+    answers = [conversation.messages[-1]["content"] for conversation in [*good, *bad]]
+    if {a.strip() for a in answers[: len(good)]} & {a.strip() for a in answers[len(good) :]}:
+        raise Unusable("one answer is labelled both good and bad")
+    ranks = [0] * len(good) + [1] * len(bad)
+    return Preference(prompt, answers, ranks, [0.0] * len(answers))
+
+
+def detect_format(raw: object, kind: Kind, where: str) -> Format:
+    """The layout that a record's keys tell.
+
+    Raises:
+        RecordError: nothing that serves as `kind` fits.
+    """
+    if not isinstance(raw, Mapping):
+        raise RecordError(f"{where}: expected an object with keys, got {shorten(raw)}")
+    fields = cast(Raw, raw)
+    fitting = fitting_formats(fields)
+    usable: list[Format] = [format for format in KIND_FORMATS[kind] if format in fitting]
+    if usable:
+        return usable[0]
+    looks = f" (it looks like {' or '.join(fitting)})" if fitting else ""
+    raise RecordError(
+        f"{where}: no format for {kind} fits a record with the keys "
+        f"{sorted(map(str, fields))}{looks}; {_formats_for(kind)}; or say which column holds "
+        "what, as in `format: {prompt: question, completion: answer}`"
+    )
+
+
+def record_key(record: Record) -> str:
+    """Digest of what the record asks: equal for equal first user turns (text: equal texts).
+
+    Held-out splits go by it, so that a prompt, and a dialogue and its continuation, are on the
+    same side, in every stage.
+    """
+    match record:
+        case Text(text):
+            asked = text
+        case Conversation(messages) | Prompt(messages) | Preference(messages):
+            asked = next(turn["content"] for turn in messages if turn["role"] == "user")
+    return hashlib.blake2b(asked.strip().encode(), digest_size=16).hexdigest()
+
+
+def _formats_for(kind: Kind) -> str:
+    return f"formats for {kind}: {', '.join(KIND_FORMATS[kind])}"
+
+
+def fitting_formats(fields: Raw) -> list[Format]:
+    """Every format whose keys are there."""
+    has = fields.keys()
+    if {"chosen", "rejected"} <= has:
+        transcript = isinstance(fields["chosen"], str) and not has & set(PROMPT_KEYS)
+        return ["hh" if transcript else "preference"]
+    if "message_tree_id" in has and isinstance(fields.get("prompt"), Mapping):
+        return ["oasst"]
+    if {"message_id", "role", "text"} <= has and "prompt" not in has:
+        return ["oasst"]
+    if two_answer_keys(fields):
+        return ["comparison"]
+    if isinstance(fields.get("answers"), list) or isinstance(fields.get("output"), list):
+        return ["ranked"]
+    tests: dict[Format, bool] = {
+        "self_instruct": isinstance(fields.get("instances"), list),
+        "messages": "messages" in has,
+        "sharegpt": "conversations" in has,
+        "utterances": isinstance(fields.get("utterances"), list),
+        "alpaca": "instruction" in has and "instances" not in has,
+        "prompt_completion": {"prompt", "completion"} <= has,
+        "prompts": "prompt" in has and "completion" not in has,
+        "text": "text" in has,
+        "turns": isinstance(fields.get("turns"), list),
+        "question_answer": question_answer_keys(fields) is not None,
+        "translation": isinstance(fields.get("translation"), Mapping),
+    }
+    fitting: list[Format] = [format for format, fits in tests.items() if fits]
+    answered = set(fitting) & {"messages", "sharegpt", "alpaca", "prompt_completion"}
+    if answered and isinstance(fields.get("label"), bool):
+        return ["kto"]
+    return fitting
+
+
+def _serve(turns: list[Message], kind: Kind) -> Record:
+    """The conversation, or its prompt when prompts are wanted."""
+    if kind == "prompts":
+        prompt = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+        return Prompt(_alternating(prompt, "user"))
+    return Conversation(_alternating(turns, "assistant"))
+
+
+def _preference(chosen: list[Message], rejected: list[Message], by: float) -> Preference:
+    _alternating(chosen, "assistant")
+    _alternating(rejected, "assistant")
+    if chosen[:-1] != rejected[:-1]:
+        raise Unusable("chosen and rejected answer different prompts")
+    good, bad = chosen[-1]["content"], rejected[-1]["content"]
+    if good.strip() == bad.strip():
+        raise Unusable("chosen equals rejected")
+    return Preference(chosen[:-1], [good, bad], [0, 1], [by, 0.0])
+
+
+def _ranked(
+    prompt: list[Message], answers: list[str], ranks: list[int], ratings: list[float]
+) -> Preference:
+    _alternating(prompt, "user")
+    if len(answers) < 2:
+        raise Unusable("fewer than two answers")
+    for answer in answers:
+        _not_empty(answer, "answer")
+    if len({answer.strip() for answer in answers}) == 1:
+        raise Unusable("all answers are equal")
+    if ranks[-1] == 0:
+        raise Unusable("all answers are tied")
+    return Preference(prompt, answers, ranks, ratings)
+
+
+def _alternating(turns: list[Message], last: str) -> list[Message]:
+    """`turns`, if they go system? user assistant user ... and end with `last`."""
+    spoken = turns[1:] if turns and turns[0]["role"] == "system" else turns
+    if not spoken:
+        raise Unusable("no turns")
+    for i, turn in enumerate(spoken):
+        if turn["role"] != ("user", "assistant")[i % 2]:
+            raise Unusable("roles do not alternate between user and assistant")
+        _not_empty(turn["content"], f"{turn['role']} turn")
+    if spoken[-1]["role"] != last:
+        raise Unusable(f"the last turn is the {spoken[-1]['role']}'s")
+    return turns
+
+
+def _not_empty(text: str, name: str) -> str:
+    if not text.strip():
+        raise Unusable(f"empty {name}")
+    return text

@@ -1,0 +1,310 @@
+"""Sources: from a file or a hub data set to a table of records, with a report of what was left out.
+
+Local files are decoded by `decoding.py`, line by line, rather than by `datasets.load_dataset`: that
+loses line numbers, fills missing keys with null, and turns the text "NA" of a csv into nothing.
+`datasets` keeps the result as an Arrow file in its cache (HF_DATASETS_CACHE), which all ranks
+share: one of them reads, the others wait for its lock. The cache entry is named after the content
+of the file and of this package's code, so that neither can go stale.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, cast
+
+import datasets
+from datasets import Dataset, Features, Value
+from datasets.exceptions import DatasetGenerationError
+
+from chatllama.config.schema import (
+    ColumnMapping,
+    DataSource,
+    Format,
+    language_codes,
+)
+from data.caching import code_digest
+from data.reading.decode import decode
+from data.reading.files import DataFile, find_aligned, find_files
+from data.reading.formats import RecordError, Unusable
+from data.reading.grouped import (
+    JOINED,
+    LabelledAnswers,
+    MessageTrees,
+    is_good,
+    is_tree_message,
+)
+from data.reading.records import (
+    Conversation,
+    Kind,
+    Preference,
+    Prompt,
+    Record,
+    Text,
+    detect_format,
+    parse_records,
+    record_key,
+)
+
+MAX_LEFT_OUT = 0.5  # above this share, the format is probably not what the file holds
+MAX_MALFORMED = 10_000  # a file with more is not what the config says
+NUM_EXAMPLES = 5
+GOOD, UNUSABLE, MALFORMED = 0, 1, 2
+MESSAGES = datasets.List({"role": Value("string"), "content": Value("string")})
+COMMON = {"key": Value("string"), "where": Value("string")}
+COLUMNS: dict[Kind, Features] = {
+    "sft": Features({"messages": MESSAGES, **COMMON}),
+    "preferences": Features(
+        {
+            "prompt": MESSAGES,
+            "answers": datasets.List(Value("string")),
+            "ranks": datasets.List(Value("int32")),
+            "ratings": datasets.List(Value("float32")),
+            **COMMON,
+        }
+    ),
+    "prompts": Features({"messages": MESSAGES, **COMMON}),
+    "text": Features({"text": Value("large_string"), **COMMON}),
+}
+
+
+@dataclass(frozen=True)
+class ReadReport:
+    """What became of a source's records."""
+
+    path: str
+    format: str
+    """Name of the format; `mapping` for columns that the config names."""
+    num_read: int
+    num_kept: int
+    left_out: dict[str, int]
+    """Number of records by reason, most frequent first."""
+    examples: list[str]
+    """`file:line: reason` of the first few left out."""
+
+    def summary(self) -> str:
+        """A line for the log, and a line for each example left out."""
+        line = f"{self.path} ({self.format}): {self.num_kept} of {self.num_read} records"
+        if self.left_out:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
+            line += f"; left out: {reasons}"
+        return "\n  ".join([line, *self.examples])
+
+
+def read_source(source: DataSource, kind: Kind) -> tuple[Dataset, ReadReport]:
+    """Every usable record of a source, in the file's order, and the report.
+
+    Columns are the record's fields (`messages`; or `prompt`, `answers`, `ranks`, `ratings`; or
+    `text`), `key` (see `record_key`) and `where` (`file:line`).
+
+    Raises:
+        ValueError: there is no such file or data set; a malformed file or record; no record that
+            can serve, or more that cannot than can.
+    """
+    rows = read_rows(source, kind)
+    severities: list[int] = rows["severity"][:]
+    if MALFORMED in severities:
+        bad = [i for i, severity in enumerate(severities) if severity == MALFORMED]
+        lines = [str(rows[i]["problem"]) for i in bad[:NUM_EXAMPLES]]
+        more = f"\n  and {len(bad) - len(lines)} more" if len(bad) > len(lines) else ""
+        raise RecordError("\n  ".join(lines) + more)
+    return _keep_usable(rows, severities, source, kind)
+
+
+def read_rows(source: DataSource, kind: Kind) -> Dataset:
+    """A row for each record of a source, whether or not it can serve.
+
+    Columns are those of `read_source`, `number` (of the object it stands in, from 0), `severity`
+    (`GOOD`, `UNUSABLE` or `MALFORMED`), `problem` (why it cannot serve) and `format`.
+
+    Raises:
+        ValueError: there is no such file or data set, or it is empty.
+    """
+    files = source_files(source)
+    reading = source.model_dump(exclude={"weight", "epochs"})
+    arguments = {"reading": reading, "kind": kind, "code": code_digest()}
+    if files is None:
+        data = _load_hub(source)
+        generator, arguments = _hub_rows, {**arguments, "data": data}
+    else:
+        digests = [(file, _file_digest(file)) for file in files]
+        generator, arguments = _file_rows, {**arguments, "files": digests}
+    try:
+        return Dataset.from_generator(generator, features=_features(kind), gen_kwargs=arguments)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError):  # ours, wrapped by `datasets`
+            raise error.__cause__ from None
+        raise
+
+
+def decode_source(source: DataSource) -> Iterator[tuple[str, object]]:
+    """Place and object of everything in a source; a `RecordError` in place of what is broken."""
+    files = source_files(source)
+    if files is None:
+        yield from _hub_objects(_load_hub(source), source.path)
+        return
+    for file in files:
+        yield from decode(file, source.encoding, source.columns, source.format)
+
+
+def source_files(source: DataSource) -> list[DataFile] | None:
+    """The files of a source; None where it can only be a data set of the hub.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    aligned = None
+    if source.languages is not None:
+        aligned = find_aligned(source.path, language_codes(source.languages))
+    return aligned or find_files(source.path, source.split)
+
+
+def _file_digest(file: DataFile) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for path in filter(None, (file.path, file.aligned)):
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _file_rows(
+    reading: dict[str, Any], kind: Kind, files: list[tuple[DataFile, str]], code: str
+) -> Iterator[dict[str, object]]:
+    """Rows of local files. Their digests and `code` only name the cache entry."""
+    source = DataSource(**reading)
+    objects = (
+        each
+        for file, _ in files
+        for each in decode(file, source.encoding, source.columns, source.format)
+    )
+    yield from _rows(objects, source, kind)
+
+
+def _hub_rows(
+    reading: dict[str, Any], kind: Kind, data: Dataset, code: str
+) -> Iterator[dict[str, object]]:
+    """Rows of a data set that `datasets` loaded."""
+    source = DataSource(**reading)
+    yield from _rows(_hub_objects(data, source.path), source, kind)
+
+
+def _hub_objects(data: Dataset, path: str) -> Iterator[tuple[str, object]]:
+    """Place and object of each record of a hub data set; its null is a missing key."""
+    for number, raw in enumerate(cast(Iterable[dict[str, object]], data), start=1):
+        yield f"{path}: record {number}", {k: v for k, v in raw.items() if v is not None}
+
+
+def _load_hub(source: DataSource) -> Dataset:
+    """The split of a hub data set."""
+    try:
+        data = datasets.load_dataset(source.path, source.subset, split=source.split)
+    except Exception as error:
+        raise ValueError(
+            f"no file {source.path!r}, and no data set of that name with a split "
+            f"{source.split!r} could be loaded: {error}"
+        ) from error
+    assert isinstance(data, Dataset)
+    return data
+
+
+def _rows(
+    objects: Iterator[tuple[str, object]], source: DataSource, kind: Kind
+) -> Iterator[dict[str, object]]:
+    """A row for each record of the decoded objects, whether or not it can serve."""
+    format, num_malformed = source.format, 0
+    number = -1
+    joined, trees = LabelledAnswers(), MessageTrees()
+    for number, (where, raw) in enumerate(objects):
+        try:
+            if isinstance(raw, RecordError):
+                raise raw
+            if format is None:
+                format = detect_format(raw, kind, where)
+            if source.languages is not None and isinstance(raw, dict):
+                raw = {**raw, "languages": source.languages}
+            if format == "oasst" and is_tree_message(raw):
+                trees.add(number, where, raw)
+                continue
+            found = parse_records(raw, format, kind, where)
+        except RecordError as error:
+            num_malformed += 1
+            yield _row(kind, number, where, format, error)
+            if num_malformed == MAX_MALFORMED:
+                end = f"{where}: reading stopped after {MAX_MALFORMED} malformed records"
+                yield _row(kind, number, where, format, RecordError(end))
+                return
+            continue
+        for place, record in found:
+            if kind == "preferences" and isinstance(record, Conversation):
+                joined.add(number, place, record, is_good(raw, format))
+            else:
+                yield _row(kind, number, place, format, record)
+    for number, place, record in chain(joined.preferences(), trees.records(kind)):
+        yield _row(kind, number, place, format, record)
+    if number < 0:
+        raise RecordError(f"{source.path}: no records")
+
+
+def _row(
+    kind: Kind,
+    number: int,
+    where: str,
+    format: Format | ColumnMapping | None,
+    record: Record | Unusable | RecordError,
+) -> dict[str, object]:
+    bad = isinstance(record, ValueError)
+    fields = dict.fromkeys(COLUMNS[kind]) if isinstance(record, ValueError) else _columns(record)
+    severity = MALFORMED if isinstance(record, RecordError) else UNUSABLE if bad else GOOD
+    return {
+        **fields,
+        "where": where,
+        "number": number,
+        "severity": severity,
+        "problem": str(record) if bad else "",
+        "format": "mapping" if isinstance(format, ColumnMapping) else format,
+    }
+
+
+def _features(kind: Kind) -> Features:
+    text, number = Value("string"), Value("int64")
+    more = {"number": number, "severity": Value("int8"), "problem": text, "format": text}
+    return Features({**COLUMNS[kind], **more})
+
+
+def _columns(record: Record) -> dict[str, object]:
+    match record:
+        case Conversation(messages) | Prompt(messages):
+            fields: dict[str, object] = {"messages": messages}
+        case Preference():
+            fields = dict(record.__dict__)
+        case Text(text):
+            fields = {"text": text}
+    return {**fields, "key": record_key(record)}
+
+
+def _keep_usable(
+    rows: Dataset, severities: list[int], source: DataSource, kind: Kind
+) -> tuple[Dataset, ReadReport]:
+    """The rows without a problem, and the report."""
+    bad = [i for i, severity in enumerate(severities) if severity != GOOD]
+    problems: list[str] = rows.select(bad)["problem"][:]
+    report = ReadReport(
+        path=source.path,
+        format=rows[0]["format"],
+        num_read=len(rows),
+        num_kept=len(rows) - len(bad),
+        left_out=dict(Counter(problems).most_common()),
+        examples=[f"{rows[i]['where']}: {rows[i]['problem']}" for i in bad[:NUM_EXAMPLES]],
+    )
+    # Labels need not pair up, and a bad answer is not for SFT: no sign of a wrong format.
+    too_many = 1.0 if report.format == "kto" else MAX_LEFT_OUT
+    num_joined = report.left_out.get(JOINED, 0)
+    if len(bad) - num_joined > too_many * (len(rows) - num_joined) or not report.num_kept:
+        raise RecordError(
+            f"more than {MAX_LEFT_OUT:.0%} of the records cannot serve as {kind}; is it the right "
+            f"format?\n{report.summary()}"
+        )
+    kept = [i for i, severity in enumerate(severities) if severity == GOOD]
+    return rows.select(kept).remove_columns(["number", "severity", "problem", "format"]), report

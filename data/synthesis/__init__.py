@@ -1,0 +1,1 @@
+"""`data generate`: more data from a model's API."""

@@ -1,0 +1,366 @@
+"""`chatllama data generate` against a small endpoint of our own on this machine."""
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatllama import cli
+from chatllama.config.schema import DataSource
+from data.reading.source import read_source
+from data.similarity import Pool, rouge_l
+from data.synthesis.client import Endpoint, EndpointError, Pace
+from data.synthesis.command import Prices, estimate_answers, estimate_prompts
+from data.synthesis.generate import _verdict
+from data.synthesis.ledger import Harvest
+
+pytestmark = pytest.mark.usefixtures("data_cache")
+
+Answer = str | tuple[int, dict[str, str], bytes]
+
+
+class Stub:
+    """An endpoint on 127.0.0.1 that answers as `reply` says, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.reply: Callable[[dict[str, Any]], Answer] = lambda body: "Fine."
+        self.asked: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.finish = "stop"
+        stub, lock = self, threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    stub.asked.append(body)
+                    stub.headers.append({"path": self.path, **dict(self.headers)})
+                    answer = stub.reply(body)
+                if isinstance(answer, str):
+                    choice = {"message": {"content": answer}, "finish_reason": stub.finish}
+                    usage = {"prompt_tokens": 10, "completion_tokens": 3}
+                    content = json.dumps({"choices": [choice], "usage": usage}).encode()
+                    answer = (200, {}, content)
+                status, headers, content = answer
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    stub = Stub()
+    yield stub
+    stub.server.shutdown()
+    stub.server.server_close()
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+@pytest.fixture
+def grow(stub: Stub, tmp_path: Path) -> Callable[..., int]:
+    """Runs the command on three prompts; the exit code."""
+    rows = [{"prompt": text} for text in ("Name a river.", "Name a tree.", "Name a bird.")]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(what: str, *words: str, yes: bool = True) -> int:
+        command = ["data", "generate", what, "--file", str(tmp_path / "prompts.jsonl")]
+        command += ["--out", str(tmp_path / "out.jsonl"), "--url", stub.url, "--model", "m"]
+        return cli.main([*command, *(["--yes"] if yes else []), *words])
+
+    return run
+
+
+# --- similarity
+
+
+def test_rouge_by_hand() -> None:
+    # "the cat on mat" is common: 4 of 6 and 5 words.
+    one, other = ["the", "cat", "sat", "on", "the", "mat"], ["the", "cat", "lay", "on", "mat"]
+    assert rouge_l(one, other) == rouge_l(other, one) == pytest.approx(2 * 4 / 11)
+    assert rouge_l(one, one) == 1 and rouge_l(one, ["dog"]) == rouge_l([], one) == 0
+    assert rouge_l(list("abcbdab"), list("bdcaba")) == pytest.approx(8 / 13)  # bcba
+
+
+def test_pool_refuses_what_is_similar() -> None:
+    pool = Pool(0.7, ["Name a big river in Europe."])
+    assert not pool.add("name a river in europe")  # 2 * 5 / 11
+    assert pool.add("Explain why leaves are green.")
+    assert not pool.add("Explain why the leaves are green.")
+    assert pool.add("Name a tree.") and pool.add("\u6211\u4eec\u53bb\u5317\u4eac")
+    assert not pool.add("\u6211\u4eec\u53bb\u5357\u4eac")  # 4 of 5 characters
+
+
+# --- the endpoint
+
+
+def endpoint(stub: Stub, waits: list[float], **options: Any) -> Endpoint:
+    return Endpoint(stub.url, "m", "secret", Pace(None), sleep=waits.append, **options)
+
+
+ASK: list[dict[str, str]] = [{"role": "user", "content": "Hello"}]
+
+
+def test_what_is_sent_and_what_comes_back(stub: Stub) -> None:
+    reply = endpoint(stub, []).chat(ASK, temperature=0.5, max_tokens=7)
+    assert (reply.text, reply.finished, reply.prompt_tokens, reply.completion_tokens) == (
+        "Fine.", True, 10, 3,
+    )  # fmt: skip
+    assert stub.asked == [{"model": "m", "messages": ASK, "temperature": 0.5, "max_tokens": 7}]
+    assert stub.headers[0]["path"] == "/v1/chat/completions"
+    assert stub.headers[0]["Authorization"] == "Bearer secret"
+    stub.finish = "length"
+    assert not endpoint(stub, []).chat(ASK, temperature=0.5, max_tokens=7).finished
+
+
+def test_busy_and_broken_servers_are_asked_again(stub: Stub) -> None:
+    answers: list[Answer] = [(429, {"Retry-After": "7"}, b"slow"), (503, {}, b""), "At last."]
+    stub.reply = lambda body: answers.pop(0)
+    waits: list[float] = []
+    assert endpoint(stub, waits).chat(ASK, temperature=1, max_tokens=7).text == "At last."
+    assert waits[0] == 7 and 1 <= waits[1] <= 2 and len(waits) == 2
+    stub.reply = lambda body: (500, {}, b'{"error": {"message": "out of memory"}}')
+    waits.clear()
+    with pytest.raises(EndpointError, match=r"HTTP 500 .*: out of memory \(given up after 4 tries"):
+        endpoint(stub, waits, retries=3).chat(ASK, temperature=1, max_tokens=7)
+    assert len(waits) == 3
+    nowhere = Endpoint("http://127.0.0.1:9/v1", "m", None, Pace(None), 1, sleep=waits.append)
+    with pytest.raises(EndpointError, match=r"refused.*given up after 2 tries"):
+        nowhere.chat(ASK, temperature=1, max_tokens=7)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((401, {}, b'{"error": "no such key"}'), "HTTP 401 Unauthorized: no such key"),
+        ((404, {}, b"<html>"), "HTTP 404 Not Found: <html>"),
+        ((302, {"Location": "http://elsewhere.invalid/"}, b""), "HTTP 302"),
+        ((200, {}, b"hello"), "this is no chat completion: 'hello'"),
+        ((200, {}, b'{"choices": []}'), "this is no chat completion"),
+        ((200, {}, b"[]"), "this is no chat completion"),
+    ],
+)
+def test_what_no_second_try_cures(stub: Stub, answer: Answer, message: str) -> None:
+    stub.reply = lambda body: answer
+    with pytest.raises(EndpointError, match=message):
+        endpoint(stub, []).chat(ASK, temperature=1, max_tokens=7)
+    assert len(stub.asked) == 1
+
+
+def test_pace_by_hand() -> None:
+    now, waits = [100.0], []
+    pace = Pace(30, clock=lambda: now[0], sleep=waits.append)
+    for _ in range(3):
+        pace.wait()
+    now[0] = 200.0
+    pace.wait()
+    assert waits == [2.0, 4.0]
+    with pytest.raises(EndpointError, match="--url ftp://x: expected an address"):
+        Endpoint("ftp://x", "m", None, pace)
+
+
+# --- the three steps
+
+
+def test_prompts_grow_until_there_are_enough(
+    stub: Stub, grow: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    number = iter(range(1000))
+
+    def reply(body: dict[str, Any]) -> str:
+        i = next(number)
+        topic = "".join(chr(97 + int(digit)) for digit in str(i))
+        why, sing = f"Why is {topic} {topic}x like {topic}y?", f"Sing {topic}z {topic}q now"
+        return f"Sure:\n1. Name a river.\n2. {why}\n3. hm\nx\n4) {sing}"
+
+    stub.reply = reply
+    assert grow("prompts", "--num", "5", "--parallel", "2") == 0
+    out = tmp_path / "out.jsonl"
+    made = [line["prompt"] for line in lines(out)]
+    assert len(made) == 5 and "Name a river." not in made
+    outcomes: Counter[str] = Counter()
+    for entry in lines(tmp_path / "out.jsonl.ledger"):
+        outcomes.update(entry["outcomes"])
+    assert outcomes["kept"] == 5 and outcomes["similar"] >= 3
+    assert outcomes["too short or long"] >= 2
+    asked = stub.asked[0]["messages"][0]["content"]
+    assert "3 instructions" in asked and all(
+        f"Name a {what}." in asked for what in ("river", "tree")
+    )
+    assert "5 records" in capsys.readouterr().out
+    # Two more, from where it was.
+    assert grow("prompts", "--num", "7", "--parallel", "1") == 0
+    assert [line["prompt"] for line in lines(out)][:5] == made and len(lines(out)) == 7
+    assert read_source(DataSource(path=str(out)), "prompts")[1].num_kept == 7
+
+
+def test_a_model_without_ideas_stops(
+    stub: Stub, grow: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub.reply = lambda body: "1. Name a river.\n2. Name a tree."
+    assert grow("prompts", "--num", "4", "--parallel", "1") == 2
+    assert len(stub.asked) == 10
+    assert "10 requests in a row gave no new instruction (0 of 4" in capsys.readouterr().err
+
+
+def test_answers_go_on_where_they_stopped(
+    stub: Stub, grow: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reply(body: dict[str, Any]) -> Answer:
+        asked = body["messages"][0]["content"]
+        return (400, {}, b"not today") if "tree" in asked else f"On {asked}"
+
+    stub.reply = reply
+    assert grow("answers", "--parallel", "1") == 2
+    told = capsys.readouterr()
+    assert "not today" in told.err and "the same command goes on from here" in told.out
+    out = tmp_path / "out.jsonl"
+    assert [line["completion"] for line in lines(out)] == ["On Name a river."]
+    # A line that was being written when the power failed.
+    with out.open("a") as stream:
+        stream.write('{"id": 1, "prom')
+    stub.reply, before = lambda body: "Here.", len(stub.asked)
+    assert grow("answers") == 0
+    assert len(stub.asked) - before == 2
+    assert {line["id"]: line["completion"] for line in lines(out)} == {
+        0: "On Name a river.", 1: "Here.", 2: "Here.",
+    }  # fmt: skip
+    assert grow("answers") == 0 and len(stub.asked) - before == 2
+    data, report = read_source(DataSource(path=str(out)), "sft")
+    assert (len(data), report.format) == (3, "prompt_completion")
+    assert grow("answers", "--temperature", "0.5") == 2
+    assert "temperature: 1.0 there, 0.5 now" in capsys.readouterr().err
+
+
+def test_cut_and_empty_answers_are_not_kept(
+    stub: Stub, grow: Callable[..., int], tmp_path: Path
+) -> None:
+    stub.finish = "length"
+    assert grow("answers", "--num", "2") == 0
+    stub.finish, stub.reply = "stop", lambda body: " "
+    assert grow("answers", "--num", "2") == 0 and len(stub.asked) == 2  # decided
+    assert grow("answers", "--num", "3") == 2  # another choice of prompts is another file
+    assert grow("answers", "--out", str(tmp_path / "more.jsonl")) == 0
+    more = lines(tmp_path / "more.jsonl.ledger")
+    assert [entry["outcomes"] for entry in more] == [{"empty": 1}] * 3
+    ledger = lines(tmp_path / "out.jsonl.ledger")
+    assert [entry["outcomes"] for entry in ledger] == [{"cut at max_tokens": 1}] * 2
+    assert not (tmp_path / "out.jsonl").read_text()
+
+
+def test_pairs_need_one_verdict_in_both_orders(
+    stub: Stub, grow: Callable[..., int], tmp_path: Path
+) -> None:
+    count = iter(range(1000))
+
+    def reply(body: dict[str, Any]) -> str:
+        asked = body["messages"][0]["content"]
+        if "[Answer A]" not in asked:
+            return f"{'short' if next(count) % 2 else 'a long answer'} to: {asked}"
+        assert body["model"] == "j" and body["temperature"] == 0
+        if "tree" in asked:
+            return "A"  # whatever comes first
+        if "bird" in asked:
+            return "I cannot say."
+        return "Answer " + ("A" if asked.index("long answer") < asked.index("short") else "B")
+
+    stub.reply = reply
+    assert grow("pairs", "--judge-model", "j", "--parallel", "1") == 0
+    out = tmp_path / "out.jsonl"
+    (pair,) = lines(out)
+    assert pair["chosen"].startswith("a long answer") and pair["rejected"].startswith("short")
+    outcomes = [entry["outcomes"] for entry in lines(tmp_path / "out.jsonl.ledger")]
+    assert outcomes == [{"kept": 1}, {"tied": 1}, {"no verdict": 1}]
+    assert len(stub.asked) == 12
+    assert read_source(DataSource(path=str(out)), "preferences")[1].format == "preference"
+    assert grow("pairs", "--judge-model", "j") == 0 and len(stub.asked) == 12
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [("A", "A"), ("B.", "B"), ("**C**", "C"), ("Answer A is wrong.\nB", "B"), ("A or B", None),
+     ("BAD", None), ("", None)],
+)  # fmt: skip
+def test_verdicts(text: str, letter: str | None) -> None:
+    assert _verdict(text) == letter
+
+
+# --- before it starts
+
+
+def test_the_cost_is_told_and_agreed_to(
+    stub: Stub,
+    grow: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+    assert grow("answers", yes=False) == 2
+    told = capsys.readouterr()
+    assert "about 3 requests" in told.out and "at most 3072 tokens from it" in told.out
+    assert "price unknown" in told.out and "give --yes" in told.err
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda question: "n")
+    assert grow("answers", "--price-in", "1", "--price-out", "1000", yes=False) == 2
+    assert "at most about $3.07" in capsys.readouterr().out
+    assert stub.asked == []
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    assert grow("answers", "--price-in", "1", "--price-out", "1000", yes=False) == 0
+    # 3 requests of 10 tokens to the model and 3 from it: $.00003 + $.009
+    assert "3 requests, 30 tokens to the model, 9 from it, $0.01" in capsys.readouterr().out
+
+
+def test_estimates_by_hand() -> None:
+    prompts = [[{"role": "user", "content": "one two three four five"}]] * 4  # 1.4 tokens a word
+    answers = estimate_answers(prompts, 100, pairs=False)
+    assert (answers.requests, answers.prompt_tokens, answers.completion_tokens) == (4, 28, 400)
+    pairs = estimate_answers(prompts, 100, pairs=True)
+    assert pairs.requests == 16 and pairs.completion_tokens == 1600
+    assert pairs.prompt_tokens > 2 * 28 + 2 * 800
+    assert estimate_prompts(["a b c"], 10, 100).requests == 3
+    assert Prices(2.0, 4.0).of(1e6, 5e5) == 4.0 and Prices(2.0, None).of(1, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["prompts"], "--num: say how many"),
+        (["answers", "--parallel", "0"], "--parallel 0: must be at least 1"),
+        (["answers", "--similarity", "2"], "--similarity 2.0: must be at least 0.05 and at most 1"),
+        (["answers", "--per-minute", "0"], "--per-minute 0.0: must be above 0"),
+        (["answers", "--format", "xml"], "--format xml: known are alpaca"),
+        (["pairs", "--temperature", "0"], "pairs of equal answers"),
+        (["answers", "--out", "x.json"], "name it .jsonl"),
+        (["answers", "--file", "none.jsonl"], "no data file 'none.jsonl'"),
+    ],
+)
+def test_mistakes(
+    words: list[str], message: str, grow: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert grow(*words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text("mine\n")
+    with pytest.raises(ValueError, match="was not made by this command"):
+        Harvest(out, {})
+    assert out.read_text() == "mine\n"

@@ -1,0 +1,257 @@
+import io
+import json
+import re
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from chatllama.config.model import BackboneSection, ChatSection
+from chatllama.config.schema import Config
+from chatllama.inference import chat_model as chat_speaker
+from chatllama.inference.chat import Conversation, chat, converse
+from chatllama.inference.chat_model import ChatRole, Compared, ModelSpeaker, fit, mean_kl
+from chatllama.inference.load import LoadedRun
+from chatllama.inference.terminal_input import join_lines
+
+if TYPE_CHECKING:
+    from chatllama.text.chat_format import Message
+
+
+def said(*texts: str) -> "list[Message]":
+    return [
+        {"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)
+    ]
+
+
+class Echo:
+    """Answers with the number of messages and the role; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[Message], ChatRole]] = []
+
+    roles: tuple[ChatRole, ...] = ("base", "sft", "policy")
+
+    def compare(self, messages: "list[Message]") -> Iterator[Compared]:
+        self.asked.append((list(messages), "base"))
+        yield Compared("base", "b\x1b", 3, None, 0.5)
+        yield Compared("sft", "s", 4, -1.25, None)
+
+    def answer(self, messages: "list[Message]", role: ChatRole) -> Iterator[str]:
+        self.asked.append((list(messages), role))
+        if messages[-1]["content"] == "fail":
+            raise ValueError("no such role")
+        yield f"{role}:"
+        if messages[-1]["content"] == "stop":
+            raise KeyboardInterrupt
+        yield f"{len(messages)}\x1b[2J"
+
+
+def test_history_grows_and_output_is_harmless(capsys: pytest.CaptureFixture[str]) -> None:
+    echo, conversation = Echo(), Conversation("sft", "be kind")
+    converse(iter(["  hello \n", "\n", "[bold]more\n"]), echo, conversation)
+    assert capsys.readouterr().out == "sft:2\ufffd[2J\nsft:4\ufffd[2J\n"
+    system: Message = {"role": "system", "content": "be kind"}
+    assert echo.asked[1][0] == [system, *said("hello", "sft:2\x1b[2J", "[bold]more")]
+
+
+def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    echo, conversation = Echo(), Conversation("policy")
+    lines = ["a", "/reset", "/system be  brief", "/role base", "b", "/role reward", "/nonsense"]
+    converse(iter([*lines, "/system", "/help", "/quit", "never"]), echo, conversation)
+    assert echo.asked[0] == (said("a"), "policy")
+    assert echo.asked[1] == ([{"role": "system", "content": "be  brief"}, *said("b")], "base")
+    assert len(echo.asked) == 2 and conversation.system is None
+    error = capsys.readouterr().err
+    assert "role reward: this run has base, sft, policy" in error
+    assert "/nonsense is no command" in error and "/reset          forget" in error
+
+
+def test_compare_shows_every_role_and_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    echo, conversation = Echo(), Conversation("policy")
+    converse(iter(["/compare", "a", "/compare", "/compare b c"]), echo, conversation)
+    assert [m["content"] for m in conversation.turns] == ["a", "policy:1\x1b[2J"]
+    assert echo.asked[1][0] == said("a")
+    assert echo.asked[2][0] == [*conversation.turns, *said("b c")]
+    output = capsys.readouterr()
+    assert "/compare needs a message" in output.err
+    shown = "[base] b\ufffd\n    3 tokens, KL to sft 0.50 nats/token\n"
+    assert shown + "[sft] s\n    4 tokens, score -1.25\n" in output.out
+
+
+def test_compare_on_a_terminal_is_side_by_side(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    converse(iter(["/compare q"]), Echo(), Conversation("policy"))
+    lines = capsys.readouterr().out.splitlines()
+    assert any("base" in line and "sft" in line for line in lines)
+    assert any("b\ufffd" in line and " s " in line for line in lines)
+
+
+def test_saved_conversations_are_training_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "talks.jsonl"
+    lines = ["/save", f"/save {file}", "a", f"/save {file}", "/history", f"/save {tmp_path}"]
+    converse(iter([*lines, "b", f"/save {file}"]), Echo(), Conversation("sft", "be kind"))
+    first, second = (json.loads(line) for line in file.read_text().splitlines())
+    assert [m["role"] for m in first["messages"]] == ["system", "user", "assistant"]
+    assert len(second["messages"]) == 5 and first["answered_by"] == "sft"
+    error = capsys.readouterr().err
+    assert "/save needs the name" in error and "nothing has been said" in error
+    assert "user: a\nassistant: sft:2" in error and "/save: [Errno 21]" in error
+
+
+def typed(*lines: str) -> list[str]:
+    """Messages made of lines; "^C" stands for Ctrl-C."""
+    rest = iter(lines)
+
+    def read(prompt: str) -> str | None:
+        line = next(rest, None)
+        if line == "^C":
+            raise KeyboardInterrupt
+        return line
+
+    return list(join_lines(read))
+
+
+def test_messages_of_several_lines() -> None:
+    quotes = '"""'
+    assert typed("a", quotes, "b ", "", f"c{quotes}", "d\\", "e") == ["a", "b \n\nc", "d\ne"]
+    assert typed(f"{quotes}one line{quotes}", f"{quotes}x", "y", quotes) == ["one line", "x\ny"]
+    assert typed(quotes, "unfinished") == ["\nunfinished"] and typed("a\\") == ["a"]
+
+
+def test_ctrl_c_drops_the_message_being_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert typed("^C", "a", '"""b', "^C", "c") == ["a", "c"]
+    assert capsys.readouterr().err.count("Ctrl-D or /quit leaves") == 2
+
+
+def test_a_refused_message_leaves_the_history_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    conversation = Conversation("policy")
+    converse(iter(["fail", "a"]), Echo(), conversation)
+    assert [m["content"] for m in conversation.turns] == ["a", "policy:1\x1b[2J"]
+    assert "no such role" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_only_the_answer() -> None:
+    conversation = Conversation("base")
+    converse(iter(["stop", "go on"]), Echo(), conversation)
+    assert [m["content"] for m in conversation.turns][:3] == ["stop", "base:", "go on"]
+
+
+def test_the_oldest_exchanges_give_way() -> None:
+    def words(messages: "list[Message]") -> int:
+        return sum(len(m["content"].split()) for m in messages)
+
+    system: Message = {"role": "system", "content": "s"}
+    turns = [system, *said("a a", "b b", "c c", "d d", "e")]
+    assert fit(turns, words, 10) == turns
+    assert fit(turns, words, 9) == [system, *turns[3:]]
+    assert fit(turns, words, 2) == [system, turns[5]]
+    with pytest.raises(ValueError, match="takes 2 tokens and 1 are left"):
+        fit(turns, words, 1)
+
+
+def test_a_real_model_answers_in_its_role(tiny_llama_dir: Path) -> None:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from chatllama.config.model import LoraSection
+    from chatllama.generation.decoding_batch import DecodingBatch
+    from chatllama.generation.sampling import Sampling
+    from chatllama.model.roles import Adapter, RoleModel, acting_as
+    from chatllama.text.tokenizer import load_tokenizer
+
+    llama = LlamaForCausalLM.from_pretrained(tiny_llama_dir)
+    model = RoleModel(
+        llama, {"reference": Adapter(LoraSection()), "policy": Adapter(LoraSection())}
+    )
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B.policy" in name:
+            torch.nn.init.normal_(parameter)
+    cfg = Config(run_dir="r", backbone=BackboneSection(path="b"))
+    loaded = LoadedRun(model, load_tokenizer(str(tiny_llama_dir)), ChatSection(), cfg, [])
+    speaker = ModelSpeaker(loaded, Sampling(12, temperature=0.0), torch.Generator())
+    assert speaker.roles == ("base", "sft", "policy")
+    base, sft, policy = ("".join(speaker.answer(said("Hi"), role)) for role in speaker.roles)
+    assert base == sft != policy
+    found = re.search("[ -~]", base)
+    assert found
+    start, stop = found.start(), found[0]
+    asked: list[int] = []
+    step = DecodingBatch.step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DecodingBatch, "step", lambda self: asked.append(1) or step(self))
+        stopping = ModelSpeaker(loaded, speaker.sampling, torch.Generator(), [stop])
+        assert "".join(stopping.answer(said("Hi"), "base")) == base[:start]
+        assert len(asked) < 11  # the text goes no further, nor does the sampling
+    assert next(iter(stopping.compare(said("Hi")))).text == base[:start].strip()
+    compared = list(speaker.compare(said("Hi")))
+    assert [answer.role for answer in compared] == list(speaker.roles)
+    assert compared[0].text == compared[1].text == base.strip()
+    assert compared[0].kl == 0.0 and compared[1].kl is None and (compared[2].kl or 0) > 0.01
+    assert model.acting == "base"
+    long = "the river and a garden " * 15
+    with pytest.raises(ValueError, match="shorten it"):
+        list(speaker.answer(said(long), "base"))
+
+    ids = [1, 20, 30, 40, 50]
+    with torch.no_grad():
+        logits = []
+        for role in ("policy", "reference"):
+            with acting_as(model, role):
+                logits.append(model.llama(torch.tensor([ids])).logits[0, 1:4])
+    p, q = (torch.distributions.Categorical(logits=each) for each in logits)
+    expected = float(torch.distributions.kl_divergence(p, q).mean())
+    assert mean_kl(model, "policy", "reference", ids[:2], ids[2:]) == pytest.approx(
+        expected, rel=1e-4
+    )
+
+
+def test_after_full_fine_tuning_there_is_no_base() -> None:
+    model: Any = types.SimpleNamespace(lora={"policy": None})
+    model.eval = lambda: model
+    speaker = ModelSpeaker.__new__(ModelSpeaker)
+    cfg = Config(run_dir="r", backbone=BackboneSection(path="b"), lora=None)
+    speaker.loaded, speaker.model = types.SimpleNamespace(config=cfg), model  # type: ignore[assignment]
+    assert speaker.roles == ("sft", "policy")
+
+
+def test_chat_reads_lines_from_a_pipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loading: Any = types.ModuleType("chatllama.inference.load")
+    loading.load_run = lambda run, cfg: types.SimpleNamespace(config=cfg)
+    monkeypatch.setitem(sys.modules, "chatllama.inference.load", loading)
+    echo = Echo()
+    monkeypatch.setattr(chat_speaker, "ModelSpeaker", lambda *args: echo)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n/quit\n"))
+    (tmp_path / "config.yaml").write_text("run_dir: r\nbackbone: {path: b}\n")
+    chat(tmp_path, system="s")
+    assert echo.asked[0][1] == "sft"  # no policy in this run yet
+    assert capsys.readouterr().out == "sft:2\ufffd[2J\n"  # no prompt signs, no banner
+    with pytest.raises(ValueError, match="role ema: this run has base, sft, policy"):
+        chat(tmp_path, role="ema")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1.0}, "--temperature -1.0: must be 0 or more"),
+        ({"temperature": float("nan")}, "--temperature nan"),
+        ({"top_p": 0.0}, "--top-p 0.0: must be above 0"),
+        ({"max_new_tokens": 0}, "--max-new-tokens 0: must be at least 1"),
+        ({"stops": ("a", "")}, "--stop ''"),
+        ({}, "is not a run folder"),
+    ],
+)
+def test_wrong_settings_are_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        chat(tmp_path, **settings)

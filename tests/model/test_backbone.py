@@ -1,0 +1,140 @@
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from core_models import ragged_batch, tiny_llama
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config
+
+from chatllama.config.model import BackboneSection, FromScratch
+from chatllama.config.schema import Config
+from chatllama.model.backbone import load_backbone
+from chatllama.runs.folder import RunFolder, backbone_path, base_path
+
+ROW = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llama().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def damaged(base: Path, tmp_path: Path) -> Path:
+    """A copy, to be damaged."""
+    return shutil.copytree(base, tmp_path / "copy")
+
+
+def section(path: Path | str, **changes) -> BackboneSection:
+    return BackboneSection(path=str(path), **{"dtype": "float32", **changes})
+
+
+def test_it_comes_frozen_and_in_eval_mode(base: Path):
+    llama = load_backbone(section(base), str(base))
+    assert not llama.training
+    assert not any(p.requires_grad for p in llama.parameters())
+    tokens = ragged_batch().tokens
+    with torch.no_grad():
+        expected = tiny_llama()(input_ids=tokens).logits
+        assert torch.equal(llama(input_ids=tokens).logits, expected)
+
+
+def test_type_and_attention_are_as_asked(base: Path):
+    llama = load_backbone(section(base, dtype="bfloat16"), str(base))
+    assert {p.dtype for p in llama.parameters()} == {torch.bfloat16}
+    assert llama.config._attn_implementation == "sdpa"
+    override = section(base, dtype="bfloat16", attn_implementation="eager")
+    llama = load_backbone(override, str(base), dtype=torch.float32)
+    assert {p.dtype for p in llama.parameters()} == {torch.float32}
+    assert llama.config._attn_implementation == "eager"
+
+
+def test_bfloat16_does_not_round_the_rotary_frequencies(base: Path):
+    # FACTS: model.half().float() rounds them too, which moves the logits by 5e-3.
+    low = load_backbone(section(base, dtype="bfloat16"), str(base)).model.rotary_emb
+    full = load_backbone(section(base), str(base)).model.rotary_emb
+    assert torch.equal(low.inv_freq, full.inv_freq)
+
+
+def test_a_path_that_is_no_model_is_named(tmp_path: Path):
+    path = tmp_path / "nothing"
+    with pytest.raises(ValueError, match=rf"backbone\.path: no model at '{path}'"):
+        load_backbone(section(path), str(path))
+    with pytest.raises(ValueError, match=rf"backbone\.path: '{tmp_path}' cannot be loaded"):
+        load_backbone(section(tmp_path), str(tmp_path))
+
+
+def test_other_architectures_are_refused(tmp_path: Path):
+    GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"backbone\.path: .* is a 'gpt2' model"):
+        load_backbone(section(tmp_path), str(tmp_path))
+
+
+def test_pickled_weights_are_refused(damaged: Path):
+    state = load_file(damaged / "model.safetensors")
+    (damaged / "model.safetensors").unlink()
+    torch.save(state, damaged / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"holds no safetensors weights \(pickled checkpoints"):
+        load_backbone(section(damaged), str(damaged))
+
+
+def test_missing_tensors_are_refused_not_drawn_at_random(damaged: Path):
+    state = load_file(damaged / "model.safetensors")
+    del state[ROW]
+    save_file(state, damaged / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks 1 of the model's tensors, such as {ROW}"):
+        load_backbone(section(damaged), str(damaged))
+
+
+def test_weights_cut_off_are_refused(damaged: Path):
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"backbone\.path: the weights in .* are damaged"):
+        load_backbone(section(damaged), str(damaged))
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed")
+def test_attention_without_its_package_is_refused(base: Path):
+    section = BackboneSection(path=str(base), attn_implementation="flash_attention_2")
+    with pytest.raises(ValueError, match=r"attn_implementation: flash_attention_2 .* flash-attn"):
+        load_backbone(section, str(base))
+
+
+def test_code_that_comes_with_a_model_does_not_run(damaged: Path):
+    config = json.loads((damaged / "config.json").read_text())
+    config["model_type"] = "own"
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    (damaged / "config.json").write_text(json.dumps(config))
+    (damaged / "own.py").write_text("raise SystemExit('ran')\n")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_backbone(section(damaged), str(damaged))
+
+
+def test_paths_of_backbone_and_base(tmp_path: Path):
+    run = RunFolder(tmp_path)
+    given = Config(run_dir=str(tmp_path), backbone=BackboneSection(path="somewhere/llama"))
+    assert backbone_path(given.backbone, run) == base_path(given, run) == "somewhere/llama"
+    full = Config(run_dir=str(tmp_path), backbone=given.backbone, lora=None)
+    assert backbone_path(full.backbone, run) == "somewhere/llama"
+    assert base_path(full, run) == str(tmp_path / "sft" / "model")
+    scratch = FromScratch.model_validate({"data": [{"path": "a.txt", "format": "text"}]})
+    built = BackboneSection(from_scratch=scratch)
+    assert backbone_path(built, run) == str(tmp_path / "backbone")
+
+
+def test_a_real_trained_llama_reads_stories(testdata: Path):
+    folder = testdata / "stories260k" / "hf"
+    llama = load_backbone(section(folder), str(folder))
+    assert sum(p.numel() for p in llama.parameters()) == 260_032
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    text = "Once upon a time, there was a little girl named Lily. She loved to play outside."
+    tokens = torch.tensor([[1, *pieces.encode(text)]])
+    with torch.no_grad():
+        loss = llama(input_ids=tokens, labels=tokens).loss
+    assert loss < 1.5  # log 512 = 6.2 nats for a guess

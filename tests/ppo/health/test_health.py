@@ -1,0 +1,354 @@
+import json
+import math
+import random
+from collections.abc import Callable
+from typing import get_args
+
+import pytest
+
+from chatllama.config.ppo import DiagnosisName, HealthSection
+from trainers.ppo.health.monitor import Diagnosis, HealthMonitor
+from trainers.ppo.health.rules import RULES
+
+STEPS = 60
+EVAL_EVERY = 10
+Metrics = dict[str, float]
+Fault = Callable[[int, Metrics], None]
+
+
+def healthy(step: int, seed: int = 0) -> Metrics:
+    """Figures like those of a PPO run that goes well, with noise as of 128 responses."""
+    rng = random.Random(1000 * seed + step)
+    done = 1 - math.exp(-(step - 1) / 20)  # 0 at the first step, 0.95 at step 60
+    kl = 3.75 * done
+    metrics = {
+        "ppo/score_mean": 1.7 * done + rng.gauss(0, 0.08),
+        "ppo/score_std": 1.0 - 0.4 * done,
+        "ppo/kl_abs_max": 0.0 if step == 1 else 0.5 + 4 * done,
+        "ppo/kl_sequence": kl + rng.gauss(0, 0.01 + 0.2 * done) if step > 1 else 0.0,
+        "ppo/kl_sequence_se": 0.01 + 0.2 * done if step > 1 else 0.0,
+        "ppo/surprise_gap": rng.gauss(0, 0.02),
+        "ppo/surprise_gap_se": 0.02,
+        "ppo/kl_token": kl / 25,
+        "ppo/response_length": 24 * (1 + 0.3 * done) + rng.gauss(0, 0.7),
+        "ppo/eos_rate": 0.9 + 0.1 * done - 0.03 * rng.random(),
+        "ppo/explained_variance": 0.6 - 0.8 * math.exp(-(step - 1) / 4) + rng.gauss(0, 0.05),
+        "ppo/policy_loss": rng.gauss(-0.02, 0.01),
+        "ppo/clip_fraction": 0.12 + 0.05 * rng.random(),
+        "ppo/approx_kl": 0.02,
+        "ppo/entropy": 1.6 - 0.9 * done + rng.gauss(0, 0.03),
+        "ppo/ratio_max": 2.0 + 6 * rng.random(),
+        "ppo/first_log_ratio": 0.0,
+        "ppo/grad_norm": 2.0 * math.exp(rng.gauss(0, 0.4)) - 0.5 * done,
+        "ppo/ensemble_disagreement": 0.30 + 0.1 * done + rng.gauss(0, 0.02),
+    }
+    if step % EVAL_EVERY == 0:
+        metrics |= {
+            "ppo/eval_score_mean": 1.7 * done + rng.gauss(0, 0.04),
+            "ppo/eval_gold_mean": 0.7 + 2.7 * done + rng.gauss(0, 0.06),
+            "ppo/eval_gold_se": 0.06,
+        }
+    return metrics
+
+
+def watch(
+    fault: Fault | None = None,
+    section: HealthSection | None = None,
+    steps: int = STEPS,
+    seed: int = 0,
+) -> list[Diagnosis]:
+    """All diagnoses of a run whose metrics `fault` changes in place."""
+    monitor, found = HealthMonitor(section or HealthSection()), []
+    for step in range(1, steps + 1):
+        metrics = healthy(step, seed)
+        if fault is not None:
+            fault(step, metrics)
+        found += monitor.observe(step, metrics)
+    return found
+
+
+def setting(name: str, value: Callable[[int], float], since: int = 1) -> Fault:
+    """A fault that replaces one metric from a step on."""
+
+    def fault(step: int, metrics: Metrics) -> None:
+        if step >= since and (name in metrics or "eval" not in name):
+            metrics[name] = value(step)
+
+    return fault
+
+
+def gold_falls(step: int, metrics: Metrics) -> None:
+    if step >= 40 and "ppo/eval_gold_mean" in metrics:
+        metrics["ppo/eval_gold_mean"] = 2.5 - 0.03 * (step - 40)
+
+
+# name -> a fault, the first step at which it must be told, and a tame fault that must not be.
+FAULTS: dict[str, tuple[Fault, int, Fault]] = {
+    "not_finite": (
+        setting("ppo/policy_loss", lambda _: math.nan, 7),
+        7,
+        setting("ppo/policy_loss", lambda _: -1e6, 7),
+    ),
+    "initial_kl_not_zero": (
+        setting("ppo/kl_abs_max", lambda _: 0.02),
+        1,
+        setting("ppo/kl_abs_max", lambda _: 5e-4),
+    ),
+    "first_ratio_not_one": (
+        setting("ppo/first_log_ratio", lambda _: 0.6, 3),
+        3,
+        setting("ppo/first_log_ratio", lambda _: 9e-4, 3),
+    ),
+    # One outlier (every other step) is no explosion.
+    "ratio_explosion": (
+        setting("ppo/ratio_max", lambda _: 400.0, 5),
+        6,
+        setting("ppo/ratio_max", lambda s: 400.0 if s % 2 else 3.0, 5),
+    ),
+    "grad_norm_explosion": (
+        setting("ppo/grad_norm", lambda _: 60.0, 30),
+        31,
+        setting("ppo/grad_norm", lambda s: 60.0 if s == 30 else 4.0, 30),
+    ),
+    "kl_explosion": (
+        setting("ppo/kl_token", lambda s: 0.1 * (s - 10), 10),
+        22,  # 1.1 at step 21, 1.2 at step 22
+        setting("ppo/kl_token", lambda s: 0.9, 10),
+    ),
+    # 6 errors of 0.02 are 0.12 for one step.
+    "sampling_mismatch": (
+        setting("ppo/surprise_gap", lambda _: -0.15),
+        1,
+        setting("ppo/surprise_gap", lambda _: -0.05),  # 6 * 0.02 / sqrt(5) = 0.054
+    ),
+    # -0.5 with a standard error of about 0.2 / sqrt(5) = 0.09 for the mean of 5 steps.
+    "negative_kl": (
+        setting("ppo/kl_sequence", lambda _: -0.5, 30),
+        34,
+        setting("ppo/kl_sequence", lambda _: -0.2, 30),
+    ),
+    # Mean of steps 6..10: 3 times about 0.15, twice 0.9, which is 0.45.
+    "clip_fraction_high": (
+        setting("ppo/clip_fraction", lambda _: 0.9, 9),
+        10,
+        setting("ppo/clip_fraction", lambda _: 0.35, 9),
+    ),
+    "dead_rewards": (
+        setting("ppo/score_std", lambda _: 0.0, 12),
+        14,
+        setting("ppo/score_std", lambda s: 0.0 if s % 3 else 0.5, 12),
+    ),
+    # Best at step 30: about 2.8; then 2.5, 2.2: two below 2.8 - 3 * 0.085.
+    "reward_hacking": (
+        gold_falls,
+        50,
+        setting("ppo/eval_gold_mean", lambda _: 2.6, 40),
+    ),
+    "eos_rate_falling": (
+        setting("ppo/eos_rate", lambda s: 0.9 - 0.04 * (s - 20), 20),
+        27,  # means of 5 steps, 0.9 at first: 0.71 at step 26, 0.70 at 27 (baseline .885..)
+        setting("ppo/eos_rate", lambda _: 0.75, 20),
+    ),
+    "length_drift": (
+        setting("ppo/response_length", lambda _: 60.0, 30),
+        33,
+        setting("ppo/response_length", lambda _: 44.0, 30),
+    ),
+    "entropy_collapse": (
+        setting("ppo/entropy", lambda _: 0.05, 30),
+        33,  # (4 * 0.05 + about 0.9) / 5 is 0.22, of about 1.5 at first
+        setting("ppo/entropy", lambda _: 0.4, 30),
+    ),
+    "critic_explained_variance_negative": (
+        setting("ppo/explained_variance", lambda _: -0.3),
+        20,
+        setting("ppo/explained_variance", lambda s: -4 + 0.15 * s),  # poor, but it learns
+    ),
+}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_healthy_run_has_no_diagnosis(seed: int) -> None:
+    assert watch(steps=200, seed=seed) == []
+
+
+def test_every_diagnosis_has_its_fault() -> None:
+    assert {rule.name for rule in RULES} == set(FAULTS) == set(get_args(DiagnosisName))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_each_fault_has_its_own_diagnosis_and_no_other(name: str) -> None:
+    fault, expected_step, _ = FAULTS[name]
+    found = watch(fault)
+    assert {diagnosis.name for diagnosis in found} == {name}
+    assert abs(found[0].step - expected_step) <= (1 if name == "eos_rate_falling" else 0)
+    if name != "not_finite":
+        assert math.isfinite(found[0].figure) and found[0].figure != found[0].threshold
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_tame_fault_has_none(name: str) -> None:
+    assert watch(FAULTS[name][2]) == []
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_ignored_diagnoses_are_not_made(name: DiagnosisName) -> None:
+    assert watch(FAULTS[name][0], HealthSection(ignore=[name])) == []
+
+
+def test_ratios_far_from_one_on_the_whole_explode_at_once() -> None:
+    """Half the square of log 2 is 0.24: every ratio is 2 or 1/2."""
+    (found, *_) = watch(setting("ppo/approx_kl", lambda _: 0.5 * math.log(2) ** 2, 3))
+    assert (found.name, found.step, found.threshold) == ("ratio_explosion", 3, 0.2)
+    assert "2 times as likely" in found.message
+    assert watch(setting("ppo/approx_kl", lambda _: 0.19, 3)) == []
+
+
+def test_a_small_sampling_mismatch_shows_in_the_mean_of_five_steps() -> None:
+    """6 errors of 0.02 over the root of n steps: 0.06 for n = 4, 0.054 for n = 5."""
+    (found, *_) = watch(setting("ppo/surprise_gap", lambda _: -0.058), steps=5)
+    assert (found.name, found.step) == ("sampling_mismatch", 5)
+    assert found.threshold == pytest.approx(-6 * 0.02 / math.sqrt(5))
+
+
+def test_unlikely_tokens_are_a_sampling_mismatch_too() -> None:
+    (found, *_) = watch(setting("ppo/surprise_gap", lambda _: 0.3, 20))
+    assert found.name == "sampling_mismatch" and found.threshold > 0
+    assert "unlikelier" in found.message
+
+
+def test_short_answers_are_a_length_drift_too() -> None:
+    (found, *_) = watch(setting("ppo/response_length", lambda _: 8.0, 30))
+    assert found.name == "length_drift" and found.threshold == 0.5 > found.figure
+
+
+def test_an_ensemble_that_disagrees_while_the_score_rises() -> None:
+    disagrees = setting("ppo/ensemble_disagreement", lambda _: 0.9, 30)
+    (found, *_) = watch(disagrees)
+    assert (found.name, found.step, found.threshold) == ("reward_hacking", 32, 2.0)
+    assert "reward models disagree" in found.message
+
+    def and_score_falls(step: int, metrics: Metrics) -> None:
+        disagrees(step, metrics)
+        metrics["ppo/score_mean"] = -0.01 * step
+
+    assert watch(and_score_falls) == []
+
+
+def test_falling_gold_with_a_falling_score_is_no_hacking() -> None:
+    def both_fall(step: int, metrics: Metrics) -> None:
+        gold_falls(step, metrics)
+        if "ppo/eval_score_mean" in metrics and step >= 40:
+            metrics["ppo/eval_score_mean"] = 0.2
+
+    assert watch(both_fall) == []
+
+
+def test_what_holds_on_is_repeated_after_some_steps_only() -> None:
+    steps = [found.step for found in watch(setting("ppo/kl_token", lambda _: 3.0, 9))]
+    assert steps == [10, 30, 50]
+    fatal = [found.step for found in watch(setting("ppo/first_log_ratio", lambda _: 3.0, 58))]
+    assert fatal == [58, 59, 60]
+
+
+def test_the_negative_kl_test_weighs_the_standard_error() -> None:
+    """Means of 5 steps at -0.2: 4 errors of 0.2 / sqrt(5) are 0.36, of 0.05 / sqrt(5) 0.09."""
+
+    def shifted(error: float) -> Fault:
+        def fault(step: int, metrics: Metrics) -> None:
+            if step > 1:
+                metrics |= {"ppo/kl_sequence": -0.2, "ppo/kl_sequence_se": error}
+
+        return fault
+
+    assert watch(shifted(0.2)) == []
+    found = watch(shifted(0.05))[0]
+    assert found.name == "negative_kl" and found.step == 5  # step 1: 0 exactly, without error
+    assert found.figure == pytest.approx(-0.2 * 4 / 5)
+    assert found.threshold == pytest.approx(-4 * 0.05 * math.sqrt(4) / 5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_not_finite_names_the_metrics_and_others_are_still_judged(value: float) -> None:
+    def fault(step: int, metrics: Metrics) -> None:
+        metrics["ppo/kl_token"] = 3.0
+        if step == 12:
+            metrics |= {"ppo/entropy": value, "ppo/score_mean": value}
+
+    found = watch(fault, steps=12)
+    assert [(each.name, each.step) for each in found] == [("kl_explosion", 2), ("not_finite", 12)]
+    assert f"ppo/entropy is {value}" in found[1].message and "ppo/score_mean" in found[1].message
+
+
+def test_state_is_exact_through_json() -> None:
+    def fault(step: int, metrics: Metrics) -> None:
+        for name, (each, _, _) in FAULTS.items():
+            if name not in ("not_finite", "first_ratio_not_one"):
+                each(step, metrics)
+
+    whole = watch(fault)
+    assert len({each.name for each in whole}) == len(FAULTS) - 2
+    for cut in (1, 4, 5, 19, 33, 45):
+        monitor, found = HealthMonitor(HealthSection()), []
+        for step in range(1, STEPS + 1):
+            metrics = healthy(step)
+            fault(step, metrics)
+            found += monitor.observe(step, metrics)
+            if step == cut:
+                state = json.loads(json.dumps(monitor.state()))
+                monitor = HealthMonitor(HealthSection())
+                monitor.restore(state)
+        assert found == whole
+
+
+def test_the_first_steps_are_the_yardstick() -> None:
+    """Lengths 10, 20, 30 make 20; then 41 is 2.05 times that."""
+    monitor, found = HealthMonitor(HealthSection(baseline_steps=3, window=1)), []
+    for step, length in enumerate([10.0, 20.0, 30.0, 39.0, 41.0], start=1):
+        found += monitor.observe(step, {"ppo/response_length": length})
+    assert [(each.step, each.figure) for each in found] == [(5, pytest.approx(2.05))]
+
+
+def test_a_restored_monitor_goes_on_from_its_step() -> None:
+    monitor = HealthMonitor(HealthSection())
+    monitor.observe(7, healthy(7))
+    other = HealthMonitor(HealthSection())
+    other.restore(monitor.state())
+    with pytest.raises(AssertionError):
+        other.observe(7, healthy(7))
+
+
+def test_state_stays_small() -> None:
+    monitor, sizes = HealthMonitor(HealthSection()), []
+    for step in range(1, 301):
+        monitor.observe(step, healthy(step))
+        sizes.append(len(json.dumps(monitor.state())))
+    assert sizes[-1] < 1.1 * sizes[99] < 15_000
+
+
+def test_what_cannot_be_judged_is_said() -> None:
+    monitor = HealthMonitor(HealthSection(ignore=["negative_kl"]))
+    assert monitor.not_judged(healthy(EVAL_EVERY)) == {}
+    metrics = {k: v for k, v in healthy(1).items() if "ensemble" not in k}
+    del metrics["ppo/kl_sequence_se"], metrics["ppo/explained_variance"]
+    assert monitor.not_judged(metrics) == {
+        "critic_explained_variance_negative": ["ppo/explained_variance"],
+        "reward_hacking": [
+            "ppo/eval_gold_mean",
+            "ppo/eval_gold_se",
+            "ppo/eval_score_mean",
+            "ppo/ensemble_disagreement",
+        ],
+    }
+
+
+def test_a_diagnosis_is_readable() -> None:
+    (found, *_) = watch(setting("ppo/kl_token", lambda _: 3.0, 9))
+    assert str(found) == (
+        "kl_explosion at step 10: 3, threshold 1\n"
+        "  The policy is 3 nats a token away from the reference: far outside the text on which "
+        "the reward model can be trusted.\n"
+        "  Likely causes: KL penalty too weak for the scores; learning rate too high; reward "
+        "hacking.\n"
+        "  Turn: ppo.kl_coef (higher), ppo.learning_rate (lower), ppo.kl_controller (adaptive)."
+    )

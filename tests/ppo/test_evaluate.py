@@ -1,0 +1,177 @@
+"""Held-out answers measured: gold, win rates and KL against numbers of plain Python."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ppo_runs import STOPS, TinyRun, make_run, nudge
+
+from chatllama.runs.folder import RunFolder
+from trainers.ppo.evaluate import (
+    EVALUATION_SEED,
+    evaluate_roles,
+    measure_policy,
+    win_rate,
+)
+from trainers.ppo.rollout import sample_responses
+from trainers.ppo.train import PpoTrainer
+
+GOLD = "ppo_runs:count_words"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> TinyRun:
+    return TinyRun.make(tmp_path_factory.mktemp("evaluate"), tiny_tokenizer_dir)
+
+
+def evaluate(trainer: PpoTrainer, folder: Path) -> dict[str, Any]:
+    run = RunFolder(folder)
+    arguments = (trainer.engine, trainer.scorer, trainer.prompts, trainer.ends)
+    evaluate_roles(trainer.cfg, run, *arguments)
+    return json.loads(run.evaluation.read_text())
+
+
+def answers_of(trainer: PpoTrainer, role: str, count: int) -> list[list[int]]:
+    prompts = trainer.prompts.held_out["input_ids"][:count]
+    seed = (trainer.cfg.seed, EVALUATION_SEED)
+    return sample_responses(trainer.engine, role, prompts, trainer.cfg.generation, STOPS, seed)
+
+
+def test_gold_scores_and_win_rates_by_hand(tiny: TinyRun, tmp_path: Path):
+    trainer = tiny.trainer(evaluation={"num_prompts": 4, "gold": GOLD})
+    nudge(trainer)
+    found = evaluate(trainer, tmp_path)
+    assert found["num_prompts"] == 4 and list(found["roles"]) == ["base", "sft", "ppo"]
+    golds = {}
+    for name, role in (("base", "base"), ("sft", "reference"), ("ppo", "policy")):
+        answers = answers_of(trainer, role, 4)
+        texts = [trainer.ends.decode(answer) for answer in answers]
+        golds[name] = [20.0 + len(text) for text in texts]  # "question N": two words
+        numbers = found["roles"][name]
+        assert numbers["gold_mean"] == pytest.approx(statistics.fmean(golds[name]))
+        assert numbers["gold_se"] == pytest.approx(statistics.stdev(golds[name]) / 2)
+        lengths = [len(answer) for answer in answers]
+        assert numbers["response_length"] == pytest.approx(statistics.fmean(lengths))
+        ended = [answer[-1] in STOPS for answer in answers]
+        assert numbers["eos_rate"] == pytest.approx(sum(ended) / 4)
+        assert [sample[name] for sample in found["samples"]] == texts
+        assert [sample["gold"][name] for sample in found["samples"]] == golds[name]
+    pairs = list(zip(golds["ppo"], golds["sft"], strict=True))
+    wins = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs)
+    assert found["roles"]["ppo"]["win_rate"] == wins / 4
+    assert "win_rate" not in found["roles"]["sft"]
+    expected = [f"question {n}" for n in range(7, 11)]
+    assert [sample["prompt"] for sample in found["samples"]] == expected
+
+
+def test_without_gold_the_reward_model_judges(tiny: TinyRun, tmp_path: Path):
+    trainer = tiny.trainer(evaluation={"num_prompts": 5})
+    nudge(trainer)
+    found = evaluate(trainer, tmp_path)
+    scores = {name: [s["score"][name] for s in found["samples"]] for name in ("sft", "ppo")}
+    numbers = found["roles"]["ppo"]
+    assert numbers["score_mean"] == pytest.approx(statistics.fmean(scores["ppo"]))
+    assert numbers["score_se"] == pytest.approx(statistics.stdev(scores["ppo"]) / 5**0.5)
+    pairs = zip(scores["ppo"], scores["sft"], strict=True)
+    wins = sum((a > b) + 0.5 * (a == b) for a, b in pairs)
+    assert numbers["win_rate"] == wins / 5
+    assert "gold_mean" not in numbers
+
+
+def test_the_policys_kl_is_measured_on_its_own_answers(tiny: TinyRun, tmp_path: Path):
+    trainer = tiny.trainer(evaluation={"num_prompts": 4})
+    equal = evaluate(trainer, tmp_path)["roles"]
+    assert equal["ppo"]["kl"] == 0 and "kl" not in equal["sft"] and "kl" not in equal["base"]
+    assert (
+        equal["ppo"]["win_rate"] == 0.5 and equal["ppo"]["score_mean"] == equal["sft"]["score_mean"]
+    )
+    nudge(trainer)
+    assert evaluate(trainer, tmp_path)["roles"]["ppo"]["kl"] != 0
+
+
+def test_no_more_prompts_than_there_are(tiny: TinyRun, tmp_path: Path):
+    assert evaluate(tiny.trainer(evaluation={"num_prompts": 99}), tmp_path)["num_prompts"] == 5
+
+
+def test_without_prompts_nothing_is_written(tiny: TinyRun, tmp_path: Path):
+    trainer = tiny.trainer(evaluation={"num_prompts": 0})
+    arguments = (trainer.engine, trainer.scorer, trainer.prompts, trainer.ends)
+    evaluate_roles(trainer.cfg, RunFolder(tmp_path), *arguments)
+    assert not RunFolder(tmp_path).evaluation.exists()
+    assert measure_policy(trainer.cfg, *arguments) == {}
+
+
+def test_measuring_the_policy_gives_the_evaluations_numbers(tiny: TinyRun, tmp_path: Path):
+    trainer = tiny.trainer(evaluation={"num_prompts": 3, "gold": GOLD})
+    nudge(trainer)
+    arguments = (trainer.engine, trainer.scorer, trainer.prompts, trainer.ends)
+    found = measure_policy(trainer.cfg, *arguments)
+    numbers = evaluate(trainer, tmp_path)["roles"]["ppo"]
+    # the KL is called what it is called in training
+    renamed = {"kl": "kl_sequence", "kl_se": "kl_sequence_se"}
+    assert found == {
+        f"ppo/eval_{renamed.get(name, name)}": value
+        for name, value in numbers.items()
+        if not name.startswith("win_rate")
+    }
+    assert measure_policy(trainer.cfg, *arguments) == found
+
+
+def test_an_average_is_measured_too(tiny: TinyRun, tmp_path: Path):
+    trainer = tiny.trainer(ppo={"ema_decay": 0.5})
+    nudge(trainer)
+    roles = evaluate(trainer, tmp_path)["roles"]
+    assert list(roles) == ["base", "sft", "ppo", "ema"]
+    # the average has not moved yet: it is SFT
+    assert roles["ema"]["score_mean"] == roles["sft"]["score_mean"] != roles["ppo"]["score_mean"]
+
+
+def test_sft_is_sft_after_the_reference_was_refreshed(tiny: TinyRun, tmp_path: Path):
+    trainer = tiny.trainer(ppo={"reference_refresh_every": 1})
+    before = evaluate(trainer, tmp_path)["roles"]
+    trainer.advance(trainer.start())
+    after = evaluate(trainer, tmp_path)["roles"]
+    assert after["sft"] == before["sft"]
+    assert after["ppo"]["score_mean"] != before["ppo"]["score_mean"]
+    assert after["ppo"]["kl"] != 0
+
+
+def test_where_the_base_is_sfts_result_it_has_no_row(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, tiny: TinyRun
+):
+    full = TinyRun(tiny.base, tmp_path_factory.mktemp("full"))
+    make_run(full.config(lora=None))
+    trainer = full.trainer(lora=None)
+    assert list(evaluate(trainer, tmp_path)["roles"]) == ["sft", "ppo"]
+
+
+def test_ensemble_members_disagree(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, tiny: TinyRun
+):
+    both = TinyRun(tiny.base, tmp_path_factory.mktemp("both"))
+    make_run(both.config(), members=2)
+    trainer = both.trainer(evaluation={"num_prompts": 2})
+    roles = evaluate(trainer, tmp_path)["roles"]
+    assert {"ensemble_disagreement"} <= set(roles["sft"])
+    assert roles["sft"]["ensemble_disagreement"] > 0
+
+
+def test_win_rate_by_hand():
+    found = win_rate([1.0, 2.0, 3.0, 0.0], [0.0, 2.0, 4.0, 1.0])
+    assert found["win_rate"] == (1 + 0.5) / 4
+    assert found["win_rate_low"] < 0.375 < found["win_rate_high"]
+
+
+def test_the_policy_trains_on_as_before(tiny: TinyRun):
+    """Measuring consumes no random numbers of training and leaves no trace in the models."""
+    plain, measured = tiny.trainer(), tiny.trainer(ppo={"eval_every": 1})
+    states = [plain.start(), measured.start()]
+    for _ in range(2):
+        plain_step, measured_step = plain.advance(states[0]), measured.advance(states[1])
+        states = [plain_step[0], measured_step[0]]
+        assert torch.equal(plain_step[1].tokens, measured_step[1].tokens)
+        for name, value in plain_step[3].items():
+            assert measured_step[3][name] == value, name

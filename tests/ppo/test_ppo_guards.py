@@ -1,0 +1,18 @@
+"""Small guards for bugs that no other test saw when they were planted (see mutations/)."""
+
+import pytest
+
+from chatllama.config.schema import PpoSection
+from trainers.ppo.rewards import Statistics
+from trainers.ppo.train import PpoState, _next_kl_coef
+
+
+def test_the_adaptive_controller_is_fed_with_the_kl_of_whole_responses():
+    section = PpoSection(kl_controller="adaptive", kl_target=6.0, kl_horizon=10_000)
+    assert section.rollout_batch_size == 128
+    metrics = {"ppo/kl_sequence": 6.6, "ppo/kl_token": 0.66}
+    # error 6.6 / 6 - 1 = .1, within +-.2: .15 * (1 + .1 * 128 / 10000)
+    found = _next_kl_coef(section, PpoState(3, 0.15, Statistics()), metrics)
+    assert found == pytest.approx(0.15 * 1.00128)
+    fixed = PpoSection(kl_controller="fixed")
+    assert _next_kl_coef(fixed, PpoState(3, 0.15, Statistics()), metrics) == 0.15

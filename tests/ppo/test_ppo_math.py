@@ -1,0 +1,344 @@
+import math
+
+import pytest
+import torch
+
+from trainers.ppo.ppo_math import (
+    PolicyLoss,
+    ValueLoss,
+    adapted_kl_coef,
+    explained_variance,
+    gae,
+    last_index,
+    masked,
+    mean_and_variance,
+    moments,
+    policy_loss,
+    shape_rewards,
+    value_loss,
+    whiten,
+)
+
+GARBAGE = [7.0, math.inf, -math.inf, math.nan]
+
+
+def rows(*lines: str) -> torch.Tensor:
+    """'110' -> [True, True, False]."""
+    return torch.tensor([[letter == "1" for letter in line] for line in lines])
+
+
+def random_batch(seed: int, batch: int = 5, length: int = 7):
+    """Rewards, values, mask (each row a prefix of 1 to `length` tokens), gamma and lambda."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, length + 1, (batch,), generator=generator)
+    mask = torch.arange(length)[None] < lengths[:, None]
+    rewards = torch.randn(batch, length, generator=generator, dtype=torch.float64)
+    values = torch.randn(batch, length, generator=generator, dtype=torch.float64)
+    gamma, lam = torch.rand(2, generator=generator).tolist()
+    return rewards, values, mask, gamma, lam
+
+
+def test_masked_replaces_even_nan():
+    x = torch.tensor([[1.0, math.nan, -math.inf]])
+    assert masked(x, rows("100")).tolist() == [[1.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_moments_by_hand(garbage: float):
+    x = torch.tensor([[1.0, 2.0, garbage], [6.0, garbage, garbage]])
+    counted = moments(x, rows("110", "100"))
+    assert counted.dtype == torch.float64
+    # inside: 1, 2, 6: three numbers, sum 9, squares 1 + 4 + 36 = 41
+    assert counted.tolist() == [3.0, 9.0, 41.0]
+    # mean 3; biased variance ((1-3)^2 + (2-3)^2 + (6-3)^2) / 3 = 14/3
+    mean, variance = mean_and_variance(counted)
+    assert mean == 3.0 and variance == pytest.approx(14 / 3)
+
+
+def test_variance_is_never_negative():
+    x = torch.full((1, 3), 1e6 / 3)
+    assert mean_and_variance(moments(x, rows("111")))[1] >= 0.0
+
+
+def test_moments_of_ranks_add_up_to_those_of_all():
+    x, _, mask, _, _ = random_batch(1, batch=8)
+    parts = sum(moments(x[i : i + 2], mask[i : i + 2]) for i in range(0, 8, 2))
+    torch.testing.assert_close(parts, moments(x, mask))
+
+
+def test_whiten_by_hand():
+    # inside: 1, 2, 6, mean 3, deviation sqrt(14/3)
+    x = torch.tensor([[1.0, 2.0, math.nan], [6.0, math.inf, 5.0]])
+    mask = rows("110", "100")
+    sd = math.sqrt(14 / 3)
+    shifted = whiten(x, mask, 3.0, 14 / 3)
+    expected = torch.tensor([[-2 / sd, -1 / sd, 0], [3 / sd, 0, 0]])
+    torch.testing.assert_close(shifted, expected)
+    kept = whiten(x, mask, 3.0, 14 / 3, shift_mean=False)
+    expected = torch.tensor([[3 - 2 / sd, 3 - 1 / sd, 0], [3 + 3 / sd, 0, 0]])
+    torch.testing.assert_close(kept, expected)
+
+
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_whitening_parts_with_given_statistics_is_whitening_all(shift_mean: bool):
+    x, _, mask, _, _ = random_batch(2, batch=8)
+    mean, variance = mean_and_variance(moments(x, mask))
+    whole = whiten(x, mask, mean, variance, shift_mean)
+    parts = [
+        whiten(x[i : i + 2], mask[i : i + 2], mean, variance, shift_mean) for i in range(0, 8, 2)
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+    new_mean, new_variance = mean_and_variance(moments(whole, mask))
+    assert new_mean == pytest.approx(0.0 if shift_mean else mean, abs=1e-12)
+    assert new_variance == pytest.approx(1.0, rel=1e-6)
+
+
+def test_whitening_equal_numbers_gives_zeros():
+    x = torch.full((2, 2), 4.0)
+    assert whiten(x, rows("11", "10"), 4.0, 0.0).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+def test_last_index():
+    assert last_index(rows("1110", "1000", "1111")).tolist() == [2, 0, 3]
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_the_score_goes_to_the_last_true_position(garbage: float):
+    # kl_coef 0.5:
+    # row 0 (2 tokens): -.5*.4, -.5*-.2 + 10      = -.2, 10.1, 0
+    # row 1 (3 tokens): -.5*1,  -.5*0, -.5*2 - 3  = -.5, 0, -4
+    # row 2 (1 token):  -.5*.6 + 1                = .7, 0, 0
+    kl = torch.tensor([[0.4, -0.2, garbage], [1.0, 0.0, 2.0], [0.6, garbage, garbage]])
+    rewards = shape_rewards(torch.tensor([10.0, -3.0, 1.0]), kl, rows("110", "111", "100"), 0.5)
+    expected = torch.tensor([[-0.2, 10.1, 0.0], [-0.5, 0.0, -4.0], [0.7, 0.0, 0.0]])
+    torch.testing.assert_close(rewards, expected)
+
+
+def test_gae_three_by_three_by_hand():
+    # gamma .5, lambda .5; d_t = R_t + .5 V_{t+1} - V_t; A_t = d_t + .25 A_{t+1}
+    # row 0 (3): R 1 2 3, V 2 4 6: d = 1+2-2 = 1, 2+3-4 = 1, 3+0-6 = -3
+    #            A_2 = -3, A_1 = 1 - .75 = .25, A_0 = 1 + .0625 = 1.0625
+    # row 1 (2): R 0 4, V 2 2: d = 0+1-2 = -1, 4+0-2 = 2; A_1 = 2, A_0 = -1 + .5 = -.5
+    # row 2 (1): R 5, V 1: A_0 = 4
+    # returns = A + V
+    rewards = torch.tensor([[1.0, 2.0, 3.0], [0.0, 4.0, 9.0], [5.0, 9.0, 9.0]])
+    values = torch.tensor([[2.0, 4.0, 6.0], [2.0, 2.0, 9.0], [1.0, 9.0, 9.0]])
+    advantages, returns = gae(rewards, values, rows("111", "110", "100"), 0.5, 0.5)
+    assert advantages.tolist() == [[1.0625, 0.25, -3.0], [-0.5, 2.0, 0.0], [4.0, 0.0, 0.0]]
+    assert returns.tolist() == [[3.0625, 4.25, 3.0], [1.5, 4.0, 0.0], [5.0, 0.0, 0.0]]
+
+
+def test_gae_is_its_quadratic_definition():
+    for seed in range(20):
+        rewards, values, mask, gamma, lam = random_batch(seed)
+        advantages, returns = gae(rewards, values, mask, gamma, lam)
+        for row in range(len(mask)):
+            length = int(mask[row].sum())
+            reward, value = rewards[row].tolist(), [*values[row, :length].tolist(), 0.0]
+            for t in range(length):
+                expected = sum(
+                    (gamma * lam) ** (k - t) * (reward[k] + gamma * value[k + 1] - value[k])
+                    for k in range(t, length)
+                )
+                assert advantages[row, t].item() == pytest.approx(expected, abs=1e-12)
+                assert returns[row, t].item() == pytest.approx(expected + value[t], abs=1e-12)
+            assert not advantages[row, length:].any() and not returns[row, length:].any()
+
+
+def test_returns_are_the_lambda_mixture_of_n_step_returns():
+    # Independent of deltas: G(n) = sum_{k<n} gamma^k R + gamma^n V; the lambda return weighs
+    # G(n) by (1 - lambda) lambda^(n-1), and the last one, to the end, by lambda^(N-1).
+    for seed in range(20):
+        rewards, values, mask, gamma, lam = random_batch(seed + 100)
+        _, returns = gae(rewards, values, mask, gamma, lam)
+        for row in range(len(mask)):
+            length = int(mask[row].sum())
+            reward, value = rewards[row].tolist(), [*values[row, :length].tolist(), 0.0]
+            for t in range(length):
+                steps = length - t
+                mixture = 0.0
+                for n in range(1, steps + 1):
+                    total = sum(gamma**k * reward[t + k] for k in range(n))
+                    weight = (1 - lam) * lam ** (n - 1) if n < steps else lam ** (n - 1)
+                    mixture += weight * (total + gamma**n * value[t + n])
+                assert returns[row, t].item() == pytest.approx(mixture, abs=1e-12)
+
+
+def test_lambda_one_and_zero():
+    rewards = torch.tensor([[1.0, 2.0, 4.0]])
+    values = torch.tensor([[10.0, 20.0, 30.0]])
+    everything = rows("111")
+    # lambda 1: returns are sums of rewards to come; lambda 0: R_t + V_{t+1}
+    assert gae(rewards, values, everything, 1.0, 1.0)[1].tolist() == [[7.0, 6.0, 4.0]]
+    assert gae(rewards, values, everything, 1.0, 0.0)[1].tolist() == [[21.0, 32.0, 4.0]]
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_gae_ignores_what_stands_after_the_end(garbage: float):
+    rewards, values, mask, gamma, lam = random_batch(5)
+    clean = gae(rewards, values, mask, gamma, lam)
+    dirty = gae(
+        rewards.masked_fill(~mask, garbage), values.masked_fill(~mask, garbage), mask, gamma, lam
+    )
+    assert torch.equal(clean[0], dirty[0]) and torch.equal(clean[1], dirty[1])
+
+
+def test_gae_carries_no_gradient():
+    rewards, values, mask, gamma, lam = random_batch(6)
+    advantages, returns = gae(rewards, values.requires_grad_(), mask, gamma, lam)
+    assert not advantages.requires_grad and not returns.requires_grad
+
+
+# --- policy loss ---------------------------------------------------------------------------------
+
+# Ratio 1.5 and .5 for each sign of the advantage, clip .2, one token each:
+#   A = +2, r = 1.5: -A r = -3, -A clip = -2.4: the larger (worse) is -2.4, no gradient
+#   A = +2, r = .5:  -A r = -1, -A clip = -1.6: -1, gradient d(-A r)/dlogp = -A r = -1
+#   A = -2, r = 1.5: -A r = 3,  -A clip = 2.4:  3, gradient 3
+#   A = -2, r = .5:  -A r = 1,  -A clip = 1.6:  1.6, no gradient
+CLIP_CASES = [
+    (2.0, 1.5, -2.4, 0.0, 1),
+    (2.0, 0.5, -1.0, -1.0, 0),
+    (-2.0, 1.5, 3.0, 3.0, 0),
+    (-2.0, 0.5, 1.6, 0.0, 1),
+    (2.0, 1.0, -2.0, -2.0, 0),
+    (-2.0, 1.1, 2.2, 2.2, 0),
+]
+
+
+@pytest.mark.parametrize(("advantage", "ratio", "loss", "gradient", "clipped"), CLIP_CASES)
+def test_clipping_takes_the_pessimistic_branch(advantage, ratio, loss, gradient, clipped):
+    logprobs = torch.tensor([[math.log(ratio) - 3]], requires_grad=True)
+    out = policy_loss(
+        logprobs, torch.tensor([[-3.0]]), torch.tensor([[advantage]]), rows("1"), 0.2, 1.0
+    )
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(loss, rel=1e-5)
+    assert logprobs.grad is not None
+    assert logprobs.grad.item() == pytest.approx(gradient, rel=1e-5)
+    assert out.clipped.item() == clipped
+    assert out.ratio_max.item() == pytest.approx(ratio, rel=1e-5)
+    assert out.approx_kl.item() == pytest.approx(0.5 * math.log(ratio) ** 2, rel=1e-4, abs=1e-12)
+
+
+def test_policy_loss_sums_tokens_and_divides_by_the_given_number():
+    # ratio 1 everywhere: loss = -(1 + 2 + 3) / 10
+    logprobs = torch.tensor([[-1.0, -2.0], [-3.0, math.nan]])
+    advantages = torch.tensor([[1.0, 2.0], [3.0, math.inf]])
+    out = policy_loss(logprobs, logprobs.clone(), advantages, rows("11", "10"), 0.2, 10.0)
+    assert out.loss.item() == pytest.approx(-0.6)
+
+
+def test_at_ratio_one_it_is_reinforce_exactly():
+    generator = torch.Generator().manual_seed(0)
+    logprobs = torch.randn(4, 6, generator=generator, requires_grad=True)
+    advantages = torch.randn(4, 6, generator=generator)
+    mask = rows("111111", "111000", "100000", "111110")
+    policy_loss(logprobs, logprobs.detach(), advantages, mask, 0.2, 16.0).loss.backward()
+    assert logprobs.grad is not None
+    assert torch.equal(logprobs.grad, masked(-advantages, mask) / 16.0)
+
+
+def test_ratio_max_looks_inside_the_mask_only():
+    # The only token has ratio 1/2; the padded one would have 1.
+    old = torch.tensor([[math.log(0.5), 0.0]])
+    out = policy_loss(old + math.log(0.5), old, torch.ones(1, 2), rows("10"), 0.2, 1.0)
+    assert out.ratio_max.item() == pytest.approx(0.5)
+
+
+def losses(
+    kind: str, tensors: list[torch.Tensor], mask: torch.Tensor, num_tokens: float
+) -> PolicyLoss | ValueLoss:
+    function = policy_loss if kind == "policy" else value_loss
+    first, second, third = tensors
+    return function(first, second, third, mask, 0.2, num_tokens)
+
+
+@pytest.mark.parametrize("kind", ["policy", "value"])
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_garbage_outside_the_mask_gets_gradient_zero(kind: str, garbage: float):
+    generator = torch.Generator().manual_seed(4)
+    mask = rows("1110", "1000", "1111")
+    tensors = [torch.randn(3, 4, generator=generator) for _ in range(3)]
+    clean = losses(kind, tensors, mask, 8.0)
+    dirty = [tensor.masked_fill(~mask, garbage) for tensor in tensors]
+    dirty[0].requires_grad_()
+    out = losses(kind, dirty, mask, 8.0)
+    out.loss.backward()
+    assert torch.equal(out.loss, clean.loss) and torch.equal(out.clipped, clean.clipped)
+    assert dirty[0].grad is not None
+    assert (dirty[0].grad[~mask] == 0).all()
+    assert dirty[0].grad[mask].any() and dirty[0].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["policy", "value"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_any_split_into_microbatches_gives_the_same_loss_and_gradient(kind: str, size: int):
+    generator = torch.Generator().manual_seed(5)
+    mask = torch.arange(6)[None] < torch.tensor([6, 1, 3, 2, 5, 1, 4, 2])[:, None]
+    tensors = [torch.randn(8, 6, generator=generator, dtype=torch.float64) for _ in range(3)]
+    count = float(mask.sum())
+    whole = tensors[0].clone().requires_grad_()
+    expected = losses(kind, [whole, *tensors[1:]], mask, count)
+    expected.loss.backward()
+    split = tensors[0].clone().requires_grad_()
+    total = torch.zeros((), dtype=torch.float64)
+    clipped = 0
+    for start in range(0, 8, size):
+        part = slice(start, start + size)
+        out = losses(kind, [x[part] for x in (split, *tensors[1:])], mask[part], count)
+        out.loss.backward()
+        total, clipped = total + out.loss.detach(), clipped + int(out.clipped)
+    torch.testing.assert_close(total, expected.loss.detach())
+    torch.testing.assert_close(split.grad, whole.grad)
+    assert clipped == int(expected.clipped) > 0
+
+
+# --- value loss ----------------------------------------------------------------------------------
+
+# Clip .2, V_old 1: 0.5 max((V - R)^2, (V_old +- .2 - R)^2)
+#   V 2,   R 0: plain 4, clipped 1.2^2 = 1.44: 0.5 * 4 = 2, gradient V - R = 2
+#   V 2,   R 3: plain 1, clipped 1.8^2 = 3.24: 1.62, no gradient
+#   V 0,   R 0: plain 0, clipped .8^2 = .64: .32, no gradient
+#   V 1.1, R 2: not clipped: 0.5 * .81 = .405, gradient -.9
+VALUE_CASES = [
+    (2.0, 0.0, 2.0, 2.0, 0),
+    (2.0, 3.0, 1.62, 0.0, 1),
+    (0.0, 0.0, 0.32, 0.0, 1),
+    (1.1, 2.0, 0.405, -0.9, 0),
+]
+
+
+@pytest.mark.parametrize(("value", "target", "loss", "gradient", "clipped"), VALUE_CASES)
+def test_value_loss_by_hand(value, target, loss, gradient, clipped):
+    values = torch.tensor([[value]], requires_grad=True)
+    out = value_loss(values, torch.tensor([[1.0]]), torch.tensor([[target]]), rows("1"), 0.2, 1.0)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(loss, rel=1e-5)
+    assert values.grad is not None
+    assert values.grad.item() == pytest.approx(gradient, rel=1e-5)
+    assert out.clipped.item() == clipped
+
+
+def test_explained_variance():
+    assert explained_variance(1.0, 4.0) == 0.75
+    assert explained_variance(8.0, 4.0) == -1.0
+    assert explained_variance(1.0, 0.0) == 0.0
+
+
+def adapt(kl: float, updates: int) -> float:
+    kl_coef = 0.15
+    for _ in range(updates):
+        kl_coef = adapted_kl_coef(kl_coef, kl, target=6.0, num_responses=512, horizon=10_000)
+    return kl_coef
+
+
+def test_adaptive_controller():
+    # One update: error clipped to .2; .15 * (1 + .2 * 512 / 10000) = .15 * 1.01024
+    assert adapt(12.0, 1) == pytest.approx(0.151536)
+    # error (6.6/6 - 1) = .1, not clipped: .15 * 1.00512
+    assert adapt(6.6, 1) == pytest.approx(0.150768)
+    assert adapt(6.0, 100) == pytest.approx(0.15)
+    # 1.01024^100 = 2.770, .98976^100 = .3574
+    assert adapt(12.0, 100) == pytest.approx(0.4155, abs=5e-5)
+    assert adapt(0.0, 100) == pytest.approx(0.0536, abs=5e-5)

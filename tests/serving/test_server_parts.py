@@ -1,0 +1,227 @@
+"""The parts of the server that need no model and no connection."""
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from chatllama import cli
+from chatllama.config.schema import DataSource
+from chatllama.serving import requests as calls
+from chatllama.serving.errors import of_validation, shown
+from chatllama.serving.metrics import Metrics
+from chatllama.serving.schema import ChatRequest, CompletionRequest, Vote
+from chatllama.serving.server import open_socket
+from chatllama.serving.settings import ServerSettings, check_settings, serve_settings
+from chatllama.serving.votes import VoteFile, vote_record
+from chatllama.text.detokenizing import TokenTexts
+from chatllama.text.encoding import encode
+from chatllama.text.tokenizer import load_tokenizer
+from data.reading.source import read_source
+
+SETTINGS = ServerSettings(Path("runs/x"))
+KEY = "k" * 16
+ASK = [{"role": "user", "content": "hi"}]
+
+
+def settings_of(argv: list[str]) -> ServerSettings:
+    return serve_settings(cli._parse(["serve", "runs/x", *argv]))
+
+
+# --- how it is started ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "example.com"])
+def test_a_public_address_needs_a_key(host: str) -> None:
+    with pytest.raises(ValueError, match=f"--host {host} is open to other machines"):
+        check_settings(replace(SETTINGS, host=host))
+    check_settings(replace(SETTINGS, host=host, api_keys=(KEY,)))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost", "::1"])
+def test_this_machine_needs_none(host: str) -> None:
+    check_settings(replace(SETTINGS, host=host))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"api_keys": ("short",)}, "--api-key: at least 16"),
+        ({"api_keys": ("sixteen chars or more",)}, "without blanks"),
+        ({"port": 70000}, "--port 70000"),
+        ({"max_rows": 0}, "--max-concurrency 0"),
+        ({"timeout": 0.0}, "--timeout"),
+        ({"max_queue": -1}, "--max-queue -1"),
+        ({"adapter_root": Path("/nowhere/at/all")}, "--adapter-root /nowhere/at/all: not a folder"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_settings(replace(SETTINGS, **changes))
+
+
+def test_words_become_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings_of([]) == SETTINGS
+    monkeypatch.setenv("CHATLLAMA_API_KEY", KEY)
+    assert settings_of([]).api_keys == (KEY,)
+    given = settings_of(
+        ["--api-key", "a", "--api-key", "b", "--max-concurrency", "3", "--grace", "1"]
+    )
+    assert (given.api_keys, given.max_rows, given.grace) == (("a", "b"), 3, 1.0)
+    weights = settings_of(["--dtype", "float16", "--quantization", "int8"])
+    assert (weights.dtype, weights.quantization) == ("float16", "int8")
+
+
+def test_a_taken_port_is_told_before_anything_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"cannot listen on 127.0.0.1 port {port}.*--port 0"):
+            open_socket(replace(SETTINGS, port=port))
+
+
+# --- requests ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "tools": None},
+        {"response_format": {"type": "text"}, "store": False, "user": "me"},
+        {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "skip_special_tokens": True},
+    ],
+)
+def test_arguments_that_ask_for_nothing_are_accepted(extra: dict[str, Any]) -> None:
+    ChatRequest.model_validate({"messages": ASK, **extra})
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"frequency_penalty": 0.1}, {"logit_bias": {"5": 1}}, {"echo": True}, {"best_of": 2},
+     {"response_format": {"type": "json_object"}}, {"presence_penalty": False}],
+)  # fmt: skip
+def test_arguments_that_would_be_ignored_are_refused_by_name(extra: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=f"{next(iter(extra))}: not supported"):
+        CompletionRequest.model_validate({"prompt": "a", **extra})
+
+
+def test_messages_in_openai_s_forms() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [{"role": "developer", "content": "s"}, {"role": "user", "content": parts}]
+    back = {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None}
+    asked = ChatRequest.model_validate({"messages": [*messages, back]})
+    assert [message.plain() for message in asked.messages] == [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "ab"},
+        {"role": "assistant", "content": "c"},
+    ]
+    image = [{"type": "image_url", "image_url": {"url": "http://x"}}]
+    with pytest.raises(ValidationError):
+        ChatRequest.model_validate({"messages": [{"role": "user", "content": image}]})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2]], [[1], [2]])],
+)
+def test_prompts_in_openai_s_four_forms(prompt: object, found: object) -> None:
+    assert CompletionRequest.model_validate({"prompt": prompt}).prompts() == found
+
+
+def test_errors_name_the_field_and_repeat_no_more_than_a_little() -> None:
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate({"messages": [{"role": "tool", "content": "x"}], "q" * 500: 1})
+    detail = of_validation(caught.value.errors()).detail  # type: ignore[arg-type]
+    assert detail.param == "messages.0.role" and len(detail.message) < 400
+    assert shown("a\x1b[2J\ud800") == "a\ufffd[2J\ufffd"
+
+
+# --- tokens, metrics, votes ----------------------------------------------------------------------
+
+
+def test_bytes_of_tokens_make_the_text(tiny_tokenizer_dir: Path) -> None:
+    tokenizer = load_tokenizer(tiny_tokenizer_dir)
+    texts = TokenTexts(tokenizer)
+    text = "the river 🙂 naïve\n  x"
+    ids = encode(tokenizer, text)
+    assert b"".join(map(texts.bytes_of, ids)).decode() == " " + text
+    assert texts.text_of(2) == "</s>"
+    assert texts.longest >= len("river")
+
+
+def test_metrics_in_prometheus_format() -> None:
+    metrics = Metrics()
+    metrics.request("/health", 200)
+    metrics.request("/health", 200)
+    metrics.count("generated_tokens", 7)
+    for seconds in (0.02, 0.05, 400.0):
+        metrics.observe("request_seconds", seconds)
+    lines = metrics.text({"running": ("Answers being decoded.", 3.0)}).splitlines()
+    assert 'chatllama_requests_total{path="/health",status="200"} 2' in lines
+    assert "chatllama_generated_tokens_total 7" in lines and "chatllama_running 3" in lines
+    for limit, count in (("0.01", 0), ("0.025", 1), ("0.05", 2), ("300.0", 2), ("+Inf", 3)):
+        assert f'chatllama_request_seconds_bucket{{le="{limit}"}} {count}' in lines
+    assert "chatllama_request_seconds_count 3" in lines
+    assert "chatllama_request_seconds_sum 400.070000" in lines
+
+
+def test_votes_are_records_that_the_reward_stage_reads(tmp_path: Path) -> None:
+    file = VoteFile(tmp_path / "deep" / "votes.jsonl")
+    for number, verdict in enumerate(("a", "b", "tie", "both_bad")):
+        vote = Vote.model_validate(
+            {
+                "messages": [{"role": "system", "content": "be kind"}, *ASK],
+                "answers": [f"first {number}", f"second {number}"],
+                "models": ["sft", "policy"],
+                "verdict": verdict,
+            }
+        )
+        assert file.append(vote_record(vote)) == number + 1
+    source = DataSource(path=str(tmp_path / "deep" / "votes.jsonl"))
+    data, report = read_source(source, "preferences")
+    assert data["answers"][:] == [["first 0", "second 0"], ["second 1", "first 1"]]
+    assert data["prompt"][0][0]["content"] == "be kind"
+    assert "all answers are tied" in str(report.__dict__)
+    assert json.loads(file.content().splitlines()[1])["models"] == ["policy", "sft"]
+
+
+# --- clients that do not read --------------------------------------------------------------------
+
+
+class Wire:
+    """A connection whose client stops reading, or leaves, after the first bytes."""
+
+    def __init__(self, leaves: bool) -> None:
+        self.leaves, self.sent = leaves, 0
+
+    async def receive(self) -> dict[str, Any]:
+        while not (self.leaves and self.sent):
+            await asyncio.sleep(0.001)
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        self.sent += message["type"] == "http.response.body"
+        if self.sent:
+            await asyncio.sleep(3600)
+
+
+@pytest.mark.parametrize(("leaves", "counted"), [(True, "disconnects"), (False, "timeouts")])
+def test_a_stream_that_nobody_reads_ends_with_its_work(
+    leaves: bool, counted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "SEND_SLACK", 0.2)
+    metrics, closed = Metrics(), []
+
+    async def events() -> AsyncIterator[str]:
+        while True:
+            yield "{}"
+
+    stream = calls.EventStream(events(), lambda: closed.append(True), metrics, 0.1)
+    wire = Wire(leaves)
+    asyncio.run(stream({"type": "http"}, wire.receive, wire.send))
+    assert closed == [True] and f"chatllama_{counted}_total 1" in metrics.text({})

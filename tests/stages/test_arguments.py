@@ -1,0 +1,94 @@
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainers.stages.arguments import parse_stage_arguments
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / "run.yaml"
+    path.write_text("run_dir: r\nbackbone: {path: m}\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "launcher", [[], ["--local_rank", "1"], ["--local_rank=1"], ["--local-rank=1"]]
+)
+def test_launcher_argument_is_ignored(config: str, launcher: list[str]) -> None:
+    # The launcher puts it right after the script's name.
+    found = parse_stage_arguments("trains", [*launcher, config, "seed=3"])
+    assert (found.config.seed, found.resume) == (3, False)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        ["--resume", "CONFIG", "seed=3", "ppo.steps=1"],
+        ["CONFIG", "--resume", "seed=3", "ppo.steps=1"],
+        ["CONFIG", "seed=3", "--resume", "ppo.steps=1"],
+        ["CONFIG", "seed=3", "ppo.steps=1", "--resume"],
+    ],
+)
+def test_flags_and_overrides_come_in_any_order(config: str, order: list[str]) -> None:
+    found = parse_stage_arguments("t", [config if each == "CONFIG" else each for each in order])
+    assert (found.config.seed, found.config.ppo.steps, found.resume) == (3, 1, True)
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        parse_stage_arguments("t", argv)
+    assert caught.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    return shown.err
+
+
+def test_config_errors_are_printed_with_exit_code_2(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = fails(capsys, config, "sead=1", "lora.r=x")
+    assert shown.startswith(f"{config}: 2 problems\n")
+    assert "did you mean seed?" in shown and "Traceback" not in shown
+
+
+def test_batches_are_checked_for_the_launchers_ranks(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "sft.batch_size 64 is not a multiple" in fails(capsys, config)
+
+
+@pytest.mark.parametrize("argv", [["sead=1"], ["--unknown"], ["--res"]])
+def test_other_ranks_are_silent(
+    config: str,
+    argv: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert fails(capsys, config, *argv) != ""
+    monkeypatch.setenv("RANK", "1")
+    assert fails(capsys, config, *argv) == ""
+
+
+def test_help_names_the_options_and_needs_nothing_heavy() -> None:
+    # `-X importtime` lists what is imported: torch alone costs 4 s.
+    code = "from trainers.stages import arguments as a; a.parse_stage_arguments('X.', ['--help'])"
+    found = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code],
+        cwd=PROJECT, env=os.environ, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    shown = found.stdout
+    assert "trainers.stages.arguments" in found.stderr
+    assert not re.search(r"\| +(torch|transformers|datasets|trl)$", found.stderr, re.MULTILINE)
+    for part in ("X.", "CONFIG", "section.key=value", "--resume", "configs/reference.yaml"):
+        assert part in shown
+    assert "local_rank" not in shown

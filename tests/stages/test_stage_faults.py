@@ -1,0 +1,121 @@
+"""Faults of disks, schedulers and people, tried on real stages."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatllama.runs.checkpoints import step_folders, verify
+from chatllama.runs.folder import RunFolder
+
+pytestmark = pytest.mark.slow
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from kills.run import prepare
+
+    folder = tmp_path_factory.mktemp("faults")
+    prepare(folder)
+    return folder
+
+
+def failing(function: Callable[..., Any], good_calls: int) -> Callable[..., Any]:
+    """The disk is full after so many calls."""
+    calls = [0]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] > good_calls:
+            raise OSError(28, os.strerror(28))
+        return function(*args, **kwargs)
+
+    return call
+
+
+def test_a_full_disk_in_sft_keeps_the_checkpoint_before(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import train_sft
+    from trainers.sft import instruction_trainer
+
+    run = RunFolder(tmp_path / "run")
+    command = [str(prepared / "config.yaml"), f"run_dir={run.root}", "sft.steps=4"]
+    with monkeypatch.context() as patch:
+        good = failing(instruction_trainer.write_shares, good_calls=1)
+        patch.setattr(instruction_trainer, "write_shares", good)
+        with pytest.raises(
+            ValueError, match=r"could not be written .*No space left on device"
+        ) as caught:
+            train_sft.main(command)
+    (kept,) = step_folders(run.checkpoints("sft"))
+    assert f"{kept} is as it was" in str(caught.value) and verify(kept)
+    assert not any(p.is_file() for p in (run.stage("sft") / ".unfinished").rglob("*"))
+    train_sft.main([*command, "--resume"])
+    assert run.result("sft").is_file()
+
+
+def test_a_stage_of_another_base_or_template_is_refused(prepared: Path, tmp_path: Path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    import train_rm
+    import train_sft
+
+    run, base = RunFolder(tmp_path / "run"), tmp_path / "base"
+    shutil.copytree(prepared / "base", base)
+    command = [str(prepared / "config.yaml"), f"run_dir={run.root}", f"backbone.path={base}"]
+    train_sft.main([*command, "sft.steps=1"])
+    with pytest.raises(ValueError, match=r"sft/adapter was made under another chat .* chat\.templ"):
+        train_rm.main([*command, "chat.template=vicuna", "reward.max_length=250"])
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] + torch.tensor(0.5)
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"sft/adapter was trained on another base: .*fingerprint"):
+        train_rm.main(command)
+    os.truncate(run.sft_adapter / "adapter_model.safetensors", 1000)
+    with pytest.raises(ValueError, match=r"sft/adapter: damaged adapter"):
+        train_rm.main(command)
+
+
+def test_a_run_that_is_told_to_stop_saves_and_keeps_others_out(prepared: Path, tmp_path: Path):
+    run = RunFolder(tmp_path / "run")
+    chatllama = [
+        sys.executable,
+        "-c",
+        "import sys; from chatllama.cli import main; sys.exit(main())",
+    ]
+    command = [*chatllama, "run", str(prepared / "config.yaml"), f"run_dir={run.root}"]
+    command += ["sft.steps=5000", "sft.save_every=0"]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "CUDA_VISIBLE_DEVICES": ""}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, env=environment, **pipes)  # type: ignore[call-overload]
+    deadline = time.monotonic() + 600
+    while not run.metrics("sft").is_file() and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.2)
+    second = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert second.returncode == 2 and f"{run.root} is in use by" in second.stderr
+    assert f"(process {process.pid} on " in second.stderr
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=600)[0]
+    assert process.returncode == 75, said
+    told = json.loads(run.interrupted("sft").read_text())
+    (checkpoint,) = step_folders(run.checkpoints("sft"))
+    assert checkpoint.name == f"step-{told['step']}" and told["step"] < 5000
+    assert f"is saved at step {told['step']}" in said and "--resume" in said
+    assert verify(checkpoint)["layout"] == {
+        "ranks": 2,
+        "zero_stage": 2,
+        "microbatch_size": 2,
+    }
+    assert not list(run.root.glob(".lock-*"))

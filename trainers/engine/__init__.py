@@ -1,0 +1,1 @@
+"""DeepSpeed behind one interface, or plain torch in one process; it knows no stage."""

@@ -1,0 +1,99 @@
+"""ZeRO's settings, and whether a model that ZeRO-3 has split fits whole on every rank for a while.
+
+Nothing here imports deepspeed or moves a tensor.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from chatllama.config.schema import DeepSpeedSection
+from chatllama.runtime.distributed import (
+    all_max,
+    device,
+    free_memory,
+    rank,
+    world_size,
+)
+
+SHARE = 0.8
+"""Of the free memory; the rest is for the cache of keys and values."""
+
+
+def zero_settings(
+    section: DeepSpeedSection,
+    *,
+    microbatch_size: int,
+    accumulation_steps: int,
+    max_grad_norm: float,
+) -> dict[str, Any]:
+    """DeepSpeed's own configuration for a section of ours.
+
+    Args:
+        section: ZeRO stage and offloading.
+        microbatch_size: sequences per forward pass, on one rank.
+        accumulation_steps: backward passes per optimizer step.
+        max_grad_norm: global norm to which gradients are scaled down.
+
+    Raises:
+        ValueError: DeepSpeed would train wrongly, without a word.
+    """
+    if section.offload_optimizer == "nvme" and device().type == "cpu":
+        raise ValueError(
+            "deepspeed.offload_optimizer nvme works with GPUs only: on the CPU DeepSpeed swaps "
+            "out gradients that are not the model's, and training goes wrong without a word. Use "
+            "cpu or none"
+        )
+    zero: dict[str, Any] = {"stage": section.stage}
+    if section.stage == 3:
+        zero["stage3_param_persistence_threshold"] = section.stage3_param_persistence_threshold
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    for key, place in (
+        ("offload_optimizer", section.offload_optimizer),
+        ("offload_param", section.offload_param),
+    ):
+        if place != "none":
+            zero[key] = {"device": place, "pin_memory": device().type == "cuda"}
+        if place == "nvme":
+            zero[key]["nvme_path"] = section.nvme_path
+    return {
+        "train_batch_size": microbatch_size * accumulation_steps * world_size(),
+        "train_micro_batch_size_per_gpu": microbatch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": max_grad_norm,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+
+
+def absent_bytes(model: nn.Module) -> int:
+    """Bytes of this rank's memory that gathering all parameters takes; 0 where nothing is split."""
+    parameters = cast(list[Any], list(model.parameters()))
+    absent = (p for p in parameters if hasattr(p, "ds_numel") and p.numel() != p.ds_numel)
+    return sum(p.ds_numel * p.element_size() for p in absent)
+
+
+def whole_model_fits(model: nn.Module) -> bool:
+    """The same answer on every rank: whether the fullest of them can hold all parameters.
+
+    If not, rank 0 warns, with the figures and the remedies.
+    """
+    need, free = absent_bytes(model), free_memory()
+    worst = all_max(torch.tensor([need / max(free, 1), -free], dtype=torch.float64).to(device()))
+    if float(worst[0]) <= SHARE:
+        return True
+    if rank() == 0:
+        print(
+            f"warning: the whole model takes {_gib(need)} and a rank has {_gib(-float(worst[1]))} "
+            "free: rollouts will fetch the weights layer by layer for every token, which is many "
+            "times slower. More memory: fewer or smaller adapters, backbone.dtype bfloat16, a "
+            "smaller generation.batch_size; or deepspeed.gather_for_rollouts=true to try it anyway",
+            flush=True,
+        )
+    return False
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.3g} GiB"

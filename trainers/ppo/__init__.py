@@ -1,0 +1,1 @@
+"""Stage 3, PPO: rollouts, rewards, updates, evaluation; health/ and servers/ stand apart."""

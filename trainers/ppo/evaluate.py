@@ -1,0 +1,146 @@
+"""What the roles answer to held-out prompts, and how good that is.
+
+Runs at the end of the PPO stage, on the roles that are loaded already and with all ranks. The gold
+reward is a Python function of the user's, where the true reward is known (`evaluation.gold`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from chatllama.config.base import load_function
+from chatllama.config.schema import Config
+from chatllama.model.roles import Role
+from chatllama.reporting.statistics import mean_and_error, wilson_interval
+from chatllama.runs.folder import RunFolder
+from chatllama.runtime.distributed import rank
+from chatllama.runtime.files import write_json
+from trainers.engine.engine import Engine
+from trainers.ppo.data import Prompts, StopTokens
+from trainers.ppo.ppo_math import masked
+from trainers.ppo.rewards import Scorer
+from trainers.ppo.rollout import collect_rollout
+
+Gold = Callable[[str, str], float]
+NUM_SHOWN = 24
+EVALUATION_SEED = 2**31 - 1
+
+
+def evaluate_roles(
+    cfg: Config, run: RunFolder, engine: Engine, scorer: Scorer, prompts: Prompts, ends: StopTokens
+) -> None:
+    """Writes RUN/evaluation.json: every role's answers measured, PPO's against SFT's.
+
+    With `lora: null` the base is the result of SFT, so there is no row for it.
+
+    Args:
+        cfg: `evaluation`, `generation`, `ppo.microbatch_size`.
+        run: where to write.
+        engine: of the roles.
+        scorer: of answers.
+        prompts: the held-out ones are asked.
+        ends: stop and pad ids.
+    """
+    count = min(cfg.evaluation.num_prompts, len(prompts.held_out))
+    if not count:
+        return
+    names: dict[str, Role] = {"base": "base", "sft": _sft(engine), "ppo": "policy"}
+    if cfg.lora is None:
+        del names["base"]
+    if "ema" in engine.model.adapter_names:
+        names["ema"] = "ema"
+    measured = {
+        name: _measure(cfg, engine, role, scorer, prompts, ends, count)
+        for name, role in names.items()
+    }
+    roles = {name: answers.numbers for name, answers in measured.items()}
+    roles["ppo"] |= win_rate(measured["ppo"].goodness, measured["sft"].goodness)
+    texts: list[str] = prompts.held_out["text"][:count]
+    samples = [
+        {
+            "prompt": texts[row],
+            **{name: answers.texts[row] for name, answers in measured.items()},
+            "gold" if cfg.evaluation.gold else "score": {
+                name: answers.goodness[row] for name, answers in measured.items()
+            },
+        }
+        for row in range(min(count, NUM_SHOWN))
+    ]
+    if rank() == 0:
+        write_json(run.evaluation, {"num_prompts": count, "roles": roles, "samples": samples})
+
+
+def measure_policy(
+    cfg: Config, engine: Engine, scorer: Scorer, prompts: Prompts, ends: StopTokens
+) -> dict[str, float]:
+    """The policy's numbers on held-out prompts, as metrics of a PPO step; {} without prompts."""
+    count = min(cfg.evaluation.num_prompts, len(prompts.held_out))
+    if not count:
+        return {}
+    numbers = _measure(cfg, engine, "policy", scorer, prompts, ends, count).numbers
+    names = {"kl": "kl_sequence", "kl_se": "kl_sequence_se"}
+    return {f"ppo/eval_{names.get(name, name)}": value for name, value in numbers.items()}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A role's answers to held-out prompts."""
+
+    texts: list[str]
+    goodness: list[float]
+    """Gold where it is known, else the reward model's score."""
+    numbers: dict[str, float]
+    """Means and standard errors."""
+
+
+def _measure(
+    cfg: Config,
+    engine: Engine,
+    role: Role,
+    scorer: Scorer,
+    prompts: Prompts,
+    ends: StopTokens,
+    count: int,
+) -> Answers:
+    """Answers of a role to the first `count` held-out prompts, always with the same randomness."""
+    asked: list[str] = prompts.held_out["text"][:count]
+    rollout, texts = collect_rollout(
+        engine,
+        role,
+        prompts.held_out["input_ids"][:count],
+        asked,
+        cfg.generation,
+        ends,
+        scorer,
+        (cfg.seed, EVALUATION_SEED),
+        cfg.ppo.microbatch_size,
+        reference=_sft(engine),
+    )
+    goodness = rollout.scores.tolist()
+    numbers = {
+        "response_length": float(rollout.lengths.float().mean()),
+        "eos_rate": float(rollout.finished.float().mean()),
+    }
+    numbers["score_mean"], numbers["score_se"] = mean_and_error(goodness)
+    if role == "policy":  # log-probabilities are the policy's, so only its own answers tell its KL
+        kl = masked(rollout.kl, rollout.response_mask).sum(1).tolist()
+        numbers["kl"], numbers["kl_se"] = mean_and_error(kl)
+    if cfg.evaluation.gold is not None:
+        gold: Gold = load_function(cfg.evaluation.gold, "evaluation.gold")
+        goodness = [gold(p, r) for p, r in zip(asked, texts, strict=True)]
+        numbers["gold_mean"], numbers["gold_se"] = mean_and_error(goodness)
+    disagreement = scorer.disagreement(rollout.member_scores)
+    if disagreement is not None:
+        numbers["ensemble_disagreement"] = float(disagreement.mean())
+    return Answers(texts, goodness, numbers)
+
+
+def _sft(engine: Engine) -> Role:
+    """The role that answers as SFT left it: the reference, unless PPO refreshes that."""
+    return "sft" if "sft" in engine.model.adapter_names else "reference"
+
+
+def win_rate(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """Share of prompts on which `ours` is better, ties one half, with its Wilson interval."""
+    wins = sum((a > b) + 0.5 * (a == b) for a, b in zip(ours, theirs, strict=True))
+    low, high = wilson_interval(wins, len(ours))
+    return {"win_rate": wins / len(ours), "win_rate_low": low, "win_rate_high": high}

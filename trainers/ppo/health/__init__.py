@@ -1,0 +1,1 @@
+"""Watches the metrics of PPO and names what goes wrong; it changes no weights."""

@@ -1,0 +1,163 @@
+"""What PPO starts from and leaves behind: prompts, roles, their engine, the exports."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from chatllama.config.batch_sizes import ppo_batches
+from chatllama.config.schema import Config
+from chatllama.model.adapters import SavedAdapter, load_adapter, save_adapter
+from chatllama.model.backbone import load_backbone
+from chatllama.model.fingerprint import check_base
+from chatllama.model.roles import (
+    Adapter,
+    Role,
+    RoleModel,
+    ScalarHead,
+    adapter_parameters,
+    adapter_state,
+)
+from chatllama.runs.folder import RunFolder, base_path
+from chatllama.runtime.distributed import barrier, rank, world_size
+from chatllama.text.chat_format import check_contract
+from trainers.engine.engine import (
+    Engine,
+    OptimizerSettings,
+    ParameterGroup,
+    gathered,
+    partitioned_loading,
+)
+from trainers.ppo.rewards import Scorer
+from trainers.ppo.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The model with its roles, and how answers are scored."""
+
+    model: RoleModel
+    scorer: Scorer
+
+
+def build_roles(cfg: Config, run: RunFolder, tokenizer: PreTrainedTokenizerFast) -> Roles:
+    """Policy and value to train, reference and rewards frozen, on one frozen base.
+
+    Raises:
+        ValueError: an adapter of an earlier stage is missing, damaged, or made under another chat
+            contract.
+    """
+    section = cfg.ppo
+
+    def opened(path: str | Path) -> SavedAdapter:
+        saved = load_adapter(Path(path))
+        check_contract(saved.info["contract"], tokenizer, cfg.chat, str(path))
+        check_base(cfg, run, saved.info, str(path))
+        return saved
+
+    start = Adapter(cfg.adapter_lora) if cfg.lora is None else None
+    adapters: dict[Role, Adapter] = {}
+    if start is None:
+        sft = opened(run.sft_adapter)
+        start = Adapter(sft.lora, sft.state)
+        adapters["reference"] = start
+        if section.reference_refresh_every:
+            adapters["sft"] = start  # the reference will be another; results compare with SFT
+    adapters["policy"] = Adapter(start.lora, start.state, trainable=True)
+    if section.ema_decay is not None:
+        adapters["ema"] = start
+    heads: dict[Role, torch.Tensor] = {}
+    members: list[list[Role]] = []
+    first: SavedAdapter | None = None
+    for source in section.rewards:
+        if source.adapter is None:
+            continue
+        folders = run.reward_members() if source.adapter == "run" else [source.adapter]
+        members.append([])
+        for folder in folders:
+            saved = opened(folder)
+            role = f"reward_{len(heads)}" if heads else "reward"
+            adapters[role] = Adapter(saved.lora, saved.state)
+            heads[role] = saved.head["weight"]
+            members[-1].append(role)
+            first = first or saved
+    if section.advantage == "gae":
+        # Without a reward adapter to copy, values start from 0 everywhere.
+        heads["value"] = first.head["weight"] if first else torch.zeros(())
+        if section.value_model == "policy_trunk":
+            heads["value"] = torch.zeros(())
+        elif first is not None:
+            adapters["value"] = Adapter(first.lora, first.state, trainable=True)
+        else:
+            adapters["value"] = Adapter(start.lora, start.state, trainable=True)
+    with partitioned_loading(cfg.deepspeed, cfg.backbone.dtype):
+        backbone = load_backbone(cfg.backbone, base_path(cfg, run))
+    torch.manual_seed(cfg.seed)
+    on_policy = "value" in heads and "value" not in adapters
+    shared = {"value": "policy"} if on_policy else None
+    model = RoleModel(backbone, adapters, heads=tuple(heads), shared=shared)
+    with torch.no_grad():
+        for role, weight in heads.items():
+            cast(ScalarHead, model.heads[role]).weight.copy_(weight)
+    if cfg.backbone.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return Roles(model, Scorer(cfg, members))
+
+
+def build_engine(cfg: Config, model: RoleModel) -> Engine:
+    """One optimiser over policy and value, in process or under DeepSpeed."""
+    section = cfg.ppo
+    groups = [ParameterGroup("policy", adapter_parameters(model, "policy"), section.learning_rate)]
+    if "value" in model.heads:
+        value = adapter_parameters(model, "value") + list(model.heads["value"].parameters())
+        rate = section.value_learning_rate or section.learning_rate
+        groups.append(ParameterGroup("value", value, rate))
+    return Engine(
+        model,
+        groups,
+        OptimizerSettings(
+            section.adam_betas, section.adam_eps, section.weight_decay, section.max_grad_norm
+        ),
+        cfg.deepspeed,
+        microbatch_size=section.microbatch_size,
+        accumulation_steps=ppo_batches(section, world_size()).microbatches,
+    )
+
+
+def fold_into_value_head(
+    engine: Engine, scorer: Scorer, rollout: Rollout, deviation: float
+) -> None:
+    """The value head, a copy of the first reward adapter's, predicts normalised scores instead.
+
+    That is (raw score - mean raw score) * the source's weight / deviation.
+
+    Args:
+        engine: of the roles.
+        scorer: with at least one reward adapter.
+        rollout: the reference's answers.
+        deviation: by which scores are divided.
+    """
+    scale = next(term.weight for term in scorer.terms if term.roles) / deviation
+    mean = float(rollout.member_scores[:, 0].double().mean())
+    weight, bias = engine.model.heads["value"].parameters()
+    engine.assign(weight, engine.whole_value(weight) * scale)
+    engine.assign(bias, (engine.whole_value(bias) - mean) * scale)
+
+
+def export_ppo(run: RunFolder, model: RoleModel, info: dict[str, object]) -> None:
+    """Writes RUN/ppo/policy, value (with a critic) and policy-ema (if kept); every rank calls."""
+    with gathered(list(model.parameters())):
+        if rank() == 0:
+            lora = model.lora["policy"]
+            save_adapter(run.policy_adapter, adapter_state(model, "policy"), lora, info)
+            if "ema" in model.adapter_names:
+                save_adapter(run.ema_adapter, adapter_state(model, "ema"), lora, info)
+            if "value" in model.heads:
+                # On the policy's trunk the value model is the policy's adapter with its own head.
+                trunk = model.adapter_names["value"] or "value"
+                head = dict(model.heads["value"].named_parameters())
+                lora = model.lora[trunk]
+                save_adapter(run.value_adapter, adapter_state(model, trunk), lora, info, head)
+    barrier()

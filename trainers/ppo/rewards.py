@@ -1,0 +1,162 @@
+"""From answers to the scores that PPO sees: sources, normalisation, penalties.
+
+The KL penalty is not here but in `ppo_math.shape_rewards`. Every rank computes the same numbers
+from the whole rollout batch.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from chatllama.config.base import load_function
+from chatllama.config.schema import Config, PpoSection
+from chatllama.model.roles import Role
+from chatllama.runtime.distributed import all_gather_objects, rank, world_size
+from trainers.ppo.ppo_math import mean_and_variance, moments, whiten
+
+
+@dataclass(frozen=True)
+class ScoreTerm:
+    """One source of the score: the members of a reward ensemble, or a function."""
+
+    weight: float
+    roles: tuple[Role, ...] = ()
+    function: Callable[[str, str], float] | None = None
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Count, mean and sum of squared deviations of raw scores (Welford; Chan's merge)."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation; 1 before there are two different scores."""
+        variance = self.squares / (self.count - 1) if self.count > 1 else 0.0
+        return math.sqrt(variance) if variance > 0 else 1.0
+
+    def merged(self, scores: torch.Tensor) -> "Statistics":
+        """Statistics with `scores` (N,) added."""
+        numbers = scores.double()
+        count, mean = self.count + len(numbers), float(numbers.mean())
+        squares = float((numbers - mean).square().sum())
+        shift = mean - self.mean
+        return Statistics(
+            count,
+            self.mean + shift * len(numbers) / count,
+            self.squares + squares + shift**2 * self.count * len(numbers) / count,
+        )
+
+
+class Scorer:
+    """The raw score of an answer: reward adapters and functions, weighted and added.
+
+    Args:
+        cfg: `ppo.rewards`, `ppo.reward_ensemble`.
+        members: roles of each adapter source, as they are loaded, in the config's order.
+
+    Raises:
+        ValueError: a function cannot be imported.
+    """
+
+    def __init__(self, cfg: Config, members: Sequence[Sequence[Role]]) -> None:
+        self.roles = [role for ensemble in members for role in ensemble]
+        self.worst_counts = cfg.ppo.reward_ensemble == "min"
+        self.terms: list[ScoreTerm] = []
+        remaining = iter(members)
+        for number, source in enumerate(cfg.ppo.rewards):
+            if source.function is None:
+                self.terms.append(ScoreTerm(source.weight, roles=tuple(next(remaining))))
+            else:
+                function = load_function(source.function, f"ppo.rewards.{number}.function")
+                self.terms.append(ScoreTerm(source.weight, function=function))
+
+    def total(
+        self, member_scores: torch.Tensor, prompts: Sequence[str], responses: Sequence[str]
+    ) -> torch.Tensor:
+        """Scores of whole answers: (B,) float32, on every rank alike.
+
+        Args:
+            member_scores: (B, M) float32, of `roles`.
+            prompts: texts.
+            responses: texts.
+
+        Raises:
+            ValueError: a function returned no finite number; says for which answer.
+        """
+        total = self._functions(prompts, responses).to(member_scores)
+        for term in self.terms:
+            if term.roles:
+                columns = member_scores[:, [self.roles.index(role) for role in term.roles]]
+                combined = columns.amin(1) if self.worst_counts else columns.mean(1)
+                total = total + term.weight * combined
+        return total
+
+    def disagreement(self, member_scores: torch.Tensor) -> torch.Tensor | None:
+        """Deviation among the members of the first ensemble: (B,); None without an ensemble."""
+        for term in self.terms:
+            if len(term.roles) > 1:
+                columns = [self.roles.index(role) for role in term.roles]
+                return member_scores[:, columns].std(1)
+        return None
+
+    def _functions(self, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
+        """Weighted sum of the functions' values (B,), each rank asking for its share."""
+        total = [0.0] * len(prompts)
+        functions = [(t.weight, t.function) for t in self.terms if t.function is not None]
+        if not functions:
+            return torch.tensor(total)
+        for i in range(rank(), len(prompts), world_size()):
+            for weight, function in functions:
+                value = function(prompts[i], responses[i])
+                if not _is_finite(value):
+                    raise ValueError(
+                        f"reward function {function.__name__} gave {value!r} for prompt "
+                        f"{prompts[i]!r} and response {responses[i]!r}"
+                    )
+                total[i] += weight * float(value)
+        return torch.tensor([sum(parts) for parts in zip(*all_gather_objects(total), strict=True)])
+
+
+def _is_finite(value: object) -> bool:
+    """Whether it is a number (of NumPy or torch, too), and not NaN or infinite."""
+    try:
+        return math.isfinite(value)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def shaped_scores(
+    section: PpoSection,
+    scores: torch.Tensor,
+    finished: torch.Tensor,
+    lengths: torch.Tensor,
+    statistics: Statistics,
+) -> torch.Tensor:
+    """Scores as PPO sees them: normalised, clipped, less the penalties: (B,) float32.
+
+    Args:
+        section: normalisation, clipping, penalties.
+        scores: (B,) float32, raw.
+        finished: (B,) bool, the response ended by itself.
+        lengths: (B,) int64, tokens.
+        statistics: of raw scores, from the reference's answers or from all so far.
+    """
+    if section.score_normalization != "none":
+        scores = (scores - statistics.mean) / statistics.deviation
+    if section.score_clip is not None:
+        scores = scores.clamp(-section.score_clip, section.score_clip)
+    if section.missing_eos == "penalty":
+        scores = scores - section.missing_eos_penalty * (~finished).float()
+    return scores - section.length_penalty * lengths.float()
+
+
+def scaled_rewards(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Rewards scaled to variance 1 about their mean in this batch (`whiten_rewards`): (B, R)."""
+    mean, variance = mean_and_variance(moments(rewards, mask))
+    return whiten(rewards, mask, mean, variance, shift_mean=False)

@@ -1,0 +1,1 @@
+"""Rollouts sampled by inference servers; the default samples in the training process."""

@@ -1,0 +1,189 @@
+"""A client of one server that samples token ids: `chatllama serve`, or vLLM with runtime LoRA.
+
+Speaks vLLM's documented requests, which our own server follows. Retries and pools are elsewhere
+(`trainers/ppo/servers/pool.py`).
+"""
+
+import contextlib
+import http.client
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from chatllama.generation.sampling import Sampling
+
+# 404: the server was started anew and has lost its adapters; the next phase loads another.
+RETRIED_STATUS = (404, 408, 409, 425, 429, 500, 502, 503, 504)
+
+
+class ServerLost(Exception):
+    """The server cannot be reached, or not now: trying again may help."""
+
+
+class ServerRefused(ValueError):
+    """The server does not do what it is asked: trying again does not help."""
+
+
+@dataclass(frozen=True)
+class ServedResponse:
+    """One sampled response, as the server tells it."""
+
+    ids: list[int]
+    """Its stop token included."""
+    logprobs: list[float]
+    """Of `ids`, as the server computes them."""
+
+
+class SamplingServer:
+    """One server.
+
+    Args:
+        url: `http://HOST:PORT`, with or without a final `/v1`.
+        key: bearer key, or None.
+        timeout: seconds for one answer.
+    """
+
+    def __init__(self, url: str, key: str | None, timeout: float) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self._parts, self._key, self._timeout = urlsplit(self.url), key, timeout
+
+    def base_model(self) -> str:
+        """The name under which the server answers without adapter.
+
+        Raises:
+            ServerLost: no answer.
+            ServerRefused: it lists no base model.
+        """
+        listed = self._json("GET", "/v1/models", None)
+        for model in listed.get("data", []):
+            if model.get("parent") is None:
+                return str(model["id"])
+        raise ServerRefused(f"{self.url}/v1/models lists no model without adapter")
+
+    def load(self, name: str, folder: str) -> None:
+        """The server answers as `name` with the adapter in `folder`, a path that it sees.
+
+        Raises:
+            ServerLost: no answer.
+            ServerRefused: it cannot load the adapter.
+        """
+        self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder})
+
+    def unload(self, name: str) -> None:
+        """The server forgets an adapter.
+
+        Raises:
+            ServerLost: no answer.
+            ServerRefused: it has no such adapter.
+        """
+        self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+
+    def sample(
+        self,
+        model: str,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        stop_ids: Collection[int],
+        seed: int,
+    ) -> ServedResponse:
+        """One response to a prompt of token ids, checked.
+
+        Raises:
+            ServerLost: no answer.
+            ServerRefused: the answer lacks what training needs, or contradicts the request.
+        """
+        body = {
+            "model": model,
+            "prompt": list(prompt),
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            # Spelled out: vLLM takes what is left out from the model's generation_config.json.
+            "top_p": 1.0,
+            "top_k": -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "stop_token_ids": sorted(stop_ids),
+            "seed": seed,
+            "logprobs": 1,
+            "return_token_ids": True,
+        }
+        answer = self._json("POST", "/v1/completions", body)
+        return self._checked(answer, prompt, sampling.max_new_tokens, stop_ids)
+
+    def _checked(
+        self,
+        answer: Mapping[str, Any],
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        stop_ids: Collection[int],
+    ) -> ServedResponse:
+        choices = answer.get("choices") or [{}]
+        choice = choices[0]
+        ids = choice.get("token_ids")
+        if not ids:
+            raise ServerRefused(
+                f"{self.url} gives no token ids: it must know `return_token_ids` (chatllama "
+                "serve, vLLM 0.10.2 or later)"
+            )
+        echoed = choice.get("prompt_token_ids")
+        if echoed is not None and list(echoed) != list(prompt):
+            raise ServerRefused(f"{self.url} changed the prompt's token ids")
+        logprobs = (choice.get("logprobs") or {}).get("token_logprobs") or []
+        if len(logprobs) != len(ids) or None in logprobs:
+            raise ServerRefused(
+                f"{self.url} gives {len(logprobs)} log-probabilities for {len(ids)} tokens"
+            )
+        ended = ids[-1] in stop_ids
+        if any(index in stop_ids for index in ids[:-1]) or len(ids) > max_new_tokens:
+            raise ServerRefused(f"{self.url} went on after a stop token or the longest answer")
+        if not ended and len(ids) < max_new_tokens:
+            raise ServerRefused(
+                f"{self.url} ended an answer after {len(ids)} tokens with id {ids[-1]}, which is "
+                f"none of the stop ids {sorted(stop_ids)}: it follows another end of turn"
+            )
+        return ServedResponse([int(i) for i in ids], [float(p) for p in logprobs])
+
+    def _json(self, method: str, path: str, body: Mapping[str, object] | None) -> Mapping[str, Any]:
+        content = self._call(method, path, body)
+        try:
+            told = json.loads(content)
+        except ValueError:
+            told = None
+        if not isinstance(told, dict):
+            raise ServerRefused(f"{self.url}{path} does not answer in JSON: is it such a server?")
+        return told
+
+    def _call(self, method: str, path: str, body: Mapping[str, object] | None) -> bytes:
+        """The body of the answer."""
+        headers = {"content-type": "application/json"}
+        if self._key is not None:
+            headers["authorization"] = f"Bearer {self._key}"
+        kind = (
+            http.client.HTTPSConnection
+            if self._parts.scheme == "https"
+            else http.client.HTTPConnection
+        )
+        connection = kind(str(self._parts.hostname), self._parts.port, timeout=self._timeout)
+        with contextlib.closing(connection):
+            try:
+                data = None if body is None else json.dumps(body)
+                connection.request(method, self._parts.path + path, data, headers)
+                response = connection.getresponse()
+                content = response.read()
+            except (OSError, http.client.HTTPException) as error:
+                raise ServerLost(f"{self.url}: {error or type(error).__name__}") from error
+        if response.status == 200:
+            return content
+        told = f"{self.url}{path}: {response.status} {_message(content)}"
+        raise (ServerLost if response.status in RETRIED_STATUS else ServerRefused)(told)
+
+
+def _message(content: bytes) -> str:
+    """What an error body says, in OpenAI's or vLLM's shape."""
+    try:
+        told = json.loads(content)
+        return str(told.get("error", told).get("message", told))[:500]
+    except (ValueError, AttributeError):
+        return content[:200].decode(errors="replace")

@@ -1,0 +1,82 @@
+"""What the reward stage trains on: ranked answers as tokens, and what is known about them."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from chatllama.config.base import load_function
+from chatllama.config.schema import Config, EvaluationSection
+from chatllama.runtime.distributed import rank
+from data.batches import ordered_pairs
+from data.mixture import load_mixture
+from data.tokenize import tokenize_preferences
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Tokenised examples, each a prompt with its ranked answers."""
+
+    train: Dataset
+    held_out: Dataset
+    left_out: dict[str, int]
+    """Records that cannot serve, and examples left out or shortened as tokens, by reason."""
+    bayes_accuracy: float | None = None
+    """The best accuracy on held-out pairs that any model can have, where gold is known."""
+
+
+def load_preferences(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Preferences:
+    """Training and held-out examples, read, split and tokenised as the config says.
+
+    Raises:
+        ValueError: bad records, or nothing is left to train on or to hold out.
+    """
+    section = cfg.reward
+    mixture = load_mixture(
+        section.data,
+        section.eval_data,
+        section.eval_fraction,
+        cfg.seed,
+        "preferences",
+        section.decontaminate,
+    )
+    left_out: Counter[str] = Counter()
+    for read in mixture.reports:
+        left_out.update(read.left_out)
+    if rank() == 0:
+        print(mixture.summary())
+    parts = []
+    for name, records in (("training", mixture.train), ("held-out", mixture.held_out)):
+        if not len(records):
+            raise ValueError(f"reward: no {name} pairs; set reward.eval_data or eval_fraction")
+        tokens, report = tokenize_preferences(records, tokenizer, cfg.chat, section.max_length)
+        left_out.update(report.left_out)
+        left_out.update(report.changed)
+        if rank() == 0:
+            print(f"{name} pairs: {report.summary()}")
+        parts.append(tokens)
+    return Preferences(
+        parts[0], parts[1], dict(left_out), bayes_accuracy(cfg.evaluation, mixture.held_out)
+    )
+
+
+def bayes_accuracy(evaluation: EvaluationSection, held_out: Dataset) -> float | None:
+    """Mean of max(p, 1 - p) over the pairs, p the probability of the label that gold gives.
+
+    Args:
+        evaluation: names gold and the scale of the labels' noise; without them there is no limit.
+        held_out: records with prompt, answers and ranks; every prompt weighs the same.
+    """
+    if evaluation.gold is None or evaluation.label_scale is None:
+        return None
+    gold = load_function(evaluation.gold, "evaluation.gold")
+    total = 0.0
+    for record in cast(Iterable[dict[str, Any]], held_out):
+        scores = [gold(record["prompt"][-1]["content"], answer) for answer in record["answers"]]
+        gaps = [abs(scores[i] - scores[j]) for i, j in ordered_pairs(record["ranks"])]
+        total += sum(1 / (1 + math.exp(-evaluation.label_scale * g)) for g in gaps) / len(gaps)
+    return total / len(held_out)

@@ -1,0 +1,1 @@
+"""Reports on preference data and on reward models; it trains nothing."""

@@ -1,0 +1,171 @@
+"""How far score differences can be believed: pure statistics of arrays, no model.
+
+A gap is the score of the answer that the label prefers minus that of the other, so that it is
+positive where the model agrees with the label. Weights say how much a pair counts: pairs of one
+prompt share a weight of 1. Shape: P pairs.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from chatllama.reporting.statistics import wilson_interval
+
+Array = np.ndarray
+MAX_SCALE = 1000.0
+FLIPS_SAMPLE = 5000
+"""About as many pairs as the fit of wrong labels looks at."""
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The pairs whose confidence lies in one interval."""
+
+    share: float
+    """Of all pairs, by weight."""
+    confidence: float
+    """Mean sigmoid(|gap|): how often the model says that it is right."""
+    accuracy: float
+    """How often it is."""
+    low: float
+    """Lower end of the accuracy's 95 % interval."""
+    high: float
+    """Upper end."""
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)) without overflow."""
+    return np.exp(-np.logaddexp(0.0, -x))
+
+
+def agreement(gaps: Array) -> Array:
+    """1 where the model agrees with the label, 0.5 for equal scores, else 0: (P,) float64."""
+    return (gaps > 0) + 0.5 * (gaps == 0)
+
+
+def weighted_mean(values: Array, weights: Array) -> float:
+    """Mean of `values`; NaN without any weight."""
+    total = weights.sum()
+    return float((values * weights).sum() / total) if total else float("nan")
+
+
+def reliability(gaps: Array, weights: Array, num_bins: int = 10) -> list[Bin]:
+    """Confidence against accuracy in equal intervals of [0.5, 1]; empty bins are left out.
+
+    Args:
+        gaps: (P,) float.
+        weights: (P,) float.
+        num_bins: intervals.
+    """
+    confidence, correct = sigmoid(np.abs(gaps)), agreement(gaps)
+    places = np.minimum(((confidence - 0.5) * 2 * num_bins).astype(int), num_bins - 1)
+    bins = []
+    for number in range(num_bins):
+        inside = weights * (places == number)
+        if inside.sum():
+            accuracy, count = weighted_mean(correct, inside), max(1, round(float(inside.sum())))
+            low, high = wilson_interval(accuracy * count, count)
+            share = float(inside.sum() / weights.sum())
+            bins.append(Bin(share, weighted_mean(confidence, inside), accuracy, low, high))
+    return bins
+
+
+def calibration_error(bins: list[Bin]) -> float:
+    """ECE: mean distance of confidence and accuracy over the bins, by their shares."""
+    return sum(bin.share * abs(bin.confidence - bin.accuracy) for bin in bins)
+
+
+def log_loss(gaps: Array, weights: Array) -> float:
+    """Mean -log sigmoid(gap), in nats."""
+    return weighted_mean(np.logaddexp(0.0, -gaps), weights)
+
+
+def best_scale(gaps: Array, weights: Array, flips: float | Array = 0.0) -> float:
+    """The s >= 0 under which sigmoid(s * gap) fits the labels best (Guo 2017, arXiv 1706.04599).
+
+    1 is calibrated, below 1 the scores are overconfident; `MAX_SCALE` where no finite one is best.
+
+    Args:
+        gaps: (P,) float.
+        weights: (P,) float.
+        flips: probability that a label is wrong, for all or for each pair.
+    """
+    low, high = 0.0, MAX_SCALE
+    for _ in range(40):  # the likelihood is concave in s: its slope falls
+        middle = (low + high) / 2
+        slope = (weights * gaps * (sigmoid(-middle * gaps) - flips)).sum()
+        low, high = (middle, high) if slope >= 0 else (low, middle)
+    return low
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Labels that look wrong, by the model P(label) = e + (1 - 2e) sigmoid(s * gap)."""
+
+    share: float
+    """e that fits best: the accuracy among the surest pairs levels off at 1 - e."""
+    scale: float
+    """s that fits best."""
+    evidence: float
+    """Twice the gain in log-likelihood over e = 0; see `FLIP_EVIDENCE`."""
+    suspicion: Array
+    """(P,) probability that this label is wrong."""
+
+
+def fit_flips(gaps: Array, weights: Array) -> Flips:
+    """Separates wrong labels from a model that is merely unsure, by maximum likelihood.
+
+    What contradicts a sure model may also be the model's own mistake: a list to look at, no proof.
+
+    Args:
+        gaps: (P,) float, of pairs that the model was not trained on.
+        weights: (P,) float.
+    """
+    part = slice(None, None, 1 + len(gaps) // FLIPS_SAMPLE)
+    some, weight = gaps[part], weights[part]
+    scale = best_scale(some, weight)
+    start = -float((weight * np.logaddexp(0.0, -scale * some)).sum())
+    best = (start, 0.0, scale)
+
+    def improve(shares: Iterable[float]) -> None:
+        nonlocal best
+        for share in shares:
+            scale = best[2]
+            for _ in range(5):  # EM: how suspicious each label is, then the scale that this leaves
+                scale = best_scale(some, weight, _suspicion(some, share, scale))
+            fit = weight * np.log(share + (1 - 2 * share) * sigmoid(scale * some))
+            best = max(best, (float(fit.sum()), share, scale))
+
+    improve(np.arange(0.02, 0.46, 0.02).tolist())
+    if best[1]:
+        improve([best[1] - 0.01, best[1] + 0.01])
+    likelihood, share, scale = best
+    return Flips(share, scale, 2 * (likelihood - start), _suspicion(gaps, share, scale))
+
+
+def _suspicion(gaps: Array, share: float, scale: float) -> Array:
+    """(P,) posterior probability that the label is wrong."""
+    wrong = share * sigmoid(-scale * gaps)
+    return wrong / (wrong + (1 - share) * sigmoid(scale * gaps))
+
+
+def correlation(x: Array, y: Array) -> float:
+    """Pearson's; 0 where one of them does not vary."""
+    if len(x) < 2 or not np.ptp(x) or not np.ptp(y):
+        return 0.0
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def histogram(values: Array, weights: Array, num_bins: int = 24) -> tuple[list[float], list[float]]:
+    """Edges (num_bins + 1), from -x to x, and shares; the outermost bins hold what lies beyond.
+
+    Args:
+        values: (P,) float.
+        weights: (P,) float.
+        num_bins: even, so that 0 is an edge.
+    """
+    spread = float(np.quantile(np.abs(values), 0.995)) or 1.0
+    edges = np.linspace(-spread, spread, num_bins + 1)
+    counts, _ = np.histogram(np.clip(values, -spread, spread), edges, weights=weights)
+    return edges.tolist(), (counts / weights.sum()).tolist()

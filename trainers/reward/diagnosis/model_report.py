@@ -1,0 +1,299 @@
+"""The model half of the RM doctor: what a trained reward model's held-out scores are good for.
+
+The data half is in `data_report.py`, the statistics in `calibration.py`.
+Both are written to RUN/reward/doctor.json, which the report shows.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from chatllama.config.schema import RewardSection
+from chatllama.reporting.summary import BAYES_SLACK
+from chatllama.runs.folder import RunFolder, doctor_path
+from chatllama.runtime.distributed import rank
+from chatllama.runtime.files import write_json
+from data.batches import answer_pairs
+from trainers.reward.data import Preferences
+from trainers.reward.diagnosis.calibration import (
+    Bin,
+    agreement,
+    best_scale,
+    calibration_error,
+    correlation,
+    fit_flips,
+    histogram,
+    log_loss,
+    reliability,
+)
+from trainers.reward.diagnosis.data_report import (
+    Concern,
+    Rows,
+    Share,
+    answer_lengths,
+    data_concerns,
+    examine_data,
+    flip_concerns,
+    share,
+    suspects,
+)
+from trainers.reward.evaluate import Member, PaddingError
+
+LENGTH_BINS = ((-1.0, -0.5), (-0.5, -0.1), (-0.1, 0.1), (0.1, 0.5), (0.5, 1.0))
+"""Length of the better answer less that of the worse, over the longer's."""
+MATCHED = 2  # place of the bin of equal lengths, within 10 %
+
+
+def examine_model(
+    held_out: Dataset,
+    scores: Sequence[Sequence[float]],
+    section: RewardSection,
+    bayes_accuracy: float | None,
+    padding: PaddingError,
+) -> dict[str, Any]:
+    """Accuracy, calibration, margins, length bias, doubtful labels, agreement of an ensemble.
+
+    Args:
+        held_out: the examples.
+        scores: of every member of the ensemble, the scores of all answers, example by example.
+        section: tells whether sigmoid(gap) was trained to be a probability.
+        bayes_accuracy: the most that is possible, if known.
+        padding: from `padding_error`, the worst of the members.
+    """
+    rows: Rows = held_out.to_list()
+    pairs = answer_pairs(rows)
+    better, worse = pairs.better.numpy(), pairs.worse.numpy()
+    weights = np.asarray(pairs.weight, dtype=float)
+    each = np.asarray(scores, dtype=float)
+    mean = each.mean(0)
+    gaps, member_gaps = mean[better] - mean[worse], each[:, better] - each[:, worse]
+    bins, flips = reliability(gaps, weights), fit_flips(gaps, weights)
+    edges, shares = histogram(gaps, weights)
+    return {
+        "accuracy": asdict(share(agreement(gaps), weights)),
+        "bayes_accuracy": bayes_accuracy,
+        "log_loss": log_loss(gaps, weights),
+        "calibration": {
+            "error": calibration_error(bins),
+            "chance_error": _chance_error(bins, len(rows)),
+            "best_scale": best_scale(gaps, weights),
+            "is_probability": section.margin_coef == 0 and section.label_smoothing == 0,
+            "bins": [asdict(each_bin) for each_bin in bins],
+        },
+        "gaps": {"mean": float(gaps.mean()), "sd": float(gaps.std()), "edges": edges,
+                 "shares": shares},
+        "length": _about_length(answer_lengths(rows), mean, better, worse, gaps, weights),
+        "flips": {"share": flips.share, "evidence": flips.evidence,
+                  "suspects": suspects(rows, flips.suspicion)},
+        "sources": _by_source(rows, pairs.prompt.numpy(), gaps, weights),
+        "padding": asdict(padding),
+        "members": [asdict(share(agreement(own), weights)) for own in member_gaps],
+        "disagreement": float((weights * (np.sign(member_gaps) != np.sign(member_gaps[0])).any(0))
+                              .sum() / weights.sum()),
+    }  # fmt: skip
+
+
+def _chance_error(bins: Sequence[Bin], count: int) -> float:
+    """The calibration error that a perfectly calibrated model shows by chance."""
+    return sum(
+        each.share
+        * math.sqrt(2 / math.pi * each.confidence * (1 - each.confidence) / (each.share * count))
+        for each in bins
+    )
+
+
+def _about_length(
+    lengths: np.ndarray,
+    scores: np.ndarray,
+    better: np.ndarray,
+    worse: np.ndarray,
+    gaps: np.ndarray,
+    weights: np.ndarray,
+) -> dict[str, Any]:
+    """Whether scores follow length, and accuracy where length cannot help."""
+    correct = agreement(gaps)
+    difference = (lengths[better] - lengths[worse]) / np.maximum(lengths[better], lengths[worse])
+    longer = share(correct, weights * (difference > 0))
+    shorter = share(correct, weights * (difference < 0))
+    inside = [
+        (abs(difference) <= 0.1) if place == MATCHED else
+        (difference > low) & (difference <= high) if low > 0 else
+        (difference >= low) & (difference < high)
+        for place, (low, high) in enumerate(LENGTH_BINS)
+    ]  # fmt: skip
+    return {
+        "score_correlation": correlation(lengths.astype(float), scores),
+        "gap_correlation": correlation(difference, gaps),
+        "longer_preferred": asdict(share((difference > 0) + 0.5 * (difference == 0), weights)),
+        "better_is_longer": asdict(longer),
+        "better_is_shorter": asdict(shorter),
+        "controlled_accuracy": asdict(_mean_share(longer, shorter)),
+        "matched_accuracy": asdict(share(correct, weights * inside[MATCHED])),
+        "by_difference": [
+            {"from": low, "to": high, "share": float((weights * here).sum() / weights.sum()),
+             "accuracy": asdict(share(correct, weights * here))}
+            for (low, high), here in zip(LENGTH_BINS, inside, strict=True)
+        ],
+    }  # fmt: skip
+
+
+def _mean_share(a: Share, b: Share) -> Share:
+    """Mean of two independent shares; half-widths add in squares (Newcombe 1998)."""
+    mean = (a.value + b.value) / 2
+    low = math.hypot(a.value - a.low, b.value - b.low) / 2
+    high = math.hypot(a.high - a.value, b.high - b.value) / 2
+    return Share(mean, mean - low, mean + high)
+
+
+def _by_source(
+    rows: Rows, prompt: np.ndarray, gaps: np.ndarray, weights: np.ndarray
+) -> dict[str, Any]:
+    """Accuracy for every file or data set, from the places of its records."""
+    sources = [row["where"].rsplit(":", 1)[0] for row in rows]
+    of_pair = np.array([sources[number] for number in prompt])
+    return {
+        source: asdict(share(agreement(gaps), weights * (of_pair == source)))
+        for source in sorted(set(sources))
+    }
+
+
+def model_concerns(found: Mapping[str, Any], word_accuracy: float) -> list[Concern]:
+    """What in `examine_model`'s findings should be looked at.
+
+    Args:
+        found: the findings.
+        word_accuracy: of the word baseline on the same pairs.
+    """
+    accuracy, length, calibration = found["accuracy"], found["length"], found["calibration"]
+    out = []
+    if accuracy["low"] <= 0.5:
+        text = f"accuracy {_interval(accuracy)}: cannot be told from guessing; PPO will refuse it"
+        out.append(Concern("no_better_than_chance", text))
+    for source, own in found["sources"].items():
+        if own["high"] < 0.5:
+            text = f"accuracy on {source} is {_interval(own)}: are chosen and rejected swapped?"
+            out.append(Concern("inverted", text))
+    longer = length["longer_preferred"]["value"]
+    for what, baseline in (("length", max(longer, 1 - longer)), ("words", word_accuracy)):
+        if accuracy["value"] <= baseline and accuracy["low"] > 0.5:
+            text = f"accuracy {accuracy['value']:.3f}; {what} alone give {baseline:.3f}"
+            out.append(Concern(f"no_better_than_{what}", text))
+    if length["controlled_accuracy"]["low"] <= 0.5 < accuracy["low"]:
+        text = f"with length balanced, accuracy is {_interval(length['controlled_accuracy'])}"
+        out.append(Concern("length_driven", text))
+    sides = [(length[f"better_is_{side}"], side) for side in ("longer", "shorter")]
+    (worse, _), (better, side) = sorted(sides, key=lambda each: each[0]["value"])
+    apart = better["value"] - worse["value"]
+    if apart > math.hypot(better["value"] - better["low"], worse["high"] - worse["value"]):
+        text = (
+            f"it is right on {better['value']:.1%} of the pairs whose preferred answer is {side}, "
+            f"on {worse['value']:.1%} of the others (correlation of score and length "
+            f"{length['score_correlation']:+.2f})"
+        )
+        out.append(Concern("length_bias", text))
+    limit = found["bayes_accuracy"]
+    if limit is not None and accuracy["value"] < limit - BAYES_SLACK:
+        out.append(Concern("below_bayes", f"accuracy {accuracy['value']:.3f} of {limit:.3f}"))
+    if calibration["is_probability"] and calibration["error"] > 0.05 + calibration["chance_error"]:
+        kind = "overconfident" if calibration["best_scale"] < 1 else "underconfident"
+        text = (
+            f"calibration error {calibration['error']:.3f} ({calibration['chance_error']:.3f} by "
+            f"chance); scores times {calibration['best_scale']:.2f} would fit best"
+        )
+        out.append(Concern(kind, text))
+    padding = found["padding"]
+    if not padding["error"] <= padding["tolerance"]:
+        text = f"scores change by up to {padding['error']:.2g} with padding or neighbours"
+        out.append(Concern("padding", text))
+    return out + flip_concerns(found["flips"], "held-out pairs, judged by the reward model")
+
+
+def open_diagnosis(run: RunFolder, data: Preferences) -> dict[str, Any]:
+    """Examines the data, prints what it found and begins RUN/reward/doctor.json; rank 0 only.
+
+    The other ranks get nothing, and wait at their next collective call.
+    """
+    if rank() != 0:
+        return {}
+    found = examine_data(data)
+    written = diagnosis(found)
+    write_json(doctor_path(run), written)
+    print(f"{data_summary(found)}\n{warning_lines(written['warnings'])}", flush=True)
+    return found
+
+
+def close_diagnosis(
+    run: RunFolder,
+    section: RewardSection,
+    data: Preferences,
+    members: Sequence[Member],
+    examined: Mapping[str, Any],
+) -> None:
+    """Examines the trained model, prints it and completes doctor.json; rank 0 only.
+
+    Args:
+        run: receives doctor.json.
+        section: of the reward stage.
+        data: from `load_preferences`.
+        members: of the ensemble; their mean score is examined.
+        examined: from `open_diagnosis`.
+    """
+    if rank() != 0:
+        return
+    padding = max((member.padding for member in members), key=lambda p: p.error / p.tolerance)
+    scores = [member.scores for member in members]
+    found = examine_model(data.held_out, scores, section, data.bayes_accuracy, padding)
+    written = diagnosis(examined, found)
+    write_json(doctor_path(run), written)
+    print(f"{model_summary(found)}\n{warning_lines(written['warnings'])}", flush=True)
+
+
+def diagnosis(data: Mapping[str, Any], model: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What doctor.json holds: findings of data and, once trained, model; and every concern."""
+    concerns = data_concerns(data)
+    if model is not None:
+        concerns += model_concerns(model, data["word_accuracy"]["value"])
+    return {"data": data, "model": model, "warnings": [asdict(concern) for concern in concerns]}
+
+
+def data_summary(found: Mapping[str, Any]) -> str:
+    """Lines for the terminal, before training."""
+    train, held_out = found["training"], found["held_out"]
+    longer, words = held_out["longer_preferred"], found["word_accuracy"]
+    return (
+        f"RM doctor: {train['pairs']} training pairs of {train['prompts']} prompts, "
+        f"{held_out['pairs']} held out of {held_out['prompts']}; {train['repeated_pairs']} "
+        f"repeated, {train['contradicted_pairs']} labelled both ways\n"
+        f"  baselines on held-out pairs: the longer answer {_interval(longer)}, words alone "
+        f"{_interval(words)}"
+    )
+
+
+def model_summary(found: Mapping[str, Any]) -> str:
+    """Lines for the terminal, after training."""
+    length, calibration = found["length"], found["calibration"]
+    limit = found["bayes_accuracy"]
+    lines = [
+        f"RM doctor: accuracy {_interval(found['accuracy'])}"
+        + (f", Bayes limit {limit:.3f}" if limit is not None else "")
+        + f", length-controlled {_interval(length['controlled_accuracy'])}",
+        f"  calibration error {calibration['error']:.3f}, correlation of score and length "
+        f"{length['score_correlation']:+.2f}, padding error {found['padding']['error']:.1e}",
+    ]
+    if len(found["members"]) > 1:
+        each = ", ".join(f"{member['value']:.3f}" for member in found["members"])
+        lines.append(f"  members {each}; they disagree on {found['disagreement']:.1%} of the pairs")
+    return "\n".join(lines)
+
+
+def warning_lines(warnings: Sequence[Mapping[str, str]]) -> str:
+    """One line for each of a diagnosis's warnings, or the word that there is none."""
+    return "\n".join(f"  warning {w['name']}: {w['text']}" for w in warnings) or "  no warnings"
+
+
+def _interval(found: Mapping[str, float]) -> str:
+    return f"{found['value']:.3f} ({found['low']:.3f}-{found['high']:.3f})"

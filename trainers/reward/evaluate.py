@@ -1,0 +1,163 @@
+"""How the reward model scores ranked answers, in training and on those held out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+
+from chatllama.config.schema import Config, RewardSection
+from chatllama.model.roles import RoleModel
+from chatllama.model.scoring import score_sequences, score_shared
+from chatllama.reporting.summary import BAYES_SLACK
+from chatllama.runs.folder import RunFolder, doctor_path
+from chatllama.runtime.distributed import device
+from chatllama.text.padding import pad_left, pad_right
+from data.batches import AnswerRows, PreferenceCollator, SharedPromptCollator, answer_pairs
+from trainers.engine.microbatches import collect, deal
+from trainers.reward.loss import pairwise_loss
+
+Collator = PreferenceCollator | SharedPromptCollator
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """How scores order answers that were not trained on; all prompts weigh the same."""
+
+    accuracy: float
+    """Share of pairs with the preferred answer scored higher; ties count one half."""
+    loss: float
+    """Mean pairwise loss, without margin, centring and smoothing."""
+    num_pairs: int
+    num_prompts: int
+
+
+def collator_for(cfg: Config, pad_id: int) -> Collator:
+    """Prompts shared by their answers, but with flash attention, which knows no such rows."""
+    if cfg.backbone.attn_implementation == "flash_attention_2":
+        return PreferenceCollator(pad_id)
+    return SharedPromptCollator(pad_id, cfg.reward.max_length)
+
+
+def scoring_of(inputs: tuple[torch.Tensor, ...]) -> Callable[..., torch.Tensor]:
+    """What scores a collator's inputs, one number for each answer."""
+    return score_shared if isinstance(inputs, AnswerRows) else score_sequences
+
+
+def ordered(gap: torch.Tensor) -> torch.Tensor:
+    """1 where the preferred answer scores higher, 0.5 for a tie."""
+    return (gap > 0).float() + 0.5 * (gap == 0).float()
+
+
+@torch.no_grad()
+def score_answers(
+    model: RoleModel, examples: Dataset, collator: Collator, microbatch_size: int
+) -> torch.Tensor:
+    """Scores of all answers, example by example, dealt out over the ranks: (N,) float32."""
+    model.eval()
+    counts = [len(ranks) for ranks in examples["ranks"][:]]
+    firsts = [0]
+    for count in counts:
+        firsts.append(firsts[-1] + count)
+    scores = torch.zeros(firsts[-1], device=device())
+    for rows, counted in deal(len(examples), microbatch_size):
+        inputs, _ = collator([examples[i] for i in rows])
+        found = scoring_of(inputs)(model, *inputs)
+        if counted:
+            scores[firsts[rows[0]] : firsts[rows[-1] + 1]] = found
+    return collect(scores)
+
+
+def measure(examples: Dataset, scores: torch.Tensor) -> HeldOut:
+    """Accuracy and loss of scores.
+
+    Args:
+        examples: held-out ones.
+        scores: (N,) float32, of their answers, from `score_answers`.
+    """
+    pairs = answer_pairs(examples.select_columns(["ranks", "ratings"]).to_list())
+    scores = scores.cpu()
+    better, worse = scores[pairs.better], scores[pairs.worse]
+    accuracy = (pairs.weight * ordered(better - worse)).sum() / len(examples)
+    loss = pairwise_loss(better, worse, torch.zeros_like(better), pairs.weight, len(examples))
+    return HeldOut(float(accuracy), float(loss), len(better), len(examples))
+
+
+PADDING_SAMPLE = 8
+
+
+@dataclass(frozen=True)
+class PaddingError:
+    """How far scores depend on what stands beside a sequence; see `padding_error`."""
+
+    error: float
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Member:
+    """What a trained member of the ensemble leaves in memory."""
+
+    loss: float
+    """Of its last optimizer step."""
+    scores: list[float]
+    """Of every held-out answer, example by example."""
+    padding: PaddingError
+
+
+@torch.no_grad()
+def padding_error(model: RoleModel, held_out: Dataset, pad_id: int) -> PaddingError:
+    """Largest change of a score between alone, padded left and padded right in one batch.
+
+    Every rank must call, with the same examples. Types narrower than float32 round differently
+    with the shape of a batch; the tolerance allows for that.
+
+    Args:
+        model: in eval mode here.
+        held_out: the first few examples are taken.
+        pad_id: fills.
+    """
+    model.eval()
+    examples = [held_out[i] for i in range(min(PADDING_SAMPLE, len(held_out)))]
+    rows = [ids for example in examples for ids in example["answer_ids"]][: 2 * PADDING_SAMPLE]
+
+    def scores(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return score_sequences(model, ids, mask).cpu()
+
+    alone = torch.cat([scores(*pad_right([row], pad_id)) for row in rows])
+    together = [scores(*pad(rows, pad_id)) for pad in (pad_left, pad_right)]
+    error = max(float((batch - alone).abs().max()) for batch in together)
+    share_of_spread = 1e-3 if model.llama.dtype == torch.float32 else 0.1
+    return PaddingError(error, share_of_spread * max(1e-2, float(alone.std())))
+
+
+def check_gate(run: RunFolder, section: RewardSection) -> list[str]:
+    """Warnings about the reward model that PPO is to climb; empty if there are none.
+
+    Raises:
+        ValueError: on held-out pairs it cannot be told from guessing, and
+            `reward.allow_weak` is not set.
+    """
+    numbers = run.read_result("reward")
+    accuracy, low, high = (numbers[name] for name in ("accuracy", "accuracy_low", "accuracy_high"))
+    warnings = []
+    if low <= 0.5:
+        text = (
+            f"the reward model orders {accuracy:.1%} of the held-out pairs as the labels do (95 % "
+            f"interval {low:.1%} to {high:.1%}, {int(numbers['num_eval_pairs'])} pairs): that "
+            "cannot be told from guessing, and PPO would climb noise"
+        )
+        if not section.allow_weak:
+            raise ValueError(
+                f"{text}. See {doctor_path(run)}. Remedies: more or cleaner "
+                "pairs, more held-out pairs, reward.epochs, reward.learning_rate, lora.r; or "
+                "reward.allow_weak=true to start all the same"
+            )
+        warnings.append(text)
+    limit = numbers.get("bayes_accuracy")
+    if limit is not None and accuracy < limit - BAYES_SLACK:
+        warnings.append(
+            f"the reward model's accuracy {accuracy:.3f} is far below the {limit:.3f} that is "
+            "possible: PPO will exploit what it has not learned"
+        )
+    return warnings

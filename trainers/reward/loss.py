@@ -1,0 +1,41 @@
+"""Losses of supervised training, as pure functions of tensors.
+
+Sums over tokens, never means: the caller divides by the number of trained tokens of the whole
+optimizer step, so that microbatches and ranks change nothing. PPO's losses are in `ppo_math.py`.
+Shape legend: N trained positions, H hidden, V vocabulary.
+"""
+
+import torch
+from torch.nn.functional import logsigmoid
+
+
+def pairwise_loss(
+    better: torch.Tensor,
+    worse: torch.Tensor,
+    margin: torch.Tensor,
+    weight: torch.Tensor,
+    num_prompts: int,
+    *,
+    center_coef: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """Mean over prompts of -log sigmoid(r_better - r_worse - margin), averaged over their pairs.
+
+    With weight = 1 / C(K, 2) this is the loss of K ranked answers of InstructGPT (arXiv
+    2203.02155, eq. 1), and for K = 2 plain Bradley-Terry. Margin as in LLaMA-2 (arXiv 2307.09288,
+    3.2.2); centring, c (r_better + r_worse)^2, as in Eisenstein 2023 (arXiv 2312.09244). Smoothing
+    weighs the opposite label: (1 - e) * -log sigmoid(d) + e * -log sigmoid(-d).
+
+    Args:
+        better: (P,) float32, scores of the preferred answers.
+        worse: (P,) float32, scores of the others.
+        margin: (P,) float32, by how much the scores should differ at least.
+        weight: (P,) float32, 1 / number of pairs of the pair's prompt.
+        num_prompts: prompts of the whole optimizer step, over all ranks and microbatches.
+        center_coef: c; 0 leaves the scores' level open.
+        label_smoothing: e, the share of labels taken to be wrong.
+    """
+    gap = better - worse - margin
+    losses = -(1 - label_smoothing) * logsigmoid(gap) - label_smoothing * logsigmoid(-gap)
+    losses = losses + center_coef * (better + worse).square()
+    return (weight * losses).sum() / num_prompts

@@ -1,0 +1,89 @@
+"""The reward model of each ensemble member: its seed, engine and exported adapter."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from chatllama.config.batch_sizes import microbatches_per_step
+from chatllama.config.schema import Config
+from chatllama.model.adapters import load_adapter, save_adapter
+from chatllama.model.backbone import load_backbone
+from chatllama.model.fingerprint import check_base
+from chatllama.model.roles import Adapter, RoleModel, adapter_parameters, adapter_state
+from chatllama.runs.folder import RunFolder, base_path
+from chatllama.runtime.distributed import barrier, rank, world_size
+from chatllama.text.chat_format import check_contract
+from trainers.engine.engine import (
+    Engine,
+    OptimizerSettings,
+    ParameterGroup,
+    gathered,
+    partitioned_loading,
+)
+
+SEED_STRIDE = 1_000_003
+
+
+def member_seed(seed: int, member: int) -> int:
+    """The seed of a member's head, dropout and data order; the first has the run's own."""
+    return seed + SEED_STRIDE * member
+
+
+def member_run(run: RunFolder, member: int) -> RunFolder:
+    """Where a member keeps metrics and checkpoints: the run itself for the first."""
+    return run if member == 0 else RunFolder(run.checkpoints("reward") / f"member-{member}")
+
+
+def build_reward_model(
+    cfg: Config, run: RunFolder, tokenizer: PreTrainedTokenizerFast, seed: int
+) -> RoleModel:
+    """The frozen base with a trainable reward adapter, SFT's where there is one, and a new head.
+
+    Raises:
+        ValueError: SFT's adapter is missing, damaged, or made under another chat contract.
+    """
+    state = None
+    if cfg.lora is not None:
+        sft = load_adapter(run.sft_adapter)
+        check_contract(sft.info["contract"], tokenizer, cfg.chat, str(run.sft_adapter))
+        check_base(cfg, run, sft.info, str(run.sft_adapter))
+        state = sft.state
+    with partitioned_loading(cfg.deepspeed, cfg.backbone.dtype):
+        backbone = load_backbone(cfg.backbone, base_path(cfg, run))
+    torch.manual_seed(seed)
+    adapter = Adapter(cfg.adapter_lora, state, trainable=True)
+    model = RoleModel(backbone, {"reward": adapter}, heads=("reward",), dropout=True)
+    if cfg.backbone.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return model
+
+
+def build_engine(cfg: Config, model: RoleModel) -> Engine:
+    """The optimiser over the reward adapter and its head."""
+    section = cfg.reward
+    parameters = adapter_parameters(model, "reward") + list(model.heads["reward"].parameters())
+    return Engine(
+        model,
+        [ParameterGroup("reward", parameters, section.learning_rate)],
+        OptimizerSettings(
+            section.adam_betas, section.adam_eps, section.weight_decay, section.max_grad_norm
+        ),
+        cfg.deepspeed,
+        microbatch_size=section.microbatch_size,
+        accumulation_steps=microbatches_per_step(section, world_size(), "reward"),
+    )
+
+
+def export_reward(cfg: Config, folder: Path, model: RoleModel, info: dict[str, object]) -> None:
+    """Writes the reward adapter with its head to `folder`; every rank must call."""
+    with gathered(list(model.parameters())):
+        if rank() == 0:
+            save_adapter(
+                folder,
+                adapter_state(model, "reward"),
+                cfg.adapter_lora,
+                info,
+                head=dict(model.heads["reward"].named_parameters()),
+            )
+    barrier()

@@ -1,0 +1,244 @@
+"""Stage 2: the reward model, an adapter that starts from SFT's plus a scalar head.
+
+An ensemble is N of them, trained one after another, each from its own seed and with its own data
+order; member 0 is what training a single one gives. The loss is in `losses.py`, the data in
+`reward_data.py`, what the scores are worth in `reward_doctor.py`. Scores are read at the last
+token, which is the end of turn.
+"""
+
+import gc
+import json
+import shutil
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from chatllama.config.batch_sizes import lr_factor, optimizer_steps
+from chatllama.config.schema import Config
+from chatllama.model.roles import (
+    RoleModel,
+)
+from chatllama.reporting.statistics import wilson_interval
+from chatllama.reporting.tracker import Tracker
+from chatllama.runs import interruption
+from chatllama.runs.checkpoints import checkpoint_to_resume, layout_of, save_step
+from chatllama.runs.folder import RunFolder, member_folder
+from chatllama.runtime.distributed import (
+    all_sum,
+    barrier,
+    device,
+    rank,
+    to_device,
+)
+from chatllama.runtime.files import write_json
+from data.batches import batch_indices
+from trainers.engine.engine import (
+    Engine,
+    seed_step,
+)
+from trainers.engine.microbatches import microbatches
+from trainers.reward.data import Preferences
+from trainers.reward.evaluate import (
+    Collator,
+    HeldOut,
+    Member,
+    PaddingError,
+    collator_for,
+    measure,
+    ordered,
+    padding_error,
+    score_answers,
+    scoring_of,
+)
+from trainers.reward.loss import pairwise_loss
+from trainers.reward.model import (
+    build_engine,
+    build_reward_model,
+    export_reward,
+    member_run,
+    member_seed,
+)
+
+
+def train_ensemble(
+    cfg: Config,
+    run: RunFolder,
+    data: Preferences,
+    tokenizer: PreTrainedTokenizerFast,
+    info: dict[str, object],
+    resume: bool,
+) -> list[Member]:
+    """Trains and exports every member; finished ones of an interrupted stage are not done again.
+
+    Args:
+        cfg: the whole config.
+        run: receives the adapters.
+        data: from `load_preferences`.
+        tokenizer: of the backbone.
+        info: what travels with each adapter.
+        resume: go on with an interrupted stage.
+
+    Raises:
+        ValueError: members or checkpoints are there and `resume` is not set, or SFT's adapter
+            is missing, damaged, or made under another chat contract.
+    """
+    assert isinstance(tokenizer.pad_token_id, int)
+    finished = run.checkpoints("reward") / "members.json"  # only ensembles write it
+    members = _finished_members(finished, resume)
+    for number in range(len(members), cfg.reward.ensemble):
+        model = build_reward_model(cfg, run, tokenizer, member_seed(cfg.seed, number))
+        member = train_member(cfg, run, number, data, model, tokenizer.pad_token_id, resume)
+        export_reward(cfg, member_folder(run, number), model, info)
+        members.append(member)
+        if cfg.reward.ensemble > 1 and rank() == 0:
+            write_json(finished, [asdict(each) for each in members])
+        barrier()
+        del model
+        gc.collect()  # the next member brings its own backbone
+    if rank() == 0:
+        for folder in run.reward_members()[cfg.reward.ensemble :]:
+            shutil.rmtree(folder)  # of an earlier, larger ensemble
+    return members
+
+
+def _finished_members(path: Path, resume: bool) -> list[Member]:
+    if not path.is_file():
+        return []
+    if not resume:
+        raise ValueError(
+            f"{path} exists from an earlier start. Go on from it with --resume, or remove "
+            f"{path.parent} to start afresh"
+        )
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    return [Member(m["loss"], m["scores"], PaddingError(**m["padding"])) for m in saved]
+
+
+def train_member(
+    cfg: Config,
+    run: RunFolder,
+    number: int,
+    data: Preferences,
+    model: RoleModel,
+    pad_id: int,
+    resume: bool,
+) -> Member:
+    """Trains adapter and head of one member, then scores the held-out answers."""
+    section = cfg.reward
+    own_run, seed = member_run(run, number), member_seed(cfg.seed, number)
+    engine = build_engine(cfg, model)
+    total = optimizer_steps(section, len(data.train))
+    collator = collator_for(cfg, pad_id)
+    layout = layout_of(cfg.deepspeed, section.microbatch_size)
+    checkpoint = checkpoint_to_resume(own_run, "reward", resume, layout)
+    first, loss = 0, float("nan")
+    title = f"reward, member {number + 1} of {section.ensemble}" if section.ensemble > 1 else None
+    with Tracker(own_run, "reward", cfg.tracking, total, rank(), title) as tracker:
+        if checkpoint is not None:
+            state = engine.load(checkpoint)
+            first, loss = state["step"], state["loss"]
+            tracker.resume_from(first)
+        with interruption.steps():
+            for step in range(first, total):
+                seed_step(seed, step)
+                batch = batch_indices(len(data.train), section.batch_size, step, seed)
+                factor = lr_factor(step, total, section.lr_schedule, section.warmup_steps)
+                metrics = optimizer_step(cfg, engine, data.train, batch, collator, factor)
+                done, loss = step + 1, metrics["reward/loss"]
+                if done % cfg.tracking.log_every == 0 or done == total:
+                    tracker.log(done, metrics)
+                if section.eval_every and done % section.eval_every == 0 and done < total:
+                    scores = score_answers(model, data.held_out, collator, section.microbatch_size)
+                    tracker.log(done, _evaluation_metrics(measure(data.held_out, scores)))
+                stopping = interruption.stop_requested()
+                if stopping or (section.save_every and done % section.save_every == 0):
+                    save_step(
+                        own_run,
+                        "reward",
+                        done,
+                        section.save_total_limit,
+                        layout,
+                        partial(engine.save, state={"step": done, "loss": loss}),
+                    )
+                if stopping:
+                    interruption.stop(run, "reward", done)
+        scores = score_answers(model, data.held_out, collator, section.microbatch_size)
+        tracker.log(total, _evaluation_metrics(measure(data.held_out, scores)))
+    return Member(loss, scores.tolist(), padding_error(model, data.held_out, pad_id))
+
+
+def optimizer_step(
+    cfg: Config,
+    engine: Engine,
+    train: Dataset,
+    batch: list[int],
+    collator: Collator,
+    factor: float,
+) -> dict[str, float]:
+    """One step of the optimiser over `batch`; its metrics over all ranks.
+
+    All answers to a prompt go through the model together, once: as separate, shuffled pairs each
+    would be seen K - 1 times an epoch, and overfitted (InstructGPT, 3.5).
+    """
+    section = cfg.reward
+    engine.model.train()
+    sums = torch.zeros(4, device=device())
+    examples = [train[i] for i in batch]
+    lengths = [collator.num_tokens(example) for example in examples]
+    for places in microbatches(lengths, section.microbatch_size):
+        inputs, pairs = collator([examples[place] for place in places])
+        scores = engine(scoring_of(inputs), *inputs)
+        better, worse = (scores[to_device(places)] for places in (pairs.better, pairs.worse))
+        weight = to_device(pairs.weight)
+        loss = pairwise_loss(
+            better,
+            worse,
+            section.margin_coef * to_device(pairs.margin),
+            weight,
+            len(batch),
+            center_coef=section.center_coef,
+            label_smoothing=section.label_smoothing,
+        )
+        engine.backward(loss)
+        with torch.no_grad():
+            gap, middle = better - worse, (better + worse) / 2
+            means = [(weight * x).sum() for x in (ordered(gap), gap, middle)]
+            sums += torch.stack([loss, *means])
+    norm = engine.step(factor)
+    loss_sum, right, gaps, middles = all_sum(sums).tolist()
+    return {
+        "reward/loss": loss_sum,
+        "reward/accuracy": right / len(batch),
+        "reward/margin": gaps / len(batch),
+        "reward/score_mean": middles / len(batch),
+        "reward/grad_norm": norm,
+        "reward/lr": section.learning_rate * factor,
+    }
+
+
+def _evaluation_metrics(held_out: HeldOut) -> dict[str, float]:
+    return {"reward/eval_accuracy": held_out.accuracy, "reward/eval_loss": held_out.loss}
+
+
+def closing_numbers(cfg: Config, data: Preferences, members: list[Member]) -> dict[str, float]:
+    """The stage's result: accuracy of the members' mean score, with its interval."""
+    scores = torch.tensor([member.scores for member in members]).mean(0)
+    held_out = measure(data.held_out, scores)
+    right = held_out.accuracy * held_out.num_prompts
+    # Pairs of one prompt are not independent: each prompt counts as one draw.
+    low, high = wilson_interval(right, held_out.num_prompts)
+    return {
+        "accuracy": held_out.accuracy,
+        "accuracy_low": low,
+        "accuracy_high": high,
+        **({} if data.bayes_accuracy is None else {"bayes_accuracy": data.bayes_accuracy}),
+        "eval_loss": held_out.loss,
+        "num_eval_pairs": held_out.num_pairs,
+        "num_eval_prompts": held_out.num_prompts,
+        "loss": members[0].loss,
+        "steps": optimizer_steps(cfg.reward, len(data.train)),
+        "ensemble": len(members),
+    }

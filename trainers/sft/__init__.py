@@ -1,0 +1,1 @@
+"""Stage 1, supervised instruction tuning, and training a backbone from text."""

@@ -1,0 +1,169 @@
+"""The rows of SFT and of training from text: packed or bucketed, with labels, in training order."""
+
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+from trl import pack_dataset  # pyright: ignore[reportPrivateImportUsage]
+
+from chatllama.config.batch_sizes import optimizer_steps
+from chatllama.config.schema import Config, OptimizerSection
+from chatllama.runtime import distributed
+from data.batches import bucket_by_length, fill_rate, fixed_order
+from data.mixture import load_mixture
+from data.tokenize import tokenize_conversations
+
+IGNORED = -100
+"""Label of a token that does not train."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a training run, in the order in which they train."""
+
+    train: Dataset
+    """input_ids, labels and, when packed, seq_lengths; steps x batch_size rows."""
+    held_out: Dataset | None
+    """The same columns; None: nothing is held out."""
+    steps: int
+    """Optimizer steps."""
+    num_rows: int
+    """Rows of one pass, before repetition."""
+    facts: dict[str, float]
+    """`fill_rate` (share of computed positions that hold tokens) and what was shortened or left
+    out, for the stage's result."""
+
+
+def load_rows(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Rows:
+    """The stage's conversations as packed rows in training order; says what was read and left out.
+
+    Raises:
+        ValueError: a source cannot be read, or there is nothing to train on.
+    """
+    section = cfg.sft
+    mixture = load_mixture(
+        section.data,
+        section.eval_data,
+        section.eval_fraction,
+        cfg.seed,
+        "sft",
+        section.decontaminate,
+    )
+    train, report = tokenize_conversations(mixture.train, tokenizer, cfg.chat, section.max_length)
+    held_out = None
+    if len(mixture.held_out):
+        held_out, _ = tokenize_conversations(
+            mixture.held_out, tokenizer, cfg.chat, section.max_length
+        )
+    rows = arrange_rows(
+        train,
+        held_out,
+        section,
+        max_length=section.max_length,
+        packing=section.packing,
+        seed=cfg.seed,
+    )
+    if distributed.rank() == 0:
+        print(mixture.summary())
+        print(
+            f"{report.summary()}; {rows.num_rows} rows of at most {section.max_length} tokens, "
+            f"{rows.facts['fill_rate']:.1%} filled"
+        )
+    return replace(rows, facts=rows.facts | report.facts)
+
+
+def arrange_rows(
+    train: Dataset,
+    held_out: Dataset | None,
+    section: OptimizerSection,
+    *,
+    max_length: int,
+    packing: bool,
+    seed: int,
+) -> Rows:
+    """Rows in training order: packed, or with each step's rows sorted by length.
+
+    Args:
+        train: `input_ids` and `mask` (1 = trains; no such column: all), one document a row.
+        held_out: the same, for evaluation.
+        section: gives the number of optimizer steps and the batch size.
+        max_length: tokens of a row; documents are no longer than that.
+        packing: fill rows with several documents.
+        seed: of the order.
+
+    Raises:
+        ValueError: there is nothing to train on.
+    """
+    documents = _with_labels(train).shuffle(seed=seed)
+    rows = pack_dataset(documents, max_length) if packing else documents
+    steps = optimizer_steps(section, len(rows))
+    evaluation = _with_labels(held_out) if held_out is not None and len(held_out) else None
+    if evaluation is not None and packing:
+        evaluation = cast(Dataset, pack_dataset(evaluation, max_length))
+    elif evaluation is not None:
+        places = bucket_by_length(row_lengths(evaluation).tolist(), len(evaluation))
+        evaluation = evaluation.select(places)
+    order = fixed_order(cast(Dataset, rows), steps * section.batch_size, seed)
+    lengths = row_lengths(order).tolist()
+    if not packing:
+        places = bucket_by_length(lengths, section.batch_size)
+        order, lengths = order.select(places), [lengths[place] for place in places]
+    facts = {"fill_rate": fill_rate(lengths, section.microbatch_size)}
+    return Rows(order, evaluation, steps, len(rows), facts)
+
+
+def _with_labels(documents: Dataset) -> Dataset:
+    """Labels from masks. A document's first token follows nothing, so nothing predicts it."""
+
+    def label(batch: dict[str, list]) -> dict[str, list]:
+        masks = batch["mask"] if "mask" in batch else [[1] * len(i) for i in batch["input_ids"]]
+        return {
+            "labels": [
+                [IGNORED] + [t if m else IGNORED for t, m in zip(ids[1:], mask[1:], strict=True)]
+                for ids, mask in zip(batch["input_ids"], masks, strict=True)
+            ]
+        }
+
+    kept = [name for name in documents.column_names if name in ("input_ids", "mask")]
+    columns = documents.select_columns(kept)
+    return columns.map(label, batched=True, remove_columns=kept[1:])
+
+
+@dataclass(frozen=True)
+class RowCollator:
+    """Rows of documents as (B, L) tensors; positions restart with every document.
+
+    transformers keeps documents apart where positions restart. Padding continues the last
+    document, which under causal attention nothing sees, so rows of one document need no mask at
+    all. Cheaper than one long row (TRL's padding-free) wherever attention is dense.
+    """
+
+    pad_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """input_ids, labels, position_ids: (B, L) int64."""
+        shape = (len(rows), max(len(row["input_ids"]) for row in rows))
+        input_ids = torch.full(shape, self.pad_id)
+        labels = torch.full(shape, IGNORED)
+        position_ids = torch.empty(shape, dtype=torch.long)
+        for number, row in enumerate(rows):
+            length = len(row["input_ids"])
+            input_ids[number, :length] = torch.tensor(row["input_ids"])
+            labels[number, :length] = torch.tensor(row["labels"])
+            lengths = list(row["seq_lengths"]) if "seq_lengths" in row else [length]
+            lengths[-1] += shape[1] - length
+            position_ids[number] = torch.cat([torch.arange(n) for n in lengths])
+        return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+
+
+def row_lengths(rows: Dataset) -> np.ndarray:
+    """Tokens of each row, read without making Python lists of them."""
+    batches = rows.select_columns("input_ids").with_format("arrow").iter(1000)
+    columns = [cast(pa.Table, batch)["input_ids"] for batch in batches]
+    lengths = [pc.call_function("list_value_length", [column]).to_numpy() for column in columns]
+    return np.concatenate(lengths)

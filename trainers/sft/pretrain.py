@@ -1,0 +1,138 @@
+"""A tokenizer and a small LLaMA made from plain text, for runs that start from nothing.
+
+The LLaMA trains on every token with the trainer of SFT. It ends as a plain Hugging Face folder,
+RUN/backbone, which everything after treats like any other backbone.
+"""
+
+import json
+import shutil
+import time
+from typing import cast
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from chatllama.config.model import FromScratch
+from chatllama.config.schema import Config, OptimizerSection
+from chatllama.model.backbone import check_kernels, use_liger
+from chatllama.reporting.tracker import Tracker
+from chatllama.runs.folder import INFO, RunFolder
+from chatllama.runs.replicas import copy_to_nodes
+from chatllama.runtime import distributed
+from chatllama.text.tokenizer import load_tokenizer, train_tokenizer
+from data.mixture import load_mixture
+from data.tokenize import tokenize_text
+from trainers.sft.data import arrange_rows
+from trainers.sft.hf_trainer import MetricsToTracker, forget_accelerator
+from trainers.sft.instruction_trainer import InstructionTrainer
+from trainers.sft.model import save_model
+from trainers.sft.train import sft_arguments
+from trainers.stages.decisions import backbone_config
+
+
+def ensure_backbone(cfg: Config, run: RunFolder) -> None:
+    """RUN/backbone exists, trained from text, where the config asks for one; else does nothing.
+
+    Its metrics are in RUN/pretraining/sft/metrics.jsonl, its closing numbers in
+    RUN/backbone/chatllama.json. It is not resumed: an interrupted one starts again.
+
+    Raises:
+        ValueError: the text cannot be read, or does not fill the vocabulary.
+    """
+    section = cfg.backbone.from_scratch
+    if section is None or run.backbone.is_dir():
+        return
+    started = time.monotonic()
+    mixture = load_mixture(section.data, [], 0.0, cfg.seed, "text")
+    tokenizer_folder = run.root / ".tokenizer"
+    if distributed.rank() == 0:
+        print(f"training a backbone from text: {run.backbone}\n{mixture.summary()}", flush=True)
+        train_tokenizer(mixture.train["text"], section.vocab_size, tokenizer_folder)
+    distributed.barrier()
+    copy_to_nodes(run, tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    documents, _ = tokenize_text(mixture.train, tokenizer, section.max_length)
+    optimizer = _optimizer(section)
+    rows = arrange_rows(
+        documents, None, optimizer, max_length=section.max_length, packing=True, seed=cfg.seed
+    )
+    pretraining = RunFolder(run.root / "pretraining")
+    # small and fully trained: ZeRO-3 would only slow it down
+    args = sft_arguments(cfg, optimizer, pretraining, rows, stage_limit=2)
+    llama = _new_llama(cfg, section, tokenizer)
+    rank = distributed.rank()
+    with Tracker(pretraining, "sft", cfg.tracking, rows.steps, rank, "backbone") as tracker:
+        trainer = InstructionTrainer(
+            llama,
+            args,
+            optimizer,
+            rows,
+            tokenizer,
+            use_bfloat16=cfg.backbone.dtype == "bfloat16",
+            callbacks=[MetricsToTracker(tracker, "sft")],
+        )
+        numbers = trainer.run(None)
+    forget_accelerator()
+    if distributed.rank() == 0:
+        info = {"stage": "backbone", "config": backbone_config(cfg), **numbers}
+        info["wall_seconds"] = time.monotonic() - started
+        save_model(run.backbone, llama, tokenizer, info)
+        shutil.rmtree(tokenizer_folder)
+        shutil.rmtree(cast(str, args.output_dir), ignore_errors=True)
+    elif distributed.leads_node():
+        shutil.rmtree(tokenizer_folder, ignore_errors=True)
+    distributed.barrier()
+    copy_to_nodes(run, run.backbone)
+
+
+def backbone_seconds(run: RunFolder) -> dict[str, float]:
+    """`backbone_seconds`, the wall time of making RUN/backbone; empty if this run made none."""
+    info = run.backbone / INFO
+    if not info.is_file():
+        return {}
+    content = json.loads(info.read_text(encoding="utf-8"))
+    return {"backbone_seconds": content["wall_seconds"]} if content["stage"] == "backbone" else {}
+
+
+def _optimizer(section: FromScratch) -> OptimizerSection:
+    """The optimiser of SFT, with the steps and sizes of `from_scratch`."""
+    return OptimizerSection(
+        steps=section.steps,
+        batch_size=section.batch_size,
+        microbatch_size=section.microbatch_size,
+        learning_rate=section.learning_rate,
+        warmup_steps=section.warmup_steps,
+    )
+
+
+def _new_llama(
+    cfg: Config, section: FromScratch, tokenizer: PreTrainedTokenizerFast
+) -> LlamaForCausalLM:
+    """A LLaMA with weights from the seed, float32, embeddings tied (a small model's saving)."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=section.hidden_size,
+        intermediate_size=section.intermediate_size,
+        num_hidden_layers=section.num_layers,
+        num_attention_heads=section.num_heads,
+        num_key_value_heads=section.num_kv_heads,
+        max_position_embeddings=section.max_positions,
+        tie_word_embeddings=True,
+        initializer_range=section.hidden_size**-0.5,  # keeps the scale of signals at any width
+        bos_token_id=cast(int, tokenizer.bos_token_id),
+        eos_token_id=cast(int, tokenizer.eos_token_id),
+        pad_token_id=cast(int, tokenizer.pad_token_id),
+    )
+    check_kernels(cfg.backbone, config)
+    torch.manual_seed(cfg.seed)
+    llama = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=cfg.backbone.attn_implementation
+    )
+    if cfg.backbone.liger_kernel:
+        use_liger(llama)
+    return llama

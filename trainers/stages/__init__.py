@@ -1,0 +1,1 @@
+"""What surrounds the training of a stage: arguments, lineage, pipeline, launcher; no training."""

@@ -1,0 +1,196 @@
+"""The command line that train_sft.py, train_rm.py and train_ppo.py share.
+
+Imports nothing heavy: `--help` and config errors must come at once.
+"""
+
+import argparse
+import errno
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from chatllama.config.batch_sizes import check_batches
+from chatllama.config.loader import ConfigError, load_config
+from chatllama.config.schema import Config
+from chatllama.runs import interruption
+from chatllama.runs import lock as run_lock
+
+_EXAMPLES = """\
+examples:
+  deepspeed %(prog)s configs/quickstart.yaml
+  python %(prog)s configs/quickstart.yaml sft.steps=20 lora.r=8     (one process, no launcher)
+  deepspeed %(prog)s configs/quickstart.yaml --resume
+
+Values are YAML: lora=null, deepspeed.stage=3, 'sft.data=[{path: mine.jsonl}]'.
+Every key with its meaning and default: configs/reference.yaml.
+"""
+
+
+@dataclass(frozen=True)
+class StageArguments:
+    """What a training script was asked to do."""
+
+    config: Config
+    resume: bool
+    lock: str | None
+    """Token of the lock of the `chatllama run` that started this stage."""
+
+
+LOST_RANK_SECONDS = 5.0
+"""Time for the launcher, which looks every second, to end a rank that another one has left."""
+LOST_RANK_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells mistakes once on each machine, and ends every rank with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with a message."""
+        if _speaks():
+            super().error(message)
+        raise SystemExit(2)
+
+
+def parse_stage_arguments(description: str, argv: Sequence[str] | None = None) -> StageArguments:
+    """The checked config and flags of a training script's command line.
+
+    Config errors are printed to stderr, once, and end the process with exit code 2. The number of
+    ranks (for the batch arithmetic) is the launcher's WORLD_SIZE, 1 without a launcher.
+
+    Args:
+        description: what the script does, for `--help`.
+        argv: the arguments after the script's name. None: this process's.
+    """
+    parser = _Parser(
+        description=description,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        help="settings that replace those of the file",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint of this stage, with any number of ranks and "
+        "under any ZeRO stage",
+    )
+    parser.add_argument("--run-lock", metavar="TOKEN", help=argparse.SUPPRESS)
+    # The deepspeed launcher passes this to every script; the ranks' environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        check_batches(config, int(os.environ.get("WORLD_SIZE", "1")))
+    except ConfigError as error:
+        if _speaks():
+            print(error, file=sys.stderr)
+        raise SystemExit(2) from error
+    return StageArguments(config=config, resume=arguments.resume, lock=arguments.run_lock)
+
+
+def run_stage(main: Callable[[], None]) -> None:
+    """Runs a script's `main`; the first error of a job ends it on every rank and is what is shown.
+
+    A mistake of the user's is told in one message, with exit code 2, by the rank that met it and
+    without the traceback that only a programmer could use (CHATLLAMA_DEBUG=1 shows it). Under a
+    launcher a rank with an error ends at once, so that the launcher stops the others, which may be
+    waiting for it inside a collective; those that notice keep quiet meanwhile.
+    SIGTERM and SIGUSR1 end it with exit code 75 (`interruption.py`).
+    """
+    interruption.listen()
+    try:
+        main()
+        return
+    except interruption.Interrupted as reason:
+        code, message = interruption.EXIT_CODE, str(reason) if _speaks() else ""
+    except SystemExit as end:
+        if end.code:
+            _release_other_nodes()
+        raise
+    except Exception as error:
+        code, message = _failure(error)
+    sys.stdout.flush()
+    print(message, file=sys.stderr, end="\n" if message else "", flush=True)
+    run_lock.release_all()
+    if code != interruption.EXIT_CODE:
+        _release_other_nodes()
+    os._exit(code)  # other ranks may be waiting for us inside a collective
+
+
+def _failure(error: Exception) -> tuple[int, str]:
+    """Exit code and message; without a launcher the error itself where it is a programmer's."""
+    debugging = os.environ.get("CHATLLAMA_DEBUG") == "1"
+    if isinstance(error, ValueError | OSError) and _is_users(error) and not debugging:
+        text = str(error) if isinstance(error, ValueError) else _about_disk(error)
+        return 2, _signed(f"error: {text}\n(CHATLLAMA_DEBUG=1 shows where it happened)")
+    if "WORLD_SIZE" not in os.environ:
+        run_lock.release_all()
+        raise error
+    if _lost_a_rank(error):
+        interruption.be_deaf()
+        time.sleep(LOST_RANK_SECONDS)
+        return 1, _signed(
+            f"error: another rank has gone ({str(error).splitlines()[0]}). Its own output says "
+            "why, on its own node; if it says nothing, it was killed, often for lack of memory"
+        )
+    traceback.print_exc()
+    return 1, _signed(f"error: {type(error).__name__}: {error}")
+
+
+def _about_disk(error: OSError) -> str:
+    """What could not be read or written, why, and what to do."""
+    place = f"{error.filename}: " if error.filename else ""
+    return (
+        f"{place}{error.strerror}. Earlier checkpoints are as they were: make room or give the "
+        "right to read and write, and go on with --resume"
+    )
+
+
+def _is_users(error: ValueError | OSError) -> bool:
+    """Whether the user can do something about it: a wrong setting, or a disk."""
+    disk = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+    return isinstance(error, ValueError) or error.errno in disk
+
+
+def _release_other_nodes() -> None:
+    """Ranks of other machines do not wait for one that failed before it had met them."""
+    if int(os.environ.get("CROSS_SIZE", "1")) > 1:
+        from chatllama.runtime.distributed import meet
+
+        meet()
+
+
+def _lost_a_rank(error: Exception) -> bool:
+    """Whether a collective failed because another rank ended."""
+    from torch.distributed import DistError
+
+    text = str(error)
+    return isinstance(error, DistError) or any(words in text for words in LOST_RANK_WORDS)
+
+
+def _signed(message: str) -> str:
+    """The message, with who speaks when that is not rank 0 of a single machine."""
+    nodes, rank = os.environ.get("CROSS_SIZE", "1"), os.environ.get("RANK", "0")
+    where = "" if (nodes, rank) == ("1", "0") else f" (rank {rank})"
+    if nodes != "1":
+        where = f" (rank {rank} on {socket.gethostname()})"
+    return f"{Path(sys.argv[0]).name}{where}: {message}"
+
+
+def _speaks() -> bool:
+    """True on rank 0; with several machines, where mistakes may differ, on one rank of each."""
+    # Not `distributed.rank`: that module imports torch.
+    several = os.environ.get("CROSS_SIZE", "1") != "1"
+    return os.environ.get("LOCAL_RANK" if several else "RANK", "0") == "0"

@@ -1,0 +1,225 @@
+"""What of a run must be done, what must be done again, and why: read from lineage.json."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from chatllama.config.schema import Config
+from chatllama.runs.folder import (
+    INFO,
+    STAGES,
+    RunFolder,
+    Stage,
+)
+from trainers.stages import lineage
+
+Action = Literal["keep", "do", "go on", "again", "forget"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do about a stage."""
+
+    action: Action
+    """Keep its result; do it; go on with it; do it again, keeping the old result aside; or do it
+    again, its old result and checkpoints removed (`--from`)."""
+    reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What is not as it was, but no reason to do it again."""
+
+
+def decide(
+    cfg: Config,
+    run: RunFolder,
+    redo_from: Stage | None,
+    resume: bool,
+    find_files: lineage.FindFiles,
+) -> dict[Stage, Decision]:
+    """What to do about every stage.
+
+    A finished stage is done again where its settings, data, base or parents are others than those
+    it was made from, and with it every later one.
+
+    Raises:
+        ValueError: the user must choose: an interrupted stage without `resume` or with other
+            settings, results that were changed or are damaged, an earlier stage that is missing, a
+            backbone that was built here under other settings.
+    """
+    _check_backbone(cfg, run)
+    records = lineage.read_lineage(run)
+    decisions: dict[Stage, Decision] = {}
+    for stage in STAGES:
+        begun = run.result(stage).is_file() or run.was_begun(stage)
+        made_anew = [s for s, each in decisions.items() if each.action in ("again", "forget")]
+        if redo_from is not None and STAGES.index(stage) >= STAGES.index(redo_from):
+            why = f"--from {redo_from}"
+            decisions[stage] = Decision("forget", (why,)) if begun else Decision("do")
+        elif not begun:
+            decisions[stage] = Decision("do")
+        elif made_anew:
+            decisions[stage] = Decision("again", (f"{made_anew[-1]} is made anew",))
+        else:
+            record = records.get(stage)
+            unfinished = [s for s, each in decisions.items() if each.action != "keep"]
+            if unfinished:
+                raise ValueError(
+                    f"{run.root}: stage {stage} is begun or finished, but {unfinished[0]}, which "
+                    f"it is made from, is not. Use --from {unfinished[0]} to do both again, or "
+                    "another run_dir"
+                )
+            decisions[stage] = _of_begun(cfg, run, stage, record, resume, find_files)
+    return decisions
+
+
+def _of_begun(
+    cfg: Config,
+    run: RunFolder,
+    stage: Stage,
+    record: dict[str, Any] | None,
+    resume: bool,
+    find_files: lineage.FindFiles,
+) -> Decision:
+    """What to do about a stage that is finished or interrupted, and whose parents are kept."""
+    finished = run.result(stage).is_file()
+    reasons, notes = [], [f"{run.lineage} says nothing of it: taken as it is"]
+    if record is not None:
+        now = lineage.gather(cfg, run, stage, find_files, record)
+        reasons, notes = lineage.differences(record, now), lineage.other_versions(record, now)
+    if finished:
+        if not reasons and record is not None:
+            _check_outputs(cfg, run, stage, record)
+        return Decision("again" if reasons else "keep", tuple(reasons), tuple(notes))
+    if reasons:
+        raise ValueError(
+            f"stage {stage} of {run.root} was interrupted, and it cannot go on:\n"
+            + "\n".join(f"  {reason}" for reason in reasons)
+            + f"\nPut that right, use --from {stage} to start the stage anew, or another run_dir"
+        )
+    if not resume:
+        raise ValueError(
+            f"stage {stage} of {run.root} was interrupted and has checkpoints: add "
+            f"--resume to go on from the newest, or --from {stage} to start it anew"
+        )
+    return Decision("go on", (), tuple(notes))
+
+
+def finished_before(
+    cfg: Config, run: RunFolder, stage: Stage, find_files: lineage.FindFiles
+) -> bool:
+    """Whether a stage has finished and what it left still holds: a script has nothing to do then.
+
+    Raises:
+        ValueError: it must be done again, which only `chatllama run` does, or it was damaged.
+    """
+    if not run.result(stage).is_file():
+        return False
+    record = lineage.read_lineage(run).get(stage)
+    decision = _of_begun(cfg, run, stage, record, False, find_files)
+    if decision.action == "again":
+        raise ValueError(
+            f"stage {stage} of {run.root} has finished before, and it must be done again:\n"
+            + "\n".join(f"  {reason}" for reason in decision.reasons)
+            + "\n`chatllama run` does so, keeping what there is; or use another run_dir"
+        )
+    return True
+
+
+def check_resumed(
+    cfg: Config, run: RunFolder, stage: Stage, find_files: lineage.FindFiles
+) -> dict[str, Any]:
+    """The record with which a stage begins or goes on.
+
+    Raises:
+        ValueError: it has checkpoints of other settings, data, base or parents.
+    """
+    record = lineage.read_lineage(run).get(stage)
+    now = lineage.gather(cfg, run, stage, find_files, record or {})
+    if record is None or not run.was_begun(stage):
+        return now
+    if reasons := lineage.differences(record | {"finished": None}, now):
+        raise ValueError(
+            f"stage {stage} of {run.root} was begun otherwise, and it cannot go on:\n"
+            + "\n".join(f"  {reason}" for reason in reasons)
+            + f"\nPut that right, or remove {run.checkpoints(stage)} to start the stage anew"
+        )
+    return now | {"begun": record["begun"]}
+
+
+def _check_outputs(cfg: Config, run: RunFolder, stage: Stage, record: dict[str, Any]) -> None:
+    """Nothing, if the results of a finished stage are those that it wrote.
+
+    Raises:
+        ValueError: one is missing, changed or damaged.
+    """
+    now = lineage.outputs(cfg, run, stage)
+    for name, before in record.get("outputs", {}).items():
+        if now.get(name) != before:
+            state = "is not what the stage wrote" if now.get(name) else "is missing"
+            raise ValueError(
+                f"{run.root / name} {state}: it was changed or damaged since {record['finished']}. "
+                f"Bring it back, or let `chatllama run --from {stage}` make it again"
+            )
+
+
+def _check_backbone(cfg: Config, run: RunFolder) -> None:
+    """Nothing, if a backbone that was built here rests on the settings of `cfg`.
+
+    Raises:
+        ValueError: all that the run holds rests on other ones.
+    """
+    info = run.backbone / INFO
+    if cfg.backbone.from_scratch is None or not info.is_file():
+        return
+    old = json.loads(info.read_text(encoding="utf-8")).get("config")
+    if old is None:
+        return
+    new = backbone_config(cfg)
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    if keys:
+        raise ValueError(
+            f"{run.backbone} was made with other settings, and everything here rests on it:\n"
+            + "\n".join(f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in keys)
+            + f"\nUse run_dir=... for a new run, or remove {run.root}"
+        )
+
+
+def backbone_config(cfg: Config) -> dict[str, Any]:
+    """Dotted key -> value of the settings on which a backbone made from text rests."""
+    content = json.loads(cfg.model_dump_json())
+    section = {"from_scratch": content["backbone"]["from_scratch"]}
+    return lineage.flat({"backbone": section, "seed": content["seed"]})
+
+
+def forget(run: RunFolder, stage: Stage, with_record: bool = True) -> None:
+    """Removes what says that a stage was done or begun.
+
+    Args:
+        run: whose stage.
+        stage: which.
+        with_record: in lineage.json too; one machine of several that share it does that.
+    """
+    run.result(stage).unlink(missing_ok=True)
+    if run.checkpoints(stage).is_dir():
+        shutil.rmtree(run.checkpoints(stage))
+    run.summary.unlink(missing_ok=True)
+    if with_record:
+        lineage.write_record(run, stage, None)
+
+
+def set_aside(run: RunFolder, stage: Stage) -> Path:
+    """Moves the folder of a stage, with its record, to RUN/previous/<stage>-N; gives that."""
+    number = 1
+    while (aside := run.root / "previous" / f"{stage}-{number}").exists():
+        number += 1
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    record = lineage.read_lineage(run).get(stage)
+    run.stage(stage).rename(aside)
+    if record is not None:
+        (aside / "lineage.json").write_text(json.dumps({stage: record}, indent=2), "utf-8")
+    for path in (run.summary, run.evaluation) if stage == "ppo" else (run.summary,):
+        if path.is_file():
+            path.rename(aside / path.name)
+    lineage.write_record(run, stage, None)
+    return aside

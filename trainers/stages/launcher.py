@@ -1,0 +1,245 @@
+"""A stage's processes: on how many ranks and machines, by which command line and environment.
+
+Knows nothing of stages' results: `pipeline.py` decides what is run, `process_group.py` runs it.
+"""
+
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from chatllama.config.batch_sizes import check_batches
+from chatllama.config.errors import ConfigError
+from chatllama.config.schema import Config
+from chatllama.runs.folder import Stage
+
+SCRIPTS: dict[Stage, str] = {"sft": "train_sft.py", "reward": "train_rm.py", "ppo": "train_ppo.py"}
+CPU_RANKS = 2
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the stages are started.
+
+    Raises:
+        ValueError: a number or the hostfile makes no sense.
+    """
+
+    num_gpus: int | None = None
+    """Processes on this machine (per machine, with a hostfile). None: see `choose_ranks`."""
+    hostfile: Path | None = None
+    """DeepSpeed's list of machines, `name slots=N` a line."""
+    master_port: int | None = None
+    """Port of rank 0. None: a free one (with a hostfile: DeepSpeed's default)."""
+    node_rank: int | None = None
+    """Start only the processes of this line of the hostfile, from 0. None: all, through ssh."""
+    master_addr: str | None = None
+    """Name or address of the first machine, where the others reach it."""
+
+    @property
+    def arguments(self) -> list[str]:
+        """The same as flags of `chatllama run`."""
+        given = (
+            ("--num-gpus", self.num_gpus),
+            ("--hostfile", self.hostfile),
+            ("--master-port", self.master_port),
+            ("--node-rank", self.node_rank),
+            ("--master-addr", self.master_addr),
+        )
+        return [word for flag, value in given if value is not None for word in (flag, str(value))]
+
+    def __post_init__(self) -> None:
+        if self.num_gpus is not None and self.num_gpus < 1:
+            raise ValueError(f"--num-gpus {self.num_gpus}: must be at least 1")
+        if self.master_port is not None and not 1 <= self.master_port <= 65535:
+            raise ValueError(f"--master-port {self.master_port}: must be within 1 to 65535")
+        if self.hostfile is not None and not self.hostfile.is_file():
+            raise ValueError(f"--hostfile {self.hostfile}: no such file")
+        if self.node_rank is None:
+            if self.master_addr is not None and self.hostfile is None:
+                raise ValueError("--master-addr is for several machines: give --hostfile too")
+            return
+        if self.hostfile is None or self.master_addr is None:
+            raise ValueError("--node-rank needs --hostfile and --master-addr, equal on all nodes")
+        machines = len(hostfile_slots(self.hostfile))
+        if not 0 <= self.node_rank < machines:
+            raise ValueError(
+                f"--node-rank {self.node_rank}: {self.hostfile} names {machines} machines, which "
+                f"are 0 to {machines - 1}"
+            )
+
+    @property
+    def leads(self) -> bool:
+        """Whether this machine looks after the run folder's common files."""
+        return not self.node_rank
+
+
+def count_gpus() -> int:
+    """GPUs that this process may use."""
+    from chatllama.runtime import distributed
+
+    if distributed.device().type == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def count_cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def choose_ranks(cfg: Config, wanted: int | None, gpus: int, cores: int) -> int:
+    """Processes on this machine.
+
+    All GPUs, or up to two processes on a CPU; fewer where the batches do not divide by so many.
+
+    Args:
+        cfg: gives the batch sizes.
+        wanted: the user's choice, honoured or refused.
+        gpus: GPUs at hand.
+        cores: CPU cores at hand.
+
+    Raises:
+        ValueError: the batches do not divide, or more GPUs are wanted than there are.
+    """
+    if wanted is not None:
+        if gpus and wanted > gpus:
+            raise ValueError(f"--num-gpus {wanted}: this machine has {gpus}")
+        check_batches(cfg, wanted)
+        return wanted
+    for ranks in range(gpus or min(CPU_RANKS, cores), 1, -1):
+        try:
+            check_batches(cfg, ranks)
+        except ConfigError:
+            continue
+        return ranks
+    check_batches(cfg, 1)
+    return 1
+
+
+def hostfile_slots(hostfile: Path) -> list[int]:
+    """Slots of each machine, in the order of the file.
+
+    Raises:
+        ValueError: a line that is not `name slots=N`, with its number.
+    """
+    slots = []
+    for number, line in enumerate(hostfile.read_text(encoding="utf-8").splitlines(), start=1):
+        words = line.split("#", 1)[0].split()
+        if not words:
+            continue
+        count = words[-1].removeprefix("slots=")
+        if len(words) != 2 or not words[1].startswith("slots=") or not count.isdigit():
+            raise ValueError(f"{hostfile}, line {number}: {line!r} is not `name slots=N`")
+        slots.append(int(count))
+    if not slots:
+        raise ValueError(f"{hostfile} names no machine")
+    return slots
+
+
+def free_port() -> int:
+    """A TCP port that nothing on this machine listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def script_path(stage: Stage) -> Path:
+    """The stage's script, which lies beside the chatllama package.
+
+    Raises:
+        ValueError: it is not there (a broken installation).
+    """
+    path = Path(__file__).resolve().parents[2] / SCRIPTS[stage]
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: install chatllama again")
+    return path
+
+
+def stage_command(
+    stage: Stage,
+    config: Sequence[str],
+    ranks: int,
+    gpus: int,
+    launch: Launch,
+    resume: bool,
+    lock: str,
+) -> list[str]:
+    """The command line that runs a stage through the `deepspeed` launcher.
+
+    Args:
+        stage: what to run.
+        config: the YAML, and settings that replace its own.
+        ranks: processes on this machine.
+        gpus: GPUs at hand; 0 means CPU.
+        launch: machines and port.
+        resume: whether to go on from the newest checkpoint.
+        lock: token of the run folder's lock, under which the stage works; empty: none.
+
+    Raises:
+        ValueError: the launcher or the script is missing.
+    """
+    command = [_deepspeed()]
+    port = launch.master_port
+    if launch.hostfile is not None:
+        command += ["--hostfile", str(launch.hostfile)]
+        if launch.num_gpus is not None:
+            command += ["--num_gpus", str(launch.num_gpus)]
+        if launch.master_addr is not None:
+            command += ["--master_addr", launch.master_addr]
+        if launch.node_rank is not None:
+            command += ["--no_ssh", "--node_rank", str(launch.node_rank)]
+        elif len(hostfile_slots(launch.hostfile)) > 1 and shutil.which("pdsh") is None:
+            raise ValueError(
+                "deepspeed starts the processes of other machines through pdsh, which is not "
+                "installed here (Debian: apt install pdsh). Without it start `chatllama run` on "
+                "every machine, with --node-rank and --master-addr (docs/multinode.md)"
+            )
+    else:
+        # With --num_gpus the launcher would ignore CUDA_VISIBLE_DEVICES and take the first GPUs.
+        visible = [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x.isdigit()]
+        if gpus and len(visible) >= ranks:
+            command += ["--include", f"localhost:{','.join(visible[:ranks])}"]
+        else:
+            command += ["--num_gpus", str(ranks)]
+        port = port or free_port()
+    if port is not None:
+        command += ["--master_port", str(port)]
+    command += ["--log_level", "error"]  # what the stage itself says is what people want to read
+    command += [str(script_path(stage)), *config]
+    if lock:
+        command += ["--run-lock", lock]
+    return [*command, "--resume"] if resume else command
+
+
+def _deepspeed() -> str:
+    """The launcher of this Python's environment, else the one on the PATH."""
+    beside = Path(sys.executable).parent / "deepspeed"
+    found = str(beside) if beside.is_file() else shutil.which("deepspeed")
+    if found is None:
+        raise ValueError(f"no `deepspeed` beside {sys.executable} nor on the PATH: pip install it")
+    return found
+
+
+def stage_environment(ranks: int, cores: int, cpu_only: bool) -> dict[str, str]:
+    """This process's environment, with the cores shared out and this Python's tools on the PATH.
+
+    DeepSpeed looks for `ninja` on the PATH, which lacks it if .venv has not been activated. Told
+    that there is no GPU, it does not warn of that in every process.
+    """
+    environment = dict(os.environ)
+    if cpu_only:
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
+    tools = str(Path(sys.executable).parent)
+    path = environment.get("PATH", "")
+    if tools not in path.split(os.pathsep):
+        environment["PATH"] = tools + os.pathsep + path
+    return environment

@@ -1,0 +1,233 @@
+"""lineage.json: what each stage was made from, by content: config, data, base, parents, code.
+
+Whether a stage must run again is decided from it in `decisions.py`; here is what is recorded, and
+how two records differ.
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from chatllama import __version__
+from chatllama.config.errors import nested_section
+from chatllama.config.schema import Config, DataSource, Section
+from chatllama.model.fingerprint import base_record, folder_hash
+from chatllama.runs.folder import (
+    RunFolder,
+    Stage,
+    read_lineage,
+    write_record,
+)
+from chatllama.runtime.files import file_hash
+
+FindFiles = Callable[[str, str], dict[str, Path] | None]
+"""Files that a `path` and `split` of the config name, by name; None: a hub id."""
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "deepspeed", "datasets", "accelerate",
+            "tokenizers", "safetensors", "numpy")  # fmt: skip
+SHARED = ("backbone", "chat", "lora", "seed")
+SECTIONS: dict[Stage, tuple[str, ...]] = {
+    "sft": ("sft", *SHARED),
+    "reward": ("reward", *SHARED),
+    "ppo": ("ppo", "generation", "evaluation", *SHARED),
+}
+FREE_KEYS = ("save_every", "save_total_limit", "eval_every", "allow_weak", "gradient_checkpointing",
+             "liger_kernel")  # fmt: skip
+FREE = ("sft.microbatch_size", "reward.microbatch_size")
+"""Keys that change nothing of what a stage learns: by their last part, and by the whole of it."""
+
+
+def gather(
+    cfg: Config, run: RunFolder, stage: Stage, find_files: FindFiles, known: dict[str, Any]
+) -> dict[str, Any]:
+    """What the stage would be made from now.
+
+    Args:
+        cfg: the whole config.
+        run: holds the stage's parents.
+        stage: whose record.
+        find_files: of the config's data.
+        known: an older record: files with its sizes and times are not read again.
+    """
+    return {
+        "begun": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "finished": None,
+        "code": {"version": __version__, "source": _source_hash()},
+        "packages": _packages(),
+        "config": binding_config(cfg, stage),
+        "base": base_record(cfg, run),
+        "data": dict(_data(cfg, stage, find_files, known.get("data", {}))),
+        "parents": parents(cfg, run, stage),
+    }
+
+
+def binding_config(cfg: Config, stage: Stage) -> dict[str, Any]:
+    """Dotted key -> value of the settings on which the stage's result rests."""
+    content = json.loads(cfg.model_dump_json())
+    chosen = {name: content[name] for name in SECTIONS[stage]}
+    keys = flat(chosen).items()
+    return {k: v for k, v in keys if k not in FREE and k.split(".")[-1] not in FREE_KEYS}
+
+
+def flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Dotted name -> value; lists are values."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            out.update(flat(value, f"{above}{key}."))
+        else:
+            out[above + key] = value
+    return out
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Why what was made by `old` is not what `new` would make; empty: it is.
+
+    Versions of code and packages are no reason. What is not known on both sides is none either:
+    data that has been removed, a base that is not in the hub's cache.
+    """
+    known, now = old["config"], new["config"]
+    # A key that the record does not know came with a later version, and was as it is by default;
+    # not one of a section that was there as a whole (`lora: null`).
+    later = [key for key in now if not any(key.startswith(f"{name}.") for name in known)]
+    before = dict.fromkeys(now) | {key: _default(key) for key in later} | known
+    free = () if old["finished"] else ("evaluation",)  # an unfinished stage has evaluated nothing
+    found = [
+        f"{key}: {value!r} there, {now.get(key)!r} now"
+        for key, value in sorted(before.items())
+        if value != now.get(key) and key.split(".")[0] not in free
+    ]
+    was, is_ = (record["base"]["fingerprint"] for record in (old, new))
+    if was and is_ and was != is_:
+        paths = " and ".join(sorted({old["base"]["path"], new["base"]["path"]}))
+        found.append(f"the base model has other weights ({paths})")
+    for name in sorted(old["data"].keys() & new["data"].keys()):
+        if old["data"][name]["sha256"] != new["data"][name]["sha256"]:
+            found.append(f"data {name} has another content")
+    if old["config"] == new["config"] and (added := new["data"].keys() - old["data"].keys()):
+        found.append(f"data {', '.join(sorted(added))} is new")
+    for name in sorted(old["parents"].keys() | new["parents"].keys()):
+        was, is_ = old["parents"].get(name), new["parents"].get(name)
+        if was != is_:
+            found.append(f"it was made from another {name}")
+    return found
+
+
+def _default(key: str) -> Any:
+    """The default of a dotted key of the config; None where there is none."""
+    *sections, last = key.split(".")
+    section: type[BaseModel] | None = Config
+    for name in sections:
+        field = section.model_fields.get(name) if section is not None else None
+        section = nested_section(field.annotation) if field is not None else None
+    field = section.model_fields.get(last) if section is not None else None
+    if field is None or field.is_required():
+        return None
+    return field.get_default(call_default_factory=True)
+
+
+def other_versions(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What of code and packages is not as it was, for the reader."""
+    found = [
+        f"{name} {old['packages'].get(name)} then, {new['packages'].get(name)} now"
+        for name in sorted(old["packages"].keys() | new["packages"].keys())
+        if old["packages"].get(name) != new["packages"].get(name)
+    ]
+    if old["code"] != new["code"]:
+        found.append(f"chatllama {old['code']['version']} then, another source now")
+    return found
+
+
+def finish(cfg: Config, run: RunFolder, stage: Stage) -> None:
+    """Completes the record of a stage whose results are written."""
+    record = read_lineage(run)[stage]
+    record["base"] = base_record(cfg, run)  # a hub model may have come in the meantime
+    record["outputs"] = outputs(cfg, run, stage)
+    record["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    write_record(run, stage, record)
+
+
+def outputs(cfg: Config, run: RunFolder, stage: Stage) -> dict[str, str | None]:
+    """Folder below the run -> hash of what the stage left there; null where it is missing."""
+    folders = {
+        "sft": [run.sft_adapter if cfg.lora is not None else run.full_model],
+        "reward": run.reward_members(),
+        "ppo": [run.policy_adapter, run.value_adapter, run.ema_adapter],
+    }[stage]
+    optional = (run.value_adapter, run.ema_adapter)
+    return {
+        folder.relative_to(run.root).as_posix(): folder_hash(folder)
+        for folder in folders
+        if folder.is_dir() or folder not in optional
+    }
+
+
+def parents(cfg: Config, run: RunFolder, stage: Stage) -> dict[str, str | None]:
+    """Name -> hash of every adapter or model that the stage starts from."""
+    if stage == "sft":
+        return {}
+    found = outputs(cfg, run, "sft")
+    if stage == "ppo":
+        for source in cfg.ppo.rewards:
+            if source.adapter == "run":
+                found |= outputs(cfg, run, "reward")
+            elif source.adapter is not None:
+                found[source.adapter] = folder_hash(Path(source.adapter))
+    return found
+
+
+def _data(
+    cfg: Config, stage: Stage, find_files: FindFiles, known: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every data file of the stage with size, time and hash; hub ids without."""
+    for source in _sources(cfg, stage):
+        try:
+            paths = find_files(source.path, source.split)
+        except ValueError:  # removed since; the stage itself says so if it needs it
+            continue
+        if paths is None:
+            yield source.path, {"hub": source.subset or source.split, "sha256": None}
+        for name, path in (paths or {}).items():
+            stat = path.stat()
+            size_and_time = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+            before = known.get(name, {})
+            if size_and_time.items() <= before.items():
+                yield name, before
+            else:
+                yield name, {**size_and_time, "sha256": file_hash(path)}
+
+
+def _sources(cfg: Config, stage: Stage) -> list[DataSource]:
+    """Every data source that the stage reads."""
+    sections: list[Section] = [{"sft": cfg.sft, "reward": cfg.reward, "ppo": cfg.ppo}[stage]]
+    if stage == "sft" and cfg.backbone.from_scratch is not None:
+        sections.append(cfg.backbone.from_scratch)
+    lists = [value for section in sections for _, value in section if isinstance(value, list)]
+    return [each for values in lists for each in values if isinstance(each, DataSource)]
+
+
+def _packages() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def _source_hash() -> str:
+    """A hash of this project's own modules."""
+    root = Path(__file__).resolve().parents[2]
+    digest = hashlib.sha256()
+    for room in ("chatllama", "data", "trainers"):
+        for path in sorted((root / room).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,277 @@
+"""`chatllama run`: the stages in order, each through the `deepspeed` launcher; then the results.
+
+Finished stages are kept where they still hold (`decisions.py`). What is started is put together in
+`launcher.py`, the page in `report.py`.
+"""
+
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from chatllama.config.batch_sizes import check_batches
+from chatllama.config.loader import dump_config, load_config
+from chatllama.config.schema import Config
+from chatllama.reporting.page import write_report
+from chatllama.reporting.summary import (
+    findings,
+    number,
+    read_summary,
+    result_table,
+    reward_accuracy,
+    write_summary,
+)
+from chatllama.runs.folder import RunFolder, Stage
+from chatllama.runs.interruption import EXIT_CODE
+from chatllama.runs.lock import lock_path, locked, read_owner
+from chatllama.runtime.command_line import duration
+from trainers.stages.decisions import (
+    Decision,
+    decide,
+    forget,
+    set_aside,
+)
+from trainers.stages.launcher import (
+    Launch,
+    choose_ranks,
+    count_cores,
+    count_gpus,
+    hostfile_slots,
+    stage_command,
+    stage_environment,
+)
+from trainers.stages.lineage import FindFiles
+from trainers.stages.processes import run_to_end
+
+
+class StageFailed(Exception):
+    """A stage ended without a result.
+
+    Attributes:
+        exit_code: of the launcher, never 0; 75 where the stage saved and ended on a signal.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def run_pipeline(
+    config_path: str,
+    overrides: Sequence[str] = (),
+    *,
+    launch: Launch | None = None,
+    resume: bool = False,
+    redo_from: Stage | None = None,
+    find_files: FindFiles,
+) -> None:
+    """Brings a run to its end: every stage that must be done, the summary, the report, the table.
+
+    Args:
+        config_path: the YAML file.
+        overrides: `section.key=value` each.
+        launch: machines, processes and port.
+        resume: go on from the newest checkpoint of an interrupted stage.
+        redo_from: do this stage and the later ones again; their results and checkpoints go.
+        find_files: of the config's data.
+
+    Raises:
+        ValueError: the config is wrong, or does not fit what the run folder holds.
+        StageFailed: a stage failed; nothing after it was run.
+    """
+    cfg = load_config(config_path, overrides)
+    run = RunFolder(Path(cfg.run_dir))
+    launch = launch or Launch()
+    # Machines that are started one by one may have run folders of their own.
+    given = [str(run.config)] if launch.node_rank is None else [config_path, *overrides]
+    if not launch.leads:
+        _run_stages(cfg, run, given, launch, "", resume, redo_from, find_files)
+        return
+    with locked(run, "run") as lock:
+        _run_stages(cfg, run, given, launch, lock, resume, redo_from, find_files)
+        write_summary(run)
+        print_results(run, write_report(run))
+
+
+def _run_stages(
+    cfg: Config,
+    run: RunFolder,
+    given: Sequence[str],
+    launch: Launch,
+    lock: str,
+    resume: bool,
+    redo_from: Stage | None,
+    find_files: FindFiles,
+) -> None:
+    """Every stage that must be done, under the run folder's lock.
+
+    Args:
+        cfg: checked.
+        run: its folder.
+        given: the YAML and settings, for the stages' command lines.
+        launch: machines, processes and port.
+        lock: token of the lock; empty where another machine holds it.
+        resume: as in `run_pipeline`.
+        redo_from: as in `run_pipeline`.
+        find_files: as in `run_pipeline`.
+    """
+    decisions = decide(cfg, run, redo_from, resume, find_files)
+    _check_machines(launch, decisions)
+    waiting = any(each.action != "keep" for each in decisions.values())
+    gpus, ranks = _plan_ranks(cfg, launch) if waiting else (0, 1)
+    for stage, decision in decisions.items():
+        _prepare(run, stage, decision, launch)
+    if launch.leads:
+        dump_config(cfg, run.config)
+    for stage, decision in decisions.items():
+        if decision.action == "keep":
+            continue
+        command = stage_command(stage, given, ranks, gpus, launch, resume, lock)
+        environment = stage_environment(ranks, count_cores(), not gpus and launch.hostfile is None)
+        _run_stage(run, stage, command, environment, launch)
+
+
+def _check_machines(launch: Launch, decisions: Mapping[Stage, Decision]) -> None:
+    """Nothing, unless machines that are started one by one would move a stage's old result aside.
+
+    Raises:
+        ValueError: one would move what another still reads.
+    """
+    if launch.node_rank is None:
+        return
+    for stage, decision in decisions.items():
+        if decision.action == "again":
+            raise ValueError(
+                f"stage {stage} must be done again: {'; '.join(decision.reasons)}. With "
+                f"--node-rank say so on every machine: --from {stage}"
+            )
+
+
+def _prepare(run: RunFolder, stage: Stage, decision: Decision, launch: Launch) -> None:
+    """Says what will be done about a stage and why, and makes room for it."""
+    match decision.action:
+        case "keep":
+            notes = f" ({'; '.join(decision.notes)})" if decision.notes else ""
+            _say(f"{stage}: finished before, kept{notes}")
+        case "do":
+            _say(f"{stage}: to be done")
+        case "go on":
+            _say(f"{stage}: goes on from its newest checkpoint")
+        case "again":
+            _say(f"{stage}: must be done again")
+            for reason in decision.reasons:
+                _say(f"{stage}:   {reason}")
+            _say(f"{stage}:   what it left is kept in {set_aside(run, stage)}")
+        case "forget":
+            _say(f"{stage}: done again ({decision.reasons[0]}), its result is removed")
+            forget(run, stage, with_record=launch.leads)
+
+
+def _plan_ranks(cfg: Config, launch: Launch) -> tuple[int, int]:
+    """GPUs of this machine and processes on it; batches are checked for all machines.
+
+    Raises:
+        ValueError: the batches do not divide evenly.
+    """
+    if launch.hostfile is None:
+        gpus = count_gpus()
+        return gpus, choose_ranks(cfg, launch.num_gpus, gpus, count_cores())
+    slots = hostfile_slots(launch.hostfile)
+    ranks = launch.num_gpus or max(slots)
+    check_batches(cfg, ranks * len(slots) if launch.num_gpus else sum(slots))
+    return 0, ranks
+
+
+def _run_stage(
+    run: RunFolder,
+    stage: Stage,
+    command: list[str],
+    environment: dict[str, str],
+    launch: Launch,
+) -> None:
+    """Runs one stage to its result.
+
+    Raises:
+        StageFailed: it ended without one.
+    """
+    _say(f"{stage}: {shlex.join(command)}")
+    run.interrupted(stage).unlink(missing_ok=True)
+    again = shlex.join(["chatllama", "run", str(run.config), "--resume", *launch.arguments])
+    try:
+        code = run_to_end(command, environment, lambda: _ask_to_stop(run, stage))
+    except (SystemExit, KeyboardInterrupt):
+        if not run.interrupted(stage).is_file():
+            raise
+        code = EXIT_CODE
+    if code == 0 and not launch.leads:
+        return  # the result may not be visible here yet
+    if run.result(stage).is_file():
+        if code != 0:
+            _say(f"{stage}: the launcher ended with code {code} after the stage had finished")
+        return
+    if code == EXIT_CODE or run.interrupted(stage).is_file():
+        raise StageFailed(f"{_interruption(run, stage)}. To go on:\n  {again}", EXIT_CODE)
+    code = code or 1  # the launcher answers 0 when it is itself killed by a signal
+    # A rank killed by signal N makes the launcher exit with 256 - N.
+    cause = f" (signal {256 - code})" if 224 < code < 256 else ""
+    if code == 256 - 9:
+        cause = " (killed by signal 9: probably out of memory)"
+    raise StageFailed(
+        f"stage {stage} failed with exit code {code}{cause}. To go on from its newest checkpoint, "
+        f"if there is one, or from its start:\n  {again}",
+        code,
+    )
+
+
+def _interruption(run: RunFolder, stage: Stage) -> str:
+    """How a stage ended that was told to stop."""
+    if not run.interrupted(stage).is_file():
+        return f"stage {stage} was told to stop while it made no steps"
+    told = json.loads(run.interrupted(stage).read_text(encoding="utf-8"))
+    return f"stage {stage} was told to stop ({told['signal']}) and is saved at step {told['step']}"
+
+
+def _ask_to_stop(run: RunFolder, stage: Stage) -> bool:
+    """Tells rank 0 to save after its step and to end; False if it is not there, or elsewhere."""
+    owner = read_owner(lock_path(run, "stage"))
+    if owner is None or not owner.is_here or owner.is_gone():
+        return False
+    os.kill(owner.pid, signal.SIGUSR1)
+    _say(f"{stage}: asked to save after its step and to end; Ctrl-C (again) ends it at once")
+    return True
+
+
+def print_results(run: RunFolder, report: Path) -> None:
+    """Prints the closing table of a run."""
+    summary = read_summary(run)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    heads, rows = result_table(summary)
+    if rows:
+        table = Table(title=f"{escape(str(run.root))}: held-out prompts", title_justify="left")
+        for position, head in enumerate(heads):
+            table.add_column(head, justify="right" if position else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    if accuracy := reward_accuracy(summary):
+        console.print(f"Reward model accuracy on held-out pairs: {accuracy}")
+    times = {
+        name: number(summary, f"wall_seconds.{name}") for name in summary.get("wall_seconds", {})
+    }
+    if times:
+        parts = [f"{name} {duration(value)}" for name, value in times.items() if value is not None]
+        console.print(f"Wall time: {', '.join(parts)}")
+    for finding in findings(summary):
+        console.print(finding.text, markup=False)
+    console.print(f"Report: {report}", markup=False, soft_wrap=True)
+
+
+def _say(text: str) -> None:
+    print(f"[chatllama] {text}", flush=True)
