@@ -20,7 +20,7 @@ from measuring import Clock, gemm_rates, hardware, llama_config, peak_mib, publi
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from chatllama.config.model import ChatSection, LoraSection
-from chatllama.config.schema import DataSource
+from chatllama.config.sources import DataSource
 from chatllama.runtime.libraries import quiet_libraries
 from chatllama.text.tokenizer import load_tokenizer, save_tokenizer
 

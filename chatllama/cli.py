@@ -242,7 +242,7 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from chatllama.config.schema import language_codes
+    from chatllama.config.sources import language_codes
     from chatllama.inference.translation import Translations, evaluate_translation
     from data.cli import read_requests
 

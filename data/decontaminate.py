@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Value
 
-from chatllama.config.schema import DataSource
+from chatllama.config.sources import DataSource
 from data.caching import code_digest, num_workers
 from data.reading.source import read_source
 from data.similarity import words

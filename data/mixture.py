@@ -14,7 +14,7 @@ from fractions import Fraction
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
-from chatllama.config.schema import DataSource
+from chatllama.config.sources import DataSource
 from data.decontaminate import build_index, contamination
 from data.reading.records import Kind
 from data.reading.source import ReadReport, read_source

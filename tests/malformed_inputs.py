@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chatllama.config.schema import DataSource
+from chatllama.config.sources import DataSource
 from data.reading.decode import decode
 from data.reading.files import DataFile
 from data.reading.records import Kind

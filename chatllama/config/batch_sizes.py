@@ -7,14 +7,11 @@ minibatch -> microbatch -> optimizer step.
 import math
 from dataclasses import dataclass
 
+from chatllama.config.base import Schedule
 from chatllama.config.errors import ConfigError
 from chatllama.config.model import FromScratch
-from chatllama.config.schema import (
-    Config,
-    OptimizerSection,
-    PpoSection,
-    Schedule,
-)
+from chatllama.config.schema import Config, PpoSection
+from chatllama.config.stages import OptimizerSection
 
 COSINE_FLOOR = 0.1
 """Share of the peak learning rate that the cosine schedule ends at."""

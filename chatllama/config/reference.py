@@ -15,7 +15,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from chatllama.config.errors import literal_values, nested_section
-from chatllama.config.schema import Config, DataSource
+from chatllama.config.schema import Config
+from chatllama.config.sources import DataSource
 from chatllama.config.yaml_reader import dump_yaml
 
 EXAMPLES: dict[str, str] = {

@@ -9,54 +9,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from chatllama.config.base import (
-    NonNegative,
-    Positive,
-    PositiveFloat,
-    Schedule,
-    Section,
-)
+from chatllama.config.base import NonNegative, Positive, PositiveFloat, Section
 from chatllama.config.generation import GenerationSection
-from chatllama.config.model import BackboneSection, ChatSection, FromScratch, LoraSection
-from chatllama.config.ppo import PpoSection, RewardSource
-from chatllama.config.sources import (
-    ColumnMapping,
-    DataSource,
-    Format,
-    language_codes,
-    split_language,
-)
-from chatllama.config.stages import (
-    OptimizerSection,
-    RewardSection,
-    SftSection,
-    StageSection,
-)
-
-__all__ = [
-    "BackboneSection",
-    "ChatSection",
-    "ColumnMapping",
-    "Config",
-    "DataSource",
-    "DeepSpeedSection",
-    "EvaluationSection",
-    "Format",
-    "FromScratch",
-    "GenerationSection",
-    "LoraSection",
-    "OptimizerSection",
-    "PpoSection",
-    "RewardSection",
-    "RewardSource",
-    "Schedule",
-    "Section",
-    "SftSection",
-    "StageSection",
-    "TrackingSection",
-    "language_codes",
-    "split_language",
-]
+from chatllama.config.model import BackboneSection, ChatSection, LoraSection
+from chatllama.config.ppo import PpoSection
+from chatllama.config.stages import RewardSection, SftSection
 
 
 class DeepSpeedSection(Section):

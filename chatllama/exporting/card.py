@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from chatllama import __version__
-from chatllama.config.schema import Config, DataSource, OptimizerSection
+from chatllama.config.schema import Config
+from chatllama.config.sources import DataSource
+from chatllama.config.stages import OptimizerSection
 from chatllama.reporting.summary import read_summary, result_table
 from chatllama.runs.folder import RunFolder, Stage, read_lineage
 from chatllama.text.chat_format import default_system

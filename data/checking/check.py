@@ -11,7 +11,8 @@ from typing import Any, cast
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from chatllama.config.schema import Config, DataSource
+from chatllama.config.schema import Config
+from chatllama.config.sources import DataSource
 from data.checking.records import check_records, question
 from data.checking.report import DoctorReport, Findings, SourceHealth
 from data.checking.tokens import check_tokens

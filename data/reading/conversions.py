@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-from chatllama.config.schema import ColumnMapping, Format
+from chatllama.config.sources import ColumnMapping, Format
 from data.reading.formats import (
     PROMPT_KEYS,
     Malformed,

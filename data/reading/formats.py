@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
-from chatllama.config.schema import Format
+from chatllama.config.sources import Format
 
 if TYPE_CHECKING:  # importing it takes seconds
     from chatllama.text.chat_format import Message

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import cast
 
-from chatllama.config.schema import ColumnMapping, Format
+from chatllama.config.sources import ColumnMapping, Format
 from data.reading.conversions import apply_mapping, label
 from data.reading.formats import (
     Raw,

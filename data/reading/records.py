@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
-from chatllama.config.schema import ColumnMapping, Format
+from chatllama.config.sources import ColumnMapping, Format
 from data.reading.conversions import (
     apply_mapping,
     question_answer_keys,

@@ -18,12 +18,7 @@ import datasets
 from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 
-from chatllama.config.schema import (
-    ColumnMapping,
-    DataSource,
-    Format,
-    language_codes,
-)
+from chatllama.config.sources import ColumnMapping, DataSource, Format, language_codes
 from data.caching import code_digest
 from data.reading.decode import decode
 from data.reading.files import DataFile, find_aligned, find_files

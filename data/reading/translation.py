@@ -8,7 +8,7 @@ same in every run. The template puts EOS behind the answer, and padding comes af
 import hashlib
 from collections.abc import Sequence
 
-from chatllama.config.schema import language_codes, split_language
+from chatllama.config.sources import language_codes, split_language
 from data.reading.formats import (
     Malformed,
     Raw,

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast, get_args
 
 import datasets
 
-from chatllama.config.schema import DataSource, Format
+from chatllama.config.sources import DataSource, Format
 from data.reading.source import read_source
 from data.similarity import words
 from data.synthesis.client import Endpoint, EndpointError, Pace

@@ -13,7 +13,7 @@ from chatllama.config.batch_sizes import (
 from chatllama.config.loader import ConfigError, load_config
 from chatllama.config.model import BackboneSection, FromScratch
 from chatllama.config.schema import Config, PpoSection, SftSection
-from chatllama.config.schema import DataSource as Source
+from chatllama.config.sources import DataSource as Source
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

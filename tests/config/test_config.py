@@ -10,7 +10,8 @@ from chatllama.config.errors import schema_paths
 from chatllama.config.loader import ConfigError, dump_config, load_config
 from chatllama.config.model import BackboneSection, LoraSection
 from chatllama.config.reference import render_reference
-from chatllama.config.schema import Config, OptimizerSection
+from chatllama.config.schema import Config
+from chatllama.config.stages import OptimizerSection
 
 PROJECT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((PROJECT / "configs").glob("*.yaml"))

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.model import ChatSection
-from chatllama.config.schema import DataSource
+from chatllama.config.sources import DataSource
 from chatllama.text.chat_format import render
 from chatllama.text.encoding import decode, encode
 from chatllama.text.padding import pad_left, pad_right, positions

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from chatllama.config.schema import DataSource
+from chatllama.config.sources import DataSource
 from data.batches import batch_indices
 from data.decontaminate import build_index
 from data.mixture import load_mixture, source_counts

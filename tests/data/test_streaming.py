@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.model import ChatSection
-from chatllama.config.schema import DataSource
+from chatllama.config.sources import DataSource
 from chatllama.text.tokenizer import load_tokenizer
 from data.caching import num_workers
 from data.mixture import load_mixture

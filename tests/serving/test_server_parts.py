@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from chatllama import cli
-from chatllama.config.schema import DataSource
+from chatllama.config.sources import DataSource
 from chatllama.serving import requests as calls
 from chatllama.serving.errors import of_validation, shown
 from chatllama.serving.metrics import Metrics

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from trl import pack_dataset  # pyright: ignore[reportPrivateImportUsage]
 
 from chatllama.config.batch_sizes import optimizer_steps
-from chatllama.config.schema import Config, OptimizerSection
+from chatllama.config.schema import Config
+from chatllama.config.stages import OptimizerSection
 from chatllama.runtime import distributed
 from data.batches import bucket_by_length, fill_rate, fixed_order
 from data.mixture import load_mixture

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from chatllama.config.batch_sizes import lr_factor
-from chatllama.config.schema import OptimizerSection
+from chatllama.config.stages import OptimizerSection
 from chatllama.reporting.tracker import Tracker
 from chatllama.runs import interruption
 from chatllama.runs.checkpoints import publish

@@ -24,7 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from chatllama.config.schema import OptimizerSection
+from chatllama.config.stages import OptimizerSection
 from chatllama.model.lm_head import TokenLoss, token_loss
 from chatllama.runs.checkpoints import explained
 from chatllama.runtime import distributed

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from chatllama.config.model import FromScratch
-from chatllama.config.schema import Config, OptimizerSection
+from chatllama.config.schema import Config
+from chatllama.config.stages import OptimizerSection
 from chatllama.model.backbone import check_kernels, use_liger
 from chatllama.reporting.tracker import Tracker
 from chatllama.runs.folder import INFO, RunFolder

@@ -9,7 +9,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
 
 from chatllama.config.batch_sizes import microbatches_per_step
-from chatllama.config.schema import Config, DeepSpeedSection, OptimizerSection
+from chatllama.config.schema import Config, DeepSpeedSection
+from chatllama.config.stages import OptimizerSection
 from chatllama.model.roles import (
     RoleModel,
     acting_as,

@@ -16,8 +16,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from chatllama import __version__
+from chatllama.config.base import Section
 from chatllama.config.errors import nested_section
-from chatllama.config.schema import Config, DataSource, Section
+from chatllama.config.schema import Config
+from chatllama.config.sources import DataSource
 from chatllama.model.fingerprint import base_record, folder_hash
 from chatllama.runs.folder import (
     RunFolder,

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from chatllama.config.schema import ColumnMapping
+from chatllama.config.sources import ColumnMapping
 from data.reading.formats import RecordError, Unusable
 from data.reading.records import (
     Conversation,

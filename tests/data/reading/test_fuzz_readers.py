@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from malformed_inputs import lines, read_bytes
 
-from chatllama.config.schema import ColumnMapping, Format
+from chatllama.config.sources import ColumnMapping, Format
 from data.reading.decode import decode
 from data.reading.files import COMPRESSIONS, TYPES, DataFile
 from data.reading.formats import RecordError, Unusable

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 
-from chatllama.config.schema import DataSource, Format
+from chatllama.config.sources import DataSource, Format
 from data.caching import PROJECT_ROOT
 from data.reading.files import find_files
 from data.reading.records import Kind

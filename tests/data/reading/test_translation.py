@@ -9,7 +9,7 @@ from malformed_inputs import lines, read_bytes
 from pydantic import ValidationError
 
 from chatllama.config.model import ChatSection
-from chatllama.config.schema import DataSource, split_language
+from chatllama.config.sources import DataSource, split_language
 from chatllama.text.chat_format import render
 from chatllama.text.encoding import decode
 from chatllama.text.padding import pad_right

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from malformed_inputs import lines, read_bytes
 
-from chatllama.config.schema import DataSource
+from chatllama.config.sources import DataSource
 from data.reading.grouped import JOINED, ORPHAN
 from data.reading.records import Kind
 from data.reading.source import GOOD, read_source

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from chatllama import cli
-from chatllama.config.schema import DataSource
+from chatllama.config.sources import DataSource
 from data.reading.source import read_source
 from data.similarity import Pool, rouge_l
 from data.synthesis.client import Endpoint, EndpointError, Pace
