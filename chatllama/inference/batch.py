@@ -1,13 +1,12 @@
 """`chatllama generate`: many prompts answered, to the terminal or to a file that can be resumed.
 
 The settings and the order of the work are here; prompts are read in `prompt_files.py`, answered in
-`answering.py`, kept in `answers_file.py`.
+`answerer.py`.
 """
 
-import json
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from chatllama.reporting.display import _Progress
 from chatllama.reporting.statistics import mean_and_error
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.command_line import duration, printable, tell
-from chatllama.runtime.files import write_json
+from chatllama.runtime.jsonl import append_lines, resume
 
 if TYPE_CHECKING:  # importing them takes seconds
     from chatllama.config.schema import Config
@@ -84,7 +83,7 @@ def generate_command(
     keys = [(prompt.id, sample) for prompt in prompts for sample in range(plan.kept)]
     tally, done = Tally(), 0
     if out is not None:
-        for line in begin_or_continue(out, plan.settings(run, prompts), keys):
+        for line in _answers_in(out, plan.settings(run, prompts), keys):
             tally.add(line)
             done += 1
     old_tokens, seconds = sum(tally.lengths), 0.0
@@ -131,7 +130,7 @@ def _answer_all(
             lines = _answer_batch(answerer, plan, prompts, batch)[skipped:]
             skipped = 0
             if out is not None:
-                append(out, lines)
+                append_lines(out, lines)
             for line in lines:
                 tally.add(line)
                 if out is None:
@@ -261,15 +260,10 @@ Key = tuple[int | str, int]
 """Prompt's id and number of the sample."""
 
 
-def settings_path(path: Path) -> Path:
-    """Where the settings of the answers in `path` are."""
-    return path.with_name(path.name + ".settings.json")
-
-
-def begin_or_continue(
+def _answers_in(
     path: Path, settings: Mapping[str, Any], keys: Sequence[Key]
 ) -> list[dict[str, Any]]:
-    """The answers that `path` already holds; a last line that was cut off is removed from it.
+    """The answers that `path` already holds.
 
     Args:
         path: file to write to; made, with its folder, if missing.
@@ -279,17 +273,7 @@ def begin_or_continue(
     Raises:
         ValueError: the file is not ours, was made with other settings, or is damaged.
     """
-    settings = json.loads(json.dumps(settings))
-    if not path.exists() or not path.stat().st_size:
-        write_json(settings_path(path), settings)
-        path.touch()
-        return []
-    if not path.is_file():
-        raise ValueError(f"--out {path}: not a file")
-    _check_settings(path, settings)
-    content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    answers = [_parse(line, path, i) for i, line in enumerate(content[:end].split(b"\n")[:-1])]
+    (answers,) = resume(settings, path)
     if len(answers) > len(keys):
         raise ValueError(f"--out {path}: {len(answers)} lines, more than the {len(keys)} answers")
     for number, (answer, key) in enumerate(zip(answers, keys, strict=False), start=1):
@@ -299,44 +283,4 @@ def begin_or_continue(
                 f"--out {path}:{number}: id {found[0]!r}, sample {found[1]} where id {key[0]!r}, "
                 f"sample {key[1]} belongs; the file was changed since it was written"
             )
-    if end < len(content):
-        with path.open("r+b") as file:
-            file.truncate(end)
     return answers
-
-
-def append(path: Path, answers: Iterable[Mapping[str, Any]]) -> None:
-    """Adds whole lines to the file."""
-    lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-    with path.open("a", encoding="utf-8", newline="\n") as file:
-        file.write(lines)
-
-
-def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    beside = settings_path(path)
-    remedy = "name another file with --out, or delete this one"
-    if not beside.is_file():
-        raise ValueError(f"--out {path} exists, without {beside.name} beside it: {remedy}")
-    try:
-        before = json.loads(beside.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{beside}: damaged ({error}): {remedy}") from None
-    differing = [
-        "other prompts" if name == "prompts" else f"{name} was {before.get(name)!r}, is {value!r}"
-        for name, value in settings.items()
-        if before.get(name) != value
-    ]
-    if differing:
-        raise ValueError(
-            f"--out {path} holds answers made otherwise ({'; '.join(differing)}): {remedy}"
-        )
-
-
-def _parse(line: bytes, path: Path, index: int) -> dict[str, Any]:
-    try:
-        answer = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"--out {path}:{index + 1}: not an answer ({error})") from None
-    if not isinstance(answer, dict):
-        raise ValueError(f"--out {path}:{index + 1}: not an answer")
-    return answer

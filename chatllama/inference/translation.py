@@ -14,6 +14,7 @@ from chatllama.inference.options import Options, check_options, make_plan
 from chatllama.inference.prompt_files import Prompt
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.files import write_json
+from chatllama.runtime.jsonl import read_lines
 
 # Languages written without spaces between words, or joined ones: what sacrebleu counts as a word.
 TOKENIZERS = {"zh": "zh", "ja": "char", "ko": "char", "th": "char", "km": "char"}
@@ -65,7 +66,7 @@ def evaluate_translation(
     out.parent.mkdir(exist_ok=True)
     prompts = [Prompt(i, ask, where) for i, (where, ask, _) in enumerate(translations.requests)]
     generate_command(run_dir, prompts, options, out)
-    answers = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    answers = read_lines(out)
     found = [answer["response"] for answer in answers]
     references = [reference for _, _, reference in translations.requests]
     result = {

@@ -24,9 +24,10 @@ from chatllama.reporting.summary import (
     read_summary,
     result_table,
 )
-from chatllama.reporting.tracker import read_lines, samples_path
+from chatllama.reporting.tracker import samples_path
 from chatllama.runs.folder import STAGES, RunFolder, Stage
 from chatllama.runtime.command_line import duration
+from chatllama.runtime.jsonl import read_lines
 
 STAGE_TITLES: dict[Stage, str] = {"ppo": "PPO", "reward": "Reward model", "sft": "SFT"}
 WALL_ROWS = (

@@ -4,11 +4,10 @@ Only rank 0 writes and prints. It computes no metric and decides nothing about t
 progress looks is in `progress.py`.
 """
 
-import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +16,7 @@ from typing import Protocol
 from chatllama.config.schema import TrackingSection
 from chatllama.reporting.display import PlainDisplay, open_display
 from chatllama.runs.folder import STAGES, RunFolder, Stage
+from chatllama.runtime.jsonl import append_lines, keep_lines, read_lines
 
 TRACKERS = ("tensorboard", "wandb")
 
@@ -197,8 +197,8 @@ class Tracker:
         writers = self._open()
         path = self._run.metrics(self._stage)
         if step == self._resumed_step:  # a closing evaluation that is made a second time
-            _keep(path, lambda old: old["step"] != step or old.keys() != line.keys())
-        _append(path, line)
+            keep_lines(path, lambda old: old["step"] != step or old.keys() != line.keys())
+        append_lines(path, [line], finite=True)
         for writer in writers:
             writer.write(step, finite)
 
@@ -218,7 +218,7 @@ class Tracker:
         content = {"step": step, "prompt": prompt, "response": response, "score": score}
         if not math.isfinite(score):
             content["score"] = None
-        _append(samples_path(self._run, self._stage), content)
+        append_lines(samples_path(self._run, self._stage), [content], finite=True)
         if self._display is not None:
             self._display.show_sample(step, prompt, response, score)
 
@@ -226,7 +226,7 @@ class Tracker:
         """The trackers; at the first call cuts the files to the resumed step and opens them."""
         if self._writers is None:
             for path in (self._run.metrics(self._stage), samples_path(self._run, self._stage)):
-                _keep(path, lambda line: line["step"] <= self._resumed_step)
+                keep_lines(path, lambda line: line["step"] <= self._resumed_step)
             self._writers = []
             for name in self._tracking.report_to:
                 if name == "tensorboard":
@@ -257,41 +257,3 @@ def logged_metrics(run: RunFolder, stage: Stage, step: int) -> dict[str, float]:
         if line["step"] == step:
             found.update({k: math.nan if v is None else v for k, v in line.items()})
     return {name: value for name, value in found.items() if name not in ("step", "time")}
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The JSON objects of a .jsonl file; none if it is missing.
-
-    A last line without its newline is what a killed process left half written: it is left out.
-
-    Raises:
-        ValueError: another line is not JSON.
-    """
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    found = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
-    return found
-
-
-def _append(path: Path, content: Mapping[str, object]) -> None:
-    """Adds one line, on disk when this returns."""
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
-    except OSError as error:  # a write, unlike an open, does not say where
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _keep(path: Path, wanted: Callable[[dict], bool]) -> None:
-    """Leaves only the lines that are wanted."""
-    kept = [line for line in read_lines(path) if wanted(line)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in kept), "utf-8")
-    beside.replace(path)

@@ -4,13 +4,13 @@ Each line is a record of the format `ranked`: the better answer first, equal ran
 reward stage counts ties and leaves them out.
 """
 
-import json
-import os
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from chatllama.runtime.files import flush
+from chatllama.runtime.jsonl import append_lines
 from chatllama.serving.schema import Vote
 
 
@@ -55,13 +55,10 @@ class VoteFile:
             OSError: the file cannot be written.
             UnicodeEncodeError: half a surrogate pair in the text.
         """
-        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
         with self._lock:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("ab") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+            append_lines(self._path, [record])
+            flush(self._path)
             return self.content().count(b"\n")
 
     def content(self) -> bytes:

@@ -24,7 +24,7 @@ from data.synthesis.generate import (
     grow_prompts,
     more_request,
 )
-from data.synthesis.ledger import Harvest
+from data.synthesis.ledger import OutputFile
 
 KEPT = 0.5
 """Share of the model's instructions taken to be new, for the estimate."""
@@ -84,36 +84,36 @@ def generate_data(wanted: Wanted, told: Callable[[str], None] = print) -> None:
     prompts: list[list[dict[str, str]]] = data["messages"][:]
     if wanted.what != "prompts":
         prompts = prompts[: wanted.num]
-    harvest = Harvest(wanted.out, _settings(wanted, prompts))
+    output = OutputFile(wanted.out, _settings(wanted, prompts))
     seeds = [prompt[-1]["content"] for prompt in prompts]
     if wanted.what == "prompts":
         assert wanted.num is not None
-        left = max(0, wanted.num - len(harvest.results))
+        left = max(0, wanted.num - len(output.records))
         estimate = estimate_prompts(seeds, left, wanted.max_tokens)
     else:
-        done = harvest.done()
+        done = output.done()
         todo = [prompt for number, prompt in enumerate(prompts) if number not in done]
         left = len(todo)
         estimate = estimate_answers(todo, wanted.max_tokens, pairs=wanted.what == "pairs")
-    if harvest.entries:
-        told(f"{wanted.out}: going on with {len(harvest.results)} records; {left} to do")
+    if output.entries:
+        told(f"{wanted.out}: going on with {len(output.records)} records; {left} to do")
     if left:
         told("\n".join(estimate.lines(wanted.prices, wanted.per_minute)))
         _ask_consent(wanted.yes)
         try:
-            _grow(wanted, prompts, seeds, harvest, told)
+            _grow(wanted, prompts, seeds, output, told)
         except (EndpointError, KeyboardInterrupt):
-            told("\n".join(closing_lines(harvest, wanted.prices)))
+            told("\n".join(closing_lines(output, wanted.prices)))
             told("the same command goes on from here")
             raise
-    told("\n".join(closing_lines(harvest, wanted.prices)))
+    told("\n".join(closing_lines(output, wanted.prices)))
 
 
 def _grow(
     wanted: Wanted,
     prompts: list[list[dict[str, str]]],
     seeds: list[str],
-    harvest: Harvest,
+    output: OutputFile,
     told: Callable[[str], None],
 ) -> None:
     key = os.environ.get(wanted.key_env)
@@ -131,11 +131,11 @@ def _grow(
     )
     match wanted.what:
         case "prompts":
-            grow_prompts(writing, seeds, cast(int, wanted.num), harvest)
+            grow_prompts(writing, seeds, cast(int, wanted.num), output)
         case "answers":
-            grow_answers(writing, prompts, harvest)
+            grow_answers(writing, prompts, output)
         case "pairs":
-            grow_pairs(writing, prompts, harvest)
+            grow_pairs(writing, prompts, output)
 
 
 def _settings(wanted: Wanted, prompts: list[list[dict[str, str]]]) -> dict[str, object]:
@@ -244,11 +244,11 @@ def num_tokens(text: str) -> int:
     return round(max(_PER_WORD * len(words(text)), _PER_CHARACTER * len(text)))
 
 
-def closing_lines(harvest: Harvest, prices: Prices) -> list[str]:
+def closing_lines(output: OutputFile, prices: Prices) -> list[str]:
     """What became of everything that was asked, over all runs, and what it cost."""
-    outcomes = ", ".join(f"{count} {what}" for what, count in harvest.outcomes().most_common())
+    outcomes = ", ".join(f"{count} {what}" for what, count in output.outcomes().most_common())
     totals: dict[str, Any] = {
-        name: harvest.total(name) for name in ("requests", "prompt_tokens", "completion_tokens")
+        name: output.total(name) for name in ("requests", "prompt_tokens", "completion_tokens")
     }
     line = (
         f"{totals['requests']} requests, {totals['prompt_tokens']} tokens to the model, "
@@ -257,4 +257,4 @@ def closing_lines(harvest: Harvest, prices: Prices) -> list[str]:
     dollars = prices.of(totals["prompt_tokens"], totals["completion_tokens"])
     if dollars is not None:
         line += f", ${dollars:.2f}"
-    return [f"{harvest.out}: {len(harvest.results)} records ({outcomes})", line]
+    return [f"{output.path}: {len(output.records)} records ({outcomes})", line]

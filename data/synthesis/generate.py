@@ -15,7 +15,7 @@ from typing import Any
 
 from data.similarity import Pool, words
 from data.synthesis.client import Endpoint, EndpointError, Reply
-from data.synthesis.ledger import Harvest
+from data.synthesis.ledger import OutputFile
 
 NUM_EXAMPLES = 8
 """Instructions shown with a request for more, as in Self-Instruct."""
@@ -87,27 +87,27 @@ class Writing:
     """Receives lines of progress."""
 
 
-def grow_prompts(writing: Writing, seeds: Sequence[str], num: int, harvest: Harvest) -> None:
-    """Appends new instructions until `harvest` has `num`.
+def grow_prompts(writing: Writing, seeds: Sequence[str], num: int, output: OutputFile) -> None:
+    """Appends new instructions until `output` has `num`.
 
     Args:
         writing: how to ask.
         seeds: instructions to begin with.
         num: how many to have in the end.
-        harvest: receives records of format `prompts`.
+        output: receives records of format `prompts`.
 
     Raises:
         EndpointError: the endpoint fails, or has nothing new to say; what was kept stays.
     """
-    own = [line["prompt"] for line in harvest.results]
+    own = [line["prompt"] for line in output.records]
     pool, fruitless = Pool(writing.similarity, [*seeds, *own]), 0
     while len(own) < num:
-        number = len(harvest.entries)
+        number = len(output.entries)
         batch = range(number, number + min(writing.parallel, -(-(num - len(own)) // NUM_ASKED)))
         shown = [_examples(seeds, own, f"{writing.seed}/{each}") for each in batch]
         for examples, reply in _answered(shown, writing.parallel, lambda e: _more(writing, e)):
             step = _new_prompts(reply, pool, num - len(own))
-            harvest.add(step.results, step.entry(examples=len(examples)))
+            output.add(step.results, step.entry(examples=len(examples)))
             own += [result["prompt"] for result in step.results]
             fruitless = 0 if step.results or len(own) >= num else fruitless + 1
         writing.told(f"{len(own)} of {num} prompts")
@@ -119,7 +119,7 @@ def grow_prompts(writing: Writing, seeds: Sequence[str], num: int, harvest: Harv
 
 
 def grow_answers(
-    writing: Writing, prompts: Sequence[list[dict[str, str]]], harvest: Harvest
+    writing: Writing, prompts: Sequence[list[dict[str, str]]], output: OutputFile
 ) -> None:
     """Appends an answer to each conversation that has none yet.
 
@@ -128,7 +128,7 @@ def grow_answers(
     Args:
         writing: how to ask.
         prompts: conversations that end with the user.
-        harvest: receives records of format `prompt_completion`.
+        output: receives records of format `prompt_completion`.
 
     Raises:
         EndpointError: the endpoint fails; what was kept stays.
@@ -140,10 +140,12 @@ def grow_answers(
         record = {"id": number, "prompt": prompts[number], "completion": reply.text}
         return Step([record] if outcome == "kept" else [], Counter([outcome]), [reply])
 
-    _for_each(work, writing, len(prompts), harvest, "answers")
+    _for_each(work, writing, len(prompts), output, "answers")
 
 
-def grow_pairs(writing: Writing, prompts: Sequence[list[dict[str, str]]], harvest: Harvest) -> None:
+def grow_pairs(
+    writing: Writing, prompts: Sequence[list[dict[str, str]]], output: OutputFile
+) -> None:
     """Appends, for each conversation, two answers of which the judge prefers one.
 
     The judge sees them in both orders, and must prefer the same one: many judges like whichever
@@ -152,7 +154,7 @@ def grow_pairs(writing: Writing, prompts: Sequence[list[dict[str, str]]], harves
     Args:
         writing: how to ask.
         prompts: conversations that end with the user.
-        harvest: receives records of format `preference`.
+        output: receives records of format `preference`.
 
     Raises:
         EndpointError: the endpoint fails; what was kept stays.
@@ -181,19 +183,19 @@ def grow_pairs(writing: Writing, prompts: Sequence[list[dict[str, str]]], harves
         record = {"id": number, "prompt": prompts[number], "chosen": better, "rejected": worse}
         return Step([record] if outcome == "kept" else [], Counter([outcome]), replies)
 
-    _for_each(work, writing, len(prompts), harvest, "pairs")
+    _for_each(work, writing, len(prompts), output, "pairs")
 
 
 def _for_each(
-    work: Callable[[int], Step], writing: Writing, num: int, harvest: Harvest, name: str
+    work: Callable[[int], Step], writing: Writing, num: int, output: OutputFile, name: str
 ) -> None:
-    done = harvest.done()
+    done = output.done()
     left = [number for number in range(num) if number not in done]
     for count, (number, step) in enumerate(_answered(left, writing.parallel, work), start=1):
-        harvest.add(step.results, step.entry(id=number))
+        output.add(step.results, step.entry(id=number))
         if count % max(1, len(left) // 20) == 0 or count == len(left):
             total = f"{num - len(left) + count} of {num} prompts"
-            writing.told(f"{total}: {len(harvest.results)} {name}")
+            writing.told(f"{total}: {len(output.records)} {name}")
 
 
 def _answered(items: Iterable[Any], parallel: int, work: Callable[[Any], Any]) -> Iterator[Any]:

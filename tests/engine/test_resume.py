@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from launching import launch
 
-from chatllama.reporting.tracker import read_lines
 from chatllama.runs import interruption
 from chatllama.runs.folder import STAGES, RunFolder, Stage
+from chatllama.runtime.jsonl import read_lines
 
 pytestmark = pytest.mark.slow
 

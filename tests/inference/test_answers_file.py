@@ -7,11 +7,11 @@ from typing import Any, cast
 import pytest
 from generation_runs import PROMPTS, answers, before_rewards, make_run
 
-from chatllama.inference import batch as answers_file
 from chatllama.inference import batch as generation_command
 from chatllama.inference.answerer import Answerer
 from chatllama.inference.prompt_files import Prompt
 from chatllama.runs.folder import RunFolder
+from chatllama.runtime.jsonl import settings_path
 
 
 @pytest.fixture(scope="module")
@@ -111,13 +111,13 @@ def test_files_of_others_are_not_touched(run: RunFolder, tmp_path: Path) -> None
     assert out.read_text() == "precious\n"
     other = tmp_path / "b.jsonl"
     lines = answers(run, other)
-    settings = answers_file.settings_path(other)
+    settings = settings_path(other)
     lines[1]["id"] = 7
     other.write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
     with pytest.raises(ValueError, match=r"b.jsonl:2: id 7, sample 0 where id 1, sample 0"):
         answers(run, other)
     other.write_text(json.dumps(lines[0]) + "\nnonsense\n")
-    with pytest.raises(ValueError, match=r"b.jsonl:2: not an answer"):
+    with pytest.raises(ValueError, match=r"b.jsonl:2: not JSON"):
         answers(run, other)
     settings.write_text("{")
     with pytest.raises(ValueError, match=r"settings.json: damaged"):

@@ -9,9 +9,10 @@ import pytest
 from chatllama.config.schema import TrackingSection
 from chatllama.reporting import tracker as tracking
 from chatllama.reporting.display import LiveDisplay
-from chatllama.reporting.tracker import Tracker, read_lines, samples_path
+from chatllama.reporting.tracker import Tracker, samples_path
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.command_line import duration, printable
+from chatllama.runtime.jsonl import read_lines
 
 QUIET = TrackingSection(report_to=[], sample_every=2)
 
@@ -173,7 +174,7 @@ def test_tensorboard_gets_finite_values(tmp_path: Path) -> None:
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\nnonsense\n')
-    with pytest.raises(ValueError, match=r"m\.jsonl, line 2: not JSON"):
+    with pytest.raises(ValueError, match=r"m\.jsonl:2: not JSON"):
         read_lines(path)
 
 

@@ -17,7 +17,7 @@ from data.similarity import Pool, rouge_l
 from data.synthesis.client import Endpoint, EndpointError, Pace
 from data.synthesis.command import Prices, estimate_answers, estimate_prompts
 from data.synthesis.generate import _verdict
-from data.synthesis.ledger import Harvest
+from data.synthesis.ledger import OutputFile
 
 pytestmark = pytest.mark.usefixtures("data_cache")
 
@@ -246,7 +246,7 @@ def test_answers_go_on_where_they_stopped(
     data, report = read_source(DataSource(path=str(out)), "sft")
     assert (len(data), report.format) == (3, "prompt_completion")
     assert grow("answers", "--temperature", "0.5") == 2
-    assert "temperature: 1.0 there, 0.5 now" in capsys.readouterr().err
+    assert "temperature was 1.0, is 0.5" in capsys.readouterr().err
 
 
 def test_cut_and_empty_answers_are_not_kept(
@@ -361,6 +361,6 @@ def test_mistakes(
 def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text("mine\n")
-    with pytest.raises(ValueError, match="was not made by this command"):
-        Harvest(out, {})
+    with pytest.raises(ValueError, match=r"exists, without out.jsonl.settings.json"):
+        OutputFile(out, {})
     assert out.read_text() == "mine\n"

@@ -4,7 +4,6 @@ It neither trains nor stops anything: the loop asks `decide` what to do. The rul
 `health_rules.py`, the thresholds in `chatllama/config/ppo.py`, the table in docs/health.md.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from chatllama.config.ppo import HealthSection
-from chatllama.reporting.tracker import read_lines
+from chatllama.runtime.jsonl import append_lines, keep_lines
 from trainers.ppo.health.checks import History
 from trainers.ppo.health.rules import RULES, Rule
 
@@ -178,12 +177,12 @@ def start_diagnoses(path: Path, resumed_step: int) -> None:
         path: RUN/ppo/health.jsonl. That it exists says that the run was watched.
         resumed_step: the last step whose effect the restored state holds; 0 for a new run.
     """
-    lines = read_lines(path) if resumed_step else []
-    kept = [line for line in lines if line["step"] <= resumed_step or line["decision"] != "go on"]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text("".join(_line(each) for each in kept), encoding="utf-8")
-    beside.replace(path)
+    keep_lines(
+        path,
+        lambda line: (
+            bool(resumed_step) and (line["step"] <= resumed_step or line["decision"] != "go on")
+        ),
+    )
 
 
 def write_diagnoses(path: Path, diagnoses: Sequence[Diagnosis], decision: Decision) -> None:
@@ -194,16 +193,11 @@ def write_diagnoses(path: Path, diagnoses: Sequence[Diagnosis], decision: Decisi
         diagnoses: of one step.
         decision: what was done about them.
     """
-    with path.open("a", encoding="utf-8") as file:
-        for diagnosis in diagnoses:
-            content = asdict(diagnosis) | {"decision": decision}
-            if not math.isfinite(diagnosis.figure):
-                content["figure"] = None
-            file.write(_line(content))
-
-
-def _line(content: Mapping[str, object]) -> str:
-    return json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"
+    lines = [{**asdict(diagnosis), "decision": decision} for diagnosis in diagnoses]
+    for line in lines:
+        if not math.isfinite(line["figure"]):
+            line["figure"] = None
+    append_lines(path, lines, finite=True)
 
 
 def dump_batch(folder: Path, step: int, tensors: Mapping[str, torch.Tensor]) -> Path:
