@@ -8,13 +8,22 @@ BIN := $(CURDIR)/.venv/bin
 # The deepspeed launcher and ninja are looked up on PATH.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help venv demo test check mutations kills clean
+# Test processes at a time. A file's tests stay in one process, which makes its fixtures once.
+WORKERS ?= 2
+PYTEST = "$(BIN)/python" -m pytest -n $(WORKERS) --dist loadfile
+# What `make unit` may cost: 90 s on two cores, in CPU seconds of all test processes and their
+# children. CPU seconds, since wall time would fail an innocent change on a busy machine.
+UNIT_CPU_SECONDS ?= 180
+
+.PHONY: help venv demo unit test check lines mutations kills clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    install into .venv, then SFT -> reward model -> PPO on a tiny LLaMA"
-	@echo "make test    install into .venv, then every test"
-	@echo "make check   install into .venv, then ruff, pyright and the unit tests"
+	@echo "make check   install into .venv, then ruff, pyright, import contracts, lines and spelling"
+	@echo "make unit    install into .venv, then the unit tests (the quick ones), within their budget"
+	@echo "make test    install into .venv, then every test, each once"
+	@echo "make lines   lines of Python per package, and what is over its limit"
 	@echo "make mutations  plant known bugs of PPO one at a time; the tests must see every one"
 	@echo "make kills   kill real training 50 times; nothing may be lost (minutes)"
 	@echo "make venv    install into .venv only (PYTHON=python3.12 chooses the interpreter)"
@@ -39,15 +48,23 @@ venv: .venv/.ready
 demo: venv
 	"$(BIN)/chatllama" run configs/quickstart.yaml
 
-test: venv
-	"$(BIN)/python" -m pytest -m ""
+unit: venv
+	$(PYTEST) --durations=20 --cpu-budget=$(UNIT_CPU_SECONDS)
+
+# The slow and gpu tiers come one test at a time: many of them use several cores.
+test: unit
+	"$(BIN)/python" -m pytest -m "slow or gpu" --durations=20
 
 check: venv
 	"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check .
 	"$(BIN)/pyright"
 	"$(BIN)/lint-imports"
-	"$(BIN)/python" -m pytest
+	"$(BIN)/codespell"
+	"$(BIN)/python" tests/lines.py --report
+
+lines: venv
+	@"$(BIN)/python" tests/lines.py
 
 mutations: venv
 	"$(BIN)/python" tests/mutations/run.py

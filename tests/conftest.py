@@ -11,6 +11,19 @@ PROJECT = Path(__file__).resolve().parent.parent
 TESTDATA = PROJECT.parent / "shared" / "testdata"
 
 
+CPU_SECONDS = pytest.StashKey[float]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--cpu-budget`: what the whole run may cost; `make unit` sets it."""
+    parser.addoption(
+        "--cpu-budget",
+        type=float,
+        metavar="SECONDS",
+        help="fail where all test processes and their children take more CPU seconds than this",
+    )
+
+
 def pytest_configure() -> None:
     """Before anything imports torch: one thread, no network, no telemetry."""
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -37,6 +50,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.hookimpl(trylast=True)  # pytest-xdist's workers have ended by then, and been waited for
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails a run that took more than its budget: this process and all that it has waited for."""
+    session.config.stash[CPU_SECONDS] = used = sum(os.times()[:4])
+    budget = session.config.getoption("cpu_budget")
+    if budget is not None and used > budget and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Says what the tests cost, where there is a budget."""
+    budget, used = config.getoption("cpu_budget"), config.stash[CPU_SECONDS]
+    if budget is not None:
+        verdict = "within" if used <= budget else "OVER"
+        advice = "" if used <= budget else ": make the slowest tests cheaper, or mark them slow"
+        line = f"{used:.0f} CPU seconds, {verdict} the budget of {budget:.0f}{advice}"
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")
