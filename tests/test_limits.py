@@ -8,7 +8,9 @@ from pathlib import Path
 import lines
 import pytest
 
-README = "# x\n\n## Read it\n\nFirst `data/`, then `train_sft.py`; `make unit`.\n\nLast `trainers/`.\n"
+README = (
+    "# x\n\n## Read it\n\nFirst `data/`, then `train_sft.py`; `make unit`.\n\nLast `trainers/`.\n"
+)
 
 
 @pytest.fixture
