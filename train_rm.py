@@ -29,18 +29,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     run.read_result("sft")
     from trainers.reward import data as reward_data
     from trainers.reward import train as reward
-    from trainers.reward.diagnosis import model_report as reward_doctor
+    from trainers.reward.diagnosis import model_report
     from trainers.stages import stage
 
     stage.join(run, "reward", arguments.lock)
     tokenizer = stage.open_stage(cfg, run, "reward")
 
     data = reward_data.load_preferences(cfg, tokenizer)
-    examined = reward_doctor.open_diagnosis(run, data)
+    examined = model_report.open_diagnosis(run, data)
     info = stage.adapter_info(cfg, run, tokenizer, "reward")
     members = reward.train_ensemble(cfg, run, data, tokenizer, info, arguments.resume)
     numbers = reward.closing_numbers(cfg, data, members)
-    reward_doctor.close_diagnosis(run, cfg.reward, data, members, examined)
+    model_report.close_diagnosis(run, cfg.reward, data, members, examined)
 
     numbers |= {"wall_seconds": time.monotonic() - started}
     stage.finish(cfg, run, "reward", numbers)

@@ -20,7 +20,7 @@ from chatllama.inference.options import (
     make_plan,
 )
 from chatllama.inference.prompt_files import Prompt
-from chatllama.reporting.display import _Progress
+from chatllama.reporting.display import answer_progress
 from chatllama.reporting.statistics import mean_and_error
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.command_line import duration, printable, tell
@@ -29,8 +29,6 @@ from chatllama.runtime.jsonl import append_lines, resume
 if TYPE_CHECKING:  # importing them takes seconds
     from chatllama.config.schema import Config
     from chatllama.inference.answerer import Answer, Answerer
-
-SECONDS_BETWEEN_LINES = 5.0
 
 
 @dataclass
@@ -124,7 +122,7 @@ def _answer_all(
     skipped = done - first * plan.kept
     total = len(prompts) * plan.kept
     started = time.monotonic()
-    with _Progress(total, done, shown=out is not None or not sys.stdout.isatty()) as progress:
+    with answer_progress(total, done, out is not None or not sys.stdout.isatty()) as advance:
         for start in range(first, len(prompts), per_batch):
             batch = range(start, min(start + per_batch, len(prompts)))
             lines = _answer_batch(answerer, plan, prompts, batch)[skipped:]
@@ -135,7 +133,7 @@ def _answer_all(
                 tally.add(line)
                 if out is None:
                     _show(line, alone=total == 1)
-            progress.advance(len(lines))
+            advance(len(lines))
     return time.monotonic() - started
 
 

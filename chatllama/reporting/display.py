@@ -1,14 +1,14 @@
-"""How a running stage looks: a live line on a terminal, plain lines in a pipe or a log file.
+"""Progress of a running command: a live line on a terminal, plain lines in a pipe or a log file.
 
-What is shown comes from `tracking.py`; nothing here writes a file.
+What a stage shows comes from `tracker.py`; nothing here writes a file.
 """
 
 import math
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
-from types import TracebackType
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 from rich.markup import escape
@@ -33,29 +33,21 @@ MAIN_METRICS: dict[Stage, tuple[str, ...]] = {
 }
 
 
-def open_display(stage: Stage, total_steps: int, title: str) -> "PlainDisplay":
-    """A live display on a terminal, else a plain one."""
-    kind = LiveDisplay if sys.stdout.isatty() else PlainDisplay
-    return kind(stage, total_steps, title)
-
-
 class PlainDisplay:
-    """Progress as lines without any control code, at most one every few seconds."""
+    """Progress of a stage as lines on stdout, at most one every few seconds."""
 
     def __init__(self, stage: Stage, total_steps: int, title: str) -> None:
-        self._names = MAIN_METRICS[stage]
-        self._title = title
-        self._total = total_steps
-        self._seen: deque[tuple[int, float]] = deque([(0, time.monotonic())], RATE_WINDOW)
+        self._names, self._total, self._title = MAIN_METRICS[stage], total_steps, title
         self._values: dict[str, float] = {}
         self._last_line = -math.inf
+        self.start_at(0)
 
     def start_at(self, step: int) -> None:
-        """Shows `step` as done and counts the rate from there."""
-        self._seen = deque([(step, time.monotonic())], RATE_WINDOW)
+        """Shows `step` as done and measures the rate from there."""
+        self._seen: deque[tuple[int, float]] = deque([(step, time.monotonic())], RATE_WINDOW)
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes in a step; draws it when it is time to."""
+        """Shows the main metrics of a finished step."""
         if step > self._seen[-1][0]:
             self._seen.append((step, time.monotonic()))
         self._values.update({n: metrics[n] for n in self._names if n in metrics})
@@ -84,20 +76,18 @@ class PlainDisplay:
         if last == first or now == then:
             return "- step/s"
         rate = (last - first) / (now - then)
-        left = duration((self._total - step) / rate)
         pace = f"{rate:.2f} step/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
+        left = duration((self._total - step) / rate)
         return pace if step >= self._total else f"{pace}  {left} left"
 
     def _numbers(self) -> str:
-        pairs = (f"{name.split('/', 1)[1]} {value:.4g}" for name, value in self._values.items())
-        return "  ".join(pairs)
+        return "  ".join(f"{n.split('/', 1)[1]} {v:.4g}" for n, v in self._values.items())
 
 
 class LiveDisplay(PlainDisplay):
-    """Progress as one line that is drawn again in place."""
+    """Progress of a stage as one line on a terminal, redrawn in place."""
 
     def __init__(self, stage: Stage, total_steps: int, title: str) -> None:
-        super().__init__(stage, total_steps, title)
         columns = (
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -107,17 +97,18 @@ class LiveDisplay(PlainDisplay):
         )
         self._progress = Progress(*columns, console=Console(highlight=False))
         self._task = self._progress.add_task(escape(title), total=total_steps, pace="", numbers="")
+        super().__init__(stage, total_steps, title)
         self._progress.start()
 
     def start_at(self, step: int) -> None:
-        """Shows `step` as done and counts the rate from there."""
+        """Shows `step` as done and measures the rate from there."""
         super().start_at(step)
         self._progress.update(self._task, completed=step)
 
     def show_sample(self, step: int, prompt: str, response: str, score: float) -> None:
         """Prints one sampled answer above the line."""
         console = self._progress.console
-        console.print(f"[bold]{self._title} {step}[/]  score [cyan]{score:.2f}[/]")
+        console.print(f"[bold]{escape(self._title)} {step}[/]  score [cyan]{score:.2f}[/]")
         console.print(f"  [dim]>[/] {escape(printable(prompt))}")
         console.print(f"  [green]<[/] {escape(printable(response))}")
 
@@ -130,41 +121,25 @@ class LiveDisplay(PlainDisplay):
         self._progress.update(self._task, completed=step, pace=pace, numbers=numbers)
 
 
-class _Progress:
-    """Answers done, on stderr: a bar on a terminal, else a line every few seconds."""
+@contextmanager
+def answer_progress(total: int, done: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Counts answers on stderr: a bar on a terminal, else a line every few seconds.
 
-    def __init__(self, total: int, done: int, shown: bool) -> None:
-        self._total, self._done, self._shown = total, done, shown
-        self._last_line = time.monotonic()
-        self._bar: Progress | None = None
+    Yields the function that takes the number of further answers.
+    """
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task("answers", total=total, completed=done)
+    is_live, last_line = sys.stderr.isatty(), time.monotonic()
 
-    def __enter__(self) -> "_Progress":
-        if self._shown and sys.stderr.isatty():
-            columns = (
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("answers", total=self._total, completed=self._done)
-            self._bar.start()
-        return self
+    def advance(count: int) -> None:
+        nonlocal done, last_line
+        done += count
+        bar.update(task, completed=done)
+        now = time.monotonic()
+        if shown and not is_live and now - last_line >= SECONDS_BETWEEN_LINES:
+            last_line = now
+            tell(f"{done}/{total} answers")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self, count: int) -> None:
-        """Takes in `count` more answers."""
-        self._done += count
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done)
-        elif self._shown and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            tell(f"{self._done}/{self._total} answers")
+    with bar if shown and is_live else nullcontext():
+        yield advance

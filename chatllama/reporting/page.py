@@ -24,7 +24,6 @@ from chatllama.reporting.summary import (
     read_summary,
     result_table,
 )
-from chatllama.reporting.tracker import samples_path
 from chatllama.runs.folder import STAGES, RunFolder, Stage
 from chatllama.runtime.command_line import duration
 from chatllama.runtime.jsonl import read_lines
@@ -273,7 +272,7 @@ def _sample(sample: dict[str, Any]) -> str:
 
 
 def _training_samples(run: RunFolder) -> str:
-    samples = read_lines(samples_path(run, "ppo"))
+    samples = read_lines(run.samples("ppo"))
     if not samples:
         return ""
     # Evenly over the run, so that the change can be followed.

@@ -19,7 +19,7 @@ from chatllama.reporting.plots import (
     themed,
 )
 from chatllama.reporting.statistics import FLIP_EVIDENCE
-from chatllama.runs.folder import RunFolder, doctor_path
+from chatllama.runs.folder import RunFolder
 
 Found = dict[str, Any]
 FIGSIZE = (4.8, 2.9)
@@ -27,7 +27,7 @@ FIGSIZE = (4.8, 2.9)
 
 def doctor_body(run: RunFolder) -> str:
     """HTML below the section's heading; empty where no reward model was examined."""
-    path = doctor_path(run)
+    path = run.reward_diagnosis
     if not path.is_file():
         return ""
     found = json.loads(path.read_text(encoding="utf-8"))

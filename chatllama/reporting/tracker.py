@@ -1,32 +1,28 @@
-"""What a stage tells while it runs: metrics.jsonl, trackers, samples.
+"""What a running stage reports: metrics.jsonl, samples.jsonl, trackers, progress.
 
 Only rank 0 writes and prints. It computes no metric and decides nothing about training; how
-progress looks is in `progress.py`.
+progress looks is in `display.py`.
 """
 
 import math
+import sys
 import time
 import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol
 
 from chatllama.config.schema import TrackingSection
-from chatllama.reporting.display import PlainDisplay, open_display
-from chatllama.runs.folder import STAGES, RunFolder, Stage
+from chatllama.reporting.display import LiveDisplay, PlainDisplay
+from chatllama.runs.folder import RunFolder, Stage
 from chatllama.runtime.jsonl import append_lines, keep_lines, read_lines
 
 TRACKERS = ("tensorboard", "wandb")
 
 
 def check_trackers(report_to: list[str]) -> None:
-    """Nothing, if every tracker is known and its package is installed.
-
-    Raises:
-        ValueError: an unknown name, or a package that is missing.
-    """
+    """Raises ValueError if a tracker is unknown or its package is missing."""
     for name in report_to:
         if name not in TRACKERS:
             raise ValueError(
@@ -54,13 +50,11 @@ class _TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)
+        self.close = self._writer.close
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 class _Wandb:
@@ -69,30 +63,25 @@ class _Wandb:
     def __init__(self, run: RunFolder, stage: Stage) -> None:
         import wandb  # pyright: ignore[reportMissingImports]
 
-        self._run = wandb.init(
-            project="chatllama",
-            group=run.root.name,
-            name=f"{run.root.name}-{stage}",
-            dir=str(run.stage(stage)),
-        )
+        name = run.root.name
+        about = {"group": name, "name": f"{name}-{stage}", "dir": str(run.stage(stage))}
+        self._run = wandb.init(project="chatllama", **about)
+        self.close = self._run.finish
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 class Tracker:
     """Metrics and progress of one stage; use as `with Tracker(...) as tracker:`.
 
     Args:
-        run: the run's folder.
+        run: where the files are written.
         stage: the stage that runs.
         tracking: the config's section.
         total_steps: steps of the whole stage, finished ones included.
-        rank: this process's number; others than 0 do nothing.
-        title: what the display calls it, where that is not the stage's name.
+        rank: of this process; ranks other than 0 do nothing.
+        title: of the display; the stage's name by default.
 
     Raises:
         ValueError: `tracking.report_to` cannot be honoured (on every rank alike).
@@ -107,7 +96,6 @@ class Tracker:
         rank: int,
         title: str | None = None,
     ) -> None:
-        assert stage in STAGES
         check_trackers(tracking.report_to)
         self._run, self._tracking = run, tracking
         self._stage: Stage = stage
@@ -124,20 +112,15 @@ class Tracker:
     def __enter__(self) -> "Tracker":
         self._started = time.monotonic()
         if self._is_main:
-            self._display = open_display(self._stage, self._total, self._title)
+            kind = LiveDisplay if sys.stdout.isatty() else PlainDisplay
+            self._display = kind(self._stage, self._total, self._title)
             self._display.start_at(self._resumed_step)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._display is not None:
             self._display.stop()
-        for writer in self._writers or []:
-            writer.close()
+        self._close_writers()
 
     def resume_from(self, step: int) -> None:
         """Continues the files of an interrupted stage: lines of later steps are cut away.
@@ -150,23 +133,16 @@ class Tracker:
         assert self._writers is None, "resume_from comes before the first log"
         if not self._is_main:
             return
-        self._resumed_step = step
-        if self._display is not None:
-            self._display.start_at(step)
-        kept = read_lines(self._run.metrics(self._stage))
-        kept = [line for line in kept if line["step"] <= step]
-        self._seconds_before = max((line["time"] for line in kept), default=0.0)
+        lines = read_lines(self._run.metrics(self._stage))
+        kept = (line["time"] for line in lines if line["step"] <= step)
+        self._seconds_before = max(kept, default=0.0)
+        self.rewind(step)
 
     def rewind(self, step: int) -> None:
-        """Goes back to `step` in mid-run: lines of later steps are cut away, the clock runs on.
-
-        Args:
-            step: the last step whose effect the restored state holds.
-        """
+        """Goes back to `step` in mid-run: lines of later steps are cut away, the clock runs on."""
         if not self._is_main:
             return
-        for writer in self._writers or []:
-            writer.close()
+        self._close_writers()
         self._writers, self._resumed_step = None, step
         if self._display is not None:
             self._display.start_at(step)
@@ -207,25 +183,24 @@ class Tracker:
 
         Args:
             step: rollout batches done, from 1.
-            prompt: what was asked, as text.
-            response: what the policy answered.
+            prompt: as text.
+            response: the policy's answer.
             score: of the reward model.
         """
         every = self._tracking.sample_every
         if not self._is_main or every == 0 or (step % every and step not in (1, self._total)):
             return
         self._open()
-        content = {"step": step, "prompt": prompt, "response": response, "score": score}
-        if not math.isfinite(score):
-            content["score"] = None
-        append_lines(samples_path(self._run, self._stage), [content], finite=True)
+        kept = score if math.isfinite(score) else None
+        content = {"step": step, "prompt": prompt, "response": response, "score": kept}
+        append_lines(self._run.samples(self._stage), [content], finite=True)
         if self._display is not None:
             self._display.show_sample(step, prompt, response, score)
 
     def _open(self) -> list[_Writer]:
-        """The trackers; at the first call cuts the files to the resumed step and opens them."""
+        """The trackers; the first call cuts the files to the resumed step and opens them."""
         if self._writers is None:
-            for path in (self._run.metrics(self._stage), samples_path(self._run, self._stage)):
+            for path in (self._run.metrics(self._stage), self._run.samples(self._stage)):
                 keep_lines(path, lambda line: line["step"] <= self._resumed_step)
             self._writers = []
             for name in self._tracking.report_to:
@@ -236,6 +211,10 @@ class Tracker:
                     self._writers.append(_Wandb(self._run, self._stage))
         return self._writers
 
+    def _close_writers(self) -> None:
+        for writer in self._writers or []:
+            writer.close()
+
     def _warn_not_finite(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             if not math.isfinite(value) and name not in self._named_not_finite:
@@ -245,13 +224,8 @@ class Tracker:
                 )
 
 
-def samples_path(run: RunFolder, stage: Stage) -> Path:
-    """Where a stage keeps its samples: one JSON object a line."""
-    return run.stage(stage) / "samples.jsonl"
-
-
 def logged_metrics(run: RunFolder, stage: Stage, step: int) -> dict[str, float]:
-    """What metrics.jsonl says of a step, null being NaN; empty if it was not logged."""
+    """The metrics of a step in metrics.jsonl, null as NaN; empty if it was not logged."""
     found: dict[str, float] = {}
     for line in read_lines(run.metrics(stage)):
         if line["step"] == step:

@@ -1,4 +1,7 @@
-"""The layout of a run folder: every path that one part writes and another reads."""
+"""The layout of a run folder: every path that one part writes and another reads, and lineage.json.
+
+What lineage.json records, and what follows from it, is in `trainers/stages/`.
+"""
 
 import json
 from dataclasses import dataclass
@@ -17,122 +20,89 @@ INFO = "chatllama.json"
 """Beside every adapter and model that was made here: what it is."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunFolder:
-    """Paths below `run_dir`; nothing is created by naming a path."""
+    """Paths below `run_dir`; naming a path creates nothing."""
 
     root: Path
 
-    @property
-    def config(self) -> Path:
-        """The resolved YAML, loadable as it is."""
-        return self.root / "config.yaml"
+    def __post_init__(self) -> None:
+        self.config = self.root / "config.yaml"
+        """The resolved YAML; it can be loaded as it is."""
+        self.lineage = self.root / "lineage.json"
+        """What each stage was made from."""
+        self.evaluation = self.root / "evaluation.json"
+        """Measurements of every role's held-out answers."""
+        self.summary = self.root / "summary.json"
+        """The numbers of the finished run."""
+        self.report = self.root / "report.html"
+        """The page that shows them."""
+        self.backbone = self.root / "backbone"
+        """Hugging Face folder, only when the backbone was built or imported here."""
+        self.full_model = self.root / "sft" / "model"
+        """Hugging Face folder: the result of SFT with `lora: null`, base of later stages."""
+        self.sft_adapter = self.root / "sft" / "adapter"
+        """PEFT folder of the SFT stage."""
+        self.reward_adapter = self.root / "reward" / "adapter"
+        """PEFT folder of the reward stage, score head included; member 0 of an ensemble."""
+        self.reward_diagnosis = self.root / "reward" / "doctor.json"
+        """Findings on preference data and reward model."""
+        self.policy_adapter = self.root / "ppo" / "policy"
+        """PEFT folder of the PPO policy."""
+        self.ema_adapter = self.root / "ppo" / "policy-ema"
+        """PEFT folder of the averaged policy, where `ppo.ema_decay` is set."""
+        self.value_adapter = self.root / "ppo" / "value"
+        """PEFT folder of the PPO value model, head included."""
 
     def existing_config(self) -> Path:
-        """The resolved YAML, which is there.
-
-        Raises:
-            ValueError: this is not a run folder.
-        """
+        """`config`; raises ValueError where it is missing."""
         if not self.config.is_file():
             raise ValueError(f"{self.root} is not a run folder: {self.config} is missing")
         return self.config
 
-    @property
-    def lineage(self) -> Path:
-        """What each stage was made from."""
-        return self.root / "lineage.json"
-
-    @property
-    def summary(self) -> Path:
-        """The numbers of the finished run."""
-        return self.root / "summary.json"
-
-    @property
-    def evaluation(self) -> Path:
-        """Held-out answers of every role, measured."""
-        return self.root / "evaluation.json"
-
-    @property
-    def report(self) -> Path:
-        """The page that shows them."""
-        return self.root / "report.html"
-
-    @property
-    def backbone(self) -> Path:
-        """Plain Hugging Face folder, only when the backbone was built or imported here."""
-        return self.root / "backbone"
-
-    @property
-    def full_model(self) -> Path:
-        """Plain Hugging Face folder: the result of SFT with `lora: null`, base of later stages."""
-        return self.root / "sft" / "model"
-
-    @property
-    def sft_adapter(self) -> Path:
-        """PEFT folder of the SFT stage."""
-        return self.root / "sft" / "adapter"
-
-    @property
-    def reward_adapter(self) -> Path:
-        """PEFT folder of the reward stage, score head included."""
-        return self.root / "reward" / "adapter"
+    def reward_member(self, number: int) -> Path:
+        """PEFT folder of member `number` of the reward ensemble, from 0."""
+        folder = self.reward_adapter
+        return folder if number == 0 else folder.with_name(f"{folder.name}-{number}")
 
     def reward_members(self) -> list[Path]:
-        """PEFT folders of the reward ensemble, the first being `reward_adapter`."""
-        others = sorted(
-            (p for p in self.reward_adapter.parent.glob("adapter-*") if p.is_dir()),
-            key=lambda path: int(path.name.removeprefix("adapter-")),
-        )
+        """PEFT folders of the reward ensemble, `reward_adapter` first."""
+        others = [p for p in self.reward_adapter.parent.glob("adapter-*") if p.is_dir()]
+        others.sort(key=lambda path: int(path.name.removeprefix("adapter-")))
         return [self.reward_adapter, *others]
-
-    @property
-    def ema_adapter(self) -> Path:
-        """PEFT folder of the averaged policy, where `ppo.ema_decay` is set."""
-        return self.root / "ppo" / "policy-ema"
-
-    @property
-    def policy_adapter(self) -> Path:
-        """PEFT folder of the PPO policy."""
-        return self.root / "ppo" / "policy"
-
-    @property
-    def value_adapter(self) -> Path:
-        """PEFT folder of the PPO value model, head included."""
-        return self.root / "ppo" / "value"
 
     def stage(self, stage: Stage) -> Path:
         """Folder of one stage."""
         return self.root / stage
 
     def metrics(self, stage: Stage) -> Path:
-        """One JSON object a line, one line a logged step."""
+        """One JSON object a line for each logged step."""
         return self.root / stage / "metrics.jsonl"
+
+    def samples(self, stage: Stage) -> Path:
+        """One JSON object a line for each answer that was sampled and shown."""
+        return self.root / stage / "samples.jsonl"
 
     def checkpoints(self, stage: Stage) -> Path:
         """Folder of `step-N` folders."""
         return self.root / stage / "checkpoints"
 
     def was_begun(self, stage: Stage) -> bool:
-        """Whether an interrupted start left checkpoints or finished members of an ensemble."""
+        """True where an interrupted start left checkpoints or finished members of an ensemble."""
         folder = self.checkpoints(stage)
         steps = (p.name.removeprefix("step-") for p in folder.rglob("step-*"))
         return (folder / "members.json").is_file() or any(step.isdigit() for step in steps)
 
-    def result(self, stage: Stage) -> Path:
-        """Written last by a stage: its closing numbers. Its presence means: finished."""
-        return self.root / stage / "result.json"
-
     def interrupted(self, stage: Stage) -> Path:
-        """Says at which step a stage was saved when it was told to stop."""
+        """The step at which a signal stopped the stage."""
         return self.root / stage / "interrupted.json"
 
-    def read_result(self, stage: Stage) -> dict[str, float]:
-        """Closing numbers of a finished stage.
+    def result(self, stage: Stage) -> Path:
+        """Closing numbers, written last: where it exists, the stage has finished."""
+        return self.root / stage / "result.json"
 
-        Raises:
-            ValueError: the stage has not finished.
-        """
+    def read_result(self, stage: Stage) -> dict[str, float]:
+        """Closing numbers; raises ValueError where the stage has not finished."""
         path = self.result(stage)
         if not path.is_file():
             raise ValueError(f"stage {stage} of {self.root} has not finished: {path} is missing")
@@ -140,7 +110,7 @@ class RunFolder:
 
 
 def read_lineage(run: RunFolder) -> dict[str, dict[str, Any]]:
-    """Stage -> its record; empty where there is none."""
+    """The record of each stage; empty where none is written."""
     if not run.lineage.is_file():
         return {}
     try:
@@ -151,36 +121,9 @@ def read_lineage(run: RunFolder) -> dict[str, dict[str, Any]]:
 
 def write_record(run: RunFolder, stage: Stage, record: dict[str, Any] | None) -> None:
     """Replaces the record of a stage; None removes it."""
-    records = read_lineage(run)
-    records.pop(stage, None)
-    if record is not None:
-        records[stage] = record
-    write_json(run.lineage, {name: records[name] for name in STAGES if name in records})
-
-
-def doctor_path(run: RunFolder) -> Path:
-    """What the RM doctor found, in data and model."""
-    return run.stage("reward") / "doctor.json"
-
-
-def member_folder(run: RunFolder, member: int) -> Path:
-    """PEFT folder of member 0, 1, ... of the ensemble; member 0 is RUN/reward/adapter."""
-    folder = run.reward_adapter
-    return folder if member == 0 else folder.with_name(f"{folder.name}-{member}")
-
-
-def reward_folders(run: RunFolder) -> list[Path]:
-    """The adapters of a finished reward stage: one, or those of the whole ensemble.
-
-    Raises:
-        ValueError: the stage has not finished, or one of them is missing.
-    """
-    count = int(run.read_result("reward").get("ensemble", 1))
-    folders = [member_folder(run, member) for member in range(count)]
-    for folder in folders:
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is missing: the reward stage of {run.root} trained {count}")
-    return folders
+    records: dict[str, Any] = {**read_lineage(run), stage: record}
+    kept = {name: records[name] for name in STAGES if records.get(name) is not None}
+    write_json(run.lineage, kept)
 
 
 def backbone_path(section: "BackboneSection", run: RunFolder) -> str:

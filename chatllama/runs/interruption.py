@@ -1,8 +1,8 @@
-"""SIGTERM and SIGUSR1 at a stage: it saves after the step that runs and ends with exit code 75.
+"""SIGTERM and SIGUSR1 at a stage: it saves after the running step and exits with code 75.
 
-Schedulers send them before a time limit or a preemption. Where no steps are made (start, closing
-evaluation) there is nothing to save, and the process ends at once. Signals belong to the process,
-so what has come is kept in this module.
+Schedulers send them before a time limit or a preemption. Outside the training steps (start,
+closing evaluation) there is nothing to save, and the process ends at once. Signal handlers belong
+to the process, so the state is module-level here; `listen` resets it.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupted(BaseException):
-    """The stage was told to stop. Not an Exception, so that no library takes it for an error."""
+    """A signal stopped the stage. Not an Exception, so that no library handles it as an error."""
 
 
 class _Signals:
-    """What has come, and whether steps are being made."""
+    """The signal received, and whether a training step is running."""
 
     def __init__(self) -> None:
         self.listener: int | None = None
@@ -34,24 +34,22 @@ class _Signals:
         self.ending = False
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        """Notes the signal; outside of steps ends the process by an exception."""
+        """Records the signal; outside the steps raises Interrupted."""
         if os.getpid() != self.listener:  # a worker process that inherited the handler
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
             return
-        if self.ending:  # launchers repeat themselves
+        if self.ending:  # launchers send signals repeatedly
             return
-        if self.in_steps:
-            if self.received is None:
-                name = signal.Signals(signum).name
-                os.write(2, f"{name}: saving after this step, then ending\n".encode())
-            self.received = signum
-            return
+        if self.in_steps and self.received is None:
+            name = signal.Signals(signum).name
+            os.write(2, f"{name}: saving after this step, then ending\n".encode())
         self.received = signum
-        self.raise_outside_steps()
+        if not self.in_steps:
+            self.raise_outside_steps()
 
     def raise_outside_steps(self) -> NoReturn:
-        """Ends what is no step."""
+        """Ends the process where no step is running."""
         assert self.received is not None
         name = signal.Signals(self.received).name
         self.ending = True
@@ -62,22 +60,22 @@ _signals = _Signals()
 
 
 def listen() -> None:
-    """From now on the signals are ours; main thread only."""
+    """Installs the handlers and forgets earlier signals; main thread only."""
     _signals.listener = os.getpid()
     _signals.received, _signals.in_steps, _signals.ending = None, False, False
     for signum in SIGNALS:
         signal.signal(signum, _signals.handle)
 
 
-def be_deaf() -> None:
-    """From now on the signals end this process at once: its job has failed."""
+def restore_default_handlers() -> None:
+    """Restores the default signal handlers, which end this process at once."""
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
 def steps() -> Iterator[None]:
-    """Signals that come inside wait for `stop_requested`."""
+    """Signals received inside wait for `stop_requested`."""
     begin_steps()
     try:
         yield
@@ -87,23 +85,19 @@ def steps() -> Iterator[None]:
 
 
 def begin_steps() -> None:
-    """Signals wait for `stop_requested` from now on."""
+    """Makes signals wait for `stop_requested`."""
     _signals.in_steps = True
 
 
 def end_steps() -> None:
-    """Signals end the process at once from now on.
-
-    Raises:
-        Interrupted: one came after the last step was asked about.
-    """
+    """Makes signals end the process at once; raises Interrupted where one is waiting."""
     _signals.in_steps = False
     if _signals.received is not None:
         _signals.raise_outside_steps()
 
 
 def stop_requested() -> bool:
-    """True on all ranks once a signal has come to any; every rank must call, after each step."""
+    """True on all ranks once any has received a signal; every rank must call, after each step."""
     from chatllama.runtime.distributed import all_any
 
     return all_any(_signals.received is not None)
@@ -112,7 +106,7 @@ def stop_requested() -> bool:
 def stop(run: RunFolder, stage: Stage, step: int) -> NoReturn:
     """Ends a stage whose checkpoint of `step` is written; every rank must call.
 
-    RUN/<stage>/interrupted.json says so to `chatllama run`, whatever the launcher's exit code.
+    RUN/<stage>/interrupted.json tells `chatllama run`, whatever the launcher's exit code.
 
     Raises:
         Interrupted: always.

@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         go_on(folder / "left by two", config)
         yield folder
     finally:
-        interruption.be_deaf()
+        interruption.restore_default_handlers()
 
 
 def metrics(run: Path, stage: Stage) -> list[dict[str, float]]:

@@ -43,12 +43,12 @@ from trainers.ppo import evaluate
 from trainers.ppo import model as ppo_setup
 from trainers.ppo import train as ppo
 from trainers.reward import train as reward
-from trainers.reward.diagnosis import model_report as reward_doctor
+from trainers.reward.diagnosis import model_report
 from trainers.sft import pretrain
 from trainers.sft import train as sft
 from trainers.stages.arguments import run_stage
 
-WARM = (evaluate, ppo, ppo_setup, pretrain, reward, reward_doctor, sft)
+WARM = (evaluate, ppo, ppo_setup, pretrain, reward, model_report, sft)
 """Imported before the first fork."""
 MAINS = {"sft": train_sft.main, "reward": train_rm.main, "ppo": train_ppo.main}
 PEOPLE = ("Anna", "the baker", "my brother", "Victor", "the queen", "a quiet child")

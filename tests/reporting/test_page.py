@@ -25,7 +25,7 @@ from chatllama.reporting.summary import (
     write_summary,
 )
 from chatllama.reporting.tracker import Tracker
-from chatllama.runs.folder import RunFolder, doctor_path
+from chatllama.runs.folder import RunFolder
 from chatllama.runtime.files import write_json
 from trainers.ppo.health.monitor import Diagnosis, start_diagnoses, write_diagnoses
 from trainers.reward.data import Preferences
@@ -310,14 +310,14 @@ def test_the_section_shows_figures_warnings_and_plots(tmp_path: Path):
     assert doctor_body(run) == ""
     data = Preferences(examples(60), examples(50), {"too <long>": 3})
     found = examine_data(data)
-    write_json(doctor_path(run), diagnosis(found))
+    write_json(run.reward_diagnosis, diagnosis(found))
     assert "accuracy of words alone" in doctor_body(run) and "<svg" not in doctor_body(run)
 
     scores = [x for n in range(50) for x in ((1.0, 0.0) if n % 10 else (0.0, 1.0))]
     model = examine_model(
         data.held_out, [scores, scores], RewardSection(), 0.95, PaddingError(1e-6, 1e-3)
     )
-    write_json(doctor_path(run), diagnosis(found, model))
+    write_json(run.reward_diagnosis, diagnosis(found, model))
     run.config.write_text("seed: 0\n")
     page = write_report(run).read_text(encoding="utf-8")
     section = page.split("Reward model check")[1].split("</section>")[0]

@@ -9,7 +9,7 @@ import pytest
 from chatllama.config.schema import TrackingSection
 from chatllama.reporting import tracker as tracking
 from chatllama.reporting.display import LiveDisplay
-from chatllama.reporting.tracker import Tracker, samples_path
+from chatllama.reporting.tracker import Tracker
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.command_line import duration, printable
 from chatllama.runtime.jsonl import read_lines
@@ -58,14 +58,14 @@ def test_resume_cuts_later_steps_and_continues_the_clock(tmp_path: Path) -> None
     old = [{"step": s, "time": 100.0 * s, "ppo/entropy": 1.0} for s in (1, 2, 3)]
     torn = '{"step": 4, "ti'  # the process was killed here
     run.metrics("ppo").write_text("".join(json.dumps(x) + "\n" for x in old) + torn)
-    samples_path(run, "ppo").write_text('{"step": 2}\n{"step": 3}\n')
+    run.samples("ppo").write_text('{"step": 2}\n{"step": 3}\n')
     with Tracker(run, "ppo", QUIET, 9, 0) as tracker:
         tracker.resume_from(2)
         tracker.log(3, {"ppo/entropy": 7.0})
     lines = read_lines(run.metrics("ppo"))
     assert [(x["step"], x["ppo/entropy"]) for x in lines] == [(1, 1.0), (2, 1.0), (3, 7.0)]
     assert 200 <= lines[2]["time"] < 260
-    assert read_lines(samples_path(run, "ppo")) == [{"step": 2}]
+    assert read_lines(run.samples("ppo")) == [{"step": 2}]
 
 
 def test_a_closing_evaluation_is_not_told_twice(tmp_path: Path) -> None:
@@ -141,12 +141,12 @@ def test_samples_are_kept_at_their_rhythm(tmp_path: Path) -> None:
     with Tracker(run, "ppo", QUIET, 5, 0) as tracker:
         for step in range(1, 6):
             tracker.sample(step, "p", f"r{step}", float("nan") if step == 4 else 0.5)
-    kept = read_lines(samples_path(run, "ppo"))
+    kept = read_lines(run.samples("ppo"))
     assert [(x["step"], x["score"]) for x in kept] == [(1, 0.5), (2, 0.5), (4, None), (5, 0.5)]
     none = QUIET.model_copy(update={"sample_every": 0})
     with Tracker(run, "ppo", none, 5, 0) as tracker:
         tracker.sample(1, "p", "r", 0.5)
-    assert len(read_lines(samples_path(run, "ppo"))) == 4
+    assert len(read_lines(run.samples("ppo"))) == 4
 
 
 def test_unknown_or_missing_trackers_are_refused_on_every_rank(

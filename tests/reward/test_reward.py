@@ -16,7 +16,7 @@ from chatllama.config.model import LoraSection
 from chatllama.config.schema import Config, EvaluationSection, RewardSection
 from chatllama.model.roles import Adapter, RoleModel, adapter_parameters
 from chatllama.reporting.statistics import wilson_interval
-from chatllama.runs.folder import RunFolder, reward_folders
+from chatllama.runs.folder import RunFolder
 from chatllama.runtime.files import write_json
 from data.batches import PreferenceCollator, SharedPromptCollator, answer_pairs
 from trainers.engine.engine import Engine
@@ -322,14 +322,9 @@ def test_ppo_is_warned_far_below_the_bayes_limit(tmp_path: Path):
     assert "0.800" in warning and "0.900" in warning
 
 
-def test_adapters_of_a_finished_stage(tmp_path: Path):
+def test_members_of_an_ensemble_are_in_order(tmp_path: Path):
     run = RunFolder(tmp_path)
-    with pytest.raises(ValueError, match=r"stage reward .* has not finished"):
-        reward_folders(run)
-    write_json(run.result("reward"), {"ensemble": 2})
-    run.reward_adapter.mkdir()
-    with pytest.raises(ValueError, match=r"adapter-1 is missing.* trained 2"):
-        reward_folders(run)
-    (tmp_path / "reward" / "adapter-1").mkdir()
-    (tmp_path / "reward" / "adapter-2").mkdir()  # of an earlier, larger ensemble
-    assert [folder.name for folder in reward_folders(run)] == ["adapter", "adapter-1"]
+    for number in (10, 2, 1):
+        run.reward_member(number).mkdir(parents=True)
+    names = ["adapter", "adapter-1", "adapter-2", "adapter-10"]
+    assert [folder.name for folder in run.reward_members()] == names

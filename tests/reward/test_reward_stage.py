@@ -23,7 +23,7 @@ from chatllama.model.roles import (
     adapter_parameters,
     adapter_state,
 )
-from chatllama.runs.folder import RunFolder, reward_folders
+from chatllama.runs.folder import RunFolder
 from chatllama.runtime.files import write_json
 from chatllama.text.tokenizer import load_tokenizer
 from trainers.reward.data import load_preferences
@@ -172,7 +172,7 @@ def test_an_ensemble_of_two(config_file: Path, tmp_path: Path, tiny_llama_dir: P
     command, run = new_run(config_file, tmp_path / "run")
     command.append("reward.ensemble=2")
     train_rm.main(command)
-    folders = reward_folders(run)
+    folders = run.reward_members()
     alone, first, second = (weights(f) for f in (single.reward_adapter, *folders))
     assert all(torch.equal(alone[name], first[name]) for name in alone)
     assert not any(torch.equal(second[name], first[name]) for name in first)
@@ -239,7 +239,7 @@ def test_two_ranks_equal_one_process(
         for name, value in ours.items():
             if name != "time":
                 assert theirs[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
-    for ours, theirs in zip(reward_folders(one_process), reward_folders(run), strict=True):
+    for ours, theirs in zip(one_process.reward_members(), run.reward_members(), strict=True):
         expected = weights(ours)
         for name, tensor in weights(theirs).items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)

@@ -11,9 +11,9 @@ import train_ppo
 import train_rm
 import train_sft
 from chatllama.config.loader import load_config
-from chatllama.runs import replicas as nodes
+from chatllama.runs import replicas
 from chatllama.runs.folder import STAGES, RunFolder
-from chatllama.runs.replicas import check_run_folder, copy_to_nodes, views_of
+from chatllama.runs.replicas import check_run_folder, replicate_folder, views_of
 from chatllama.runtime import distributed
 
 SAMPLES = Path(__file__).resolve().parents[2] / "data" / "samples"
@@ -100,7 +100,7 @@ def test_two_machines_without_a_shared_folder_give_what_one_process_gives(
 
 def test_one_machine_copies_nothing(tmp_path: Path):
     assert views_of(tmp_path) == []
-    copy_to_nodes(RunFolder(tmp_path), tmp_path / "sft")
+    replicate_folder(RunFolder(tmp_path), tmp_path / "sft")
     assert not list(tmp_path.iterdir())
 
 
@@ -120,15 +120,15 @@ def test_a_folder_is_copied_without_checkpoints_and_its_result_last(
         sent.append(value)
         return value
 
-    monkeypatch.setattr(nodes, "PIECE", 30)
-    monkeypatch.setattr(nodes, "views_of", lambda folder: [("a", True), ("b", False)])
+    monkeypatch.setattr(replicas, "CHUNK", 30)
+    monkeypatch.setattr(replicas, "views_of", lambda folder: [("a", True), ("b", False)])
     monkeypatch.setattr(distributed, "from_rank_zero", send)
-    copy_to_nodes(RunFolder(ours.parent), ours)
+    replicate_folder(RunFolder(ours.parent), ours)
     assert sent[0] == ["adapter/weights", "z", "result.json"]
     received = iter(list(sent))
     monkeypatch.setattr(distributed, "from_rank_zero", lambda value: next(received))
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    copy_to_nodes(RunFolder(theirs.parent), theirs)
+    replicate_folder(RunFolder(theirs.parent), theirs)
     files = {str(p.relative_to(theirs)): p.read_bytes() for p in theirs.rglob("*") if p.is_file()}
     assert files == contents
 
@@ -140,7 +140,7 @@ def test_checkpoints_need_a_shared_folder(
     capsys: pytest.CaptureFixture[str],
 ):
     views = [("a", True), ("b", False), ("b", False)]
-    monkeypatch.setattr(nodes, "views_of", lambda folder: views)
+    monkeypatch.setattr(replicas, "views_of", lambda folder: views)
     run = RunFolder(tmp_path / "run")
     saving = load_config(str(config_file), ["sft.save_every=1", "ppo.save_every=1"])
     with pytest.raises(ValueError, match=r"shared by b, .*\(sft.save_every=0, ppo.save_every=0\)"):

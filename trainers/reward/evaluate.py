@@ -10,7 +10,7 @@ from chatllama.config.schema import Config, RewardSection
 from chatllama.model.roles import RoleModel
 from chatllama.model.scoring import score_sequences, score_shared
 from chatllama.reporting.summary import BAYES_SLACK
-from chatllama.runs.folder import RunFolder, doctor_path
+from chatllama.runs.folder import RunFolder
 from chatllama.runtime.distributed import device
 from chatllama.text.padding import pad_left, pad_right
 from data.batches import AnswerRows, PreferenceCollator, SharedPromptCollator, answer_pairs
@@ -149,7 +149,7 @@ def check_gate(run: RunFolder, section: RewardSection) -> list[str]:
         )
         if not section.allow_weak:
             raise ValueError(
-                f"{text}. See {doctor_path(run)}. Remedies: more or cleaner "
+                f"{text}. See {run.reward_diagnosis}. Remedies: more or cleaner "
                 "pairs, more held-out pairs, reward.epochs, reward.learning_rate, lora.r; or "
                 "reward.allow_weak=true to start all the same"
             )

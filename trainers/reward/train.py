@@ -26,7 +26,7 @@ from chatllama.reporting.statistics import wilson_interval
 from chatllama.reporting.tracker import Tracker
 from chatllama.runs import interruption
 from chatllama.runs.checkpoints import checkpoint_to_resume, layout_of, save_step
-from chatllama.runs.folder import RunFolder, member_folder
+from chatllama.runs.folder import RunFolder
 from chatllama.runtime.distributed import (
     all_sum,
     barrier,
@@ -92,7 +92,7 @@ def train_ensemble(
     for number in range(len(members), cfg.reward.ensemble):
         model = build_reward_model(cfg, run, tokenizer, member_seed(cfg.seed, number))
         member = train_member(cfg, run, number, data, model, tokenizer.pad_token_id, resume)
-        export_reward(cfg, member_folder(run, number), model, info)
+        export_reward(cfg, run.reward_member(number), model, info)
         members.append(member)
         if cfg.reward.ensemble > 1 and rank() == 0:
             write_json(finished, [asdict(each) for each in members])

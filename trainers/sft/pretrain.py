@@ -23,7 +23,7 @@ from chatllama.config.stages import OptimizerSection
 from chatllama.model.backbone import check_kernels, use_liger
 from chatllama.reporting.tracker import Tracker
 from chatllama.runs.folder import INFO, RunFolder
-from chatllama.runs.replicas import copy_to_nodes
+from chatllama.runs.replicas import replicate_folder
 from chatllama.runtime import distributed
 from chatllama.text.tokenizer import load_tokenizer, train_tokenizer
 from data.mixture import load_mixture
@@ -55,7 +55,7 @@ def ensure_backbone(cfg: Config, run: RunFolder) -> None:
         print(f"training a backbone from text: {run.backbone}\n{mixture.summary()}", flush=True)
         train_tokenizer(mixture.train["text"], section.vocab_size, tokenizer_folder)
     distributed.barrier()
-    copy_to_nodes(run, tokenizer_folder)
+    replicate_folder(run, tokenizer_folder)
     tokenizer = load_tokenizer(tokenizer_folder)
     documents, _ = tokenize_text(mixture.train, tokenizer, section.max_length)
     optimizer = _optimizer(section)
@@ -88,7 +88,7 @@ def ensure_backbone(cfg: Config, run: RunFolder) -> None:
     elif distributed.leads_node():
         shutil.rmtree(tokenizer_folder, ignore_errors=True)
     distributed.barrier()
-    copy_to_nodes(run, run.backbone)
+    replicate_folder(run, run.backbone)
 
 
 def backbone_seconds(run: RunFolder) -> dict[str, float]:

@@ -139,7 +139,7 @@ def _failure(error: Exception) -> tuple[int, str]:
         run_lock.release_all()
         raise error
     if _lost_a_rank(error):
-        interruption.be_deaf()
+        interruption.restore_default_handlers()
         time.sleep(LOST_RANK_SECONDS)
         return 1, _signed(
             f"error: another rank has gone ({str(error).splitlines()[0]}). Its own output says "

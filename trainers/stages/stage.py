@@ -9,7 +9,7 @@ from chatllama.config.schema import Config
 from chatllama.model.fingerprint import model_fingerprint
 from chatllama.runs.folder import RunFolder, Stage, backbone_path, base_path, write_record
 from chatllama.runs.lock import acquire, release_all
-from chatllama.runs.replicas import check_run_folder, copy_file_to_nodes, copy_to_nodes
+from chatllama.runs.replicas import check_run_folder, replicate_file, replicate_folder
 from chatllama.runtime import distributed
 from chatllama.runtime.distributed import rank
 from chatllama.runtime.files import write_json
@@ -69,8 +69,8 @@ def finish(cfg: Config, run: RunFolder, stage: Stage, numbers: Mapping[str, floa
     if rank() == 0:
         complete_record(cfg, run, stage)
         write_json(run.result(stage), dict(numbers))
-    copy_file_to_nodes(run.lineage)
-    copy_to_nodes(run, run.stage(stage))
+    replicate_file(run.lineage)
+    replicate_folder(run, run.stage(stage))
     distributed.shut_down()
     release_all()
 

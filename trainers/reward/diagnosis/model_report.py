@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from chatllama.config.schema import RewardSection
 from chatllama.reporting.summary import BAYES_SLACK
-from chatllama.runs.folder import RunFolder, doctor_path
+from chatllama.runs.folder import RunFolder
 from chatllama.runtime.distributed import rank
 from chatllama.runtime.files import write_json
 from data.batches import answer_pairs
@@ -221,7 +221,7 @@ def open_diagnosis(run: RunFolder, data: Preferences) -> dict[str, Any]:
         return {}
     found = examine_data(data)
     written = diagnosis(found)
-    write_json(doctor_path(run), written)
+    write_json(run.reward_diagnosis, written)
     print(f"{data_summary(found)}\n{warning_lines(written['warnings'])}", flush=True)
     return found
 
@@ -248,7 +248,7 @@ def close_diagnosis(
     scores = [member.scores for member in members]
     found = examine_model(data.held_out, scores, section, data.bayes_accuracy, padding)
     written = diagnosis(examined, found)
-    write_json(doctor_path(run), written)
+    write_json(run.reward_diagnosis, written)
     print(f"{model_summary(found)}\n{warning_lines(written['warnings'])}", flush=True)
 
 
