@@ -1,6 +1,6 @@
-"""The `chatllama` command: what can be typed. The work is in the module that each command names.
+"""The `chatllama` command: its arguments. The work is in the module that each command names.
 
-Those modules are imported inside the functions, so that `--help` answers at once.
+Those modules are imported inside the functions, so that `--help` is fast.
 """
 
 import argparse
@@ -15,22 +15,17 @@ from chatllama.inference.cli import (
     add_chat_arguments,
     add_eval_arguments,
     add_generate_arguments,
-    chat_settings,
-    eval_options,
-    generate_options,
 )
+from chatllama.inference.options import ChatOptions, GenerateOptions
 from chatllama.runtime.command_line import Command, add_command, add_config_arguments
+from chatllama.runtime.declared_options import options_from
 from chatllama.serving.settings import add_serve_arguments, serve_settings
 
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code of one command: 0, 2 for the user's mistakes, 130 after Ctrl-C, or a stage's own.
-
-    Args:
-        argv: the arguments after `chatllama`. None: this process's.
-    """
+    """Exit code of one command: 0, 2 for a user's mistake, 130 after Ctrl-C, or a stage's own."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     command: Command = arguments.command
     try:
@@ -39,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader went away (`| head`); Python must not complain again at exit.
+        # The reader has closed the pipe (`| head`); without this Python reports it again at exit.
         sys.stdout = None
         return 0
     except (ValueError, FileNotFoundError) as error:
@@ -61,40 +56,31 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=f"chatllama {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    run = add_command(
-        commands, "run", _run, "train: SFT, reward model, PPO; then evaluation and report"
-    )
-    _add_run_arguments(run)
-    chat = add_command(commands, "chat", _chat, "talk to the model of a run in the terminal")
-    add_chat_arguments(chat)
-    generate = add_command(
-        commands, "generate", _generate, "answer many prompts, into a file or here"
-    )
-    add_generate_arguments(generate)
-    export = add_command(
-        commands, "export", _export, "adapter, merged model, reward model, GGUF files"
-    )
-    add_export_arguments(export)
-    serve = add_command(
-        commands, "serve", _serve, "an OpenAI-compatible API, and a page to compare on"
-    )
-    add_serve_arguments(serve)
-    import_ = add_command(
-        commands, "import", _import, "make a Hugging Face folder of Meta's checkpoint"
-    )
-    _add_import_arguments(import_)
-    eval_ = add_command(commands, "eval", _eval, "score a run's translations with sacrebleu")
-    add_eval_arguments(eval_)
-    report = add_command(commands, "report", _report, "write report.html of a run, finished or not")
-    report.add_argument("run", metavar="RUN", help="run folder")
+    for name, command, add_arguments, about in (
+        ("run", _run, _run_arguments, "train: SFT, reward model, PPO; then evaluation and report"),
+        ("chat", _chat, add_chat_arguments, "talk to the model of a run in the terminal"),
+        ("generate", _generate, add_generate_arguments, "answer many prompts, into a file or here"),
+        (
+            "export",
+            _export,
+            add_export_arguments,
+            "adapter, merged model, reward model, GGUF files",
+        ),
+        (
+            "serve",
+            _serve,
+            add_serve_arguments,
+            "an OpenAI-compatible API, and a page to compare on",
+        ),
+        ("import", _import, _import_arguments, "make a Hugging Face folder of Meta's checkpoint"),
+        ("eval", _eval, add_eval_arguments, "score a run's translations with sacrebleu"),
+        ("report", _report, _report_arguments, "write report.html of a run, finished or not"),
+        ("selftest", _selftest, _selftest_arguments, "PPO against the closed form, here and now"),
+    ):
+        add_arguments(add_command(commands, name, command, about))
     about = "check the data of a config, look at its tokens, or make more of it"
     data = commands.add_parser("data", help=about, description=about, allow_abbrev=False)
     add_data_commands(data.add_subparsers(title="commands", metavar="COMMAND", required=True))
-    selftest = add_command(
-        commands, "selftest", _selftest, "PPO against the closed form, here and now"
-    )
-    _add_selftest_arguments(selftest)
-    generate.set_defaults(rest="prompts")
     # argparse cannot take positionals that stand after an option; they come back as unknown words.
     arguments, unknown = parser.parse_known_args(argv)
     rest: str | None = arguments.rest
@@ -106,75 +92,48 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the newest checkpoint of an interrupted stage, with any number of ranks "
-        "and under any ZeRO stage",
-    )
-    parser.add_argument(
-        "--from",
-        dest="redo_from",
-        choices=("sft", "reward", "ppo"),
-        help="do this stage and the later ones again; their results and checkpoints are removed",
-    )
-    parser.add_argument(
-        "--num-gpus",
-        type=int,
-        metavar="N",
-        help="processes on this machine (default: all GPUs; without one, up to 2 on the CPU)",
-    )
-    parser.add_argument(
-        "--hostfile", type=Path, metavar="FILE", help="machines, `name slots=N` a line"
-    )
-    parser.add_argument(
-        "--master-port", type=int, metavar="P", help="port of rank 0 (default: a free one)"
-    )
-    parser.add_argument(
-        "--node-rank",
-        type=int,
-        metavar="R",
-        help="start only the processes of line R (from 0) of the hostfile, without ssh: for Slurm, "
-        "or by hand on every machine (docs/multinode.md)",
-    )
-    parser.add_argument("--master-addr", metavar="HOST", help="the hostfile's first machine")
-
-
-def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "folder",
-        metavar="META_FOLDER",
-        type=Path,
-        help="with params.json, consolidated.NN.pth and, there or one above, tokenizer.model",
+    about = (
+        "go on from the newest checkpoint of an interrupted stage, with any number of ranks and "
+        "under any ZeRO stage"
     )
+    add("--resume", action="store_true", help=about)
+    about = "do this stage and the later ones again; their results and checkpoints are removed"
+    add("--from", dest="redo_from", choices=("sft", "reward", "ppo"), help=about)
+    about = "processes on this machine (default: all GPUs; without one, up to 2 on the CPU)"
+    add("--num-gpus", type=int, metavar="N", help=about)
+    add("--hostfile", type=Path, metavar="FILE", help="machines, `name slots=N` a line")
+    add("--master-port", type=int, metavar="P", help="port of rank 0 (default: a free one)")
+    about = (
+        "start only the processes of line R (from 0) of the hostfile, without ssh: for Slurm, or "
+        "by hand on every machine (docs/multinode.md)"
+    )
+    add("--node-rank", type=int, metavar="R", help=about)
+    add("--master-addr", metavar="HOST", help="the hostfile's first machine")
+
+
+def _import_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    about = "with params.json, consolidated.NN.pth and, there or one above, tokenizer.model"
+    add("folder", metavar="META_FOLDER", type=Path, help=about)
     add("--out", type=Path, metavar="FOLDER", help="new folder (default: META_FOLDER-hf)")
-    add(
-        "--dtype",
-        choices=("keep", "float32", "bfloat16", "float16"),
-        default="keep",
-        help="type of the weights (default: keep)",
-    )
-    add(
-        "--max-positions",
-        type=int,
-        metavar="N",
-        help="longest text, in tokens, which the checkpoint does not say (default: 2048)",
-    )
+    types = ("keep", "float32", "bfloat16", "float16")
+    add("--dtype", choices=types, default="keep", help="type of the weights (default: keep)")
+    about = "longest text, in tokens, which the checkpoint does not say (default: 2048)"
+    add("--max-positions", type=int, metavar="N", help=about)
 
 
-def _add_selftest_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        default=[0, 1, 2],
-        metavar="N",
-        help="of the training runs, one each (default: 0 1 2)",
-    )
-    parser.add_argument("--quick", action="store_true", help="leave the training runs out")
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
+
+
+def _selftest_arguments(parser: argparse.ArgumentParser) -> None:
+    add, seeds = parser.add_argument, [0, 1, 2]
+    about = "of the training runs, one each (default: 0 1 2)"
+    add("--seeds", type=int, nargs="+", default=seeds, metavar="N", help=about)
+    add("--quick", action="store_true", help="leave the training runs out")
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -182,13 +141,8 @@ def _run(arguments: argparse.Namespace) -> None:
     from trainers.stages.launcher import Launch
     from trainers.stages.pipeline import StageFailed, run_pipeline
 
-    launch = Launch(
-        arguments.num_gpus,
-        arguments.hostfile,
-        arguments.master_port,
-        arguments.node_rank,
-        arguments.master_addr,
-    )
+    names = ("num_gpus", "hostfile", "master_port", "node_rank", "master_addr")
+    launch = Launch(**{name: vars(arguments)[name] for name in names})
     try:
         run_pipeline(
             arguments.config,
@@ -206,7 +160,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _chat(arguments: argparse.Namespace) -> None:
     from chatllama.inference.chat import chat
 
-    chat(Path(arguments.run), **chat_settings(arguments))
+    chat(arguments.run, options_from(ChatOptions, arguments))
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -215,7 +169,8 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     lines = None if sys.stdin.isatty() else sys.stdin
     prompts = read_prompts(arguments.prompts, arguments.file, lines)
-    generate_command(Path(arguments.run), prompts, generate_options(arguments), arguments.out)
+    options = options_from(GenerateOptions, arguments)
+    generate_command(arguments.run, prompts, options, arguments.out)
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -233,12 +188,8 @@ def _serve(arguments: argparse.Namespace) -> None:
 def _import(arguments: argparse.Namespace) -> None:
     from chatllama.importing.meta_checkpoint import import_meta
 
-    import_meta(
-        arguments.folder,
-        arguments.out,
-        dtype=arguments.dtype,
-        max_positions=arguments.max_positions,
-    )
+    out, positions = arguments.out, arguments.max_positions
+    import_meta(arguments.folder, out, dtype=arguments.dtype, max_positions=positions)
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -251,14 +202,15 @@ def _eval(arguments: argparse.Namespace) -> None:
     requests = read_requests(arguments.translation, arguments.languages)[: arguments.limit]
     name = Path(arguments.translation).name
     translations = Translations(name, requests, *language_codes(arguments.languages))
-    evaluate_translation(Path(arguments.run), translations, eval_options(arguments))
+    options = options_from(GenerateOptions, arguments, temperature=0.0)
+    evaluate_translation(arguments.run, translations, options)
 
 
 def _report(arguments: argparse.Namespace) -> None:
     from chatllama.reporting.page import write_report
     from chatllama.runs.folder import RunFolder
 
-    print(write_report(RunFolder(Path(arguments.run))))
+    print(write_report(RunFolder(arguments.run)))
 
 
 def _selftest(arguments: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from chatllama.config.model import ChatSection
 from chatllama.inference import batch as generation_command
 from chatllama.inference.answerer import Answerer
 from chatllama.inference.load import load_run
-from chatllama.inference.options import Options
+from chatllama.inference.options import GenerateOptions
 from chatllama.inference.prompt_files import Prompt
 from chatllama.model.adapters import save_adapter
 from chatllama.model.roles import (
@@ -71,7 +71,9 @@ def before_rewards(run: RunFolder, folder: Path) -> RunFolder:
 def answers(
     run: RunFolder, out: Path, prompts: list[Prompt] | None = None, **options: Any
 ) -> list[dict[str, Any]]:
-    generation_command.generate_command(run.root, prompts or PROMPTS, Options(**options), out)
+    generation_command.generate_command(
+        run.root, prompts or PROMPTS, GenerateOptions(**options), out
+    )
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 

@@ -68,7 +68,7 @@ def make_served_run(folder: Path, tokenizer_dir: Path) -> RunFolder:
 @contextmanager
 def serving(run: RunFolder, loaded: LoadedRun | None = None, **changes: Any) -> Iterator[str]:
     """The address of a server that runs inside; on leaving it has stopped gracefully."""
-    settings = replace(ServerSettings(run.root, port=0, grace=5.0), **changes)
+    settings = replace(ServerSettings(run=run.root, port=0, grace=5.0), **changes)
     check_settings(settings)
     bound: socket.socket = open_socket(settings)
     server = Server(Service(settings, loaded or load_run(run)))

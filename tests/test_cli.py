@@ -7,6 +7,7 @@ import pytest
 
 from chatllama import cli
 from chatllama.inference import chat
+from chatllama.inference.options import ChatOptions
 from chatllama.reporting import page as report
 from data.reading.files import named_files
 from trainers.stages import pipeline
@@ -38,10 +39,9 @@ def test_run_takes_overrides_before_and_after_options(calls: list) -> None:
 def test_chat_passes_its_settings(calls: list) -> None:
     words = "chat RUN --role sft --temperature 0 --top-p 0.5 --seed 3"
     assert cli.main(words.split()) == 0
-    (((run,), options),) = calls
-    assert run == Path("RUN")
-    assert options["role"] == "sft" and options["temperature"] == 0.0 and options["top_p"] == 0.5
-    assert options["seed"] == 3 and options["system"] is None
+    expected = ChatOptions(role="sft", temperature=0.0, top_p=0.5, seed=3)
+    assert calls == [((Path("RUN"), expected), {})]
+    assert (expected.system, ChatOptions().temperature, ChatOptions().top_p) == (None, 0.7, 0.9)
 
 
 @pytest.mark.parametrize(

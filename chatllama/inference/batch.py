@@ -1,7 +1,7 @@
 """`chatllama generate`: many prompts answered, to the terminal or to a file that can be resumed.
 
-The settings and the order of the work are here; prompts are read in `prompt_files.py`, answered in
-`answerer.py`.
+The order of the work is here; options are in `options.py`, prompts are read in `prompt_files.py`
+and answered in `answerer.py`.
 """
 
 import sys
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from chatllama.config.schema import with_weights
 from chatllama.inference.options import (
-    Options,
-    Plan,
+    GenerateOptions,
+    Settings,
     best_of_kl,
     check_options,
-    make_plan,
+    complete,
 )
 from chatllama.inference.prompt_files import Prompt
 from chatllama.reporting.display import answer_progress
@@ -32,8 +32,8 @@ if TYPE_CHECKING:  # importing them takes seconds
 
 
 @dataclass
-class Tally:
-    """Numbers of the answers written so far, those of earlier sessions included."""
+class Totals:
+    """Sums over the answers written so far, those of earlier calls included."""
 
     lengths: list[int] = field(default_factory=list)
     finished: int = 0
@@ -42,7 +42,7 @@ class Tally:
     """Mean score of each prompt's samples, with best-of-n."""
 
     def add(self, line: dict[str, Any]) -> None:
-        """Takes in a line of the file."""
+        """Adds a line of the file."""
         self.lengths.append(line["num_tokens"])
         self.finished += line["finished"]
         if "score" in line:
@@ -52,19 +52,13 @@ class Tally:
 
 
 def generate_command(
-    run_dir: Path, prompts: Sequence[Prompt], options: Options, out: Path | None = None
+    run_dir: Path, prompts: Sequence[Prompt], options: GenerateOptions, out: Path | None = None
 ) -> None:
     """Answers every prompt; to `out` as JSON lines, else to the terminal. Ends with a summary.
 
     An interrupted run goes on where `out` ends. The random numbers of an answer belong to (seed,
     number of the prompt, number of the sample), so the first samples of a larger number are those
     of a smaller one. Interruptions change nothing, batch sizes no more than rounding does.
-
-    Args:
-        run_dir: the run's folder.
-        prompts: at least one.
-        options: how to answer.
-        out: file to write or to continue.
 
     Raises:
         ValueError: an option out of range, no such role in the run, a prompt too long for the
@@ -77,60 +71,61 @@ def generate_command(
     from chatllama.config.loader import load_config
 
     cfg = load_config(config)
-    plan = make_plan(run, cfg, options)
-    keys = [(prompt.id, sample) for prompt in prompts for sample in range(plan.kept)]
-    tally, done = Tally(), 0
+    settings = complete(run, cfg, options)
+    keys = [(prompt.id, sample) for prompt in prompts for sample in range(settings.kept)]
+    totals, done = Totals(), 0
     if out is not None:
-        for line in _answers_in(out, plan.settings(run, prompts), keys):
-            tally.add(line)
+        for line in _answers_in(out, settings.saved(run, prompts), keys):
+            totals.add(line)
             done += 1
-    old_tokens, seconds = sum(tally.lengths), 0.0
+    old_tokens, seconds = sum(totals.lengths), 0.0
     if done < len(keys):
         if done:
             tell(f"{out}: going on after {done} of {len(keys)} answers")
-        seconds = _answer_all(run, cfg, plan, prompts, done, tally, out)
-    tell("\n".join(summary(plan, tally, sum(tally.lengths) - old_tokens, seconds)))
+        seconds = _answer_all(run, cfg, settings, prompts, done, totals, out)
+    tell("\n".join(summary(settings, totals, sum(totals.lengths) - old_tokens, seconds)))
 
 
 def _answer_all(
     run: RunFolder,
     cfg: "Config",
-    plan: Plan,
+    settings: Settings,
     prompts: Sequence[Prompt],
     done: int,
-    tally: Tally,
+    totals: Totals,
     out: Path | None,
 ) -> float:
-    """Answers the prompts from line `done` on, batch by batch; gives the seconds without loading.
+    """Answers the prompts from line `done` on, batch by batch; returns seconds without loading.
 
     Every batch is written, or printed, as soon as it is done.
     """
     from chatllama.inference.answerer import Answerer
     from chatllama.inference.load import load_run, reward_role
 
-    acting = "reference" if plan.role == "sft" else plan.role
-    rewards = [reward_role(number) for number in range(len(plan.rewards))]
-    cfg = with_weights(cfg, plan.dtype, plan.quantization)
-    answerer = Answerer.of(load_run(run, cfg, [acting, *rewards]), acting, plan.compile)
-    longest = _check_lengths(answerer, prompts, plan.max_new_tokens)
+    acting = "reference" if settings.role == "sft" else settings.role
+    rewards = [reward_role(number) for number in range(len(settings.rewards))]
+    cfg = with_weights(cfg, settings.dtype, settings.quantization)
+    loaded = load_run(run, cfg, [acting, *rewards])
+    answerer = Answerer.of(loaded, acting, settings.options.compile)
+    longest = _check_lengths(answerer, prompts, settings.sampling.max_new_tokens)
     # Batches begin where they would without an interruption, so that not even rounding differs.
-    per_batch = max(1, plan.batch_size // plan.drawn)
+    per_batch = max(1, settings.batch_size // settings.drawn)
     if answerer.compiled is not None:  # once for all batches
-        rows = min(per_batch, len(prompts)) * plan.drawn
-        answerer.compiled.reserve(min(rows, plan.batch_size), longest)
-    first = done // plan.kept // per_batch * per_batch
-    skipped = done - first * plan.kept
-    total = len(prompts) * plan.kept
+        rows = min(per_batch, len(prompts)) * settings.drawn
+        answerer.compiled.reserve(min(rows, settings.batch_size), longest)
+    first = done // settings.kept // per_batch * per_batch
+    skipped = done - first * settings.kept
+    total = len(prompts) * settings.kept
     started = time.monotonic()
     with answer_progress(total, done, out is not None or not sys.stdout.isatty()) as advance:
         for start in range(first, len(prompts), per_batch):
             batch = range(start, min(start + per_batch, len(prompts)))
-            lines = _answer_batch(answerer, plan, prompts, batch)[skipped:]
+            lines = _answer_batch(answerer, settings, prompts, batch)[skipped:]
             skipped = 0
             if out is not None:
                 append_lines(out, lines)
             for line in lines:
-                tally.add(line)
+                totals.add(line)
                 if out is None:
                     _show(line, alone=total == 1)
             advance(len(lines))
@@ -138,75 +133,71 @@ def _answer_all(
 
 
 def _answer_batch(
-    answerer: "Answerer", plan: Plan, prompts: Sequence[Prompt], batch: range
+    answerer: "Answerer", settings: Settings, prompts: Sequence[Prompt], batch: range
 ) -> list[dict[str, Any]]:
     """The lines of a few prompts."""
     import torch
 
-    from chatllama.generation.sampling import Sampling
     from chatllama.inference.answerer import random_numbers
 
-    drawn = [(number, sample) for number in batch for sample in range(plan.drawn)]
-    uniforms = [random_numbers(plan.seed, *place, plan.max_new_tokens) for place in drawn]
+    options, sampling = settings.options, settings.sampling
+    drawn = [(number, sample) for number in batch for sample in range(settings.drawn)]
+    uniforms = [random_numbers(options.seed, *each, sampling.max_new_tokens) for each in drawn]
     answers = answerer.answer(
         [prompts[number].messages for number, _ in drawn],
         torch.stack(uniforms),
-        Sampling(plan.max_new_tokens, plan.temperature, plan.top_k, plan.top_p),
-        plan.stops,
-        plan.batch_size,
-        plan.logprobs,
+        sampling,
+        options.stops,
+        settings.batch_size,
+        options.logprobs,
     )
     lines = []
     for place, number in enumerate(batch):
-        own = answers[place * plan.drawn : (place + 1) * plan.drawn]
-        if plan.kept == plan.drawn:
+        own = answers[place * settings.drawn : (place + 1) * settings.drawn]
+        if settings.kept == settings.drawn:
             for sample, answer in enumerate(own):
-                extra = {"sample": sample} if plan.kept > 1 else {}
-                lines.append(_line(plan, prompts[number], answer, extra))
+                extra = {"sample": sample} if settings.kept > 1 else {}
+                lines.append(_line(options, prompts[number], answer, extra))
         else:
             scores = [answer.score for answer in own if answer.score is not None]
             best = own[max(range(len(scores)), key=scores.__getitem__)]
             extra = {"best_of": len(own), "mean_candidate_score": sum(scores) / len(scores)}
-            lines.append(_line(plan, prompts[number], best, extra))
+            lines.append(_line(options, prompts[number], best, extra))
     return lines
 
 
-def _line(plan: Plan, prompt: Prompt, answer: "Answer", extra: dict[str, Any]) -> dict[str, Any]:
+def _line(
+    options: GenerateOptions, prompt: Prompt, answer: "Answer", extra: dict[str, Any]
+) -> dict[str, Any]:
     line: dict[str, Any] = {"id": prompt.id, **extra, "prompt": prompt.content}
     line |= {"response": answer.text, "finished": answer.finished, "num_tokens": len(answer.ids)}
     if answer.score is not None:
         line["score"] = answer.score
     if answer.logprobs is not None:
         line |= {"logprob": sum(answer.logprobs), "logprobs": answer.logprobs}
-    if plan.token_ids:
+    if options.token_ids:
         line["token_ids"] = answer.ids
     return line
 
 
-def summary(plan: Plan, tally: Tally, new_tokens: int, seconds: float) -> list[str]:
-    """The closing lines.
-
-    Args:
-        plan: what was asked.
-        tally: of all answers.
-        new_tokens: tokens of the answers that were written in this session.
-        seconds: of this session.
-    """
-    count = len(tally.lengths)
-    length, _ = mean_and_error(tally.lengths)
+def summary(settings: Settings, totals: Totals, new_tokens: int, seconds: float) -> list[str]:
+    """The closing lines; `new_tokens` and `seconds` are those of this call only."""
+    count = len(totals.lengths)
+    length, _ = mean_and_error(totals.lengths)
     lines = [
-        f"{count} answers by {plan.role}: {tally.finished / count:.1%} finished, "
+        f"{count} answers by {settings.role}: {totals.finished / count:.1%} finished, "
         f"{length:.1f} tokens on average"
     ]
     if new_tokens:
         rate = new_tokens / max(seconds, 1e-9)
         lines.append(f"{duration(seconds)}, {rate:.0f} tokens of answers a second")
-    if tally.scores:
-        lines.append(f"score {_with_error(tally.scores)}")
-    if tally.candidate_scores:
+    if totals.scores:
+        lines.append(f"score {_with_error(totals.scores)}")
+    if totals.candidate_scores:
+        drawn = settings.drawn
         lines.append(
-            f"best of {plan.drawn}: score of all samples {_with_error(tally.candidate_scores)}; "
-            f"KL to {plan.role} at most {best_of_kl(plan.drawn):.3f} nats (log n - (n - 1)/n)"
+            f"best of {drawn}: score of all samples {_with_error(totals.candidate_scores)}; "
+            f"KL to {settings.role} at most {best_of_kl(drawn):.3f} nats (log n - (n - 1)/n)"
         )
     return lines
 
@@ -217,7 +208,7 @@ def _with_error(values: Sequence[float]) -> str:
 
 
 def _check_lengths(answerer: "Answerer", prompts: Sequence[Prompt], max_new_tokens: int) -> int:
-    """Tokens of the longest prompt and its answer, where all of them fit the model.
+    """Tokens of the longest prompt with its answer.
 
     Raises:
         ValueError: names the first prompt that cannot be rendered or does not fit.
@@ -249,9 +240,9 @@ def _show(line: dict[str, Any], alone: bool) -> None:
         print(printable(line["response"]), flush=True)
         return
     prompt = line["prompt"]
-    asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     score = f"  (score {line['score']:.2f})" if "score" in line else ""
-    print(f"> {printable(asked)}\n< {printable(line['response'])}{score}", flush=True)
+    print(f"> {printable(text)}\n< {printable(line['response'])}{score}", flush=True)
 
 
 Key = tuple[int | str, int]
@@ -264,12 +255,12 @@ def _answers_in(
     """The answers that `path` already holds.
 
     Args:
-        path: file to write to; made, with its folder, if missing.
+        path: file to write to; made if missing.
         settings: JSON values that determine the answers.
         keys: of all answers, in order.
 
     Raises:
-        ValueError: the file is not ours, was made with other settings, or is damaged.
+        ValueError: as `resume`, or it holds other answers.
     """
     (answers,) = resume(settings, path)
     if len(answers) > len(keys):

@@ -1,7 +1,7 @@
 """Terminal chat with a run: lines in, streamed answers out, history and system prompt kept.
 
-`converse` needs no model and no terminal: it takes messages and a speaker. `chat` loads a run and
-connects the two; who speaks is in `chat_speaker.py`, the lines in `chat_lines.py`.
+`converse` needs no terminal: it takes messages and a chat model. `chat` loads a run and connects
+the two; the model is in `chat_model.py`, reading lines in `terminal_input.py`.
 """
 
 import contextlib
@@ -10,15 +10,16 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from chatllama.inference.chat_model import ChatRole, Compared
-from chatllama.inference.options import check_stops
+from chatllama.inference.options import ChatOptions, GenerationRole
 from chatllama.inference.terminal_input import read_messages
 from chatllama.runs.folder import RunFolder
-from chatllama.runtime.command_line import printable
+from chatllama.runtime.command_line import printable, tell
+from chatllama.runtime.declared_options import check_limits
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # importing them takes seconds
+    from chatllama.inference.chat_model import ChatModel, Compared
     from chatllama.text.chat_format import Message
 
 HELP = '''\
@@ -35,28 +36,11 @@ HELP = '''\
 Ctrl-C          stop the answer, or drop the line being typed'''
 
 
-class Speaker(Protocol):
-    """Who answers."""
-
-    @property
-    def roles(self) -> tuple[ChatRole, ...]:
-        """Those that are loaded."""
-        ...
-
-    def answer(self, messages: "list[Message]", role: ChatRole) -> Iterator[str]:
-        """Streams the answer to a conversation as text."""
-        ...
-
-    def compare(self, messages: "list[Message]") -> Iterator[Compared]:
-        """Every role's answer to a conversation."""
-        ...
-
-
 @dataclass
 class Conversation:
-    """What has been said, and who answers next."""
+    """The messages so far, and the role that answers next."""
 
-    role: ChatRole
+    role: GenerationRole
     system: str | None = None
     turns: "list[Message]" = field(default_factory=list)
 
@@ -67,78 +51,48 @@ class Conversation:
         return [{"role": "system", "content": self.system}, *self.turns]
 
 
-def chat(
-    run_dir: Path,
-    role: ChatRole | None = None,
-    *,
-    temperature: float = 0.7,
-    top_p: float = 0.9,
-    max_new_tokens: int | None = None,
-    system: str | None = None,
-    seed: int | None = None,
-    stops: tuple[str, ...] = (),
-    dtype: str | None = None,
-    quantization: str | None = None,
-) -> None:
+def chat(run_dir: Path, options: ChatOptions | None = None) -> None:
     """Talks with a run's model until the input ends.
 
-    Args:
-        run_dir: the run's folder.
-        role: who answers. None: the policy if there is one, else the SFT model.
-        temperature: 0 takes the likeliest token.
-        top_p: total probability of the tokens sampled from.
-        max_new_tokens: longest answer, in tokens. None: the config's `generation.max_new_tokens`.
-        system: system prompt. None: the config's.
-        seed: makes the answers repeatable. None: other answers each time.
-        stops: strings that end an answer.
-        dtype: float32, bfloat16 or float16. None: the config's.
-        quantization: none, int8 or nf4. None: the config's.
-
     Raises:
-        ValueError: a setting out of range, no finished run in `run_dir`, or no such role in it.
+        ValueError: an option out of range, no finished run in `run_dir`, or no such role in it.
     """
-    _check_settings(temperature, top_p, max_new_tokens)
-    check_stops(stops)
+    options = options or ChatOptions()
+    check_limits(options)
     run = RunFolder(run_dir)
     config = run.existing_config()
-    role = role or ("policy" if run.policy_adapter.is_dir() else "sft")
+    role = options.role or ("policy" if run.policy_adapter.is_dir() else "sft")
 
     import torch
 
     from chatllama.config.loader import load_config
     from chatllama.config.schema import with_weights
     from chatllama.generation.sampling import Sampling
-    from chatllama.inference.chat_model import ModelSpeaker, describe_model
+    from chatllama.inference.chat_model import ChatModel, describe_model
     from chatllama.inference.load import load_run
 
     generator = torch.Generator()
-    if seed is None:
+    if options.seed is None:
         generator.seed()
     else:
-        generator.manual_seed(seed)
-    loaded = load_run(run, with_weights(load_config(config), dtype, quantization))
-    longest = max_new_tokens or loaded.config.generation.max_new_tokens
-    sampling = Sampling(longest, temperature=temperature, top_p=top_p)
-    speaker = ModelSpeaker(loaded, sampling, generator, stops)
-    if role not in speaker.roles:
-        raise ValueError(_no_role(role, speaker))
+        generator.manual_seed(options.seed)
+    loaded = load_run(run, with_weights(load_config(config), options.dtype, options.quantization))
+    longest = options.max_new_tokens or loaded.config.generation.max_new_tokens
+    sampling = Sampling(longest, temperature=options.temperature, top_p=options.top_p)
+    model = ChatModel(loaded, sampling, generator, options.stops)
+    conversation = Conversation(_find_role(role, model), options.system)
     if sys.stdin.isatty():
         quantization = loaded.config.backbone.quantization
         print(f"{run.root}: {describe_model(loaded.model, quantization)}")
-        print(f"Roles: {', '.join(speaker.roles)}; {role} answers. /help lists the commands.")
-    converse(read_messages(), speaker, Conversation(role, system))
+        print(f"Roles: {', '.join(model.roles)}; {role} answers. /help lists the commands.")
+    converse(read_messages(), model, conversation)
 
 
-def converse(messages: Iterator[str], speaker: Speaker, conversation: Conversation) -> None:
+def converse(messages: Iterator[str], model: "ChatModel", conversation: Conversation) -> None:
     """Answers message after message, on stdout, until they end or one says /quit.
 
-    Ctrl-C during an answer ends that answer only. What goes wrong with one message is told, and
-    the conversation goes on.
-
-    Args:
-        messages: what the user types.
-        speaker: answers.
-        conversation: the state; changed in place.
+    Ctrl-C during an answer ends that answer only. An error in one message is printed, and the
+    conversation goes on. `conversation` is changed in place.
     """
     for message in messages:
         text = message.strip()
@@ -148,77 +102,67 @@ def converse(messages: Iterator[str], speaker: Speaker, conversation: Conversati
             continue
         try:
             if text.startswith("/"):
-                _obey(text, speaker, conversation)
+                _run_command(text, model, conversation)
             else:
-                _reply(text, speaker, conversation)
+                _reply(text, model, conversation)
         except ValueError as error:
-            _note(str(error))
+            tell(str(error))
 
 
-def _reply(text: str, speaker: Speaker, conversation: Conversation) -> None:
+def _reply(text: str, model: "ChatModel", conversation: Conversation) -> None:
     """Answers a message and remembers both, unless it is refused."""
     conversation.turns.append({"role": "user", "content": text})
     try:
-        reply = _show(speaker.answer(conversation.messages(), conversation.role))
+        reply = _show(model.answer(conversation.messages(), conversation.role))
     except ValueError:
         conversation.turns.pop()
         raise
     conversation.turns.append({"role": "assistant", "content": reply})
 
 
-def _show(pieces: Iterator[str]) -> str:
-    """Prints an answer while it comes; gives its text."""
+def _show(chunks: Iterator[str]) -> str:
+    """Prints an answer as it is streamed; returns its text."""
     text = ""
     with contextlib.suppress(KeyboardInterrupt):
-        for piece in pieces:
-            text += piece
-            sys.stdout.write(printable(piece))
-            sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+        for chunk in chunks:
+            text += chunk
+            print(printable(chunk), end="", flush=True)
+    print(flush=True)
     return text
 
 
-def _obey(text: str, speaker: Speaker, conversation: Conversation) -> None:
-    """Follows a slash command.
-
-    Raises:
-        ValueError: it cannot be followed; says why.
-    """
+def _run_command(text: str, model: "ChatModel", conversation: Conversation) -> None:
+    """Runs a slash command; raises ValueError if it cannot."""
     name, _, rest = text.partition(" ")
     rest = rest.strip()
     match name:
         case "/help":
-            _note(HELP)
+            tell(HELP)
         case "/reset":
             conversation.turns.clear()
-            _note("(forgotten)")
+            tell("(forgotten)")
         case "/system":
             conversation.system = rest or None
-            _note("(system prompt set)" if rest else "(system prompt of the config)")
+            tell("(system prompt set)" if rest else "(system prompt of the config)")
         case "/role":
-            conversation.role = _find_role(rest, speaker)
-            _note(f"({rest} answers)")
+            conversation.role = _find_role(rest, model)
+            tell(f"({rest} answers)")
         case "/history":
             for message in conversation.messages():
-                _note(f"{message['role']}: {message['content']}")
+                tell(f"{message['role']}: {message['content']}")
         case "/save":
             _save(rest, conversation)
         case "/compare":
-            _compare(rest, speaker, conversation)
+            _compare(rest, model, conversation)
         case _:
             raise ValueError(f"{name} is no command; /help lists them")
 
 
-def _find_role(name: str, speaker: Speaker) -> ChatRole:
-    for role in speaker.roles:
+def _find_role(name: str, model: "ChatModel") -> GenerationRole:
+    for role in model.roles:
         if role == name:
             return role
-    raise ValueError(_no_role(name, speaker))
-
-
-def _no_role(name: str, speaker: Speaker) -> str:
-    return f"role {name or '(none named)'}: this run has {', '.join(speaker.roles)}"
+    raise ValueError(f"role {name or '(none named)'}: this run has {', '.join(model.roles)}")
 
 
 def _save(file: str, conversation: Conversation) -> None:
@@ -233,10 +177,10 @@ def _save(file: str, conversation: Conversation) -> None:
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
     except OSError as error:
         raise ValueError(f"/save: {error}") from error
-    _note(f"(added to {file})")
+    tell(f"(added to {file})")
 
 
-def _compare(text: str, speaker: Speaker, conversation: Conversation) -> None:
+def _compare(text: str, model: "ChatModel", conversation: Conversation) -> None:
     """Shows all roles' answers to `text`, or to the last message; the conversation stays."""
     messages = conversation.messages()
     if text:
@@ -248,11 +192,11 @@ def _compare(text: str, speaker: Speaker, conversation: Conversation) -> None:
             raise ValueError("/compare needs a message: /compare TEXT")
     answers: list[Compared] = []
     with contextlib.suppress(KeyboardInterrupt):
-        answers += speaker.compare(messages)
+        answers += model.compare(messages)
     show_compared(answers)
 
 
-def show_compared(answers: list[Compared]) -> None:
+def show_compared(answers: "list[Compared]") -> None:
     """Prints answers side by side, on a pipe below each other."""
     if not sys.stdout.isatty():
         for answer in answers:
@@ -273,28 +217,10 @@ def show_compared(answers: list[Compared]) -> None:
         Console(highlight=False).print(table)
 
 
-def _numbers(answer: Compared) -> str:
+def _numbers(answer: "Compared") -> str:
     parts = [f"{answer.num_tokens} tokens"]
     if answer.score is not None:
         parts.append(f"score {answer.score:+.2f}")
     if answer.kl is not None:
         parts.append(f"KL to sft {answer.kl:.2f} nats/token")
     return ", ".join(parts)
-
-
-def _note(text: str) -> None:
-    print(printable(text), file=sys.stderr, flush=True)
-
-
-def _check_settings(temperature: float, top_p: float, max_new_tokens: int | None) -> None:
-    """Nothing, for settings that can be sampled with.
-
-    Raises:
-        ValueError: names the first that cannot.
-    """
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"--temperature {temperature}: must be 0 or more")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"--top-p {top_p}: must be above 0 and at most 1")
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens {max_new_tokens}: must be at least 1")

@@ -1,9 +1,7 @@
-"""The roles of a loaded run as speakers: streamed answers, and answers side by side."""
+"""The roles of a loaded run as chat models: streamed answers, and answers side by side."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -11,26 +9,20 @@ from chatllama.generation.generate import stream
 from chatllama.generation.sampling import Sampling
 from chatllama.inference.answerer import Answerer
 from chatllama.inference.load import LoadedRun
+from chatllama.inference.options import GenerationRole
 from chatllama.model.backbone import megabytes, weight_bytes
-from chatllama.model.roles import (
-    Role,
-    RoleModel,
-    acting_as,
-    autocast,
-)
+from chatllama.model.roles import Role, RoleModel, acting_as, autocast
 from chatllama.model.scoring import hidden_states
-from chatllama.runtime.command_line import printable
+from chatllama.runtime.command_line import tell
 from chatllama.text.chat_format import Message, end_of_turn_ids, render
 from chatllama.text.detokenizing import stream_text
-
-ChatRole = Literal["base", "sft", "policy", "ema"]
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One role's answer beside those of others."""
+    """One role's answer to a prompt that several roles answer."""
 
-    role: ChatRole
+    role: GenerationRole
     text: str
     num_tokens: int
     score: float | None
@@ -39,24 +31,21 @@ class Compared:
     """To the SFT model, nats per token of this answer; None for the SFT model itself."""
 
 
-ACTING: dict[ChatRole, Role] = {
-    "base": "base",
-    "sft": "reference",
-    "policy": "policy",
-    "ema": "ema",
-}
+ACTING: dict[GenerationRole, Role] = {
+    "base": "base", "sft": "reference", "policy": "policy", "ema": "ema",
+}  # fmt: skip
 
 
-class ModelSpeaker:
+class ChatModel:
     """Answers with a run's model.
 
     Where conversation and answer do not fit the model's positions, the oldest exchanges are left
-    out, and a note says so.
+    out, with a note on stderr.
 
     Args:
         loaded: model with its roles, tokenizer and chat layout.
-        sampling: how to choose tokens.
-        generator: CPU generator of the random numbers.
+        sampling: also bounds the answer's length.
+        generator: of the random numbers, on the CPU.
         stops: strings that end an answer.
     """
 
@@ -75,7 +64,7 @@ class ModelSpeaker:
         self._room = limit - sampling.max_new_tokens
 
     @property
-    def roles(self) -> tuple[ChatRole, ...]:
+    def roles(self) -> tuple[GenerationRole, ...]:
         """Those that are loaded; after full fine-tuning there is no base beside SFT's model."""
         full = self.loaded.config.lora is None
         there = {"base": not full, "sft": full or "reference" in self.model.lora}
@@ -83,13 +72,12 @@ class ModelSpeaker:
             role for role, acting in ACTING.items() if there.get(role, acting in self.model.lora)
         )
 
-    def answer(self, messages: list[Message], role: ChatRole) -> Iterator[str]:
+    def answer(self, messages: list[Message], role: GenerationRole) -> Iterator[str]:
         """Streams the answer as text."""
-        tokenizer = self.loaded.tokenizer
         prompt = self._render(self._fitting(messages))
         with acting_as(self.model, ACTING[role]), autocast(self.model):
             ids = stream(self.model.llama, prompt, self.sampling, self._stop_ids, self.generator)
-            yield from stream_text(tokenizer, ids, self._stops)
+            yield from stream_text(self.loaded.tokenizer, ids, self._stops)
 
     def compare(self, messages: list[Message]) -> Iterator[Compared]:
         """Every role's answer, from the same random numbers, with its numbers."""
@@ -111,8 +99,7 @@ class ModelSpeaker:
     def _fitting(self, messages: list[Message]) -> list[Message]:
         kept = fit(messages, lambda some: len(self._render(some)), self._room)
         if len(kept) < len(messages):
-            left_out = f"(the oldest {len(messages) - len(kept)} messages no longer fit)"
-            print(printable(left_out), file=sys.stderr, flush=True)
+            tell(f"(the oldest {len(messages) - len(kept)} messages no longer fit)")
         return kept
 
 
@@ -122,14 +109,8 @@ def mean_kl(
 ) -> float:
     """KL divergence from `other` to `role`, nats, averaged over the positions of a response.
 
-    Exact at every position (over the whole vocabulary), at temperature 1.
-
-    Args:
-        model: holds both roles.
-        role: whose answer it is.
-        other: what it is compared with.
-        prompt: token ids.
-        response: token ids.
+    Exact at every position (over the whole vocabulary), at temperature 1. `prompt` and `response`
+    are token ids.
     """
     tokens = torch.tensor([[*prompt, *response[:-1]]])
     mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -147,12 +128,12 @@ def mean_kl(
 def fit(
     messages: Sequence[Message], count: Callable[[list[Message]], int], room: int
 ) -> list[Message]:
-    """The longest ending of a conversation, system prompt included, of at most `room` tokens.
+    """The longest suffix of a conversation, system prompt included, of at most `room` tokens.
 
     Args:
         messages: perhaps a system message, then user and assistant in turn, a user message last.
-        count: tokens of such a conversation.
-        room: tokens at hand.
+        count: number of tokens of such a conversation.
+        room: tokens.
 
     Raises:
         ValueError: the last message alone does not fit.

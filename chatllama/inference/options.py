@@ -1,6 +1,6 @@
-"""What `chatllama generate` was asked for, checked and completed from the run's config.
+"""What `chatllama chat` and `generate` can be given, checked and completed from the run's config.
 
-Nothing here loads a model: mistakes are told at once.
+Nothing here loads a model, so that mistakes are reported at once.
 """
 
 import hashlib
@@ -13,80 +13,143 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from chatllama.inference.prompt_files import Prompt
 from chatllama.runs.folder import RunFolder
+from chatllama.runtime.declared_options import Limit, at_least, check_limits, option
 
-if TYPE_CHECKING:  # importing it takes a second
+if TYPE_CHECKING:  # importing them takes seconds
     from chatllama.config.schema import Config
+    from chatllama.generation.sampling import Sampling
 
 GenerationRole = Literal["base", "sft", "policy", "ema"]
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TEMPERATURE: dict[str, Any] = {
+    "help": "0: the likeliest token",
+    "limit": Limit("must be 0 or more", lambda value: 0 <= value < math.inf),
+    "metavar": "T",
+}
+TOP_P: dict[str, Any] = {
+    "help": "1: all tokens",
+    "limit": Limit("must be above 0 and at most 1", lambda value: 0 < value <= 1),
+    "metavar": "P",
+}
+STOPS = Limit("an empty string would end every answer at once", lambda stops: "" not in stops)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsOptions:
+    """The form of the weights; None leaves it to the run's `backbone`."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        None, "of the weights (default: the config's)"
+    )
+    quantization: Literal["none", "int8", "nf4"] | None = option(
+        None, "of the frozen weights (default: the config's; extra: bitsandbytes)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions:
+    """What every command that answers takes; None leaves it to the run's `generation`."""
+
+    role: GenerationRole | None = option(
+        None, "who answers (default: the newest of sft and policy)"
+    )
+    temperature: float | None = option(None, **TEMPERATURE)
+    top_p: float | None = option(None, **TOP_P)
+    max_new_tokens: int | None = option(
+        None, "longest answer (default: the config's)", limit=at_least(1), metavar="N"
+    )
+    stops: tuple[str, ...] = option(
+        (),
+        "ends an answer and is not in it; may be given several times",
+        limit=STOPS,
+        metavar="STRING",
+        flag="--stop",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(WeightsOptions, AnswerOptions):
+    """What `chatllama chat` takes."""
+
+    temperature: float = option(0.7, **TEMPERATURE)
+    top_p: float = option(0.9, **TOP_P)
+    system: str | None = option(None, "system prompt (default: the config's)", metavar="TEXT")
+    seed: int | None = option(None, "for answers that can be repeated", metavar="N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(WeightsOptions, AnswerOptions):
+    """What `chatllama generate` takes, beside prompts and files."""
+
+    top_k: int | None = option(None, "0: all tokens", limit=at_least(0), metavar="K")
+    batch_size: int | None = option(
+        None, "answers at a time; changes answers by rounding only", limit=at_least(1), metavar="N"
+    )
+    compile: bool = option(
+        False,
+        "compile the decode step: a minute or so before the first answer, then for a GPU and "
+        "many prompts; changes answers by rounding only",
+    )
+    seed: int = option(0, "of the random numbers", limit=at_least(0), metavar="N")
+    num_samples: int = option(
+        1, "answers to each prompt", limit=at_least(1), metavar="N", flag="--n"
+    )
+    best_of: int | None = option(
+        None,
+        "of N samples keep the one that the reward model scores highest",
+        limit=at_least(1),
+        metavar="N",
+    )
+    token_ids: bool = option(False, "write the sampled token ids, too")
+    logprobs: bool = option(
+        False,
+        "write the tokens' log-probabilities, too, at the sampling temperature (1 if it is 0)",
+    )
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the user asks for; None leaves it to the run's config (`generation`)."""
-
-    role: GenerationRole | None = None
-    """None: the policy if there is one, else the SFT model."""
-    temperature: float | None = None
-    """0 takes the likeliest token."""
-    top_p: float | None = None
-    top_k: int | None = None
-    max_new_tokens: int | None = None
-    batch_size: int | None = None
-    """Answers at a time; changes answers by rounding only (near-ties in half precision)."""
-    seed: int = 0
-    stops: tuple[str, ...] = ()
-    num_samples: int = 1
-    """Answers kept for each prompt."""
-    best_of: int | None = None
-    """Samples of which the one that the reward model likes best is kept."""
-    token_ids: bool = False
-    logprobs: bool = False
-    dtype: str | None = None
-    """Of the weights: float32, bfloat16 or float16. None: that of `backbone`."""
-    quantization: str | None = None
-    """Of the frozen weights: none, int8 or nf4. None: that of `backbone`."""
-    compile: bool = False
-    """The decode step is compiled; changes answers by rounding only."""
-
-
-@dataclass(frozen=True)
-class Plan:
+class Settings:
     """Options with every value in place, and the adapters that they need."""
 
+    options: GenerateOptions
+    """As given; those that the config completes are the fields below."""
     role: GenerationRole
-    temperature: float
-    top_p: float
-    top_k: int
-    max_new_tokens: int
+    sampling: "Sampling"
     batch_size: int
-    compile: bool
-    seed: int
-    stops: tuple[str, ...]
-    drawn: int
-    """Samples drawn for each prompt."""
-    kept: int
-    """Answers written for each prompt."""
-    token_ids: bool
-    logprobs: bool
     dtype: str
     quantization: str
     adapter: Path | None
     rewards: list[Path]
 
-    def settings(self, run: RunFolder, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    @property
+    def drawn(self) -> int:
+        """Samples drawn for each prompt."""
+        return self.options.best_of or self.options.num_samples
+
+    @property
+    def kept(self) -> int:
+        """Answers written for each prompt."""
+        return self.options.num_samples
+
+    def saved(self, run: RunFolder, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """What determines the answers, as JSON values."""
-        values = asdict(self) | {
+        names = ("seed", "stops", "token_ids", "logprobs")
+        return {
             "run": str(run.root.resolve()),
             "prompts": digest([prompt.messages for prompt in prompts]),
+            "role": self.role,
+            **asdict(self.sampling),
+            **{name: getattr(self.options, name) for name in names},
+            "drawn": self.drawn,
+            "kept": self.kept,
+            "dtype": self.dtype,
+            "quantization": self.quantization,
+            "adapter": _digest_adapter(self.adapter) if self.adapter else None,
+            "rewards": [_digest_adapter(folder) for folder in self.rewards],
         }
-        del values["batch_size"], values["compile"]
-        values["adapter"] = _digest_adapter(self.adapter) if self.adapter else None
-        values["rewards"] = [_digest_adapter(folder) for folder in self.rewards]
-        return values
 
 
-def make_plan(run: RunFolder, cfg: "Config", options: Options) -> Plan:
+def complete(run: RunFolder, cfg: "Config", options: GenerateOptions) -> Settings:
     """The options completed from the config, and the adapters found in the run.
 
     Raises:
@@ -95,40 +158,28 @@ def make_plan(run: RunFolder, cfg: "Config", options: Options) -> Plan:
     """
     from chatllama.config.schema import with_weights
 
-    section, backbone = cfg.generation, cfg.backbone
-    if options.compile:
-        loaded = with_weights(cfg, options.dtype, options.quantization).backbone
-        if loaded.against_compiling is not None:
-            raise ValueError(f"--compile: {loaded.against_compiling}")
+    backbone = with_weights(cfg, options.dtype, options.quantization).backbone
+    if options.compile and backbone.against_compiling is not None:
+        raise ValueError(f"--compile: {backbone.against_compiling}")
     role, adapter = find_role(run, cfg, options.role)
     rewards = run.reward_members() if run.reward_adapter.is_dir() else []
-    best_of = options.best_of
-    if best_of is not None and not rewards:
-        raise ValueError(f"--best-of {best_of}: {run.root} has no reward model to choose with")
-    temperature = section.temperature if options.temperature is None else options.temperature
-    drawn = best_of or options.num_samples
-    if temperature == 0 and drawn > 1:
-        name = "--n" if best_of is None else "--best-of"
+    if options.best_of is not None and not rewards:
+        raise ValueError(
+            f"--best-of {options.best_of}: {run.root} has no reward model to choose with"
+        )
+    names = ("temperature", "top_p", "top_k", "max_new_tokens", "batch_size")
+    values = {name: getattr(cfg.generation, name) for name in names}
+    values |= {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    drawn = options.best_of or options.num_samples
+    if values["temperature"] == 0 and drawn > 1:
+        name = "--n" if options.best_of is None else "--best-of"
         raise ValueError(f"{name} {drawn} with temperature 0 would give {drawn} equal answers")
-    return Plan(
-        role=role,
-        temperature=temperature,
-        top_p=section.top_p if options.top_p is None else options.top_p,
-        top_k=section.top_k if options.top_k is None else options.top_k,
-        max_new_tokens=options.max_new_tokens or section.max_new_tokens,
-        batch_size=options.batch_size or section.batch_size,
-        compile=options.compile,
-        seed=options.seed,
-        stops=options.stops,
-        drawn=drawn,
-        kept=options.num_samples,
-        token_ids=options.token_ids,
-        logprobs=options.logprobs,
-        dtype=options.dtype or backbone.dtype,
-        quantization=options.quantization or backbone.quantization,
-        adapter=adapter,
-        rewards=rewards,
-    )
+
+    from chatllama.generation.sampling import Sampling
+
+    size = values.pop("batch_size")
+    forms = (backbone.dtype, backbone.quantization)
+    return Settings(options, role, Sampling(**values), size, *forms, adapter, rewards)
 
 
 def find_role(
@@ -151,42 +202,13 @@ def find_role(
     return role, adapter
 
 
-def check_options(options: Options) -> None:
-    """Nothing, for options that can be followed whatever the run.
-
-    Raises:
-        ValueError: names the first that cannot.
-    """
-    temperature, top_p = options.temperature, options.top_p
-    if temperature is not None and not 0 <= temperature < math.inf:
-        raise ValueError(f"--temperature {temperature}: must be 0 or more")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"--top-p {top_p}: must be above 0 and at most 1")
-    for name, value, least in (
-        ("--top-k", options.top_k, 0),
-        ("--max-new-tokens", options.max_new_tokens, 1),
-        ("--batch-size", options.batch_size, 1),
-        ("--seed", options.seed, 0),
-        ("--n", options.num_samples, 1),
-        ("--best-of", options.best_of, 1),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{name} {value}: must be at least {least}")
+def check_options(options: GenerateOptions) -> None:
+    """Raises ValueError for options that no run can follow."""
+    check_limits(options)
     if options.best_of is not None and options.num_samples > 1:
         raise ValueError(
             f"--n {options.num_samples} and --best-of {options.best_of}: give one of the two"
         )
-    check_stops(options.stops)
-
-
-def check_stops(stops: Sequence[str]) -> None:
-    """Nothing, for strings that may end an answer.
-
-    Raises:
-        ValueError: one of them is empty.
-    """
-    if "" in stops:
-        raise ValueError("--stop '': an empty string would end every answer at once")
 
 
 def best_of_kl(count: int) -> float:

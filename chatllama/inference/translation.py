@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chatllama.inference.options import Options, check_options, make_plan
+from chatllama.inference.options import GenerateOptions, check_options, complete
 from chatllama.inference.prompt_files import Prompt
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.files import write_json
@@ -23,7 +23,7 @@ NUM_RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Translations:
-    """What is to be translated."""
+    """Sentences to translate, with their references."""
 
     name: str
     """Of the set, for file names."""
@@ -36,14 +36,9 @@ class Translations:
 
 
 def evaluate_translation(
-    run_dir: Path, translations: Translations, options: Options
+    run_dir: Path, translations: Translations, options: GenerateOptions
 ) -> dict[str, Any]:
     """BLEU and chrF of a run's translations, printed and written beside the answers.
-
-    Args:
-        run_dir: the run's folder.
-        translations: what to translate and to compare with.
-        options: who translates, and how.
 
     Raises:
         ValueError: no run, no such role, or answers there that were made otherwise.
@@ -54,12 +49,12 @@ def evaluate_translation(
     check_options(options)
     run = RunFolder(run_dir)
     cfg = load_config(run.existing_config())
-    plan = make_plan(run, cfg, options)
-    role = plan.role
+    settings = complete(run, cfg, options)
+    role = settings.role
     direction = f"{translations.source}-{translations.target}"
     parts = [translations.name, str(len(translations.requests)), direction, role]
     own = cfg.backbone
-    forms = ((plan.dtype, own.dtype), (plan.quantization, own.quantization))
+    forms = ((settings.dtype, own.dtype), (settings.quantization, own.quantization))
     # Answers from weights in another form than the config's stand beside its own.
     stem = ".".join([*parts, *(form for form, usual in forms if form != usual)])
     out = run.root / "translation" / f"{stem}.jsonl"
@@ -71,8 +66,8 @@ def evaluate_translation(
     references = [reference for _, _, reference in translations.requests]
     result = {
         "role": role,
-        "dtype": plan.dtype,
-        "quantization": plan.quantization,
+        "dtype": settings.dtype,
+        "quantization": settings.quantization,
         "sentences": len(found),
         "unfinished": sum(not answer["finished"] for answer in answers),
         "empty": sum(not text for text in found),
@@ -89,12 +84,8 @@ def translation_scores(
 ) -> dict[str, dict[str, Any]]:
     """Sacrebleu's BLEU and chrF of a corpus: score, half of its 95 % interval, and signature.
 
-    The interval is a bootstrap over sentences; None where there is one sentence only.
-
-    Args:
-        found: translations.
-        references: one for each.
-        target: code of their language, which decides what counts as a word.
+    The interval is a bootstrap over sentences; None where there is one sentence only. The code of
+    the target language decides what counts as a word.
     """
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
@@ -105,10 +96,10 @@ def translation_scores(
     for name, metric in (("bleu", BLEU(tokenize=tokenizer)), ("chrf", CHRF())):
         score = metric.corpus_score(list(found), [list(references)], n_bootstrap=resamples)
         signature = metric.get_signature().format()
-        told = json.loads(score.format(width=4, signature=signature, is_json=True))
+        result = json.loads(score.format(width=4, signature=signature, is_json=True))
         scores[name] = {
             "score": score.score,
-            "plus_minus": told.get("confidence_var"),
+            "plus_minus": result.get("confidence_var"),
             "signature": signature,
         }
     return scores

@@ -119,7 +119,7 @@ def test_what_is_written(exported: Exported) -> None:
 
 
 def test_plain_peft_the_server_chat_and_the_merged_model_say_the_same(exported: Exported) -> None:
-    from chatllama.inference.chat_model import ModelSpeaker
+    from chatllama.inference.chat_model import ChatModel
 
     loaded = load_run(exported.run)
     answerer = Answerer.of(loaded, "policy")
@@ -129,7 +129,7 @@ def test_plain_peft_the_server_chat_and_the_merged_model_say_the_same(exported: 
     bare: Any = AutoModelForCausalLM.from_pretrained(exported.base)
     whole: Any = AutoModelForCausalLM.from_pretrained(exported.out / "merged")
     tokenizer = AutoTokenizer.from_pretrained(exported.out / "merged")
-    chat = ModelSpeaker(loaded, Sampling(12, temperature=0.0), torch.Generator())
+    chat = ChatModel(loaded, Sampling(12, temperature=0.0), torch.Generator())
     said: dict[str, str] = {}
     for question in ("Anna paints", "the river?", "Who is quiet  again"):
         messages: Any = [{"role": "user", "content": question}]

@@ -17,7 +17,7 @@ from chatllama.generation.decoding_batch import DecodingBatch, Sampled
 from chatllama.inference import batch as generation_command
 from chatllama.inference.answerer import Answerer, random_numbers
 from chatllama.inference.load import load_run
-from chatllama.inference.options import Options, best_of_kl
+from chatllama.inference.options import GenerateOptions, best_of_kl
 from chatllama.inference.prompt_files import Prompt
 from chatllama.runs.folder import RunFolder
 from chatllama.text.chat_format import render
@@ -309,7 +309,7 @@ def test_prompts_that_do_not_fit_are_named_before_any_answer(
         ({"num_samples": 0}, "--n 0"),
         ({"best_of": 0}, "--best-of 0"),
         ({"num_samples": 2, "best_of": 4}, "--n 2 and --best-of 4: give one of the two"),
-        ({"stops": ("x", "")}, "--stop ''"),
+        ({"stops": ("x", "")}, r"--stop \('x', ''\): an empty string"),
         ({"num_samples": 2, "temperature": 0.0}, "--n 2 with temperature 0 would give 2 equal"),
         ({"best_of": 2, "temperature": 0.0}, "--best-of 2 with temperature 0"),
     ],
@@ -340,15 +340,15 @@ def test_the_command_line_passes_everything(
     ((folder, prompts, options, out),) = seen
     assert (folder, out) == (Path("RUN"), Path("o.jsonl"))
     assert [prompt.content for prompt in prompts] == ["first", "second one"]
-    assert options == Options(
-        "ema",
-        0.5,
-        0.9,
-        7,
-        9,
-        3,
-        5,
-        ("a", "b c"),
+    assert options == GenerateOptions(
+        role="ema",
+        temperature=0.5,
+        top_p=0.9,
+        top_k=7,
+        max_new_tokens=9,
+        batch_size=3,
+        seed=5,
+        stops=("a", "b c"),
         num_samples=2,
         token_ids=True,
         logprobs=True,
@@ -359,7 +359,7 @@ def test_the_command_line_passes_everything(
     file = tmp_path / "p.txt"
     file.write_text("x\n")
     assert cli.main(["generate", "RUN", "--file", str(file), "--best-of", "4"]) == 0
-    assert seen[1][1:] == ([Prompt(0, "x", f"{file}:1")], Options(best_of=4), None)
+    assert seen[1][1:] == ([Prompt(0, "x", f"{file}:1")], GenerateOptions(best_of=4), None)
 
 
 def test_answers_on_the_terminal(

@@ -11,10 +11,11 @@ import pytest
 
 from chatllama.config.model import BackboneSection, ChatSection
 from chatllama.config.schema import Config
-from chatllama.inference import chat_model as chat_speaker
+from chatllama.inference import chat_model
 from chatllama.inference.chat import Conversation, chat, converse
-from chatllama.inference.chat_model import ChatRole, Compared, ModelSpeaker, fit, mean_kl
+from chatllama.inference.chat_model import ChatModel, Compared, fit, mean_kl
 from chatllama.inference.load import LoadedRun
+from chatllama.inference.options import ChatOptions, GenerationRole
 from chatllama.inference.terminal_input import join_lines
 
 if TYPE_CHECKING:
@@ -27,20 +28,20 @@ def said(*texts: str) -> "list[Message]":
     ]
 
 
-class Echo:
+class _Echo:
     """Answers with the number of messages and the role; remembers what it was asked."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[list[Message], ChatRole]] = []
+        self.asked: list[tuple[list[Message], GenerationRole]] = []
 
-    roles: tuple[ChatRole, ...] = ("base", "sft", "policy")
+    roles: tuple[GenerationRole, ...] = ("base", "sft", "policy")
 
     def compare(self, messages: "list[Message]") -> Iterator[Compared]:
         self.asked.append((list(messages), "base"))
         yield Compared("base", "b\x1b", 3, None, 0.5)
         yield Compared("sft", "s", 4, -1.25, None)
 
-    def answer(self, messages: "list[Message]", role: ChatRole) -> Iterator[str]:
+    def answer(self, messages: "list[Message]", role: GenerationRole) -> Iterator[str]:
         self.asked.append((list(messages), role))
         if messages[-1]["content"] == "fail":
             raise ValueError("no such role")
@@ -48,6 +49,10 @@ class Echo:
         if messages[-1]["content"] == "stop":
             raise KeyboardInterrupt
         yield f"{len(messages)}\x1b[2J"
+
+
+def Echo() -> Any:
+    return _Echo()
 
 
 def test_history_grows_and_output_is_harmless(capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,9 +183,11 @@ def test_a_real_model_answers_in_its_role(tiny_llama_dir: Path) -> None:
             torch.nn.init.normal_(parameter)
     cfg = Config(run_dir="r", backbone=BackboneSection(path="b"))
     loaded = LoadedRun(model, load_tokenizer(str(tiny_llama_dir)), ChatSection(), cfg, [])
-    speaker = ModelSpeaker(loaded, Sampling(12, temperature=0.0), torch.Generator())
-    assert speaker.roles == ("base", "sft", "policy")
-    base, sft, policy = ("".join(speaker.answer(said("Hi"), role)) for role in speaker.roles)
+    chat_of_run = ChatModel(loaded, Sampling(12, temperature=0.0), torch.Generator())
+    assert chat_of_run.roles == ("base", "sft", "policy")
+    base, sft, policy = (
+        "".join(chat_of_run.answer(said("Hi"), role)) for role in chat_of_run.roles
+    )
     assert base == sft != policy
     found = re.search("[ -~]", base)
     assert found
@@ -189,18 +196,18 @@ def test_a_real_model_answers_in_its_role(tiny_llama_dir: Path) -> None:
     step = DecodingBatch.step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DecodingBatch, "step", lambda self: asked.append(1) or step(self))
-        stopping = ModelSpeaker(loaded, speaker.sampling, torch.Generator(), [stop])
+        stopping = ChatModel(loaded, chat_of_run.sampling, torch.Generator(), [stop])
         assert "".join(stopping.answer(said("Hi"), "base")) == base[:start]
         assert len(asked) < 11  # the text goes no further, nor does the sampling
     assert next(iter(stopping.compare(said("Hi")))).text == base[:start].strip()
-    compared = list(speaker.compare(said("Hi")))
-    assert [answer.role for answer in compared] == list(speaker.roles)
+    compared = list(chat_of_run.compare(said("Hi")))
+    assert [answer.role for answer in compared] == list(chat_of_run.roles)
     assert compared[0].text == compared[1].text == base.strip()
     assert compared[0].kl == 0.0 and compared[1].kl is None and (compared[2].kl or 0) > 0.01
     assert model.acting == "base"
     long = "the river and a garden " * 15
     with pytest.raises(ValueError, match="shorten it"):
-        list(speaker.answer(said(long), "base"))
+        list(chat_of_run.answer(said(long), "base"))
 
     ids = [1, 20, 30, 40, 50]
     with torch.no_grad():
@@ -218,10 +225,10 @@ def test_a_real_model_answers_in_its_role(tiny_llama_dir: Path) -> None:
 def test_after_full_fine_tuning_there_is_no_base() -> None:
     model: Any = types.SimpleNamespace(lora={"policy": None})
     model.eval = lambda: model
-    speaker = ModelSpeaker.__new__(ModelSpeaker)
+    chat_of_run = ChatModel.__new__(ChatModel)
     cfg = Config(run_dir="r", backbone=BackboneSection(path="b"), lora=None)
-    speaker.loaded, speaker.model = types.SimpleNamespace(config=cfg), model  # type: ignore[assignment]
-    assert speaker.roles == ("sft", "policy")
+    chat_of_run.loaded, chat_of_run.model = types.SimpleNamespace(config=cfg), model  # type: ignore[assignment]
+    assert chat_of_run.roles == ("sft", "policy")
 
 
 def test_chat_reads_lines_from_a_pipe(
@@ -231,14 +238,14 @@ def test_chat_reads_lines_from_a_pipe(
     loading.load_run = lambda run, cfg: types.SimpleNamespace(config=cfg)
     monkeypatch.setitem(sys.modules, "chatllama.inference.load", loading)
     echo = Echo()
-    monkeypatch.setattr(chat_speaker, "ModelSpeaker", lambda *args: echo)
+    monkeypatch.setattr(chat_model, "ChatModel", lambda *args: echo)
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n/quit\n"))
     (tmp_path / "config.yaml").write_text("run_dir: r\nbackbone: {path: b}\n")
-    chat(tmp_path, system="s")
+    chat(tmp_path, ChatOptions(system="s"))
     assert echo.asked[0][1] == "sft"  # no policy in this run yet
     assert capsys.readouterr().out == "sft:2\ufffd[2J\n"  # no prompt signs, no banner
     with pytest.raises(ValueError, match="role ema: this run has base, sft, policy"):
-        chat(tmp_path, role="ema")
+        chat(tmp_path, ChatOptions(role="ema"))
 
 
 @pytest.mark.parametrize(
@@ -248,10 +255,10 @@ def test_chat_reads_lines_from_a_pipe(
         ({"temperature": float("nan")}, "--temperature nan"),
         ({"top_p": 0.0}, "--top-p 0.0: must be above 0"),
         ({"max_new_tokens": 0}, "--max-new-tokens 0: must be at least 1"),
-        ({"stops": ("a", "")}, "--stop ''"),
+        ({"stops": ("a", "")}, r"--stop \('a', ''\): an empty string"),
         ({}, "is not a run folder"),
     ],
 )
 def test_wrong_settings_are_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        chat(tmp_path, **settings)
+        chat(tmp_path, ChatOptions(**settings))

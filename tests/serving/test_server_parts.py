@@ -25,7 +25,7 @@ from chatllama.text.encoding import encode
 from chatllama.text.tokenizer import load_tokenizer
 from data.reading.source import read_source
 
-SETTINGS = ServerSettings(Path("runs/x"))
+SETTINGS = ServerSettings(run=Path("runs/x"))
 KEY = "k" * 16
 ASK = [{"role": "user", "content": "hi"}]
 
