@@ -17,7 +17,7 @@ from chatllama.generation.decoding_batch import DecodingBatch, Request, Sampled
 from chatllama.generation.generate import generate
 from chatllama.generation.sampling import Sampling
 from chatllama.generation.static_kv_cache import StaticKVCache
-from chatllama.inference.options import Options, make_plan
+from chatllama.inference.options import GenerateOptions, complete
 from chatllama.model.lora import merge_products
 from chatllama.model.roles import acting_as, autocast
 
@@ -292,8 +292,8 @@ def test_models_that_cannot_be_compiled(tmp_path: Path, tiny_tokenizer_dir: Path
     run = make_run(tmp_path, tiny_tokenizer_dir)
     cfg = config(generation={"compile": False})
     with pytest.raises(ValueError, match=r"--compile: quantised weights \(int8\)"):
-        make_plan(run, cfg, Options(compile=True, quantization="int8"))
-    assert make_plan(run, cfg, Options(compile=True)).compile
+        complete(run, cfg, GenerateOptions(compile=True, quantization="int8"))
+    assert complete(run, cfg, GenerateOptions(compile=True)).options.compile
     llama = tiny_llama()
     llama.set_attn_implementation("eager")
     with pytest.raises(ValueError, match=r"attn_implementation sdpa takes, not eager"):
