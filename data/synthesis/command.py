@@ -5,13 +5,14 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import datasets
 
 from chatllama.config.sources import DataSource, Format
+from chatllama.runtime.http_client import HttpClient
 from data.reading.source import read_source
 from data.similarity import words
 from data.synthesis.client import Endpoint, EndpointError, Pace
@@ -26,6 +27,8 @@ from data.synthesis.generate import (
 )
 from data.synthesis.ledger import OutputFile
 
+TIMEOUT = 300.0
+"""Seconds for an answer of the endpoint."""
 KEPT = 0.5
 """Share of the model's instructions taken to be new, for the estimate."""
 _PER_WORD, _PER_CHARACTER = 1.4, 0.3  # tokens, rounded up: the endpoint's tokenizer is not known
@@ -116,12 +119,17 @@ def _grow(
     output: OutputFile,
     told: Callable[[str], None],
 ) -> None:
-    key = os.environ.get(wanted.key_env)
-    pace = Pace(wanted.per_minute)
-    endpoint = Endpoint(wanted.url, wanted.model, key, pace, wanted.retries)
+    http = HttpClient(
+        wanted.url,
+        os.environ.get(wanted.key_env),
+        TIMEOUT,
+        proxies=True,
+        retries=wanted.retries,
+        wait=Pace(wanted.per_minute).wait,
+    )
     writing = Writing(
-        endpoint,
-        replace(endpoint, model=wanted.judge_model or wanted.model),
+        Endpoint(http, wanted.model),
+        Endpoint(http, wanted.judge_model or wanted.model),
         temperature=wanted.temperature,
         max_tokens=wanted.max_tokens,
         parallel=wanted.parallel,

@@ -12,6 +12,7 @@ import pytest
 
 from chatllama import cli
 from chatllama.config.sources import DataSource
+from chatllama.runtime.http_client import HttpClient
 from data.reading.source import read_source
 from data.similarity import Pool, rouge_l
 from data.synthesis.client import Endpoint, EndpointError, Pace
@@ -112,7 +113,8 @@ def test_pool_refuses_what_is_similar() -> None:
 
 
 def endpoint(stub: Stub, waits: list[float], **options: Any) -> Endpoint:
-    return Endpoint(stub.url, "m", "secret", Pace(None), sleep=waits.append, **options)
+    options = {"retries": 6, "sleep": waits.append, "proxies": True} | options
+    return Endpoint(HttpClient(stub.url, "secret", 30, **options), "m")
 
 
 ASK: list[dict[str, str]] = [{"role": "user", "content": "Hello"}]
@@ -141,7 +143,9 @@ def test_busy_and_broken_servers_are_asked_again(stub: Stub) -> None:
     with pytest.raises(EndpointError, match=r"HTTP 500 .*: out of memory \(given up after 4 tries"):
         endpoint(stub, waits, retries=3).chat(ASK, temperature=1, max_tokens=7)
     assert len(waits) == 3
-    nowhere = Endpoint("http://127.0.0.1:9/v1", "m", None, Pace(None), 1, sleep=waits.append)
+    nowhere = Endpoint(
+        HttpClient("http://127.0.0.1:9/v1", None, 5, retries=1, sleep=waits.append), "m"
+    )
     with pytest.raises(EndpointError, match=r"refused.*given up after 2 tries"):
         nowhere.chat(ASK, temperature=1, max_tokens=7)
 
@@ -172,8 +176,6 @@ def test_pace_by_hand() -> None:
     now[0] = 200.0
     pace.wait()
     assert waits == [2.0, 4.0]
-    with pytest.raises(EndpointError, match="--url ftp://x: expected an address"):
-        Endpoint("ftp://x", "m", None, pace)
 
 
 # --- the three steps
@@ -348,6 +350,7 @@ def test_estimates_by_hand() -> None:
         (["answers", "--format", "xml"], "--format xml: known are alpaca"),
         (["pairs", "--temperature", "0"], "pairs of equal answers"),
         (["answers", "--out", "x.json"], "name it .jsonl"),
+        (["answers", "--url", "ftp://x"], "ftp://x: expected an address"),
         (["answers", "--file", "none.jsonl"], "no data file 'none.jsonl'"),
     ],
 )

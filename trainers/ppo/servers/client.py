@@ -4,15 +4,13 @@ Speaks vLLM's documented requests, which our own server follows. Retries and poo
 (`trainers/ppo/servers/pool.py`).
 """
 
-import contextlib
-import http.client
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from chatllama.generation.sampling import Sampling
+from chatllama.runtime.http_client import HttpClient, HttpError
 
 # 404: the server was started anew and has lost its adapters; the next phase loads another.
 RETRIED_STATUS = (404, 408, 409, 425, 429, 500, 502, 503, 504)
@@ -47,7 +45,7 @@ class SamplingServer:
 
     def __init__(self, url: str, key: str | None, timeout: float) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
-        self._parts, self._key, self._timeout = urlsplit(self.url), key, timeout
+        self._http = HttpClient(self.url, key, timeout)
 
     def base_model(self) -> str:
         """The name under which the server answers without adapter.
@@ -157,33 +155,8 @@ class SamplingServer:
 
     def _call(self, method: str, path: str, body: Mapping[str, object] | None) -> bytes:
         """The body of the answer."""
-        headers = {"content-type": "application/json"}
-        if self._key is not None:
-            headers["authorization"] = f"Bearer {self._key}"
-        kind = (
-            http.client.HTTPSConnection
-            if self._parts.scheme == "https"
-            else http.client.HTTPConnection
-        )
-        connection = kind(str(self._parts.hostname), self._parts.port, timeout=self._timeout)
-        with contextlib.closing(connection):
-            try:
-                data = None if body is None else json.dumps(body)
-                connection.request(method, self._parts.path + path, data, headers)
-                response = connection.getresponse()
-                content = response.read()
-            except (OSError, http.client.HTTPException) as error:
-                raise ServerLost(f"{self.url}: {error or type(error).__name__}") from error
-        if response.status == 200:
-            return content
-        told = f"{self.url}{path}: {response.status} {_message(content)}"
-        raise (ServerLost if response.status in RETRIED_STATUS else ServerRefused)(told)
-
-
-def _message(content: bytes) -> str:
-    """What an error body says, in OpenAI's or vLLM's shape."""
-    try:
-        told = json.loads(content)
-        return str(told.get("error", told).get("message", told))[:500]
-    except (ValueError, AttributeError):
-        return content[:200].decode(errors="replace")
+        try:
+            return self._http.send(method, path, body)
+        except HttpError as error:
+            lost = error.status is None or error.status in RETRIED_STATUS
+            raise (ServerLost if lost else ServerRefused)(str(error)) from error

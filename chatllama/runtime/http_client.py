@@ -1,0 +1,144 @@
+"""HTTP requests with JSON bodies: a bearer key, retries, no redirects, proxies only where wanted.
+
+The key is in a header and in no message. What a failure means is up to the callers.
+"""
+
+import json
+import random
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import httpx2
+
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+LONGEST_WAIT = 60.0
+"""Seconds between two tries at most, unless the server asks for more."""
+SHOWN = 500
+"""Characters of a server's answer that a message repeats."""
+
+
+class HttpError(Exception):
+    """No usable answer; the message begins with the address."""
+
+    def __init__(self, message: str, status: int | None = None, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.status = status
+        """Of the answer; None: there was none."""
+        self.retry_after = retry_after
+        """Seconds that the server asks to wait."""
+
+
+class HttpClient:
+    """Requests to one server, from any number of threads.
+
+    A redirect is a failure: following it would send the key to wherever it points.
+
+    Args:
+        url: root of the API, such as http://127.0.0.1:8000/v1.
+        key: bearer key, or None.
+        timeout: seconds to connect, and between two parts of an answer.
+        proxies: use those of the environment, but not for this machine.
+        retries: further tries after 429, 5xx, a broken connection or no answer in time.
+        wait: returns when the next request may go.
+        sleep: waits for seconds.
+
+    Raises:
+        ValueError: no such address, or no header can carry the key.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        key: str | None,
+        timeout: float,
+        *,
+        proxies: bool = False,
+        retries: int = 0,
+        wait: Callable[[], None] = lambda: None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self.retries, self._wait, self._sleep = retries, wait, sleep
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        headers["Connection"] = "close"
+        if key := (key or "").strip():
+            if not (key.isascii() and key.isprintable()):
+                raise ValueError(f"{url}: the API key has characters that no HTTP header carries")
+            headers["Authorization"] = f"Bearer {key}"
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{url}: expected an address such as http://host:8000/v1")
+        self._client = httpx2.Client(
+            headers=headers,
+            timeout=timeout,
+            verify=ssl.create_default_context(),
+            proxy=_proxy(self.url) if proxies else None,
+            trust_env=False,  # which would bring a proxy and keys from ~/.netrc
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
+        )
+
+    def send(self, method: str, path: str, body: Mapping[str, object] | None = None) -> bytes:
+        """The body of the answer.
+
+        Raises:
+            HttpError: refused, redirected, or still failing after all retries.
+        """
+        for tries in range(self.retries + 1):
+            self._wait()
+            try:
+                return self._send_once(method, path, body)
+            except HttpError as error:
+                if error.status is not None and error.status != 429 and error.status < 500:
+                    raise
+                if tries == self.retries:
+                    if tries:
+                        error.args = (f"{error} (given up after {tries + 1} tries)",)
+                    raise
+                patience = min(LONGEST_WAIT, 2.0**tries) * random.uniform(0.5, 1.0)
+                self._sleep(max(error.retry_after, patience))
+        raise AssertionError("the last try returns or raises")
+
+    def _send_once(self, method: str, path: str, body: Mapping[str, object] | None) -> bytes:
+        address, content = self.url + path, None if body is None else json.dumps(body)
+        try:
+            response = self._client.request(method, address, content=content)
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            raise HttpError(f"{address}: {str(error) or type(error).__name__}") from None
+        if response.is_success:
+            return response.content
+        status = f"{response.status_code} {response.reason_phrase}"
+        raise HttpError(
+            f"{address}: HTTP {status}: {_complaint(response.content)}",
+            response.status_code,
+            _seconds(response.headers.get("retry-after", "0")),
+        )
+
+
+def _proxy(url: str) -> str | None:
+    """The environment's proxy for an address; None for this machine and where it is excluded."""
+    parts = urlsplit(url)
+    proxy = getproxies().get(parts.scheme)
+    if not proxy or parts.hostname in LOCAL_HOSTS or proxy_bypass(parts.netloc):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def _complaint(content: bytes) -> str:
+    """What an error body says, in OpenAI's or vLLM's shape."""
+    try:
+        said = json.loads(content)
+        said = said.get("error", said)
+        text = str(said["message"] if isinstance(said, dict) else said)
+    except (ValueError, KeyError, AttributeError):
+        text = content.decode(errors="replace")
+    return text[:SHOWN].strip()
+
+
+def _seconds(retry_after: str) -> float:
+    try:
+        return max(0.0, float(retry_after))
+    except ValueError:
+        return 0.0  # a date: the backoff has to do
