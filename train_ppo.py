@@ -38,16 +38,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     stage.join(run, "ppo", arguments.lock)
     tokenizer = stage.open_stage(cfg, run, "ppo")
 
-    prompts, ends = data.load_prompts(cfg, tokenizer), data.stop_tokens(cfg, tokenizer)
-    text = data.load_text(cfg, tokenizer, ends.pad_id)
+    prompts, stop = data.load_prompts(cfg, tokenizer), data.stop_tokens(cfg, tokenizer)
+    ptx = data.load_ptx(cfg, tokenizer, stop.pad_id)
     roles = model.build_roles(cfg, run, tokenizer)
     optimiser = model.build_engine(cfg, roles.model)
-    trainer = train.PpoTrainer(cfg, run, optimiser, roles.scorer, prompts, ends, text)
+    trainer = train.PpoTrainer(cfg, run, optimiser, roles.scorer, prompts, stop, ptx)
     numbers = trainer.train(arguments.resume)
     model.export_ppo(run, roles.model, stage.adapter_info(cfg, run, tokenizer, "ppo"))
 
     measured = time.monotonic()
-    evaluate.evaluate_roles(cfg, run, optimiser, roles.scorer, prompts, ends)
+    evaluate.evaluate_roles(cfg, run, trainer.collector, prompts)
     now = time.monotonic()
     numbers |= {"wall_seconds": measured - started, "evaluation_seconds": now - measured}
     stage.finish(cfg, run, "ppo", numbers)

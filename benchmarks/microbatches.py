@@ -29,7 +29,7 @@ from ppo_speed import STOP, make_trainer, write_models
 from data.batches import SharedPromptCollator, batch_indices
 from trainers.engine.microbatches import groups_of_like_totals
 from trainers.ppo.rewards import Statistics
-from trainers.ppo.rollout import Rollout, collect_rollout
+from trainers.ppo.rollout import Rollout
 from trainers.ppo.state import PpoState
 
 ROWS, CAP = 32, 384
@@ -181,18 +181,8 @@ def measure(work: Path, case: str, way: Way) -> dict[str, object]:
 
     Rollout.microbatches = cut
     before, clock = peak_mib(), Clock()
-    rollout, _ = collect_rollout(
-        trainer.engine,
-        "policy",
-        prompts,
-        [""] * ROWS,
-        trainer.cfg.generation,
-        trainer.ends,
-        trainer.scorer,
-        (0, 0),
-        trainer.cfg.ppo.microbatch_size,
-        responses=answers,
-    )
+    records = [{"input_ids": prompt, "text": ""} for prompt in prompts]
+    rollout, _ = trainer.collector.collect("policy", records, (0, 0), responses=answers)
     scoring = clock.read()[1]
     state = PpoState(0, 0.05, Statistics())
     targets, _ = trainer._targets(rollout, state)

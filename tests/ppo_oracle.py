@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from ppo_runs import TinyRun, make_text
+from ppo_runs import TinyRun, make_ptx
 
 from chatllama.model.roles import RoleModel, acting_as, adapter_parameters
 from trainers.ppo.rewards import Statistics
@@ -18,9 +18,9 @@ ONE_STEP = {"minibatch_size": 8, "epochs": 1, "adam_eps": 1e-4}
 
 
 def build(tiny: TinyRun, temperature: float = 1.0, **ppo: Any) -> PpoTrainer:
-    text = make_text() if ppo.get("ptx_coef") else None
+    ptx = make_ptx() if ppo.get("ptx_coef") else None
     generation = {"temperature": temperature}
-    return tiny.trainer(ppo={**ONE_STEP, **ppo}, generation=generation, text=text)
+    return tiny.trainer(ppo={**ONE_STEP, **ppo}, generation=generation, ptx=ptx)
 
 
 def state_at(step: int) -> PpoState:
@@ -112,8 +112,8 @@ def oracle_loss(
     mean = {name: value / count for name, value in sums.items()}
     loss = mean["policy"] + section.kl_loss_coef * mean["drift"]
     text = torch.zeros(())
-    if trainer.text is not None:
-        batch = trainer.text.batch(position, len(rows) // section.microbatch_size).rows
+    if trainer.ptx is not None:
+        batch = trainer.ptx.step_rows(position, len(rows) // section.microbatch_size)
         for each in batch:
             table = logprobs_of(model, each["input_ids"], 1.0)
             for t, token in enumerate(each["input_ids"][1:]):

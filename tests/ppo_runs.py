@@ -127,7 +127,7 @@ def make_prompts(num_train: int = 7, num_held_out: int = 5) -> Prompts:
     return Prompts(data.select(range(num_train)), data.select(held_out))
 
 
-def make_text() -> PtxLoader:
+def make_ptx() -> PtxLoader:
     """Five texts of random ids, some of whose tokens count as predictions."""
     rows = [
         {"input_ids": [1, 90, 91, 92, 2], "mask": [0, 0, 1, 1, 1]},
@@ -139,18 +139,18 @@ def make_text() -> PtxLoader:
     return PtxLoader(Dataset.from_list(rows), per_microbatch=1, pad_id=PAD, seed=0)
 
 
-def make_ends(cfg: Config, stops: list[int] | None = None) -> StopTokens:
+def make_stop_tokens(cfg: Config, stops: list[int] | None = None) -> StopTokens:
     return StopTokens(tokenizer_of(str(cfg.backbone.path)), STOPS if stops is None else stops, PAD)
 
 
 def make_trainer(
-    cfg: Config, *, stops: list[int] | None = None, text: PtxLoader | None = None
+    cfg: Config, *, stops: list[int] | None = None, ptx: PtxLoader | None = None
 ) -> PpoTrainer:
-    """What train_ppo.py makes, with prompts and ends of turn of our own."""
-    run, ends = RunFolder(Path(cfg.run_dir)), make_ends(cfg, stops)
-    roles = build_roles(cfg, run, ends.tokenizer)
+    """What train_ppo.py makes, with prompts and stop tokens of its own."""
+    run, stop_tokens = RunFolder(Path(cfg.run_dir)), make_stop_tokens(cfg, stops)
+    roles = build_roles(cfg, run, stop_tokens.tokenizer)
     engine = build_engine(cfg, roles.model)
-    return PpoTrainer(cfg, run, engine, roles.scorer, make_prompts(), ends, text)
+    return PpoTrainer(cfg, run, engine, roles.scorer, make_prompts(), stop_tokens, ptx)
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,9 @@ class TinyRun:
         return str(self.folder / "reward" / "adapter")
 
     def trainer(
-        self, *, stops: list[int] | None = None, text: PtxLoader | None = None, **changes: Any
+        self, *, stops: list[int] | None = None, ptx: PtxLoader | None = None, **changes: Any
     ) -> PpoTrainer:
-        return make_trainer(self.config(**changes), stops=stops, text=text)
+        return make_trainer(self.config(**changes), stops=stops, ptx=ptx)
 
 
 def nudge(trainer: PpoTrainer, by: float = 0.02) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from core_models import LORA
-from ppo_runs import TinyRun, make_ends, make_run, tokenizer_of
+from ppo_runs import TinyRun, make_run, make_stop_tokens, tokenizer_of
 
 from chatllama.config.loader import dump_config
 from chatllama.inference.load import load_run
@@ -95,7 +95,7 @@ def test_after_full_fine_tuning_the_base_is_sfts_model(tiny: TinyRun, tmp_path: 
     dump_config(cfg, run.config)
     trainer = full.trainer(lora=None)
     trainer.advance(trainer.start())
-    info = adapter_info(cfg, run, make_ends(cfg).tokenizer, "ppo")
+    info = adapter_info(cfg, run, make_stop_tokens(cfg).tokenizer, "ppo")
     export_ppo(run, trainer.engine.model, info)
     assert load_adapter(run.policy_adapter).info["base"] == str(run.full_model)
     loaded = load_run(run)

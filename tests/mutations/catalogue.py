@@ -142,10 +142,10 @@ REWARD_BUGS = (
     ),
     Mutation(
         "reward whitening that shifts the mean",
-        REWARDS,
-        "return whiten(rewards, mask, mean, variance, shift_mean=False)",
-        "return whiten(rewards, mask, mean, variance, shift_mean=True)",
-        ("tests/ppo/test_ppo_rewards.py::test_scaled_rewards_keep_their_mean",),
+        LOOP,
+        "rewards = whiten(rewards, mask, shift_mean=False)",
+        "rewards = whiten(rewards, mask, shift_mean=True)",
+        (_TARGETS,),
     ),
     Mutation(
         "adaptive KL controller with the wrong sign",
@@ -157,8 +157,8 @@ REWARD_BUGS = (
     Mutation(
         "adaptive KL controller fed with the KL per token",
         LOOP,
-        'metrics["ppo/kl_sequence"],',
-        'metrics["ppo/kl_token"],',
+        'kl, count = metrics["ppo/kl_sequence"],',
+        'kl, count = metrics["ppo/kl_token"],',
         (_GUARDS + "the_adaptive_controller_is_fed_with_the_kl_of_whole_responses",),
     ),
 )
@@ -202,25 +202,23 @@ ADVANTAGE_BUGS = (
     Mutation(
         "returns from whitened advantages",
         LOOP,
-        "advantages = whiten(advantages, mask, *mean_and_variance(moments(advantages, mask)))",
-        "advantages = whiten(advantages, mask, *mean_and_variance(moments(advantages, mask)));"
-        " returns = advantages + rollout.values",
+        "advantages = whiten(advantages, mask)",
+        "advantages = whiten(advantages, mask); returns = advantages + rollout.values",
         (_TARGETS,),
     ),
     Mutation(
         "whitening with statistics of the padding too",
-        LOOP,
-        "advantages = whiten(advantages, mask, *mean_and_variance(moments(advantages, mask)))",
-        "advantages = whiten(advantages, mask, *mean_and_variance("
-        "moments(advantages, torch.ones_like(mask))))",
-        (_TARGETS,),
+        PPO_MATH,
+        "mean, var = mean_and_variance(x, mask)",
+        "mean, var = mean_and_variance(x, torch.ones_like(mask))",
+        (_MATH + "whiten_by_hand", _TARGETS),
     ),
     Mutation(
-        "moments that ignore the mask",
+        "mean and variance that ignore the mask",
         PPO_MATH,
         "inside = masked(x, mask).double()",
         "inside = x.double()",
-        (_MATH + "moments_by_hand",),
+        (_MATH + "mean_and_variance_by_hand",),
     ),
     Mutation(
         "whitening by the variance",
@@ -291,8 +289,8 @@ LOSS_BUGS = (
     Mutation(
         "ratio against the present policy",
         UPDATE,
-        "            part.logprobs,",
-        "            scores.logprobs.detach(),",
+        "new, old, ref = scores.logprobs, rollout.logprobs, rollout.ref_logprobs",
+        "new, old, ref = scores.logprobs, scores.logprobs.detach(), rollout.ref_logprobs",
         (CLIPPED, "tests/ppo/test_ppo_update.py::test_two_steps_are_what_the_oracle_does[plain]"),
     ),
     Mutation(
@@ -305,8 +303,8 @@ LOSS_BUGS = (
     Mutation(
         "tokens of one microbatch as the normaliser",
         UPDATE,
-        "num_tokens = float(max(1, sum(part.num_tokens for part in parts)))",
-        "num_tokens = float(max(1, parts[0].num_tokens))",
+        "num_tokens = float(max(1, sum(microbatch.num_tokens for microbatch in microbatches)))",
+        "num_tokens = float(max(1, microbatches[0].num_tokens))",
         (LAMBDA_1, "tests/ppo/test_ppo_update.py::test_two_steps_are_what_the_oracle_does[plain]"),
     ),
     Mutation(
@@ -354,14 +352,14 @@ LOSS_BUGS = (
     Mutation(
         "KL loss against the rollout's policy",
         UPDATE,
-        "drift = kl_loss(scores.logprobs, part.ref_logprobs,",
-        "drift = kl_loss(scores.logprobs, part.logprobs,",
+        "drift = kl_loss(new, ref, mask,",
+        "drift = kl_loss(new, old, mask,",
         (KL_K2, KL_K3),
     ),
     Mutation(
         "learning rate that stays at its start",
         UPDATE,
-        "position = done + epoch * per_epoch + number",
+        "position = self.step * len(drawn) + number",
         "position = 0",
         ("tests/ppo/test_ppo_update.py::test_two_steps_are_what_the_oracle_does[plain]",),
     ),
@@ -513,15 +511,16 @@ SCORING_BUGS = (
     Mutation(
         "EOS masked out (padding found by its id)",
         ROLLOUT,
-        "mask[row, place] = True",
-        "mask[row, place] = tokens[row, place] != pad_id",
+        "response_ids, response_mask = pad_right(responses, pad_id)",
+        "response_ids, _ = pad_right(responses, pad_id); response_mask = response_ids != pad_id",
         (LAMBDA_1, RLOO),
     ),
     Mutation(
         "no mask behind EOS",
         ROLLOUT,
-        "mask[row, place] = True",
-        "mask[row, place.start :] = True",
+        "response_ids, response_mask = pad_right(responses, pad_id)",
+        "response_ids, _ = pad_right(responses, pad_id);"
+        " response_mask = torch.ones_like(response_ids) > 0",
         (LAMBDA_1, "tests/ppo/test_rollout.py::test_arranged_by_hand"),
     ),
     Mutation(

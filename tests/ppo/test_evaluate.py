@@ -29,7 +29,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> 
 
 def evaluate(trainer: PpoTrainer, folder: Path) -> dict[str, Any]:
     run = RunFolder(folder)
-    arguments = (trainer.engine, trainer.scorer, trainer.prompts, trainer.ends)
+    arguments = (trainer.collector, trainer.prompts)
     evaluate_roles(trainer.cfg, run, *arguments)
     return json.loads(run.evaluation.read_text())
 
@@ -48,7 +48,7 @@ def test_gold_scores_and_win_rates_by_hand(tiny: TinyRun, tmp_path: Path):
     golds = {}
     for name, role in (("base", "base"), ("sft", "reference"), ("ppo", "policy")):
         answers = answers_of(trainer, role, 4)
-        texts = [trainer.ends.decode(answer) for answer in answers]
+        texts = [trainer.stop_tokens.decode(answer) for answer in answers]
         golds[name] = [20.0 + len(text) for text in texts]  # "question N": two words
         numbers = found["roles"][name]
         assert numbers["gold_mean"] == pytest.approx(statistics.fmean(golds[name]))
@@ -98,7 +98,7 @@ def test_no_more_prompts_than_there_are(tiny: TinyRun, tmp_path: Path):
 
 def test_without_prompts_nothing_is_written(tiny: TinyRun, tmp_path: Path):
     trainer = tiny.trainer(evaluation={"num_prompts": 0})
-    arguments = (trainer.engine, trainer.scorer, trainer.prompts, trainer.ends)
+    arguments = (trainer.collector, trainer.prompts)
     evaluate_roles(trainer.cfg, RunFolder(tmp_path), *arguments)
     assert not RunFolder(tmp_path).evaluation.exists()
     assert measure_policy(trainer.cfg, *arguments) == {}
@@ -107,7 +107,7 @@ def test_without_prompts_nothing_is_written(tiny: TinyRun, tmp_path: Path):
 def test_measuring_the_policy_gives_the_evaluations_numbers(tiny: TinyRun, tmp_path: Path):
     trainer = tiny.trainer(evaluation={"num_prompts": 3, "gold": GOLD})
     nudge(trainer)
-    arguments = (trainer.engine, trainer.scorer, trainer.prompts, trainer.ends)
+    arguments = (trainer.collector, trainer.prompts)
     found = measure_policy(trainer.cfg, *arguments)
     numbers = evaluate(trainer, tmp_path)["roles"]["ppo"]
     # the KL is called what it is called in training

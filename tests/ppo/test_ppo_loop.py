@@ -85,7 +85,7 @@ def test_every_step_samples_anew(tiny: TinyRun):
 def apart(trainer: PpoTrainer, folder: Path) -> PpoTrainer:
     """The trainer, writing metrics and diagnoses into a folder of its own."""
     t = trainer
-    return PpoTrainer(t.cfg, RunFolder(folder), t.engine, t.scorer, t.prompts, t.ends)
+    return PpoTrainer(t.cfg, RunFolder(folder), t.engine, t.scorer, t.prompts, t.stop_tokens)
 
 
 def test_before_step_one_policy_and_reference_are_the_same(tiny: TinyRun):

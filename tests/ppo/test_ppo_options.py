@@ -56,7 +56,7 @@ def with_section(tiny: TinyRun, trainer: PpoTrainer, changes: dict[str, Any]) ->
     """The same models under another section (what it says about roles is without effect)."""
     cfg = tiny.config(ppo={"rewards": trainer.cfg.ppo.model_dump()["rewards"], **changes})
     t = trainer
-    return PpoTrainer(cfg, t.run, t.engine, t.scorer, t.prompts, t.ends)
+    return PpoTrainer(cfg, t.run, t.engine, t.scorer, t.prompts, t.stop_tokens)
 
 
 @torch.no_grad()
@@ -239,7 +239,7 @@ def test_metrics_of_a_rollout_by_hand(tiny: TinyRun, nudged: PpoTrainer, updates
     }
     for name, value in expected.items():
         assert metrics[f"ppo/{name}"] == pytest.approx(value, rel=1e-4, abs=1e-6), name
-    assert texts == [trainer.ends.decode(rollout.response_ids(row)) for row in range(8)]
+    assert texts == [trainer.stop_tokens.decode(rollout.response_ids(row)) for row in range(8)]
 
 
 # --- KL controllers
@@ -275,7 +275,7 @@ def reference_answers(trainer: PpoTrainer, count: int) -> list[tuple[list[int], 
     answers = sample_responses(
         trainer.engine, "reference", prompts, trainer.cfg.generation, STOPS, (trainer.cfg.seed, 0)
     )
-    texts = [trainer.ends.decode(answer) for answer in answers]
+    texts = [trainer.stop_tokens.decode(answer) for answer in answers]
     return [(p + a, text) for p, a, text in zip(prompts, answers, texts, strict=True)]
 
 

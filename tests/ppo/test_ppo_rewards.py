@@ -14,7 +14,6 @@ from chatllama.config.schema import Config, PpoSection
 from trainers.ppo.rewards import (
     Scorer,
     Statistics,
-    scaled_rewards,
     shaped_scores,
 )
 
@@ -187,13 +186,3 @@ def test_shaped_scores_by_hand(changes: dict[str, Any], expected: list[float]):
     section = PpoSection.model_validate(changes)
     found = shaped_scores(section, SCORES, FINISHED, LENGTHS, STATISTICS)
     assert found.tolist() == pytest.approx(expected)
-
-
-def test_scaled_rewards_keep_their_mean():
-    rewards = torch.tensor([[1.0, 3.0], [5.0, 99.0]])
-    mask = torch.tensor([[True, True], [True, False]])
-    # mean 3, variance (4 + 0 + 4) / 3; the mean stays: x -> (x - 3) / sd + 3
-    deviation = math.sqrt(8 / 3)
-    found = scaled_rewards(rewards, mask)
-    expected = [3 - 2 / deviation, 3.0, 3 + 2 / deviation, 0.0]
-    assert found.flatten().tolist() == pytest.approx(expected, rel=1e-6)

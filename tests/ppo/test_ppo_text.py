@@ -10,7 +10,7 @@ from datasets import Dataset
 from ppo_runs import PAD, make_base, ppo_config, tokenizer_of
 
 from chatllama.text.chat_format import render
-from trainers.ppo.data import PtxLoader, load_text
+from trainers.ppo.data import PtxLoader, load_ptx
 
 PAIRS = [("Where is Anna?", "by the river."), ("Who paints?", "Victor."), ("And then?", "quiet.")]
 
@@ -30,7 +30,7 @@ def files(tmp_path: Path) -> Path:
 
 def stream(base: str, *sources: dict[str, Any], **ppo: Any) -> PtxLoader:
     cfg = ppo_config(base, "r", ppo={"ptx_coef": 1.0, "ptx_data": list(sources), **ppo})
-    loaded = load_text(cfg, tokenizer_of(base), PAD)
+    loaded = load_ptx(cfg, tokenizer_of(base), PAD)
     assert loaded is not None
     return loaded
 
@@ -82,10 +82,10 @@ def test_text_and_conversations_do_not_mix(base: str, files: Path):
 
 
 def test_without_ptx_data_there_is_none(base: str):
-    assert load_text(ppo_config(base, "r"), tokenizer_of(base), PAD) is None
+    assert load_ptx(ppo_config(base, "r"), tokenizer_of(base), PAD) is None
 
 
-def test_shares_of_a_step_by_hand():
+def test_microbatches_of_a_step_by_hand():
     rows = Dataset.from_list(
         [
             {"input_ids": [1, 5, 6, 2], "mask": [1, 1, 0, 1]},
@@ -93,19 +93,19 @@ def test_shares_of_a_step_by_hand():
             {"input_ids": [1, 8, 9], "mask": [0, 0, 1]},
         ]
     )
-    batch = PtxLoader(rows, per_microbatch=2, pad_id=0, seed=3).batch(4, num_microbatches=3)
+    loader = PtxLoader(rows, per_microbatch=2, pad_id=0, seed=3)
     # 6 rows: every row twice; predictions 2 + 1 + 1 (a first token is never predicted), twice
-    assert sorted(len(row["input_ids"]) for row in batch.rows) == [2, 2, 3, 3, 4, 4]
-    shares = [batch.share(place) for place in range(3)]
-    assert [share.num_tokens for share in shares] == [8, 8, 8]
+    assert sorted(len(row["input_ids"]) for row in loader.step_rows(4, 3)) == [2, 2, 3, 3, 4, 4]
+    found = loader.microbatches(4, num_microbatches=3)
+    assert [each.num_tokens for each in found] == [8, 8, 8]
     # as many tokens in each: 4 + 2, 4 + 2, 3 + 3
-    assert [share.mask.sum(1).tolist() for share in shares] == [[4, 2], [4, 2], [3, 3]]
+    assert [each.mask.sum(1).tolist() for each in found] == [[4, 2], [4, 2], [3, 3]]
     trains = {tuple(row["input_ids"]): row["mask"] for row in rows.to_list()}
-    for share in shares:
-        for ids, mask, trained in zip(share.tokens, share.mask, share.trains, strict=True):
+    for each in found:
+        for ids, mask, trained in zip(each.tokens, each.mask, each.loss_mask, strict=True):
             assert trained[mask].int().tolist() == trains[tuple(ids[mask].tolist())]
             assert not trained[~mask].any()
-    assert shares[0].trains.dtype == torch.bool
+    assert found[0].loss_mask.dtype == torch.bool
 
 
 def test_every_text_comes_up_before_any_comes_again():
@@ -113,7 +113,7 @@ def test_every_text_comes_up_before_any_comes_again():
 
     def order(seed: int) -> list[int]:
         each = PtxLoader(rows, per_microbatch=2, pad_id=0, seed=seed)
-        return [row["input_ids"][1] for n in range(4) for row in each.batch(n, 2).rows]
+        return [row["input_ids"][1] for n in range(4) for row in each.step_rows(n, 2)]
 
     assert sorted(order(0)[:12]) == list(range(12)) and len(order(0)) == 16
     assert order(0) == order(0) != order(1)

@@ -2,18 +2,19 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from ppo_runs import PAD, STOPS, TinyRun, make_ends, make_prompts
+from ppo_runs import PAD, STOPS, TinyRun, make_prompts, make_stop_tokens
 
 from chatllama.config.schema import GenerationSection
 from chatllama.model.roles import acting_as
 from trainers.engine.microbatches import deal, groups_of_like_totals, microbatches
 from trainers.ppo.rollout import (
+    Collector,
     Rollout,
     arrange,
-    collect_rollout,
     sample_responses,
     score,
 )
@@ -318,24 +319,16 @@ def test_a_collected_rollout_is_scored_on_its_own_texts(trainer: PpoTrainer):
             asked.append((prompts, responses))
             return members[:, 0] * 2
 
-    prompts, ends = make_prompts().train, make_ends(trainer.cfg)
-    rollout, texts = collect_rollout(
-        trainer.engine,
-        "reference",
-        prompts["input_ids"][:],
-        prompts["text"][:],
-        trainer.cfg.generation,
-        ends,
-        Spy(),  # type: ignore[arg-type]
-        SEED,
-        2,
-    )
+    prompts, stop_tokens = make_prompts().train, make_stop_tokens(trainer.cfg)
+    spy: Any = Spy()
+    collector = Collector(trainer.engine, spy, stop_tokens, trainer.cfg.generation, 2)
+    rollout, texts = collector.collect("reference", list(prompts), SEED)
     expected = sample_responses(
         trainer.engine, "reference", prompts["input_ids"][:], trainer.cfg.generation, STOPS, SEED
     )
     assert [rollout.response_ids(row) for row in range(len(texts))] == expected
     assert asked == [([f"question {n}" for n in range(7)], texts)]
-    assert texts == [ends.decode(response) for response in expected]
+    assert texts == [stop_tokens.decode(response) for response in expected]
     assert torch.equal(rollout.scores, rollout.member_scores[:, 0] * 2)
     # the reference answered, yet log-probabilities are the policy's
     row = expected_row(trainer, "policy", prompts["input_ids"][0], expected[0], 1.0)[0]
@@ -343,6 +336,6 @@ def test_a_collected_rollout_is_scored_on_its_own_texts(trainer: PpoTrainer):
 
 
 def test_a_stop_token_is_not_part_of_the_text(trainer: PpoTrainer):
-    ends = make_ends(trainer.cfg, stops=[2])
-    ids = ends.tokenizer.encode("the river", add_special_tokens=False)
-    assert ends.decode([*ids, 2]) == ends.decode(ids) == "the river"
+    stop_tokens = make_stop_tokens(trainer.cfg, stops=[2])
+    ids = stop_tokens.tokenizer.encode("the river", add_special_tokens=False)
+    assert stop_tokens.decode([*ids, 2]) == stop_tokens.decode(ids) == "the river"

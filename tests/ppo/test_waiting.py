@@ -1,7 +1,6 @@
 """No microbatch waits for the device: on `meta` every look at a tensor's numbers is an error."""
 
 from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -16,9 +15,9 @@ from chatllama.runtime.distributed import to_device
 from data.batches import SharedPromptCollator
 from trainers.ppo import rollout
 from trainers.ppo import update as ppo_update
-from trainers.ppo.data import PtxBatch
+from trainers.ppo.data import PtxLoader
 from trainers.ppo.rollout import arrange
-from trainers.ppo.update import Tally, Targets, Update
+from trainers.ppo.update import Targets, Update
 
 META = torch.device("meta")
 
@@ -96,7 +95,7 @@ def test_the_update_does_not_wait(pinned: list[torch.Tensor], equal: bool):
             losses.append(loss)
 
     rows = [{"input_ids": [1, *[9] * n], "mask": [1] * (n + 1)} for n in (1, 3)]
-    texts = PtxBatch(rows, [[0], [1]], 0)
+    ptx = PtxLoader(cast(Any, rows), per_microbatch=1, pad_id=0, seed=0)
     numbers = torch.zeros(arranged.response_mask.shape)
     sizes = {"rollout_batch_size": 4, "minibatch_size": 4, "microbatch_size": 2}
     losses_too = {"kl_loss_coef": 1.0, "ptx_coef": 1.0, "ptx_data": [{"path": "x"}]}
@@ -110,11 +109,10 @@ def test_the_update_does_not_wait(pinned: list[torch.Tensor], equal: bool):
         step=0,
         seed=0,
         lr_factor=lambda done: 1.0,
-        text=cast(Any, SimpleNamespace(batch=lambda position, count: texts)),
+        ptx=ptx,
         after_step=lambda: None,
     )
-    tally = Tally(torch.zeros(9, device=META), torch.zeros(2, device=META))
-    update._accumulate(update._parts(), 0, tally, False, True)
+    update._accumulate(update._microbatches(), 0, first=True)
     assert [loss.device for loss in losses] == [META] * 2
     gradient = adapter_parameters(model, "policy")[0].grad
     assert gradient is not None and gradient.device == META

@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ppo_runs import TinyRun, make_text
+from ppo_runs import TinyRun, make_ptx
 
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.distributed import barrier, rank, shut_down
@@ -69,7 +69,7 @@ def build(tiny: TinyRun, stage: int, name: str) -> PpoTrainer:
         ppo={**SIZES, **ppo},
         deepspeed={"stage": stage, **deepspeed},
         evaluation={"num_prompts": 3},
-        text=make_text() if "ptx_coef" in ppo else None,
+        ptx=make_ptx() if "ptx_coef" in ppo else None,
     )
 
 
@@ -100,11 +100,11 @@ def run_variant(base: TinyRun, folder: Path, stage: int, name: str) -> dict[str,
     run, out = RunFolder(tiny.folder), {}
     trainer = build(tiny, stage, name)
     trainer.train(resume=False)
-    evaluate_roles(trainer.cfg, run, trainer.engine, trainer.scorer, trainer.prompts, trainer.ends)
+    evaluate_roles(trainer.cfg, run, trainer.collector, trainer.prompts)
     export_ppo(run, trainer.engine.model, {"base": tiny.base, "contract": {}, "stage": "ppo"})
     out["weights"] = weights(trainer)
     # More ranks than prompts.
-    arguments = ([[70, 71, 72]], trainer.cfg.generation, trainer.ends.stop_ids, (9,))
+    arguments = ([[70, 71, 72]], trainer.cfg.generation, trainer.stop_tokens.stop_ids, (9,))
     out["lonely"] = sample_responses(trainer.engine, "policy", *arguments)
     barrier()
     out["metrics"] = metrics(run)

@@ -1,4 +1,4 @@
-"""Other text that the policy goes on predicting during PPO (ptx): which rows, at which step."""
+"""What PPO reads: prompts, the tokens that end an answer, and other text for the ptx loss."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,71 +20,66 @@ from trainers.engine.microbatches import groups_of_like_totals
 
 @dataclass(frozen=True)
 class StopTokens:
-    """How answers end and are read."""
+    """How answers end and are decoded."""
 
     tokenizer: PreTrainedTokenizerFast
     stop_ids: list[int]
     """Ids that end a response."""
     pad_id: int
-    """Fills; any id, since masks go by position."""
+    """Any id: masks are made from positions."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a response, without its stop token."""
         return decode(self.tokenizer, ids).strip()
 
 
+def stop_tokens(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> StopTokens:
+    """The stop and pad ids of the chat contract."""
+    assert isinstance(tokenizer.pad_token_id, int)
+    return StopTokens(tokenizer, end_of_turn_ids(tokenizer, cfg.chat), tokenizer.pad_token_id)
+
+
 @dataclass(frozen=True)
 class PtxMicrobatch:
-    """The text beside one microbatch of responses, on the CPU."""
+    """The texts beside one microbatch of responses, on the CPU."""
 
     tokens: torch.Tensor
     """(N, L) int64, padded on the right."""
     mask: torch.Tensor
     """(N, L) bool, real tokens."""
-    trains: torch.Tensor
-    """(N, L) bool, tokens that count as predictions."""
+    loss_mask: torch.Tensor
+    """(N, L) bool, tokens whose likelihood counts."""
     num_tokens: int
-    """Predictions of the whole optimizer step, over all ranks."""
-
-
-@dataclass(frozen=True)
-class PtxBatch:
-    """The text of one optimizer step."""
-
-    rows: list[dict]
-    groups: list[list[int]]
-    """Of the rows, one for each microbatch, with about equally many tokens."""
-    pad_id: int
-
-    def share(self, place: int) -> PtxMicrobatch:
-        """The text beside the minibatch's microbatch number `place`."""
-        own = [self.rows[row] for row in self.groups[place]]
-        tokens, mask = pad_right([row["input_ids"] for row in own], self.pad_id)
-        trains, _ = pad_right([row["mask"] for row in own], 0)
-        total = sum(sum(row["mask"][1:]) for row in self.rows)
-        return PtxMicrobatch(tokens, mask, trains.bool(), max(total, 1))
+    """Such tokens in the whole optimizer step, over all ranks."""
 
 
 @dataclass(frozen=True)
 class PtxLoader:
-    """Rows of text in an order that depends on the seed and the optimizer step alone."""
+    """Texts in an order that depends on the seed and the optimizer step alone."""
 
     rows: Dataset
     per_microbatch: int
     pad_id: int
     seed: int
 
-    def batch(self, position: int, num_microbatches: int) -> PtxBatch:
-        """The text of the optimizer step number `position`."""
+    def step_rows(self, position: int, num_microbatches: int) -> list[dict]:
+        """The texts of optimizer step `position`."""
         count = self.per_microbatch * num_microbatches
-        chosen = batch_indices(len(self.rows), count, position, self.seed)
-        rows = [self.rows[i] for i in chosen]
-        lengths = [len(row["input_ids"]) for row in rows]
-        return PtxBatch(rows, groups_of_like_totals(lengths, num_microbatches), self.pad_id)
+        return [self.rows[i] for i in batch_indices(len(self.rows), count, position, self.seed)]
+
+    def microbatches(self, position: int, num_microbatches: int) -> list[PtxMicrobatch]:
+        """The same in microbatches of about equally many tokens."""
+        rows, found = self.step_rows(position, num_microbatches), []
+        num_tokens = max(sum(sum(row["mask"][1:]) for row in rows), 1)
+        for group in groups_of_like_totals([len(r["input_ids"]) for r in rows], num_microbatches):
+            tokens, mask = pad_right([rows[i]["input_ids"] for i in group], self.pad_id)
+            loss_mask, _ = pad_right([rows[i]["mask"] for i in group], 0)
+            found.append(PtxMicrobatch(tokens, mask, loss_mask.bool(), num_tokens))
+        return found
 
 
-def load_text(cfg: Config, tokenizer: PreTrainedTokenizerFast, pad_id: int) -> PtxLoader | None:
-    """The ptx text of the config, tokenised; None without.
+def load_ptx(cfg: Config, tokenizer: PreTrainedTokenizerFast, pad_id: int) -> PtxLoader | None:
+    """The texts of `ppo.ptx_data`, tokenised; None without.
 
     Raises:
         ValueError: bad records, or plain text and conversations are mixed.
@@ -97,14 +92,13 @@ def load_text(cfg: Config, tokenizer: PreTrainedTokenizerFast, pad_id: int) -> P
         raise ValueError("ppo.ptx_data: either all sources have format text or lines, or none")
     kind = "text" if all(plain) else "sft"
     mixture = load_mixture(section.ptx_data, [], 0.0, cfg.seed, kind, section.decontaminate)
+    length = section.ptx_max_length
     if kind == "text":
-        rows, report = tokenize_text(mixture.train, tokenizer, section.ptx_max_length)
+        rows, report = tokenize_text(mixture.train, tokenizer, length)
         rows = rows.filter(lambda row: len(row["input_ids"]) > 1)  # the first is never predicted
         rows = rows.map(lambda row: {"mask": [1] * len(row["input_ids"])})
     else:
-        rows, report = tokenize_conversations(
-            mixture.train, tokenizer, cfg.chat, section.ptx_max_length
-        )
+        rows, report = tokenize_conversations(mixture.train, tokenizer, cfg.chat, length)
     if rank() == 0:
         print(mixture.summary())
         print(f"ptx: {report.summary()}")
@@ -117,12 +111,6 @@ class Prompts:
 
     train: Dataset
     held_out: Dataset
-
-
-def stop_tokens(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> StopTokens:
-    """The stop and pad ids of the chat contract."""
-    assert isinstance(tokenizer.pad_token_id, int)
-    return StopTokens(tokenizer, end_of_turn_ids(tokenizer, cfg.chat), tokenizer.pad_token_id)
 
 
 def load_prompts(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Prompts:

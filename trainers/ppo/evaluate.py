@@ -1,7 +1,7 @@
-"""What the roles answer to held-out prompts, and how good that is.
+"""Answers of the roles to held-out prompts, measured.
 
-Runs at the end of the PPO stage, on the roles that are loaded already and with all ranks. The gold
-reward is a Python function of the user's, where the true reward is known (`evaluation.gold`).
+Runs at the end of the PPO stage, on the loaded roles and with all ranks. Where the true reward is
+known, `evaluation.gold` names a Python function that computes it.
 """
 
 from collections.abc import Callable
@@ -15,42 +15,31 @@ from chatllama.runs.folder import RunFolder
 from chatllama.runtime.distributed import rank
 from chatllama.runtime.files import write_json
 from trainers.engine.engine import Engine
-from trainers.ppo.data import Prompts, StopTokens
+from trainers.ppo.data import Prompts
 from trainers.ppo.ppo_math import masked
-from trainers.ppo.rewards import Scorer
-from trainers.ppo.rollout import collect_rollout
+from trainers.ppo.rollout import Collector
 
 Gold = Callable[[str, str], float]
 NUM_SHOWN = 24
 EVALUATION_SEED = 2**31 - 1
 
 
-def evaluate_roles(
-    cfg: Config, run: RunFolder, engine: Engine, scorer: Scorer, prompts: Prompts, ends: StopTokens
-) -> None:
-    """Writes RUN/evaluation.json: every role's answers measured, PPO's against SFT's.
+def evaluate_roles(cfg: Config, run: RunFolder, collector: Collector, prompts: Prompts) -> None:
+    """Writes RUN/evaluation.json: every role's answers measured, PPO's compared with SFT's.
 
     With `lora: null` the base is the result of SFT, so there is no row for it.
-
-    Args:
-        cfg: `evaluation`, `generation`, `ppo.microbatch_size`.
-        run: where to write.
-        engine: of the roles.
-        scorer: of answers.
-        prompts: the held-out ones are asked.
-        ends: stop and pad ids.
     """
     count = min(cfg.evaluation.num_prompts, len(prompts.held_out))
     if not count:
         return
+    engine = collector.engine
     names: dict[str, Role] = {"base": "base", "sft": _sft(engine), "ppo": "policy"}
     if cfg.lora is None:
         del names["base"]
     if "ema" in engine.model.adapter_names:
         names["ema"] = "ema"
     measured = {
-        name: _measure(cfg, engine, role, scorer, prompts, ends, count)
-        for name, role in names.items()
+        name: _measure(cfg, collector, role, prompts, count) for name, role in names.items()
     }
     roles = {name: answers.numbers for name, answers in measured.items()}
     roles["ppo"] |= win_rate(measured["ppo"].goodness, measured["sft"].goodness)
@@ -69,14 +58,12 @@ def evaluate_roles(
         write_json(run.evaluation, {"num_prompts": count, "roles": roles, "samples": samples})
 
 
-def measure_policy(
-    cfg: Config, engine: Engine, scorer: Scorer, prompts: Prompts, ends: StopTokens
-) -> dict[str, float]:
+def measure_policy(cfg: Config, collector: Collector, prompts: Prompts) -> dict[str, float]:
     """The policy's numbers on held-out prompts, as metrics of a PPO step; {} without prompts."""
     count = min(cfg.evaluation.num_prompts, len(prompts.held_out))
     if not count:
         return {}
-    numbers = _measure(cfg, engine, "policy", scorer, prompts, ends, count).numbers
+    numbers = _measure(cfg, collector, "policy", prompts, count).numbers
     names = {"kl": "kl_sequence", "kl_se": "kl_sequence_se"}
     return {f"ppo/eval_{names.get(name, name)}": value for name, value in numbers.items()}
 
@@ -93,49 +80,33 @@ class Answers:
 
 
 def _measure(
-    cfg: Config,
-    engine: Engine,
-    role: Role,
-    scorer: Scorer,
-    prompts: Prompts,
-    ends: StopTokens,
-    count: int,
+    cfg: Config, collector: Collector, role: Role, prompts: Prompts, count: int
 ) -> Answers:
     """Answers of a role to the first `count` held-out prompts, always with the same randomness."""
-    asked: list[str] = prompts.held_out["text"][:count]
-    rollout, texts = collect_rollout(
-        engine,
-        role,
-        prompts.held_out["input_ids"][:count],
-        asked,
-        cfg.generation,
-        ends,
-        scorer,
-        (cfg.seed, EVALUATION_SEED),
-        cfg.ppo.microbatch_size,
-        reference=_sft(engine),
-    )
+    records = list(prompts.held_out.select(range(count)))
+    seed, reference = (cfg.seed, EVALUATION_SEED), _sft(collector.engine)
+    rollout, texts = collector.collect(role, records, seed, reference)
     goodness = rollout.scores.tolist()
     numbers = {
         "response_length": float(rollout.lengths.float().mean()),
         "eos_rate": float(rollout.finished.float().mean()),
     }
     numbers["score_mean"], numbers["score_se"] = mean_and_error(goodness)
-    if role == "policy":  # log-probabilities are the policy's, so only its own answers tell its KL
+    if role == "policy":  # log-probabilities are the policy's: KL holds for its own answers only
         kl = masked(rollout.kl, rollout.response_mask).sum(1).tolist()
         numbers["kl"], numbers["kl_se"] = mean_and_error(kl)
     if cfg.evaluation.gold is not None:
         gold: Gold = load_function(cfg.evaluation.gold, "evaluation.gold")
-        goodness = [gold(p, r) for p, r in zip(asked, texts, strict=True)]
+        goodness = [gold(r["text"], text) for r, text in zip(records, texts, strict=True)]
         numbers["gold_mean"], numbers["gold_se"] = mean_and_error(goodness)
-    disagreement = scorer.disagreement(rollout.member_scores)
+    disagreement = collector.scorer.disagreement(rollout.member_scores)
     if disagreement is not None:
         numbers["ensemble_disagreement"] = float(disagreement.mean())
     return Answers(texts, goodness, numbers)
 
 
 def _sft(engine: Engine) -> Role:
-    """The role that answers as SFT left it: the reference, unless PPO refreshes that."""
+    """The role with SFT's weights: the reference, unless PPO refreshes that."""
     return "sft" if "sft" in engine.model.adapter_names else "reference"
 
 

@@ -1,4 +1,4 @@
-"""What PPO starts from and leaves behind: prompts, roles, their engine, the exports."""
+"""The models of a PPO run: roles built from earlier stages, their engine, the exports."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +46,7 @@ def build_roles(cfg: Config, run: RunFolder, tokenizer: PreTrainedTokenizerFast)
     """Policy and value to train, reference and rewards frozen, on one frozen base.
 
     Raises:
-        ValueError: an adapter of an earlier stage is missing, damaged, or made under another chat
-            contract.
+        ValueError: an adapter is missing, damaged, or made under another chat contract.
     """
     section = cfg.ppo
 
@@ -129,12 +128,11 @@ def build_engine(cfg: Config, model: RoleModel) -> Engine:
 def fold_into_value_head(
     engine: Engine, scorer: Scorer, rollout: Rollout, deviation: float
 ) -> None:
-    """The value head, a copy of the first reward adapter's, predicts normalised scores instead.
+    """Makes the value head, a copy of the first reward adapter's, predict normalised scores.
 
-    That is (raw score - mean raw score) * the source's weight / deviation.
+    Those are (raw score - mean raw score) * the source's weight / deviation.
 
     Args:
-        engine: of the roles.
         scorer: with at least one reward adapter.
         rollout: the reference's answers.
         deviation: by which scores are divided.

@@ -1,7 +1,6 @@
-"""From answers to the scores that PPO sees: sources, normalisation, penalties.
+"""Scores of answers: reward adapters and functions, normalisation, penalties.
 
-The KL penalty is not here but in `ppo_math.shape_rewards`. Every rank computes the same numbers
-from the whole rollout batch.
+The KL penalty is in `ppo_math.shape_rewards`. Scores are identical on all ranks.
 """
 
 import math
@@ -14,12 +13,11 @@ from chatllama.config.base import load_function
 from chatllama.config.schema import Config, PpoSection
 from chatllama.model.roles import Role
 from chatllama.runtime.distributed import all_gather_objects, rank, world_size
-from trainers.ppo.ppo_math import mean_and_variance, moments, whiten
 
 
 @dataclass(frozen=True)
 class ScoreTerm:
-    """One source of the score: the members of a reward ensemble, or a function."""
+    """One source of the score: the roles of a reward ensemble, or a function."""
 
     weight: float
     roles: tuple[Role, ...] = ()
@@ -57,8 +55,7 @@ class Scorer:
     """The raw score of an answer: reward adapters and functions, weighted and added.
 
     Args:
-        cfg: `ppo.rewards`, `ppo.reward_ensemble`.
-        members: roles of each adapter source, as they are loaded, in the config's order.
+        members: roles of each adapter source, in the config's order.
 
     Raises:
         ValueError: a function cannot be imported.
@@ -66,7 +63,7 @@ class Scorer:
 
     def __init__(self, cfg: Config, members: Sequence[Sequence[Role]]) -> None:
         self.roles = [role for ensemble in members for role in ensemble]
-        self.worst_counts = cfg.ppo.reward_ensemble == "min"
+        self.use_min = cfg.ppo.reward_ensemble == "min"
         self.terms: list[ScoreTerm] = []
         remaining = iter(members)
         for number, source in enumerate(cfg.ppo.rewards):
@@ -79,21 +76,19 @@ class Scorer:
     def total(
         self, member_scores: torch.Tensor, prompts: Sequence[str], responses: Sequence[str]
     ) -> torch.Tensor:
-        """Scores of whole answers: (B,) float32, on every rank alike.
+        """Scores of whole answers: (B,) float32.
 
         Args:
             member_scores: (B, M) float32, of `roles`.
-            prompts: texts.
-            responses: texts.
 
         Raises:
-            ValueError: a function returned no finite number; says for which answer.
+            ValueError: a function returned no finite number; names the answer.
         """
         total = self._functions(prompts, responses).to(member_scores)
         for term in self.terms:
             if term.roles:
                 columns = member_scores[:, [self.roles.index(role) for role in term.roles]]
-                combined = columns.amin(1) if self.worst_counts else columns.mean(1)
+                combined = columns.amin(1) if self.use_min else columns.mean(1)
                 total = total + term.weight * combined
         return total
 
@@ -106,7 +101,7 @@ class Scorer:
         return None
 
     def _functions(self, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
-        """Weighted sum of the functions' values (B,), each rank asking for its share."""
+        """Weighted sum of the functions' values (B,); each rank calls them for its part."""
         total = [0.0] * len(prompts)
         functions = [(t.weight, t.function) for t in self.terms if t.function is not None]
         if not functions:
@@ -124,7 +119,7 @@ class Scorer:
 
 
 def _is_finite(value: object) -> bool:
-    """Whether it is a number (of NumPy or torch, too), and not NaN or infinite."""
+    """Whether it is a number (also of NumPy or torch), neither NaN nor infinite."""
     try:
         return math.isfinite(value)  # pyright: ignore[reportArgumentType]
     except (TypeError, ValueError, RuntimeError):
@@ -138,12 +133,11 @@ def shaped_scores(
     lengths: torch.Tensor,
     statistics: Statistics,
 ) -> torch.Tensor:
-    """Scores as PPO sees them: normalised, clipped, less the penalties: (B,) float32.
+    """Normalised and clipped scores less the penalties: (B,) float32.
 
     Args:
-        section: normalisation, clipping, penalties.
         scores: (B,) float32, raw.
-        finished: (B,) bool, the response ended by itself.
+        finished: (B,) bool, the response ends with a stop token.
         lengths: (B,) int64, tokens.
         statistics: of raw scores, from the reference's answers or from all so far.
     """
@@ -154,9 +148,3 @@ def shaped_scores(
     if section.missing_eos == "penalty":
         scores = scores - section.missing_eos_penalty * (~finished).float()
     return scores - section.length_penalty * lengths.float()
-
-
-def scaled_rewards(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Rewards scaled to variance 1 about their mean in this batch (`whiten_rewards`): (B, R)."""
-    mean, variance = mean_and_variance(moments(rewards, mask))
-    return whiten(rewards, mask, mean, variance, shift_mean=False)

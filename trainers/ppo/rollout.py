@@ -1,27 +1,22 @@
-"""Rollout batches: prompts in, responses with everything PPO needs to know about them out.
+"""Rollout batches: prompts in, scored responses out. Nothing here trains.
 
-Every rank ends with the WHOLE batch (a few megabytes): sampling and scoring are dealt out over the
-ranks, statistics are then those of all responses without further talk. Nothing here trains.
-Shapes: B responses of all ranks, P prompt, R response, T = P + R.
+Sampling and scoring are split over the ranks; then every rank holds the whole batch (a few
+megabytes), so that its statistics need no further communication. Shapes: B responses of all ranks,
+P prompt, R response, T = P + R.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from chatllama.config.schema import GenerationSection
 from chatllama.generation.generate import generate
 from chatllama.generation.sampling import Sampling
-from chatllama.model.roles import (
-    Role,
-    RoleModel,
-    acting_as,
-    autocast,
-    mergeable,
-    merged_as,
-)
+from chatllama.model.roles import Role, RoleModel, acting_as, autocast, mergeable, merged_as
 from chatllama.model.scoring import policy_and_value, response_logprobs, score_sequences
 from chatllama.runtime.distributed import (
     all_any,
@@ -31,6 +26,7 @@ from chatllama.runtime.distributed import (
     to_device,
     world_size,
 )
+from chatllama.text.padding import pad_left, pad_right
 from trainers.engine.engine import Engine
 from trainers.engine.microbatches import collect, deal, groups_of_like_totals
 from trainers.ppo.data import StopTokens
@@ -40,45 +36,42 @@ from trainers.ppo.rewards import Scorer
 
 @dataclass(frozen=True)
 class Rollout:
-    """Responses of one step, on every rank alike, on the CPU.
+    """Responses of one step; identical on all ranks; on the CPU, where statistics are free."""
 
-    There its statistics cost a GPU no waiting; what a forward pass needs is moved for it.
-    """
-
-    tokens: torch.Tensor
+    tokens: Tensor
     """(B, T) int64: left-padded prompts, then right-padded responses."""
-    mask: torch.Tensor
+    mask: Tensor
     """(B, T) bool: real tokens."""
-    response_mask: torch.Tensor
+    response_mask: Tensor
     """(B, R) bool: True up to and including the first stop token."""
-    finished: torch.Tensor
-    """(B,) bool: the response ended by itself."""
-    logprobs: torch.Tensor
+    finished: Tensor
+    """(B,) bool: the response ends with a stop token."""
+    logprobs: Tensor
     """(B, R) float32: of the policy that sampled, by the training forward pass."""
-    ref_logprobs: torch.Tensor
+    ref_logprobs: Tensor
     """(B, R) float32: of the reference."""
-    entropy: torch.Tensor
+    entropy: Tensor
     """(B, R) float32: of the policy, nats."""
-    values: torch.Tensor
+    values: Tensor
     """(B, R) float32: of the state before each token; zeros without a critic."""
-    member_scores: torch.Tensor
-    """(B, M) float32: of every reward adapter, as they come."""
-    scores: torch.Tensor
-    """(B,) float32: the sources' sum, not normalised."""
+    member_scores: Tensor
+    """(B, M) float32: raw scores of every reward adapter."""
+    scores: Tensor
+    """(B,) float32: the weighted sum of all reward sources, not normalised."""
 
     @property
-    def kl(self) -> torch.Tensor:
+    def kl(self) -> Tensor:
         """k1 estimate of the KL to the reference per sampled token, nats: (B, R)."""
         return self.logprobs - self.ref_logprobs
 
     @property
-    def lengths(self) -> torch.Tensor:
+    def lengths(self) -> Tensor:
         """(B,) int64 tokens per response, its stop token included."""
         return self.response_mask.sum(1)
 
     def select(self, rows: Sequence[int]) -> "Rollout":
-        """The given rows, with columns cut away in which none of them has a token."""
-        picked = {name: value[list(rows)] for name, value in self.__dict__.items()}
+        """The given rows, without the columns in which none of them has a token."""
+        picked = {name: value[list(rows)] for name, value in vars(self).items()}
         prompt_width = self.tokens.shape[1] - self.response_mask.shape[1]
         first = int(picked["mask"].any(0).long().argmax())
         length = int(picked["response_mask"].sum(1).max())
@@ -89,10 +82,10 @@ class Rollout:
         return Rollout(**picked)
 
     def microbatches(self, size: int) -> list[list[int]]:
-        """Rows that are scored, and later learnt from, together: `size` of them on average.
+        """Rows of each microbatch, for scoring and training alike: `size` rows on average.
 
-        Their number is that of rows / `size`; each has about the same number of tokens, prompts and
-        responses, which is what memory and time go by, since padding is not computed.
+        There are rows / `size` of them, with about equally many tokens: padding is not computed, so
+        tokens decide time and memory.
         """
         tokens = self.mask.sum(1).tolist()
         return groups_of_like_totals(tokens, -(-len(tokens) // size))
@@ -111,17 +104,9 @@ def sample_responses(
     stop_ids: Sequence[int],
     seed: Sequence[int],
 ) -> list[list[int]]:
-    """Responses of `role` to all prompts, on every rank, each rank sampling its share.
+    """Responses of `role` to all prompts, on every rank; each rank samples a part of them.
 
-    Random numbers belong to (seed, prompt), so the number of ranks changes no response.
-
-    Args:
-        engine: of the roles' model; under ZeRO-3 it says whether weights are gathered first.
-        role: who answers.
-        prompts: token ids of all ranks' prompts.
-        generation: how to sample.
-        stop_ids: ids that end a response.
-        seed: integers that name this batch.
+    Random numbers belong to (seed, prompt number), so the number of ranks changes no response.
     """
     generator = torch.Generator().manual_seed(hash(tuple(seed)) % 2**63)
     uniforms = torch.rand(len(prompts), generation.max_new_tokens, generator=generator)
@@ -140,17 +125,15 @@ def sample_responses(
             any_running=all_any if in_step else bool,
             compiled=engine.compiled if generation.compile else None,
         )
-    merged: list[list[int]] = [[] for _ in prompts]
-    for share in all_gather_objects(list(zip(own, responses, strict=True))):
-        for i, response in share:
-            merged[i] = response
-    return merged
+    gathered = all_gather_objects(dict(zip(own, responses, strict=True)))
+    merged = {i: response for part in gathered for i, response in part.items()}
+    return [merged.get(i, []) for i in range(len(prompts))]
 
 
 def _sampling_as(
     engine: Engine, role: Role, generation: GenerationSection
 ) -> AbstractContextManager[None]:
-    """The role acting, its adapter merged or not."""
+    """The role active, with its adapter merged into the weights where `merge_lora` says so."""
     model, merge = engine.model, generation.merge_lora
     possible = mergeable(model) and not engine.partitions()
     if merge == "always" and not possible:
@@ -171,20 +154,14 @@ def arrange(
     pad_id: int,
 ) -> Rollout:
     """Prompts and responses as tensors, not scored yet (zeros)."""
-    prompt_width, width = max(map(len, prompts)), max(map(len, responses))
-    tokens = torch.full((len(prompts), prompt_width + width), pad_id)
-    mask = torch.zeros(tokens.shape, dtype=torch.bool)
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        place = slice(prompt_width - len(prompt), prompt_width + len(response))
-        tokens[row, place] = torch.tensor([*prompt, *response])
-        mask[row, place] = True
-    finished = torch.tensor([response[-1] in stop_ids for response in responses])
-    per_token = torch.zeros(len(prompts), width)
+    prompt_ids, prompt_mask = pad_left(prompts, pad_id)
+    response_ids, response_mask = pad_right(responses, pad_id)
+    per_token = torch.zeros(response_ids.shape)
     return Rollout(
-        tokens=tokens,
-        mask=mask,
-        response_mask=mask[:, prompt_width:],
-        finished=finished,
+        tokens=torch.cat([prompt_ids, response_ids], dim=1),
+        mask=torch.cat([prompt_mask, response_mask], dim=1),
+        response_mask=response_mask,
+        finished=torch.tensor([response[-1] in stop_ids for response in responses]),
         logprobs=per_token,
         ref_logprobs=per_token,
         entropy=per_token,
@@ -203,17 +180,14 @@ def score(
     reward_roles: Sequence[Role],
     reference: Role = "reference",
 ) -> Rollout:
-    """The rollout with log-probabilities, values and rewards, dealt out over the ranks.
+    """The rollout with log-probabilities, values and rewards; each rank scores a part of it.
 
-    Microbatch by microbatch the same rows that training will see, through the same functions, so
-    that the first ratio of an update is exactly 1.
+    Microbatches and functions are those of training, so that the first ratio of an update is
+    exactly 1.
 
     Args:
-        model: holds policy, reference and the reward roles, and value unless there is no critic.
         rollout: from `arrange`.
         temperature: at which it was sampled.
-        microbatch_size: responses per forward pass, on average.
-        reward_roles: whose scores to take.
         reference: whose log-probabilities the policy's are compared with.
     """
     model.train()  # as in the update; there is no dropout in PPO
@@ -241,61 +215,60 @@ def score(
     return replace(rollout, **collected, member_scores=collect(members).cpu())
 
 
-def collect_rollout(
-    engine: Engine,
-    role: Role,
-    prompts: Sequence[Sequence[int]],
-    prompt_texts: Sequence[str],
-    generation: GenerationSection,
-    ends: StopTokens,
-    scorer: Scorer,
-    seed: Sequence[int],
-    microbatch_size: int,
-    reference: Role = "reference",
-    responses: list[list[int]] | None = None,
-) -> tuple[Rollout, list[str]]:
-    """A scored batch of `role`'s answers and their texts, on every rank alike.
+@dataclass(frozen=True)
+class Collector:
+    """Collects scored rollout batches; holds what all batches of a run have in common."""
+
+    engine: Engine
+    scorer: Scorer
+    stop_tokens: StopTokens
+    generation: GenerationSection
+    """How to sample; its temperature also scores."""
+    microbatch_size: int
+    """Responses per scoring pass, on average."""
+
+    def collect(
+        self,
+        role: Role,
+        records: Sequence[Mapping[str, Any]],
+        seed: Sequence[int],
+        reference: Role = "reference",
+        responses: list[list[int]] | None = None,
+    ) -> tuple[Rollout, list[str]]:
+        """A scored batch of `role`'s answers and their texts, identical on all ranks.
+
+        Args:
+            role: who answers; log-probabilities are the policy's all the same.
+            records: `input_ids` and `text` of all ranks' prompts.
+            seed: integers that name this batch.
+            reference: whose log-probabilities the policy's are compared with.
+            responses: token ids that were sampled elsewhere. None: they are sampled here.
+        """
+        engine, generation, stop = self.engine, self.generation, self.stop_tokens
+        prompts = [record["input_ids"] for record in records]
+        if responses is None:
+            responses = sample_responses(engine, role, prompts, generation, stop.stop_ids, seed)
+        texts = [stop.decode(response) for response in responses]
+        rollout = arrange(prompts, responses, stop.stop_ids, stop.pad_id)
+        size, roles = self.microbatch_size, self.scorer.roles
+        rollout = score(engine.model, rollout, generation.temperature, size, roles, reference)
+        asked = [record["text"] for record in records]
+        return replace(
+            rollout, scores=self.scorer.total(rollout.member_scores, asked, texts)
+        ), texts
+
+
+def rollout_metrics(rollout: Rollout, scores: Tensor, rewards: Tensor) -> dict[str, float]:
+    """Metrics of a rollout batch. KL estimates are k1: per response, and per token.
 
     Args:
-        engine: of the roles' model.
-        role: who answers; log-probabilities are the policy's all the same.
-        prompts: token ids of all ranks' prompts.
-        prompt_texts: what reward functions are shown.
-        generation: how to sample; its temperature also scores.
-        ends: stop and pad ids, and how to read answers.
-        scorer: makes scores.
-        seed: integers that name this batch.
-        microbatch_size: responses per scoring pass, on average.
-        reference: whose log-probabilities the policy's are compared with.
-        responses: token ids that were sampled elsewhere. None: they are sampled here.
-    """
-    if responses is None:
-        responses = sample_responses(engine, role, prompts, generation, ends.stop_ids, seed)
-    texts = [ends.decode(response) for response in responses]
-    rollout = arrange(prompts, responses, ends.stop_ids, ends.pad_id)
-    temperature = generation.temperature
-    rollout = score(engine.model, rollout, temperature, microbatch_size, scorer.roles, reference)
-    total = scorer.total(rollout.member_scores, prompt_texts, texts)
-    return replace(rollout, scores=total), texts
-
-
-def rollout_metrics(
-    rollout: Rollout, scores: torch.Tensor, rewards: torch.Tensor
-) -> dict[str, float]:
-    """What a rollout batch says about the policy that sampled it.
-
-    The KL estimates are k1: per response (summed over its tokens, with the standard error of the
-    mean over responses) and per token.
-
-    Args:
-        rollout: scored.
         scores: (B,) float32, shaped.
         rewards: (B, R) float32.
     """
     mask = rollout.response_mask
     token_kl = masked(rollout.kl, mask)
     kl = token_kl.sum(1)
-    # Sampled tokens are as improbable as the scored distribution says, on average.
+    # Mean 0 where tokens come from the distribution that scores them.
     surprise = masked(-rollout.logprobs - rollout.entropy, mask)
     return {
         "ppo/score_mean": float(scores.mean()),

@@ -1,4 +1,4 @@
-"""What a PPO run must remember beside weights and optimizer, and its checkpoints."""
+"""The state of a PPO run beside weights and optimizer, and its checkpoints."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,10 +18,10 @@ from trainers.ppo.rewards import Statistics
 
 @dataclass(frozen=True)
 class PpoState:
-    """Where a PPO run stands."""
+    """The state after a step."""
 
     step: int
-    """Finished rollout batches."""
+    """PPO steps done."""
     kl_coef: float
     """Reward per nat, now."""
     statistics: Statistics
@@ -29,19 +29,15 @@ class PpoState:
     lr_scale: float = 1.0
     """Factor of all learning rates, lowered by rollbacks."""
     rollbacks: int = 0
-    """Returns to an earlier checkpoint so far."""
+    """Rollbacks so far."""
     health: dict[str, Any] = field(default_factory=dict)
-    """The health monitor's memory."""
+    """The health monitor's own state."""
 
 
 def adapters_that_change(cfg: Config) -> list[Role]:
     """Frozen roles whose weights PPO itself replaces, so that checkpoints must hold them."""
-    roles: list[Role] = []
-    if cfg.ppo.reference_refresh_every:
-        roles.append("reference")
-    if cfg.ppo.ema_decay is not None:
-        roles.append("ema")
-    return roles
+    refreshed: list[Role] = ["reference"] if cfg.ppo.reference_refresh_every else []
+    return refreshed + (["ema"] if cfg.ppo.ema_decay is not None else [])
 
 
 def save_state(cfg: Config, run: RunFolder, engine: Engine, state: PpoState) -> None:

@@ -1,7 +1,7 @@
 """Stage 3: PPO, in chronological order: roll out, shape rewards, estimate advantages, update.
 
-The arithmetic is in `ppo_math.py`, sampling and scoring in `rollout.py`, scores in
-`ppo_rewards.py`, the optimiser's steps in `ppo_update.py`, models and files in `ppo_setup.py`.
+The arithmetic is in `ppo_math.py`, sampling and scoring in `rollout.py`, scores in `rewards.py`,
+the optimizer steps in `update.py`, models and exports in `model.py`.
 """
 
 import time
@@ -11,8 +11,9 @@ from dataclasses import replace
 import torch
 
 from chatllama.config.batch_sizes import lr_factor, ppo_batches
-from chatllama.config.schema import Config, PpoSection
-from chatllama.model.roles import adapter_parameters
+from chatllama.config.ppo import PpoSection
+from chatllama.config.schema import Config
+from chatllama.model.roles import Role, adapter_parameters
 from chatllama.reporting.tracker import Tracker, logged_metrics
 from chatllama.runs import interruption
 from chatllama.runs.checkpoints import checkpoint_to_resume, layout_of, newest_good
@@ -30,34 +31,21 @@ from trainers.ppo.ppo_math import (
     gae,
     group_advantages,
     mean_and_variance,
-    moments,
     shape_rewards,
     whiten,
 )
-from trainers.ppo.rewards import (
-    Scorer,
-    Statistics,
-    scaled_rewards,
-    shaped_scores,
-)
-from trainers.ppo.rollout import Rollout, collect_rollout, rollout_metrics
+from trainers.ppo.rewards import Scorer, Statistics, shaped_scores
+from trainers.ppo.rollout import Collector, Rollout, rollout_metrics
 from trainers.ppo.servers.pool import NoServerLeft, compare, open_pool
 from trainers.ppo.state import PpoState, load_state, save_state
 from trainers.ppo.update import Targets, Update
 
+Step = tuple[PpoState, Rollout, list[str], dict[str, float]]
+"""A finished step: the state after it, its rollout, the answers' texts, its metrics."""
+
 
 class PpoTrainer:
-    """PPO over the roles of one engine.
-
-    Args:
-        cfg: the whole config.
-        run: for checkpoints and metrics.
-        engine: over policy and value.
-        scorer: of answers.
-        prompts: tokenised.
-        ends: stop and pad ids.
-        text: for the ptx loss, or None.
-    """
+    """PPO over the roles of one engine."""
 
     def __init__(
         self,
@@ -66,25 +54,24 @@ class PpoTrainer:
         engine: Engine,
         scorer: Scorer,
         prompts: Prompts,
-        ends: StopTokens,
-        text: PtxLoader | None = None,
+        stop_tokens: StopTokens,
+        ptx: PtxLoader | None = None,
     ) -> None:
         self.cfg, self.run, self.engine = cfg, run, engine
-        self.scorer, self.prompts, self.ends, self.text = scorer, prompts, ends, text
+        self.scorer, self.prompts, self.stop_tokens, self.ptx = scorer, prompts, stop_tokens, ptx
+        size = cfg.ppo.microbatch_size
+        self.collector = Collector(engine, scorer, stop_tokens, cfg.generation, size)
         self.guard = Guard(cfg.ppo, run)
-        self.servers = open_pool(cfg, run, engine.model, ends)
+        self.servers = open_pool(cfg, run, engine.model, stop_tokens)
         self.sampler_gap: dict[str, float] = {}
         self.total_optimizer_steps = ppo_batches(cfg.ppo, world_size()).total_optimizer_steps
 
     def train(self, resume: bool) -> dict[str, float]:
         """Trains policy and value in place; returns the stage's closing numbers.
 
-        Args:
-            resume: go on from the newest checkpoint.
-
         Raises:
-            ValueError: the health monitor stopped the run: its first judgement is that policy and
-                reference agree and that the first ratio is 1.
+            ValueError: the health monitor stopped the run, or no sampling server is left.
+            Interrupted: a signal came; the step is saved.
         """
         section = self.cfg.ppo
         started = time.monotonic()
@@ -105,7 +92,9 @@ class PpoTrainer:
                 while state.step < section.steps:
                     state, rollout, texts, metrics = self._advance_or_save(state)
                     tracker.log(state.step, metrics)
-                    self._show_sample(tracker, state, rollout, texts)
+                    prompt, statistics = self._prompts(state.step - 1)[0]["text"], state.statistics
+                    score = (float(rollout.scores[0]) - statistics.mean) / statistics.deviation
+                    tracker.sample(state.step, prompt, texts[0], score)
                     state = self._step_done(tracker, state, metrics, rollout)
         return {
             **{name.removeprefix("ppo/"): value for name, value in metrics.items()},
@@ -115,61 +104,10 @@ class PpoTrainer:
             "train_seconds": time.monotonic() - started,
         }
 
-    def _advance_or_save(
-        self, state: PpoState
-    ) -> tuple[PpoState, Rollout, list[str], dict[str, float]]:
-        """`advance`; where no server is left to sample, the state is saved before the run stops."""
-        try:
-            return self.advance(state)
-        except NoServerLeft as error:
-            self._save(replace(state, health=self.guard.monitor.state()))
-            raise ValueError(
-                f"{error}. Step {state.step} is saved: start the servers, then go on with --resume"
-            ) from error
-
-    def advance(self, state: PpoState) -> tuple[PpoState, Rollout, list[str], dict[str, float]]:
-        """One PPO step: the next state, the rollout, its texts, the metrics."""
-        section = self.cfg.ppo
-        rollout, texts = self._roll_out(state.step)
-        if section.score_normalization == "running":
-            state = replace(state, statistics=state.statistics.merged(rollout.scores))
-        targets, metrics = self._targets(rollout, state)
-        metrics |= self._update(rollout, targets, state) | self.sampler_gap
-        step = state.step + 1
-        if section.reference_refresh_every and step % section.reference_refresh_every == 0:
-            self._copy_policy("reference", decay=0.0)
-        if section.eval_every and step % section.eval_every == 0:
-            metrics |= measure_policy(self.cfg, self.engine, self.scorer, self.prompts, self.ends)
-        state = replace(state, step=step, kl_coef=_next_kl_coef(section, state, metrics))
-        return state, rollout, texts, metrics
-
-    def _step_done(
-        self, tracker: Tracker, state: PpoState, metrics: dict[str, float], rollout: Rollout
-    ) -> PpoState:
-        """Judges and saves a step; gives the state to go on from.
-
-        Raises:
-            ValueError: the health monitor stops the run.
-            Interrupted: a signal came; the step is saved.
-        """
-        every = self.cfg.ppo.save_every
-        decision = self.guard.judge(state, metrics, rollout)
-        if decision == "stop":
-            raise self.guard.stopped(state)
-        stopping = interruption.stop_requested()
-        if decision == "rollback":
-            state = self._rolled_back(state)
-            tracker.rewind(state.step)
-        elif stopping or (every and state.step % every == 0):
-            self._save(replace(state, health=self.guard.monitor.state()))
-        if stopping:
-            interruption.stop(self.run, "ppo", state.step)
-        return state
-
     def start(self) -> PpoState:
         """Step 0: score statistics of the reference's answers, folded into the value head too.
 
-        As in lm-human-preferences' `set_reward_norm`; a value head copied from a reward head then
+        As in lm-human-preferences' `set_reward_norm`: a value head copied from a reward head then
         predicts normalised scores from the first step on. One that starts from 0 does so anyway.
         """
         section = self.cfg.ppo
@@ -184,11 +122,27 @@ class PpoTrainer:
         if statistics.squares == 0:
             raise ValueError(
                 f"all {count} answers of the reference get the same score {statistics.mean:g}: "
-                "the rewards have nothing in them that PPO could follow"
+                "the rewards give PPO nothing to follow. Check ppo.rewards and the reward model"
             )
         if self.scorer.roles and section.value_model == "adapter" and section.advantage == "gae":
             fold_into_value_head(self.engine, self.scorer, rollout, statistics.deviation)
         return replace(state, statistics=statistics)
+
+    def advance(self, state: PpoState) -> Step:
+        """One PPO step."""
+        section = self.cfg.ppo
+        rollout, texts = self._roll_out(state.step)
+        if section.score_normalization == "running":
+            state = replace(state, statistics=state.statistics.merged(rollout.scores))
+        targets, metrics = self._targets(rollout, state)
+        metrics |= self._update(rollout, targets, state) | self.sampler_gap
+        step = state.step + 1
+        if section.reference_refresh_every and step % section.reference_refresh_every == 0:
+            self._copy_policy("reference", decay=0.0)
+        if section.eval_every and step % section.eval_every == 0:
+            metrics |= measure_policy(self.cfg, self.collector, self.prompts)
+        state = replace(state, step=step, kl_coef=_next_kl_coef(section, state, metrics))
+        return state, rollout, texts, metrics
 
     def _prompts(self, step: int) -> list[dict]:
         """The prompts of a step, each once."""
@@ -203,51 +157,39 @@ class PpoTrainer:
         return self._collect("policy", records, (self.cfg.seed, step + 1))
 
     def _collect(
-        self, role: str, records: list[dict], seed: tuple[int, ...]
+        self, role: Role, records: list[dict], seed: tuple[int, ...]
     ) -> tuple[Rollout, list[str]]:
-        prompts = [record["input_ids"] for record in records]
-        served = None if self.servers is None else self.servers.sample(role, prompts, seed)
-        rollout, texts = collect_rollout(
-            self.engine,
-            role,
-            prompts,
-            [record["text"] for record in records],
-            self.cfg.generation,
-            self.ends,
-            self.scorer,
-            seed,
-            self.cfg.ppo.microbatch_size,
-            responses=None if served is None else [response.ids for response in served],
-        )
-        if self.servers is not None and served is not None:
-            limit = self.servers.section.max_logprob_gap
-            self.sampler_gap = compare(role, served, rollout, limit)
+        if self.servers is None:
+            return self.collector.collect(role, records, seed)
+        served = self.servers.sample(role, [record["input_ids"] for record in records], seed)
+        ids = [response.ids for response in served]
+        rollout, texts = self.collector.collect(role, records, seed, responses=ids)
+        limit = self.servers.section.max_logprob_gap
+        self.sampler_gap = compare(role, served, rollout, limit)
         return rollout, texts
 
     def _targets(self, rollout: Rollout, state: PpoState) -> tuple[Targets, dict[str, float]]:
-        """Advantages and returns of a rollout, and what there is to log about it."""
+        """Advantages and returns of a rollout, and its metrics."""
         section, mask = self.cfg.ppo, rollout.response_mask
-        scores = shaped_scores(
-            section, rollout.scores, rollout.finished, rollout.lengths, state.statistics
-        )
+        finished, lengths = rollout.finished, rollout.lengths
+        scores = shaped_scores(section, rollout.scores, finished, lengths, state.statistics)
         rewards = shape_rewards(scores, rollout.kl, mask, state.kl_coef)
         if section.whiten_rewards:
-            rewards = scaled_rewards(rewards, mask)
+            rewards = whiten(rewards, mask, shift_mean=False)
         metrics = rollout_metrics(rollout, scores, rewards) | {"ppo/kl_coef": state.kl_coef}
         if section.advantage == "gae":
             advantages, returns = gae(rewards, rollout.values, mask, section.gamma, section.lam)
-            _, spread = mean_and_variance(moments(returns, mask))
-            _, missed = mean_and_variance(moments(returns - rollout.values, mask))
-            metrics["ppo/explained_variance"] = explained_variance(missed, spread)
+            _, variance = mean_and_variance(returns, mask)
+            _, error = mean_and_variance(returns - rollout.values, mask)
+            metrics["ppo/explained_variance"] = explained_variance(error, variance)
         else:
-            divide = section.advantage == "grpo"
-            size = section.samples_per_prompt
+            size, divide = section.samples_per_prompt, section.advantage == "grpo"
             advantages = group_advantages(rewards, mask, size, divide)
             returns = torch.zeros_like(advantages)
         if section.missing_eos == "filter":
             mask = mask & rollout.finished[:, None]
         if section.whitens and mask.any():
-            advantages = whiten(advantages, mask, *mean_and_variance(moments(advantages, mask)))
+            advantages = whiten(advantages, mask)
         disagreement = self.scorer.disagreement(rollout.member_scores)
         if disagreement is not None:
             metrics["ppo/ensemble_disagreement"] = float(disagreement.mean())
@@ -257,10 +199,8 @@ class PpoTrainer:
         section = self.cfg.ppo
 
         def factor(done: int) -> float:
-            total = self.total_optimizer_steps
-            return state.lr_scale * lr_factor(
-                done, total, section.lr_schedule, section.warmup_steps
-            )
+            schedule = (self.total_optimizer_steps, section.lr_schedule, section.warmup_steps)
+            return state.lr_scale * lr_factor(done, *schedule)
 
         def average() -> None:
             if section.ema_decay is not None:
@@ -275,11 +215,45 @@ class PpoTrainer:
             step=state.step,
             seed=self.cfg.seed,
             lr_factor=factor,
-            text=self.text,
+            ptx=self.ptx,
             after_step=average,
         ).run()
 
+    def _copy_policy(self, role: Role, decay: float) -> None:
+        model = self.engine.model
+        policy = adapter_parameters(model, "policy")
+        self.engine.blend(adapter_parameters(model, role), policy, decay)
+
+    def _advance_or_save(self, state: PpoState) -> Step:
+        """`advance`; where no server is left to sample, saves the state and stops the run."""
+        try:
+            return self.advance(state)
+        except NoServerLeft as error:
+            self._save(state)
+            raise ValueError(
+                f"{error}. Step {state.step} is saved: start the servers, then go on with --resume"
+            ) from error
+
+    def _step_done(
+        self, tracker: Tracker, state: PpoState, metrics: dict[str, float], rollout: Rollout
+    ) -> PpoState:
+        """Checks and saves a step; returns the state to go on from."""
+        every = self.cfg.ppo.save_every
+        decision = self.guard.check(state, metrics, rollout)
+        if decision == "stop":
+            raise self.guard.stopped(state)
+        stopping = interruption.stop_requested()
+        if decision == "rollback":
+            state = self._rolled_back(state)
+            tracker.rewind(state.step)
+        elif stopping or (every and state.step % every == 0):
+            self._save(state)
+        if stopping:
+            interruption.stop(self.run, "ppo", state.step)
+        return state
+
     def _save(self, state: PpoState) -> None:
+        state = replace(state, health=self.guard.monitor.state())
         save_state(self.cfg, self.run, self.engine, state)
 
     def _rolled_back(self, state: PpoState) -> PpoState:
@@ -292,27 +266,9 @@ class PpoTrainer:
             print(f"back to step {good.step}, learning rates times {scale:g}", flush=True)
         return good
 
-    def _copy_policy(self, role: str, decay: float) -> None:
-        model = self.engine.model
-        policy = adapter_parameters(model, "policy")
-        self.engine.blend(adapter_parameters(model, role), policy, decay)
-
-    def _show_sample(
-        self, tracker: Tracker, state: PpoState, rollout: Rollout, texts: list[str]
-    ) -> None:
-        """The first answer of a rollout batch, with its normalised score."""
-        prompt = self._prompts(state.step - 1)[0]["text"]
-        value = (float(rollout.scores[0]) - state.statistics.mean) / state.statistics.deviation
-        tracker.sample(state.step, prompt, texts[0], value)
-
 
 def _next_kl_coef(section: PpoSection, state: PpoState, metrics: dict[str, float]) -> float:
     if section.kl_controller == "fixed":
         return state.kl_coef
-    return adapted_kl_coef(
-        state.kl_coef,
-        metrics["ppo/kl_sequence"],
-        section.kl_target,
-        section.rollout_batch_size,
-        section.kl_horizon,
-    )
+    kl, count = metrics["ppo/kl_sequence"], section.rollout_batch_size
+    return adapted_kl_coef(state.kl_coef, kl, section.kl_target, count, section.kl_horizon)

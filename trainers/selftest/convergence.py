@@ -82,7 +82,7 @@ def converge(
     roles = build_roles(cfg, world.run, world.tokenizer)
     engine = build_engine(cfg, roles.model)
     prompts = world.prompts(cfg.ppo.rollout_batch_size // len(every.prompts))
-    trainer = PpoTrainer(cfg, world.run, engine, roles.scorer, prompts, world.ends)
+    trainer = PpoTrainer(cfg, world.run, engine, roles.scorer, prompts, world.stop_tokens)
     state, progress, metrics, seconds = trainer.start(), [], {}, 0.0
     for step in range(1, steps + 1):
         began = time.perf_counter()

@@ -298,9 +298,7 @@ def _trainer(world: World, setting: Setting, listing: Listing) -> EnumeratingTra
     if setting.kl_loss is not None:
         section |= {"kl_loss_estimator": setting.kl_loss, "kl_loss_coef": KL_LOSS_COEF}
     cfg = world.config(
-        section,
-        temperature=setting.temperature,
-        max_new_tokens=listing.every.max_new_tokens,
+        section, temperature=setting.temperature, max_new_tokens=listing.every.max_new_tokens
     )
     roles = build_roles(cfg, world.run, world.tokenizer)
     generator = torch.Generator().manual_seed(9)
@@ -308,7 +306,9 @@ def _trainer(world: World, setting: Setting, listing: Listing) -> EnumeratingTra
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     engine = build_engine(cfg, roles.model)
-    return EnumeratingTrainer(cfg, world.run, engine, roles.scorer, listing.prompts(), world.ends)
+    return EnumeratingTrainer(
+        cfg, world.run, engine, roles.scorer, listing.prompts(), world.stop_tokens
+    )
 
 
 def _step(

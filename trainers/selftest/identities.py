@@ -8,12 +8,7 @@ from chatllama.model.roles import Adapter, RoleModel, adapter_parameters
 from chatllama.model.scoring import score_sequences
 from chatllama.runtime.distributed import device
 from trainers.ppo.model import build_engine, build_roles
-from trainers.ppo.ppo_math import (
-    gae,
-    kl_loss,
-    masked,
-    policy_loss,
-)
+from trainers.ppo.ppo_math import gae, kl_loss, masked, policy_loss
 from trainers.ppo.rollout import arrange, sample_responses, score
 from trainers.reward.loss import pairwise_loss
 from trainers.selftest.exact import DenseRole, Enumeration

@@ -22,12 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from chatllama.config.model import LoraSection
 from chatllama.config.schema import Config
 from chatllama.model.adapters import save_adapter
-from chatllama.model.roles import (
-    Adapter,
-    RoleModel,
-    adapter_parameters,
-    adapter_state,
-)
+from chatllama.model.roles import Adapter, RoleModel, adapter_parameters, adapter_state
 from chatllama.runs.folder import RunFolder
 from chatllama.text.chat_format import describe_contract
 from trainers.ppo.data import Prompts, StopTokens
@@ -129,7 +124,7 @@ class World:
         )
 
     @property
-    def ends(self) -> StopTokens:
+    def stop_tokens(self) -> StopTokens:
         """The stop token, which also pads."""
         return StopTokens(self.tokenizer, [STOP], STOP)
 
@@ -157,10 +152,7 @@ class World:
             temperature: of sampling.
             max_new_tokens: longest response.
         """
-        rewards = [
-            {"function": f"{__name__}:reward"},
-            {"adapter": "run", "weight": ADAPTER_WEIGHT},
-        ]
+        rewards = [{"function": f"{__name__}:reward"}, {"adapter": "run", "weight": ADAPTER_WEIGHT}]
         usual = {
             "rewards": rewards,
             "score_normalization": "none",

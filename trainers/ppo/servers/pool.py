@@ -24,23 +24,13 @@ from chatllama.config.generation import ServersSection
 from chatllama.config.schema import Config, GenerationSection
 from chatllama.generation.sampling import Sampling
 from chatllama.model.adapters import save_adapter
-from chatllama.model.roles import (
-    Role,
-    RoleModel,
-    adapter_parameters,
-    adapter_state,
-)
+from chatllama.model.roles import Role, RoleModel, adapter_parameters, adapter_state
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.distributed import all_gather_objects, rank
 from trainers.engine.engine import gathered
 from trainers.ppo.data import StopTokens
 from trainers.ppo.rollout import Rollout
-from trainers.ppo.servers.client import (
-    SamplingServer,
-    ServedResponse,
-    ServerLost,
-    ServerRefused,
-)
+from trainers.ppo.servers.client import SamplingServer, ServedResponse, ServerLost, ServerRefused
 from trainers.stages.stage import adapter_info
 
 Result = TypeVar("Result")
@@ -231,8 +221,7 @@ class ServerPool:
         def ask(member: _Member, model: str, i: int) -> None:
             server, own_seed = member.server, prompt_seed(seed, i)
             response = self._try(
-                member,
-                lambda: server.sample(model, prompts[i], sampling, self._stop_ids, own_seed),
+                member, lambda: server.sample(model, prompts[i], sampling, self._stop_ids, own_seed)
             )
             if response is None:
                 waiting.put(i)
