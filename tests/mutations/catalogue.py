@@ -526,8 +526,8 @@ SCORING_BUGS = (
     Mutation(
         "every response counts as finished",
         ROLLOUT,
-        "finished = torch.tensor([response[-1] in stop_ids for response in responses])",
-        "finished = torch.tensor([True for response in responses])",
+        "finished=torch.tensor([response[-1] in stop_ids for response in responses])",
+        "finished=torch.tensor([True for response in responses])",
         (LAMBDA_1, "tests/ppo/test_rollout.py::test_arranged_by_hand"),
     ),
     Mutation(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from chatllama.config.schema import PpoSection
+from chatllama.config.ppo import PpoSection
 from trainers.ppo.rewards import Statistics
 from trainers.ppo.train import PpoState, _next_kl_coef
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from chatllama.config.base import load_function
-from chatllama.config.schema import Config, PpoSection
+from chatllama.config.ppo import PpoSection
+from chatllama.config.schema import Config
 from trainers.ppo.rewards import (
     Scorer,
     Statistics,

@@ -18,7 +18,7 @@ from ppo_oracle import (
 )
 from ppo_runs import TinyRun, weights
 
-from chatllama.config.schema import PpoSection
+from chatllama.config.ppo import PpoSection
 from trainers.ppo.rollout import Rollout
 from trainers.ppo.update import Targets, minibatches
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from ppo_runs import PAD, STOPS, TinyRun, make_prompts, make_stop_tokens
 
-from chatllama.config.schema import GenerationSection
+from chatllama.config.generation import GenerationSection
 from chatllama.model.roles import acting_as
 from trainers.engine.microbatches import deal, groups_of_like_totals, microbatches
 from trainers.ppo.rollout import (
@@ -322,7 +322,7 @@ def test_a_collected_rollout_is_scored_on_its_own_texts(trainer: PpoTrainer):
     prompts, stop_tokens = make_prompts().train, make_stop_tokens(trainer.cfg)
     spy: Any = Spy()
     collector = Collector(trainer.engine, spy, stop_tokens, trainer.cfg.generation, 2)
-    rollout, texts = collector.collect("reference", list(prompts), SEED)
+    rollout, texts = collector.collect("reference", prompts.to_list(), SEED)
     expected = sample_responses(
         trainer.engine, "reference", prompts["input_ids"][:], trainer.cfg.generation, STOPS, SEED
     )

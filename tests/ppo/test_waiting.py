@@ -7,7 +7,7 @@ import pytest
 import torch
 from core_models import ragged_batch, role_model, tiny_llama
 
-from chatllama.config.schema import PpoSection
+from chatllama.config.ppo import PpoSection
 from chatllama.model.roles import RoleModel, adapter_parameters
 from chatllama.model.scoring import score_sequences, score_shared
 from chatllama.runtime import distributed

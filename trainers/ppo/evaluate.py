@@ -83,7 +83,7 @@ def _measure(
     cfg: Config, collector: Collector, role: Role, prompts: Prompts, count: int
 ) -> Answers:
     """Answers of a role to the first `count` held-out prompts, always with the same randomness."""
-    records = list(prompts.held_out.select(range(count)))
+    records = prompts.held_out.select(range(count)).to_list()
     seed, reference = (cfg.seed, EVALUATION_SEED), _sft(collector.engine)
     rollout, texts = collector.collect(role, records, seed, reference)
     goodness = rollout.scores.tolist()

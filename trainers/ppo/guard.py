@@ -2,7 +2,7 @@
 
 import sys
 
-from chatllama.config.schema import PpoSection
+from chatllama.config.ppo import PpoSection
 from chatllama.runs.checkpoints import step_folders
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.distributed import from_rank_zero, rank

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from chatllama.config.base import load_function
-from chatllama.config.schema import Config, PpoSection
+from chatllama.config.ppo import PpoSection
+from chatllama.config.schema import Config
 from chatllama.model.roles import Role
 from chatllama.runtime.distributed import all_gather_objects, rank, world_size
 

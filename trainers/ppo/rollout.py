@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chatllama.config.schema import GenerationSection
+from chatllama.config.generation import GenerationSection
 from chatllama.generation.generate import generate
 from chatllama.generation.sampling import Sampling
 from chatllama.model.roles import Role, RoleModel, acting_as, autocast, mergeable, merged_as

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chatllama.config.schema import PpoSection
+from chatllama.config.ppo import PpoSection
 from chatllama.model.roles import RoleModel
 from chatllama.model.scoring import (
     TokenScores,

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from serving_setup import serving
 from vllm_stub import BASE, VllmStub, vllm_stub
 
+from chatllama.config.generation import GenerationSection
 from chatllama.config.loader import dump_config
-from chatllama.config.schema import GenerationSection
 from chatllama.generation.sampling import Sampling
 from chatllama.runs.folder import RunFolder
 from trainers.ppo.servers import pool as server_pool

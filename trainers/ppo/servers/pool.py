@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from chatllama.config.generation import ServersSection
-from chatllama.config.schema import Config, GenerationSection
+from chatllama.config.generation import GenerationSection, ServersSection
+from chatllama.config.schema import Config
 from chatllama.generation.sampling import Sampling
 from chatllama.model.adapters import save_adapter
 from chatllama.model.roles import Role, RoleModel, adapter_parameters, adapter_state
