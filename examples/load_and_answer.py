@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from chatllama.generation.sampling import Sampling
-from chatllama.inference.chat_model import ModelSpeaker as ChatModel
+from chatllama.inference.chat_model import ChatModel
 from chatllama.inference.load import load_run
 from chatllama.runs.folder import RunFolder
 

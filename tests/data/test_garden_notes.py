@@ -101,6 +101,7 @@ def test_demonstrations_leave_much_to_improve() -> None:
     assert 0.5 < sum(scores) / len(scores) < 1.5 < max(scores) <= garden_notes.BEST_GOLD
 
 
+@pytest.mark.slow
 def test_regenerated_files_equal_the_committed_ones(tmp_path: Path) -> None:
     garden_notes.main(["--out", str(tmp_path / "new")])
     names = sorted(path.name for path in (tmp_path / "new").iterdir())

@@ -61,7 +61,9 @@ def test_the_reward_function_is_a_term_of_the_score(response: str, expected: flo
 
 def test_a_log_becomes_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log, out = tmp_path / "support.log", tmp_path / "support.jsonl"
-    log.write_text("Eva: It rains: why?\nBot: Clouds.\nEva: Thanks!\nBot: Bye.\n\nJo: Hi\nBot: Hi!\n")
+    log.write_text(
+        "Eva: It rains: why?\nBot: Clouds.\nEva: Thanks!\nBot: Bye.\n\nJo: Hi\nBot: Hi!\n"
+    )
     run_example("data_format.py", log, out, monkeypatch=monkeypatch)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     rows, report = read_source(DataSource(path=str(out), format="messages"), "sft")

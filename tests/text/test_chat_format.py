@@ -114,6 +114,7 @@ def meta_llama2(
     return theirs, ours
 
 
+@pytest.mark.slow
 def test_llama2_equals_metas_construction_on_real_conversations(testdata: Path) -> None:
     folder = testdata / "llama_tokenizer"
     tokenizer = load_tokenizer(folder)

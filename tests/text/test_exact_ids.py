@@ -88,7 +88,7 @@ def assert_exact(folder: Path, texts: list[str]) -> None:
         assert render(tokenizer, chat, messages).ids == [1, *expected, 2], (asked, answer)
 
 
-@pytest.mark.parametrize("folder", [LLAMA, STORIES])
+@pytest.mark.parametrize("folder", [pytest.param(LLAMA, marks=pytest.mark.slow), STORIES])
 def test_some_texts_of_every_language(testdata: Path, folder: str) -> None:
     rng = random.Random(0)
     for texts in texts_by_language(testdata).values():

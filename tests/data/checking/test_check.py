@@ -269,6 +269,7 @@ def test_dropped_characters(
     assert finding.examples == ["'\u6f22' (U+6F22), 2 times"]
 
 
+@pytest.mark.slow
 def test_check_command_reports_fixes_and_then_passes(
     config: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -310,6 +311,7 @@ def test_check_command_reports_fixes_and_then_passes(
     assert kept.checked[2].rows["answers"][0] == [PAIRS[0]["chosen"], PAIRS[0]["rejected"]]
 
 
+@pytest.mark.slow
 def test_real_data_is_examined(testdata: Path, tmp_path: Path) -> None:
     content = {
         "run_dir": str(tmp_path / "run"),
