@@ -131,21 +131,11 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir:
     import shutil
 
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tiny_models import tiny_config
+    from transformers import LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("tiny_llama")
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=False,
-    )
+    config = tiny_config(vocabulary=300, hidden=64, initializer_range=0.02)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)

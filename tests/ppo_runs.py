@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from core_models import LORA, REWARD_LORA, tiny_llama
 from datasets import Dataset
+from tiny_models import LORA, REWARD_LORA, tiny_llama
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.schema import Config
@@ -41,7 +41,7 @@ REWARD_RESULT = {
 
 
 def make_base(folder: Path, tokenizer_dir: Path) -> str:
-    """A plain Hugging Face folder: the seeded LLaMA of core_models, with a tokenizer."""
+    """A plain Hugging Face folder: the seeded LLaMA of tiny_models, with a tokenizer."""
     tiny_llama(VOCABULARY).save_pretrained(folder)
     shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
     return str(folder)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from core_models import LORA, REWARD_LORA, tiny_llama
+from tiny_models import LORA, REWARD_LORA, tiny_llama
 
 from chatllama.config.model import ChatSection
 from chatllama.inference.load import LoadedRun, load_run

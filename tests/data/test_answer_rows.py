@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from core_models import tiny_llama
+from tiny_models import tiny_llama
 
 from chatllama.config.model import LoraSection
 from chatllama.config.schema import Config

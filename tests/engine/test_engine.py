@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from core_models import tiny_llama
+from tiny_models import tiny_llama
 from workers.engine_worker import (
     EPS,
     MAX_GRAD_NORM,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from core_models import HIDDEN, LORA, REWARD_LORA, ragged_batch, role_model, tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from tiny_models import HIDDEN, LORA, REWARD_LORA, ragged_batch, role_model, tiny_llama
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from chatllama.config.model import LoraSection

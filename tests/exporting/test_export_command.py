@@ -9,12 +9,12 @@ from typing import Any, cast
 
 import pytest
 import torch
-from core_models import LORA, tiny_llama
 from openai import OpenAI
 from peft import PeftModel
 from ppo_runs import VOCABULARY, TinyRun
 from safetensors.torch import load_file, save_file
 from serving_setup import serving
+from tiny_models import LORA, tiny_llama
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from core_models import tiny_llama
+from tiny_models import tiny_llama
 
 from chatllama.exporting.gguf_writer import _rope_factors, gguf_name, interleaved
 from chatllama.importing.meta_checkpoint import halves_together

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from core_models import tiny_llama
+from tiny_models import tiny_llama
 from transformers import LlamaForCausalLM
 
 from chatllama.generation.decoding_batch import DecodingBatch, Request, Sampled

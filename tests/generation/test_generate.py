@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from core_models import VOCABULARY, Batch, ragged_batch, role_model, tiny_llama
+from tiny_models import VOCABULARY, Batch, ragged_batch, role_model, tiny_llama
 from transformers import LlamaForCausalLM
 
 from chatllama.generation import decoding_batch

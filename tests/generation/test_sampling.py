@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from core_models import VOCABULARY
+from tiny_models import VOCABULARY
 
 from chatllama.config.schema import GenerationSection
 from chatllama.generation import sampling as module

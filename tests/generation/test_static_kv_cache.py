@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from core_models import adapter_parameters, role_model, tiny_llama
 from generation_runs import answers, make_run
 from ppo_runs import STOPS, TinyRun, nudge
+from tiny_models import adapter_parameters, role_model, tiny_llama
 from torch import nn
 from transformers import LlamaForCausalLM
 

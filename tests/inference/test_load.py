@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from core_models import LORA
 from ppo_runs import TinyRun, make_run, make_stop_tokens, tokenizer_of
+from tiny_models import LORA
 
 from chatllama.config.loader import dump_config
 from chatllama.inference.load import load_run

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from core_models import ragged_batch, tiny_llama
 from safetensors.torch import load_file, save_file
+from tiny_models import ragged_batch, tiny_llama
 from transformers import GPT2Config
 
 from chatllama.config.model import BackboneSection, FromScratch

@@ -4,9 +4,9 @@ from typing import Any, cast
 
 import pytest
 import torch
-from core_models import tiny_llama
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
+from tiny_models import tiny_llama
 from torch import nn
 
 from chatllama.config.model import LoraSection

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from core_models import ragged_batch, role_model, tiny_llama
 from ppo_runs import STOPS, TinyRun, nudge
+from tiny_models import ragged_batch, role_model, tiny_llama
 from torch import nn
 
 from chatllama.config.schema import GenerationSection

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from core_models import ragged_batch, role_model, tiny_config, tiny_llama
+from tiny_models import ragged_batch, role_model, tiny_config, tiny_llama
 from torch.nn.attention import varlen
 
 from chatllama.config.model import BackboneSection

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from core_models import LORA
 from ppo_runs import TinyRun, ppo_config, weights
+from tiny_models import LORA
 from transformers import LlamaForCausalLM
 
 from chatllama.config.loader import dump_config

@@ -2,7 +2,10 @@ from typing import Any, cast
 
 import pytest
 import torch
-from core_models import (
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from tiny_models import (
     LORA,
     REWARD_LORA,
     TRAINED,
@@ -12,9 +15,6 @@ from core_models import (
     role_model,
     tiny_llama,
 )
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from chatllama.config.model import LoraSection
 from chatllama.model import scoring

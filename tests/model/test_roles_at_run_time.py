@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from core_models import LORA, REWARD_LORA, ragged_batch, role_model, tiny_llama
+from tiny_models import LORA, REWARD_LORA, ragged_batch, role_model, tiny_llama
 
 from chatllama.config.model import LoraSection
 from chatllama.model.roles import (

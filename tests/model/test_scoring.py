@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from core_models import (
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from tiny_models import (
     HIDDEN,
     LORA,
     REWARD_LORA,
@@ -19,7 +20,6 @@ from core_models import (
     tiny_config,
     tiny_llama,
 )
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from transformers import LlamaForSequenceClassification
 
 from chatllama.model.roles import (

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from core_models import (
+from tiny_models import (
     joint_gradients,
     logits_of,
     ragged_batch,

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from core_models import ragged_batch, role_model, tiny_llama
+from tiny_models import ragged_batch, role_model, tiny_llama
 
 from chatllama.config.ppo import PpoSection
 from chatllama.model.roles import RoleModel, adapter_parameters

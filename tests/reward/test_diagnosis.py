@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from core_models import tiny_llama
 from datasets import Dataset
+from tiny_models import tiny_llama
 
 from chatllama.config.model import LoraSection
 from chatllama.config.schema import RewardSection

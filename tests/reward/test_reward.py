@@ -8,8 +8,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from core_models import tiny_llama
 from datasets import Dataset, concatenate_datasets
+from tiny_models import tiny_llama
 from transformers import LlamaForCausalLM
 
 from chatllama.config.model import LoraSection

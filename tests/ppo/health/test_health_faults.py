@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from core_models import tiny_llama
 from datasets import Dataset
+from tiny_models import tiny_llama
 
 from chatllama.config.model import LoraSection
 from chatllama.config.ppo import DiagnosisName, HealthSection

@@ -38,18 +38,22 @@ TRAINED: tuple[Role, ...] = ("policy", "value")
 
 
 def tiny_config(
-    vocabulary: int = VOCABULARY, rope: str = "default", max_positions: int = 256
+    vocabulary: int = VOCABULARY,
+    rope: str = "default",
+    max_positions: int = 256,
+    hidden: int = HIDDEN,
+    initializer_range: float = 0.25,
 ) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=HIDDEN,
-        intermediate_size=64,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=max_positions,
         rope_parameters=dict(ROPES[rope]),
-        initializer_range=0.25,
+        initializer_range=initializer_range,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=None,
