@@ -31,7 +31,7 @@ from chatllama.config.sources import DataSource
 from chatllama.text.tokenizer import load_tokenizer
 from data.caching import num_workers
 from data.reading.source import read_source
-from data.tokenize import tokenize_conversations
+from data.tokenize import tokenize
 
 
 def main() -> None:
@@ -108,7 +108,7 @@ def _tokenize(arguments: argparse.Namespace, folder: Path) -> None:
         workers = num_workers(len(data))
         for what in ("ours: chat layout, loss mask, exact ids", "ours again, from the cache"):
             watch = _Watch()
-            ours, _ = tokenize_conversations(data, tokenizer, chat, length)
+            ours, _ = tokenize(data, "sft", tokenizer, chat, length)
             _print(number, what, watch, None if "cache" in what else ours, workers)
         for batched in (False, True):
             watch = _Watch()

@@ -47,9 +47,9 @@ PAIRS, LEARNING_RATE, CENTER = 8, 5e-5, 0.01
 
 def tokenize(records: Dataset, tokenizer: PreTrainedTokenizerFast) -> Dataset:
     """Pairs as token ids."""
-    from data.tokenize import tokenize_preferences
+    from data.tokenize import tokenize
 
-    examples, _ = tokenize_preferences(records, tokenizer, CHAT, LENGTH)
+    examples, _ = tokenize(records, "preferences", tokenizer, CHAT, LENGTH)
     return examples.filter(lambda row: len(row["ranks"]) == 2)
 
 

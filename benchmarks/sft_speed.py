@@ -40,9 +40,9 @@ VARIANTS = ("ours", "trl", "bare", "ours-unpacked", "trl-unpacked")
 
 def tokenize(records: Dataset, tokenizer: PreTrainedTokenizerFast) -> Dataset:
     """Conversations as token ids and loss masks."""
-    from data.tokenize import tokenize_conversations
+    from data.tokenize import tokenize
 
-    return tokenize_conversations(records, tokenizer, CHAT, LENGTH)[0]
+    return tokenize(records, "sft", tokenizer, CHAT, LENGTH)[0]
 
 
 def child(arguments: argparse.Namespace, documents: Dataset) -> None:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset
 
 from chatllama.text.padding import pad_right
 
@@ -145,15 +144,16 @@ def _epoch_order(num_examples: int, epoch: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_examples)
 
 
-def fixed_order(rows: Dataset, num_examples: int, seed: int) -> Dataset:
-    """`num_examples` rows in training order: one permutation after another, by the seed alone.
+def passes(num_rows: int, num_examples: int, seed: int) -> list[int]:
+    """`num_examples` of the rows in training order: one permutation after another, by the seed.
 
-    Read in order by any number of ranks it gives every optimizer step the same batch.
+    Read in order by any number of ranks it gives every optimizer step the same batch. SFT's order;
+    that of the other stages, `batch_indices`, draws other permutations.
     """
     generator = torch.Generator().manual_seed(seed)
-    passes = -(-num_examples // len(rows))
-    order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(passes)])
-    return rows.select(order[:num_examples].tolist())
+    count = -(-num_examples // num_rows)
+    order = torch.cat([torch.randperm(num_rows, generator=generator) for _ in range(count)])
+    return order[:num_examples].tolist()
 
 
 PROMPT = -1

@@ -10,14 +10,20 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
+from transformers import PreTrainedTokenizerFast
 
+from chatllama.config.schema import Config
 from chatllama.config.sources import DataSource
+from chatllama.config.stages import StageSection
+from chatllama.runtime.distributed import rank
 from data.decontaminate import build_index, contamination
 from data.reading.records import Kind
 from data.reading.source import ReadReport, read_source
+from data.tokenize import TokenReport, tokenize
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,61 @@ def load_mixture(
         reports=[report for _, report in reads + eval_reads],
         contaminated=dict(contaminated.most_common()),
     )
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenised training and held-out examples of a stage."""
+
+    train: Dataset
+    held_out: Dataset
+    """May be empty."""
+    mixture: Mixture
+    """The records that they were made of."""
+    reports: list[TokenReport]
+    """Of the training examples, then of the held-out ones if there are any."""
+
+
+_NOUNS = {"sft": "conversations", "preferences": "pairs", "prompts": "prompts"}
+
+
+def load_examples(
+    section: StageSection,
+    kind: Literal["sft", "preferences", "prompts"],
+    max_length: int,
+    cfg: Config,
+    tokenizer: PreTrainedTokenizerFast,
+) -> Examples:
+    """A stage's examples, read, mixed, split and tokenised; rank 0 prints what was left out.
+
+    Args:
+        section: of the stage.
+        kind: what the stage trains on.
+        max_length: tokens of an example.
+        cfg: gives the seed and the chat layout.
+        tokenizer: the backbone's.
+
+    Raises:
+        ValueError: a source cannot be read, or nothing is left to train on.
+    """
+    mixture = load_mixture(
+        section.data,
+        section.eval_data,
+        section.eval_fraction,
+        cfg.seed,
+        kind,
+        section.decontaminate,
+    )
+    lines, parts, reports = [mixture.summary()], [], []
+    for name, records in (("training", mixture.train), ("held-out", mixture.held_out)):
+        if len(records):
+            records, report = tokenize(records, kind, tokenizer, cfg.chat, max_length)
+            lines.append(f"{name} {_NOUNS[kind]}: {report.summary()}")
+            reports.append(report)
+        parts.append(records)
+    if rank() == 0:
+        print("\n".join(lines))
+    return Examples(parts[0], parts[1], mixture, reports)
 
 
 def source_counts(sizes: Sequence[int], sources: Sequence[DataSource]) -> list[int]:

@@ -1,9 +1,13 @@
-"""What became of records on their way to tokens, counted, so that no length limit acts unseen."""
+"""Records as token rows, with counts of what was cut or left out: no length limit acts unseen.
+
+Batches and their order are in `batches.py`; the layout of a conversation is in
+`chatllama/text/chat_format.py`.
+"""
 
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerFast
@@ -43,39 +47,43 @@ class TokenReport:
 
 def tokenize(
     records: Dataset,
-    function: Callable[..., dict[str, Any]],
-    features: dict[str, Any],
-    arguments: dict[str, Any],
+    kind: Literal["sft", "preferences", "prompts"],
+    tokenizer: PreTrainedTokenizerFast,
+    chat: ChatSection,
+    max_length: int,
 ) -> tuple[Dataset, TokenReport]:
-    """The examples that `function` makes of records, and the report.
+    """The examples that a stage takes, and what was cut or left out.
 
-    The result is cached by `datasets` under the records, the arguments and this package's code.
+    The result is cached by `datasets` under the records, the arguments and the code of tokens.
     Every rank calls this; those that come later find the cache, those that come at the same time
     do the same work and reach the same result.
 
     Args:
-        records: from `load_mixture`.
-        function: from a record, `code` and `arguments` to the columns of `features`, `changed`
-            (what was done to it, or "") and `left_out` (why it cannot be used, or "").
-        features: columns of the result.
-        arguments: of `function`.
+        records: of the kind, from `load_mixture`.
+        kind: decides the columns: see `_conversation`, `_preference` and `_prompt`.
+        tokenizer: from `load_tokenizer`.
+        chat: the layout.
+        max_length: tokens of an example.
 
     Raises:
         ValueError: there were records, and none could be used.
     """
-    columns = Features({**features, "changed": Value("string"), "left_out": Value("string")})
+    make, features = {
+        "sft": (_conversation, {"input_ids": List(Value("int32")), "mask": List(Value("int8"))}),
+        "preferences": (_preference, _PREFERENCE),
+        "prompts": (_prompt, {"input_ids": List(Value("int32")), "text": Value("string")}),
+    }[kind]
     rows = records.map(
         _by_record,
         batched=True,
-        features=columns,
+        features=Features({**features, "changed": Value("string"), "left_out": Value("string")}),
         remove_columns=records.column_names,
-        fn_kwargs={"function": function, "arguments": {**arguments, "code": code_digest()}},
+        fn_kwargs={"make": make, "arguments": (tokenizer, chat, max_length), "code": code_digest()},
         num_proc=num_workers(len(records)),
     )
     reasons: list[str] = rows["left_out"][:]
     kept = [i for i, reason in enumerate(reasons) if not reason]
-    changes = Counter(rows.select(kept)["changed"][:])
-    del changes[""]
+    changes = Counter(filter(None, rows.select(kept)["changed"][:]))
     report = TokenReport(
         num_read=len(rows),
         num_kept=len(kept),
@@ -89,41 +97,24 @@ def tokenize(
 
 def _by_record(
     records: dict[str, list[Any]],
-    function: Callable[..., dict[str, Any]],
-    arguments: dict[str, Any],
+    make: Callable[..., dict[str, Any]],
+    arguments: tuple[Any, ...],
+    code: str,
 ) -> dict[str, list[Any]]:
-    """What `function` makes of each record of a batch: batches cost `datasets` far less."""
+    """What `make` gives for each record of a batch, which costs `datasets` far less than records.
+
+    Args:
+        records: columns of the batch.
+        make: from a record and `arguments` to the columns of an example, `changed` (what was done
+            to it, or "") and `left_out` (why it cannot be used, or "").
+        arguments: after the record.
+        code: only names the cache entry.
+    """
     made = [
-        function(dict(zip(records, values, strict=True)), **arguments)
+        make(dict(zip(records, values, strict=True)), *arguments)
         for values in zip(*records.values(), strict=True)
     ]
     return {name: [row[name] for row in made] for name in made[0]}
-
-
-def tokenize_conversations(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerFast, chat: ChatSection, max_length: int
-) -> tuple[Dataset, TokenReport]:
-    """Columns `input_ids` and `mask` (1: the token is trained on), and what was cut or left out.
-
-    A conversation over `max_length` loses whole exchanges from its end. One whose first exchange
-    is already over is cut in the middle of the answer, so that it has no EOS: a cut never teaches
-    to stop. What then has no token to train on is left out.
-
-    Args:
-        dataset: records of kind `sft`.
-        tokenizer: from `load_tokenizer`.
-        chat: the layout.
-        max_length: tokens of an example.
-
-    Raises:
-        ValueError: no record can be used.
-    """
-    return tokenize(
-        dataset,
-        _conversation,
-        {"input_ids": List(Value("int32")), "mask": List(Value("int8"))},
-        {"tokenizer": tokenizer, "chat": chat, "max_length": max_length},
-    )
 
 
 def tokenize_text(
@@ -174,13 +165,14 @@ def nothing_within(max_length: int) -> str:
 
 
 def _conversation(
-    record: dict[str, Any],
-    tokenizer: PreTrainedTokenizerFast,
-    chat: ChatSection,
-    max_length: int,
-    code: str,
+    record: dict[str, Any], tokenizer: PreTrainedTokenizerFast, chat: ChatSection, max_length: int
 ) -> dict[str, Any]:
-    """One example; `code` only names the cache entry."""
+    """Columns `input_ids` and `mask` (1: the token is trained on).
+
+    A conversation over `max_length` loses whole exchanges from its end. One whose first exchange
+    is already over is cut in the middle of the answer, so that it has no EOS: a cut never teaches
+    to stop. What then has no token to train on is left out.
+    """
     ids, mask, changed = fit(record["messages"], tokenizer, chat, max_length)
     left_out = "" if any(mask) else nothing_within(max_length)
     return {"input_ids": ids, "mask": mask, "changed": changed, "left_out": left_out}
@@ -194,55 +186,33 @@ def _texts(
 ) -> dict[str, list[list[int]]]:
     """Examples of a batch of texts; `code` only names the cache entry."""
     opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    pieces: list[list[int]] = []
+    examples: list[list[int]] = []
     for text in records["text"]:
         ids = [*opening, *encode(tokenizer, text), tokenizer.eos_token_id]
         size = max_length or len(ids)
-        pieces += [ids[i : i + size] for i in range(0, len(ids), size)]
-    return {"input_ids": pieces}
+        examples += [ids[i : i + size] for i in range(0, len(ids), size)]
+    return {"input_ids": examples}
 
 
-def tokenize_preferences(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerFast, chat: ChatSection, max_length: int
-) -> tuple[Dataset, TokenReport]:
-    """Columns `answer_ids`, `ranks`, `ratings`, `prompt_length`, `where`, and what was left out.
+_PREFERENCE = {
+    "answer_ids": List(List(Value("int32"))),
+    "ranks": List(Value("int32")),
+    "ratings": List(Value("float32")),
+    "prompt_length": Value("int32"),
+    "where": Value("string"),
+}
+
+
+def _preference(
+    record: dict[str, Any], tokenizer: PreTrainedTokenizerFast, chat: ChatSection, max_length: int
+) -> dict[str, Any]:
+    """Columns `answer_ids`, `ranks`, `ratings`, `prompt_length` and `where`.
 
     Every sequence is whole: prompt, answer and end of turn, the same `prompt_length` tokens first,
     the best answer first. An answer over `max_length` is left out, since a reward model must see
     how an answer ends; so is one that has the tokens of a better one. Where no two answers of
     different rank remain, the whole example is left out.
-
-    Args:
-        dataset: records of kind `preferences`.
-        tokenizer: from `load_tokenizer`.
-        chat: the layout.
-        max_length: tokens of prompt and answer.
-
-    Raises:
-        ValueError: no example can be used.
     """
-    return tokenize(
-        dataset,
-        _example,
-        {
-            "answer_ids": List(List(Value("int32"))),
-            "ranks": List(Value("int32")),
-            "ratings": List(Value("float32")),
-            "prompt_length": Value("int32"),
-            "where": Value("string"),
-        },
-        {"tokenizer": tokenizer, "chat": chat, "max_length": max_length},
-    )
-
-
-def _example(
-    record: dict[str, Any],
-    tokenizer: PreTrainedTokenizerFast,
-    chat: ChatSection,
-    max_length: int,
-    code: str,
-) -> dict[str, Any]:
-    """One example; `code` only names the cache entry."""
     prompt: list[Message] = record["prompt"]
     begin = render(tokenizer, chat, prompt, add_generation_prompt=True).ids
     kept: list[tuple[list[int], int, float]] = []
@@ -272,38 +242,12 @@ def _example(
     }
 
 
-def tokenize_prompts(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerFast, chat: ChatSection, max_prompt_length: int
-) -> tuple[Dataset, TokenReport]:
-    """Columns `input_ids` and `text` (the last user message), and what was left out.
-
-    Args:
-        dataset: records of kind `prompts`.
-        tokenizer: from `load_tokenizer`.
-        chat: the layout.
-        max_prompt_length: tokens; a longer prompt is left out.
-
-    Raises:
-        ValueError: no prompt can be used.
-    """
-    return tokenize(
-        dataset,
-        _prompt,
-        {"input_ids": List(Value("int32")), "text": Value("string")},
-        {"tokenizer": tokenizer, "chat": chat, "max_prompt_length": max_prompt_length},
-    )
-
-
 def _prompt(
-    record: dict[str, Any],
-    tokenizer: PreTrainedTokenizerFast,
-    chat: ChatSection,
-    max_prompt_length: int,
-    code: str,
+    record: dict[str, Any], tokenizer: PreTrainedTokenizerFast, chat: ChatSection, max_length: int
 ) -> dict[str, Any]:
-    """One example; `code` only names the cache entry."""
+    """Columns `input_ids` and `text` (the last user message); a longer prompt is left out."""
     messages: list[Message] = record["messages"]
     ids = render(tokenizer, chat, messages, add_generation_prompt=True).ids
-    left_out = f"over {max_prompt_length} tokens" if len(ids) > max_prompt_length else ""
+    left_out = f"over {max_length} tokens" if len(ids) > max_length else ""
     text = messages[-1]["content"]
     return {"input_ids": ids, "text": text, "changed": "", "left_out": left_out}

@@ -26,6 +26,7 @@ from chatllama.model.scoring import response_logprobs, score_sequences
 from chatllama.text.chat_format import Message, end_of_turn_ids, render
 from chatllama.text.detokenizing import AnswerText
 from chatllama.text.encoding import decode
+from chatllama.text.padding import pad_left, pad_right
 
 
 @dataclass(frozen=True)
@@ -163,15 +164,12 @@ class Answerer:
         temperature: float,
     ) -> list[list[float]]:
         """Log-probabilities of the responses' tokens by the acting role, in one forward pass."""
-        width, room = max(map(len, prompts)), max(map(len, responses))
-        tokens = torch.zeros(len(prompts), width + room, dtype=torch.long)
-        mask = torch.zeros(tokens.shape, dtype=torch.bool)
-        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            place = slice(width - len(prompt), width + len(response))
-            tokens[row, place] = torch.tensor([*prompt, *response])
-            mask[row, place] = True
+        prompt_ids, prompt_mask = pad_left(prompts, 0)
+        response_ids, response_mask = pad_right(responses, 0)
+        tokens = torch.cat([prompt_ids, response_ids], dim=1)
+        mask = torch.cat([prompt_mask, response_mask], dim=1)
         scores = response_logprobs(
-            self.model, self.acting, tokens, mask, mask[:, width:], temperature
+            self.model, self.acting, tokens, mask, response_mask, temperature
         )
         return [
             row[: len(response)].tolist()
@@ -181,11 +179,7 @@ class Answerer:
     @torch.no_grad()
     def scores(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         """The reward model's scores of whole conversations as token ids, in one forward pass."""
-        tokens = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)
-        mask = torch.zeros(tokens.shape, dtype=torch.bool)
-        for row, ids in enumerate(sequences):
-            tokens[row, : len(ids)] = torch.tensor(ids)
-            mask[row, : len(ids)] = True
+        tokens, mask = pad_right(sequences, 0)
         members = torch.stack(
             [score_sequences(self.model, tokens, mask, role) for role in self.reward_roles]
         )

@@ -12,7 +12,7 @@ from chatllama.config.model import ChatSection
 from chatllama.config.sources import DataSource
 from chatllama.text.chat_format import render
 from chatllama.text.encoding import decode, encode
-from chatllama.text.padding import pad_left, pad_right, positions
+from chatllama.text.padding import pad_left, pad_right
 from chatllama.text.tokenizer import load_tokenizer
 from data.batches import (
     PreferenceCollator,
@@ -23,9 +23,7 @@ from data.batches import (
 )
 from data.mixture import load_mixture
 from data.tokenize import (
-    tokenize_conversations,
-    tokenize_preferences,
-    tokenize_prompts,
+    tokenize,
     tokenize_text,
 )
 
@@ -53,7 +51,7 @@ def trained_text(example: dict[str, Any], tokenizer: PreTrainedTokenizerFast) ->
 
 def test_only_answers_are_trained(tokenizer: PreTrainedTokenizerFast) -> None:
     data = records({"messages": turns("the river", "a garden", "the market", "a quiet child")})
-    examples, report = tokenize_conversations(data, tokenizer, CHAT, 200)
+    examples, report = tokenize(data, "sft", tokenizer, CHAT, 200)
     assert set(examples.column_names) == {"input_ids", "mask"}
     assert trained_text(examples[0], tokenizer).split() == ["a", "garden", "a", "quiet", "child"]
     pairs = zip(examples[0]["input_ids"], examples[0]["mask"], strict=True)
@@ -72,7 +70,7 @@ def test_long_conversations_lose_exchanges_then_their_answers_end(
     data = records({"messages": two})
 
     def limited(max_length: int) -> tuple[list[int], dict[str, int]]:
-        examples, report = tokenize_conversations(data, tokenizer, CHAT, max_length)
+        examples, report = tokenize(data, "sft", tokenizer, CHAT, max_length)
         return examples[0]["input_ids"], report.changed
 
     assert limited(len(both)) == (both, {})
@@ -87,7 +85,7 @@ def test_long_conversations_lose_exchanges_then_their_answers_end(
 def test_left_out_and_changed_are_counted(tokenizer: PreTrainedTokenizerFast) -> None:
     fits, cut = turns("a", "b"), turns("a", "the river " * 20)
     data = records(*({"messages": m} for m in (fits, turns("the river " * 40, "b"), cut, fits)))
-    examples, report = tokenize_conversations(data, tokenizer, CHAT, 60)
+    examples, report = tokenize(data, "sft", tokenizer, CHAT, 60)
     assert max(len(ids) for ids in examples["input_ids"]) == 60
     assert (report.num_read, report.num_kept) == (4, 3)
     assert report.changed == {"cut inside the answer": 1}
@@ -121,8 +119,8 @@ def ranked(*answers: str, ranks: Any = None, margin: float = 0.0) -> dict[str, A
 
 
 def test_answers_share_their_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
-    examples, _ = tokenize_preferences(
-        records(ranked("a garden", "the market", margin=1.5)), tokenizer, CHAT, 200
+    examples, _ = tokenize(
+        records(ranked("a garden", "the market", margin=1.5)), "preferences", tokenizer, CHAT, 200
     )
     row = examples[0]
     assert set(row) == {"answer_ids", "ranks", "ratings", "prompt_length", "where"}
@@ -145,7 +143,7 @@ def test_long_and_identical_answers_are_left_out(tokenizer: PreTrainedTokenizerF
         ranked("a", "a garden.", "a garden", "a"),  # loses the second and the last
         ranked("a garden.", "a", "a garden", ranks=[0, 1, 1]),  # a tie remains
     )
-    examples, report = tokenize_preferences(data, tokenizer, CHAT, longest)
+    examples, report = tokenize(data, "preferences", tokenizer, CHAT, longest)
     assert [row["ranks"] for row in examples.to_list()] == [[0, 1], [0, 2]]
     assert report.left_out == {
         f"an answer is over {longest} tokens": 2,
@@ -157,7 +155,7 @@ def test_long_and_identical_answers_are_left_out(tokenizer: PreTrainedTokenizerF
 def test_prompts_are_open_for_the_answer(tokenizer: PreTrainedTokenizerFast) -> None:
     dialogue, long = turns("the river", "a", "the market"), turns("a garden " * 30)
     data = records({"messages": dialogue}, {"messages": long})
-    examples, report = tokenize_prompts(data, tokenizer, CHAT, 60)
+    examples, report = tokenize(data, "prompts", tokenizer, CHAT, 60)
     assert examples["text"][:] == ["the market"]
     expected = render(tokenizer, CHAT, dialogue, add_generation_prompt=True).ids
     assert examples["input_ids"][:] == [expected]
@@ -167,7 +165,7 @@ def test_prompts_are_open_for_the_answer(tokenizer: PreTrainedTokenizerFast) -> 
 def test_another_layout_does_not_come_from_the_cache(tokenizer: PreTrainedTokenizerFast) -> None:
     mixture = load_mixture([DataSource(path="data/samples/prompts.jsonl")], [], 0.0, 0, "prompts")
     for chat in (CHAT, ChatSection(template="vicuna"), ChatSection(system="Be brief."), CHAT):
-        examples, _ = tokenize_prompts(mixture.train, tokenizer, chat, 600)
+        examples, _ = tokenize(mixture.train, "prompts", tokenizer, chat, 600)
         messages = mixture.train[0]["messages"]
         expected = render(tokenizer, chat, messages, add_generation_prompt=True).ids
         assert examples[0]["input_ids"] == expected
@@ -179,11 +177,9 @@ def test_padding_on_either_side_is_masked_by_position() -> None:
     assert ids.dtype == torch.int64 and mask.dtype == torch.bool
     assert ids.tolist() == [[5, 0, 7], [0, 0, 0], [3, 0, 0]]
     assert mask.int().tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
-    assert positions(mask).tolist() == [[0, 1, 2], [0, 0, 0], [0, 1, 1]]
     ids, mask = pad_left(rows, 9)
     assert ids.tolist() == [[5, 0, 7], [9, 9, 0], [9, 3, 0]]
     assert mask.int().tolist() == [[1, 1, 1], [0, 0, 1], [0, 1, 1]]
-    assert positions(mask).tolist() == [[0, 1, 2], [0, 0, 0], [0, 0, 1]]
 
 
 def test_every_pair_of_a_list_but_ties() -> None:
@@ -236,7 +232,7 @@ def test_real_pairs_become_tokens(testdata: Path) -> None:
     assert len(mixture.train) + len(mixture.held_out) == 1791
     assert 250 < len(mixture.held_out) < 350  # 298.5 expected, deviation 16
     some = mixture.train.select(range(100))
-    examples, report = tokenize_preferences(some, tokenizer, CHAT, 512)
+    examples, report = tokenize(some, "preferences", tokenizer, CHAT, 512)
     assert report.num_read == 100 and report.num_kept == len(examples) > 50
     assert report.num_kept + sum(report.left_out.values()) == 100
     for row in examples.to_list():
@@ -253,6 +249,6 @@ def test_real_ranked_lists_become_tokens(testdata: Path) -> None:
     assert {report.format for report in mixture.reports} == {"ranked"}
     tokenizer = load_tokenizer(testdata / "stories260k/hf")
     some = mixture.train.select(range(30))
-    examples, report = tokenize_preferences(some, tokenizer, CHAT, 4096)
+    examples, report = tokenize(some, "preferences", tokenizer, CHAT, 4096)
     assert report.num_kept > 20
     assert max(len(ids) for ids in examples["answer_ids"][:]) > 2

@@ -13,7 +13,7 @@ from chatllama.config.sources import DataSource
 from chatllama.text.tokenizer import load_tokenizer
 from data.caching import num_workers
 from data.mixture import load_mixture
-from data.tokenize import tokenize_conversations
+from data.tokenize import tokenize
 
 pytestmark = pytest.mark.usefixtures("data_cache")
 
@@ -45,7 +45,7 @@ def test_several_processes_give_the_same_tokens(
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / name)
         monkeypatch.setattr("data.tokenize.num_workers", lambda _, number=number: number)
         data = load_mixture([DataSource(path=str(file))], [], 0.0, 0, "sft").train
-        examples, report = tokenize_conversations(data, tokenizer, chat, 200)
+        examples, report = tokenize(data, "sft", tokenizer, chat, 200)
         results.append((examples["input_ids"][:], examples["mask"][:], report))
     assert results[0] == results[1] and len(results[0][0]) == 40
 

@@ -13,8 +13,8 @@ from chatllama.text.chat_format import end_of_turn_ids
 from chatllama.text.encoding import decode
 from chatllama.text.padding import pad_right
 from data.batches import batch_indices
-from data.mixture import load_mixture
-from data.tokenize import tokenize_conversations, tokenize_prompts, tokenize_text
+from data.mixture import load_examples, load_mixture
+from data.tokenize import tokenize, tokenize_text
 from trainers.engine.microbatches import groups_of_like_totals
 
 
@@ -98,7 +98,7 @@ def load_ptx(cfg: Config, tokenizer: PreTrainedTokenizerFast, pad_id: int) -> Pt
         rows = rows.filter(lambda row: len(row["input_ids"]) > 1)  # the first is never predicted
         rows = rows.map(lambda row: {"mask": [1] * len(row["input_ids"])})
     else:
-        rows, report = tokenize_conversations(mixture.train, tokenizer, cfg.chat, length)
+        rows, report = tokenize(mixture.train, "sft", tokenizer, cfg.chat, length)
     if rank() == 0:
         print(mixture.summary())
         print(f"ptx: {report.summary()}")
@@ -119,24 +119,5 @@ def load_prompts(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Prompts:
     Raises:
         ValueError: bad records, or nothing is left to train on.
     """
-    section = cfg.ppo
-    mixture = load_mixture(
-        section.data,
-        section.eval_data,
-        section.eval_fraction,
-        cfg.seed,
-        "prompts",
-        section.decontaminate,
-    )
-    if rank() == 0:
-        print(mixture.summary())
-    parts = []
-    for name, records in (("training", mixture.train), ("held-out", mixture.held_out)):
-        if not len(records):
-            parts.append(records)
-            continue
-        tokens, report = tokenize_prompts(records, tokenizer, cfg.chat, section.max_prompt_length)
-        if rank() == 0:
-            print(f"{name} prompts: {report.summary()}")
-        parts.append(tokens)
-    return Prompts(parts[0], parts[1])
+    examples = load_examples(cfg.ppo, "prompts", cfg.ppo.max_prompt_length, cfg, tokenizer)
+    return Prompts(examples.train, examples.held_out)

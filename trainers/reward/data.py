@@ -11,10 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.base import load_function
 from chatllama.config.schema import Config, EvaluationSection
-from chatllama.runtime.distributed import rank
 from data.batches import ordered_pairs
-from data.mixture import load_mixture
-from data.tokenize import tokenize_preferences
+from data.mixture import load_examples
 
 
 @dataclass(frozen=True)
@@ -35,33 +33,17 @@ def load_preferences(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Prefere
     Raises:
         ValueError: bad records, or nothing is left to train on or to hold out.
     """
-    section = cfg.reward
-    mixture = load_mixture(
-        section.data,
-        section.eval_data,
-        section.eval_fraction,
-        cfg.seed,
-        "preferences",
-        section.decontaminate,
-    )
+    examples = load_examples(cfg.reward, "preferences", cfg.reward.max_length, cfg, tokenizer)
+    if not len(examples.held_out):
+        raise ValueError("reward: no held-out pairs; set reward.eval_data or eval_fraction")
     left_out: Counter[str] = Counter()
-    for read in mixture.reports:
+    for read in examples.mixture.reports:
         left_out.update(read.left_out)
-    if rank() == 0:
-        print(mixture.summary())
-    parts = []
-    for name, records in (("training", mixture.train), ("held-out", mixture.held_out)):
-        if not len(records):
-            raise ValueError(f"reward: no {name} pairs; set reward.eval_data or eval_fraction")
-        tokens, report = tokenize_preferences(records, tokenizer, cfg.chat, section.max_length)
+    for report in examples.reports:
         left_out.update(report.left_out)
         left_out.update(report.changed)
-        if rank() == 0:
-            print(f"{name} pairs: {report.summary()}")
-        parts.append(tokens)
-    return Preferences(
-        parts[0], parts[1], dict(left_out), bayes_accuracy(cfg.evaluation, mixture.held_out)
-    )
+    limit = bayes_accuracy(cfg.evaluation, examples.mixture.held_out)
+    return Preferences(examples.train, examples.held_out, dict(left_out), limit)
 
 
 def bayes_accuracy(evaluation: EvaluationSection, held_out: Dataset) -> float | None:

@@ -15,9 +15,9 @@ from chatllama.config.batch_sizes import optimizer_steps
 from chatllama.config.schema import Config
 from chatllama.config.stages import OptimizerSection
 from chatllama.runtime import distributed
-from data.batches import bucket_by_length, fill_rate, fixed_order
-from data.mixture import load_mixture
-from data.tokenize import tokenize_conversations
+from chatllama.text.padding import pad_right
+from data.batches import bucket_by_length, fill_rate, passes
+from data.mixture import load_examples
 
 IGNORED = -100
 """Label of a token that does not train."""
@@ -47,35 +47,21 @@ def load_rows(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Rows:
         ValueError: a source cannot be read, or there is nothing to train on.
     """
     section = cfg.sft
-    mixture = load_mixture(
-        section.data,
-        section.eval_data,
-        section.eval_fraction,
-        cfg.seed,
-        "sft",
-        section.decontaminate,
-    )
-    train, report = tokenize_conversations(mixture.train, tokenizer, cfg.chat, section.max_length)
-    held_out = None
-    if len(mixture.held_out):
-        held_out, _ = tokenize_conversations(
-            mixture.held_out, tokenizer, cfg.chat, section.max_length
-        )
+    examples = load_examples(section, "sft", section.max_length, cfg, tokenizer)
     rows = arrange_rows(
-        train,
-        held_out,
+        examples.train,
+        examples.held_out,
         section,
         max_length=section.max_length,
         packing=section.packing,
         seed=cfg.seed,
     )
     if distributed.rank() == 0:
-        print(mixture.summary())
         print(
-            f"{report.summary()}; {rows.num_rows} rows of at most {section.max_length} tokens, "
+            f"{rows.num_rows} rows of at most {section.max_length} tokens, "
             f"{rows.facts['fill_rate']:.1%} filled"
         )
-    return replace(rows, facts=rows.facts | report.facts)
+    return replace(rows, facts=rows.facts | examples.reports[0].facts)
 
 
 def arrange_rows(
@@ -109,13 +95,13 @@ def arrange_rows(
     elif evaluation is not None:
         places = bucket_by_length(row_lengths(evaluation).tolist(), len(evaluation))
         evaluation = evaluation.select(places)
-    order = fixed_order(cast(Dataset, rows), steps * section.batch_size, seed)
-    lengths = row_lengths(order).tolist()
+    order = passes(len(rows), steps * section.batch_size, seed)
+    lengths = row_lengths(cast(Dataset, rows)).tolist()
     if not packing:
-        places = bucket_by_length(lengths, section.batch_size)
-        order, lengths = order.select(places), [lengths[place] for place in places]
-    facts = {"fill_rate": fill_rate(lengths, section.microbatch_size)}
-    return Rows(order, evaluation, steps, len(rows), facts)
+        places = bucket_by_length([lengths[i] for i in order], section.batch_size)
+        order = [order[place] for place in places]
+    facts = {"fill_rate": fill_rate([lengths[i] for i in order], section.microbatch_size)}
+    return Rows(cast(Dataset, rows).select(order), evaluation, steps, len(rows), facts)
 
 
 def _with_labels(documents: Dataset) -> Dataset:
@@ -148,16 +134,13 @@ class RowCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """input_ids, labels, position_ids: (B, L) int64."""
-        shape = (len(rows), max(len(row["input_ids"]) for row in rows))
-        input_ids = torch.full(shape, self.pad_id)
-        labels = torch.full(shape, IGNORED)
-        position_ids = torch.empty(shape, dtype=torch.long)
+        input_ids, _ = pad_right([row["input_ids"] for row in rows], self.pad_id)
+        labels, _ = pad_right([row["labels"] for row in rows], IGNORED)
+        position_ids = torch.empty_like(input_ids)
         for number, row in enumerate(rows):
             length = len(row["input_ids"])
-            input_ids[number, :length] = torch.tensor(row["input_ids"])
-            labels[number, :length] = torch.tensor(row["labels"])
             lengths = list(row["seq_lengths"]) if "seq_lengths" in row else [length]
-            lengths[-1] += shape[1] - length
+            lengths[-1] += input_ids.shape[1] - length
             position_ids[number] = torch.cat([torch.arange(n) for n in lengths])
         return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
 

@@ -23,7 +23,7 @@ from data.reading.records import (
 )
 from data.reading.source import read_source
 from data.reading.translation import TEMPLATES, request
-from data.tokenize import tokenize_conversations
+from data.tokenize import tokenize
 
 pytestmark = pytest.mark.usefixtures("data_cache")
 
@@ -147,7 +147,7 @@ def test_sentence_then_eos_then_padding(tmp_path: Path, tiny_tokenizer_dir: Path
     tokenizer = load_tokenizer(tiny_tokenizer_dir)
     chat = ChatSection(template="llama2")
     source = DataSource(path=str(tmp_path / "a.jsonl"), format="translation", languages=DE_EN)
-    examples, _ = tokenize_conversations(read_source(source, "sft")[0], tokenizer, chat, 300)
+    examples, _ = tokenize(read_source(source, "sft")[0], "sft", tokenizer, chat, 300)
     assert isinstance(tokenizer.pad_token_id, int)
     ids, mask = pad_right(examples["input_ids"][:], tokenizer.pad_token_id)
     eos = tokenizer.eos_token_id
