@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from chatllama.model import lm_head as chosen_tokens
+from chatllama.model import lm_head
 from chatllama.model.lm_head import token_logprobs
 
 TOKENS, WIDTH, VOCABULARY = 23, 12, 50
@@ -24,7 +24,7 @@ def head_and_inputs() -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
 def test_chunks_give_what_the_whole_table_gives(
     monkeypatch: pytest.MonkeyPatch, rows: int, temperature: float
 ):
-    monkeypatch.setattr(chosen_tokens, "CHUNK_ELEMENTS", rows * VOCABULARY)
+    monkeypatch.setattr(lm_head, "CHUNK_ELEMENTS", rows * VOCABULARY)
     head, hidden, targets = head_and_inputs()
     own, plain = (hidden.clone().requires_grad_() for _ in range(2))
     logprobs, entropy = token_logprobs(head, own, targets, temperature)
