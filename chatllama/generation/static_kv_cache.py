@@ -102,7 +102,8 @@ class StaticKVCache:
         self, llama: LlamaForCausalLM, backend: str | Callable[..., Any] = "inductor"
     ) -> None:
         attention = llama.config._attn_implementation
-        if attention not in ("sdpa", "varlen"):  # the same where rows are not packed
+        kernel = str(attention).removeprefix("chatllama_")  # the same where rows are not packed
+        if kernel not in ("sdpa", "varlen"):
             raise ValueError(
                 "a compiled step gives its mask in a form that only backbone.attn_implementation "
                 f"sdpa takes, not {attention}"

@@ -4,10 +4,12 @@ Safe loading only: safetensors, no pickles, no remote code unless the user allow
 from text (`backbone.from_scratch`) is training, so it lives in trainers/sft/pretrain.py.
 """
 
+import inspect
 import os
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -21,9 +23,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from chatllama.config.model import BackboneSection
-from chatllama.model.packed_attention import check_varlen
+from chatllama.model.packed_attention import check_varlen, registered
 from chatllama.runtime.distributed import device, rank
 
 NF4_BLOCK = 64
@@ -65,7 +68,7 @@ def load_backbone(
             path,
             output_loading_info=True,
             dtype=dtype or getattr(torch, section.dtype),
-            attn_implementation=section.attn_implementation,
+            attn_implementation=registered(section.attn_implementation),
             use_safetensors=True,
             **_quantized(section, config, dtype),
             **common,
@@ -165,11 +168,7 @@ ACTIVATIONS = ("silu", "swish")
 
 
 def check_kernels(section: BackboneSection, llama: LlamaConfig) -> None:
-    """Nothing, if the kernels that the section names work on this machine and for this model.
-
-    Raises:
-        ValueError: which one does not, and why.
-    """
+    """Raises ValueError if a kernel of the section does not work on this machine or this model."""
     if section.attn_implementation == "varlen":
         check_varlen(llama)
     if not section.liger_kernel:
@@ -189,10 +188,9 @@ def check_kernels(section: BackboneSection, llama: LlamaConfig) -> None:
 
 
 def use_liger(llama: LlamaForCausalLM) -> None:
-    """A loaded LLaMA computes with Liger's kernels from now on; its weights stay as they are.
+    """Makes a loaded LLaMA compute with Liger's kernels, before adapters are attached.
 
-    Before adapters are attached. The rotary embedding is a function that all LLaMAs of the process
-    look up by its name, so it changes for every one of them.
+    Its weights stay as they are, and so do all other LLaMAs of the process.
 
     Raises:
         ValueError: a model with code of its own.
@@ -202,31 +200,41 @@ def use_liger(llama: LlamaForCausalLM) -> None:
             "backbone.liger_kernel: Liger's kernels are for the LLaMA of transformers, not for "
             f"{type(llama).__name__} of {type(llama).__module__}; set it to false"
         )
+    patch, rotary = _liger()
     names = cast(Any, modeling_llama)
     norm, mlp = names.LlamaRMSNorm, names.LlamaMLP
-    _liger()(
-        rope=True,
-        rms_norm=True,
-        swiglu=True,
-        cross_entropy=False,
-        fused_linear_cross_entropy=False,
-        model=llama,
-    )
-    # What is loaded later has them only if it is asked for, too.
-    names.LlamaRMSNorm, names.LlamaMLP = norm, mlp
+    others = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    # Liger's `rope=True` would replace transformers' function for every LLaMA of the process.
+    patch(rope=False, rms_norm=True, swiglu=True, model=llama, **others)
+    names.LlamaRMSNorm, names.LlamaMLP = norm, mlp  # for LLaMAs that are built later
+    attention = attention_with(rotary)
+    for layer in llama.model.layers:
+        layer.self_attn.__class__ = attention
 
 
-def _liger() -> Callable[..., None]:
-    """Liger's function that changes a LLaMA."""
+def attention_with(rotary: Callable[..., Any]) -> type[LlamaAttention]:
+    """LLaMA's attention layer with another rotary embedding; the two have the same arguments."""
+    forward = cast(FunctionType, inspect.unwrap(LlamaAttention.forward))
+    assert "apply_rotary_pos_emb" in forward.__code__.co_names
+    names = forward.__globals__ | {"apply_rotary_pos_emb": rotary}
+    own = FunctionType(forward.__code__, names, "forward", forward.__defaults__)
+    return type("LigerAttention", (LlamaAttention,), {"forward": own})
+
+
+def _liger() -> tuple[Callable[..., None], Callable[..., Any]]:
+    """Liger's function that changes a LLaMA, and its rotary embedding."""
     if find_spec("liger_kernel") is None or find_spec("triton") is None:
         raise ValueError("backbone.liger_kernel needs the extra: pip install 'chatllama[liger]'")
     try:
         from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
             apply_liger_kernel_to_llama,
         )
-    except ImportError as error:  # it does not know this transformers
+        from liger_kernel.transformers.rope import (  # pyright: ignore[reportMissingImports]
+            liger_rotary_pos_emb,
+        )
+    except ImportError as error:  # it does not support this transformers
         raise ValueError(
             f"backbone.liger_kernel: liger-kernel cannot be used: {error}. The version in "
             "constraints.txt can: pip install -c constraints.txt 'chatllama[liger]'"
         ) from error
-    return apply_liger_kernel_to_llama
+    return apply_liger_kernel_to_llama, liger_rotary_pos_emb

@@ -15,7 +15,7 @@ from torch.nn import functional
 from chatllama.runtime.distributed import call_inside
 
 CHUNK_ELEMENTS = 2**22
-"""Float32 logits in memory at a time; on a CPU more than 16 MiB would leave the allocator's heap."""
+"""Float32 logits in memory at a time; more than 16 MiB would leave the CPU allocator's heap."""
 
 
 class _ChunkedHead(torch.autograd.Function):

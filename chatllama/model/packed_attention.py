@@ -1,12 +1,12 @@
 """Attention within the rows of a packed batch, whose tokens stand end to end without padding.
 
-transformers would describe such a batch by a mask of all tokens against all tokens. Importing this
-teaches it two other ways, both without a mask and both its `sdpa` where nothing is packed: in
-`sdpa` each row is a causal call of its own; in `varlen` all rows are one call of PyTorch's
-FlashAttention for rows of any length (`torch.nn.attention.varlen`).
+transformers would describe such a batch by a mask of all tokens against all tokens. Our kernel
+needs none, and equals transformers' `sdpa` where nothing is packed. As `sdpa` it makes a causal
+call per row, as `varlen` one of PyTorch's FlashAttention (`torch.nn.attention.varlen`) for all.
+It is registered under names of our own when a model is built; nothing of the library is replaced.
 
-On a GPU one call per row is many small launches. Yet `varlen` is a choice, not what `sdpa` does
-there: it was compared with a model of PyTorch's function on a CPU, never run on a GPU by us.
+On a GPU one call per row is many small launches. `varlen` is a choice all the same: it was compared
+with a model of PyTorch's function on a CPU, never run on a GPU by us.
 """
 
 import inspect
@@ -22,17 +22,26 @@ from transformers.masking_utils import sdpa_mask
 
 from chatllama.runtime.distributed import device, to_device
 
+SDPA, VARLEN = "chatllama_sdpa", "chatllama_varlen"
 NO_MASK = torch.empty(1, 1, 0, 0)
-"""For the model's `attention_mask` where no mask is needed: none is made, and a GPU is not asked by
-the positions whether one is."""
+"""`attention_mask` for a model that needs none: transformers then makes none, and does not
+synchronise the GPU to look at the positions."""
 LARGEST_HEAD = 256
 """Of FlashAttention."""
 
 
-def packed_rows(attention: str | None, lengths: Sequence[int] | None) -> dict[str, Any]:
-    """What a model must be told of rows without padding, packed or not, beside the positions.
+def registered(attention: str) -> str:
+    """Name of an implementation in transformers: for sdpa and varlen that of our kernel."""
+    for name in (SDPA, VARLEN):
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, sdpa_mask)
+    return {"sdpa": SDPA, "varlen": VARLEN}.get(attention, attention)
 
-    Models pass it on to their layers, and to their recomputation under gradient checkpointing.
+
+def packed_rows(attention: str | None, lengths: Sequence[int] | None) -> dict[str, Any]:
+    """Keyword arguments for a model's rows without padding, packed or not, beside the positions.
+
+    Models pass them on to their layers, and to their recomputation under gradient checkpointing.
 
     Args:
         attention: name of the model's implementation. Those that are not ours see by the positions
@@ -40,11 +49,11 @@ def packed_rows(attention: str | None, lengths: Sequence[int] | None) -> dict[st
         lengths: tokens of each packed row, above 0, in order. None: the rows are of equal length
             and stand one below the other.
     """
-    if attention not in ("sdpa", "varlen"):
+    if attention not in (SDPA, VARLEN):
         return {}
     if lengths is None:
         return {"attention_mask": NO_MASK}
-    if attention == "sdpa":
+    if attention == SDPA:
         return {"row_lengths": lengths, "attention_mask": NO_MASK}
     bounds = to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32))
     return {"row_bounds": bounds, "longest_row": max(lengths), "attention_mask": NO_MASK}
@@ -57,81 +66,42 @@ def attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     row_lengths: Sequence[int] | None = None,
-    **settings: Any,
-) -> tuple[torch.Tensor, None]:
-    """What transformers calls `sdpa`; with row lengths, row by row.
-
-    Args:
-        module: the attention layer.
-        query: (B, heads, T, D); B is 1 with row lengths.
-        key: (B, key heads, T, D).
-        value: (B, key heads, T, D).
-        attention_mask: as transformers makes it, or `NO_MASK`; unused with row lengths.
-        row_lengths: tokens of each row, in order; they sum to T.
-        **settings: of `sdpa`.
-    """
-    if attention_mask is not None and not attention_mask.numel():
-        attention_mask = None
-    if row_lengths is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    rows = zip(*(x.split(list(row_lengths), dim=2) for x in (query, key, value)), strict=True)
-    outputs = [sdpa_attention_forward(module, q, k, v, None, **settings)[0] for q, k, v in rows]
-    return torch.cat(outputs, dim=1), None
-
-
-def attend_at_once(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
     row_bounds: torch.Tensor | None = None,
     longest_row: int = 0,
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls `sdpa`; with row bounds, all rows in one call.
+    """Attention (B, T, heads, D): transformers' `sdpa`, or within the rows of a packed batch.
 
     Args:
         module: the attention layer.
-        query: (B, heads, T, D); with row bounds B is 1 and the type bfloat16 or float16.
-        key: (B, key heads, T, D).
-        value: (B, key heads, T, D).
-        attention_mask: as transformers makes it, or `NO_MASK`; unused with row bounds.
-        row_bounds: (rows + 1,) int32, where each row begins, and T.
+        query: (B, heads, T, D); B is 1 in a packed batch.
+        key: (B, key heads, T, D); `value` has the same shape.
+        value: see `key`.
+        attention_mask: as transformers makes it, or `NO_MASK`; unused in a packed batch.
+        row_lengths: tokens of each row, in order; they sum to T. One call per row.
+        row_bounds: (rows + 1,) int32, where each row begins, and T. One call for all rows, in
+            bfloat16 or float16 and without dropout (see `check_varlen`).
         longest_row: tokens.
-        **settings: of `sdpa`. `check_varlen` has seen to it that there is no dropout.
+        **settings: of `sdpa`.
     """
-    if attention_mask is not None and not attention_mask.numel():
-        attention_mask = None
-    if row_bounds is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    from torch.nn.attention import varlen  # takes a second
+    if row_bounds is not None:
+        from torch.nn.attention import varlen  # takes a second
 
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
-    output = varlen.varlen_attn(
-        q,
-        k,
-        v,
-        row_bounds,
-        row_bounds,
-        longest_row,
-        longest_row,
-        scale=settings["scaling"],
-        window_size=(-1, 0),  # causal
-        enable_gqa=True,
-    )
-    return cast(torch.Tensor, output)[None], None
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
+        bounds = (row_bounds, row_bounds, longest_row, longest_row)
+        causal = {"window_size": (-1, 0), "enable_gqa": True}
+        output = varlen.varlen_attn(q, k, v, *bounds, scale=settings["scaling"], **causal)
+        return cast(torch.Tensor, output)[None], None
+    if row_lengths is not None:
+        rows = zip(*(x.split(list(row_lengths), dim=2) for x in (query, key, value)), strict=True)
+        outputs = [sdpa_attention_forward(module, q, k, v, None, **settings)[0] for q, k, v in rows]
+        return torch.cat(outputs, dim=1), None
+    mask = None if attention_mask is None or not attention_mask.numel() else attention_mask
+    return sdpa_attention_forward(module, query, key, value, mask, **settings)
 
 
 def check_varlen(llama: LlamaConfig) -> None:
-    """Nothing, if all rows of a packed batch can be one call on this machine.
-
-    Args:
-        llama: of the model.
-
-    Raises:
-        ValueError: why not.
-    """
+    """Raises ValueError if `varlen` does not work on this machine or for this model."""
     if reason := _why_not_varlen(llama):
         raise ValueError(f"backbone.attn_implementation: varlen {reason}; choose sdpa")
 
@@ -148,14 +118,9 @@ def _why_not_varlen(llama: LlamaConfig) -> str | None:
             f"model's have {size}"
         )
     if llama.attention_dropout:
-        return f"knows no dropout, and this model has attention_dropout {llama.attention_dropout}"
+        return f"has no dropout, and this model has attention_dropout {llama.attention_dropout}"
     from torch.nn.attention import varlen
 
     if not {"window_size", "enable_gqa"} <= inspect.signature(varlen.varlen_attn).parameters.keys():
         return f"needs a newer torch than {torch.__version__}"
     return None
-
-
-AttentionInterface.register("sdpa", attend)
-AttentionInterface.register("varlen", attend_at_once)
-AttentionMaskInterface.register("varlen", sdpa_mask)

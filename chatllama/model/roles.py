@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM
 from chatllama.config.model import LoraSection
 from chatllama.model.last_layer import trim_last_layer
 from chatllama.model.lora import make_layer
+from chatllama.model.packed_attention import registered
 
 T = TypeVar("T")
 Role = str
@@ -57,6 +58,8 @@ class RoleModel(nn.Module):
         super().__init__()
         self.adapter_names: dict[Role, str | None] = {"base": None, "reference": None}
         backbone.requires_grad_(False)
+        attention = backbone.config._attn_implementation
+        backbone.set_attn_implementation(registered(str(attention)))
         trim_last_layer(backbone)
         self.backbone: LlamaForCausalLM | PeftModel = backbone
         for role, adapter in adapters.items():

@@ -14,7 +14,7 @@ import torch
 
 from chatllama.model.last_layer import Wanted
 from chatllama.model.lm_head import token_logprobs
-from chatllama.model.packed_attention import packed_rows
+from chatllama.model.packed_attention import SDPA, VARLEN, packed_rows
 from chatllama.model.roles import (
     Role,
     RoleModel,
@@ -48,14 +48,14 @@ def hidden_states(
         tokens, positions = tokens[mask][None], positions[mask][None]
         filled = [n for n in lengths if n]
     rows = packed_rows(attention, filled)
-    if attention == "sdpa":
+    if attention == SDPA:
         rows["wanted"] = Wanted(places, wanted.sum(1).tolist(), lengths)
     with acting_as(model, role), autocast(model):
         output = llama(
             to_device(tokens), position_ids=to_device(positions), use_cache=False, **rows
         )
     states = output.last_hidden_state.flatten(0, 1)
-    return states if attention == "sdpa" else states.index_select(0, places)
+    return states if attention == SDPA else states.index_select(0, places)
 
 
 def _places(mask: torch.Tensor) -> torch.Tensor:
@@ -221,7 +221,7 @@ def score_shared(
     inputs = (tokens, positions, prompts, answers, ends)
     tokens, positions, prompts, answers, ends = map(to_device, inputs)
     attention = model.llama.config._attn_implementation
-    assert attention in ("sdpa", "varlen", "eager"), attention
+    assert attention in (SDPA, VARLEN, "eager"), attention
     mask = visible(prompts, answers)
     with acting_as(model, role), autocast(model):
         if attention == "eager":  # adds its mask

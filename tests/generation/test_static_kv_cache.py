@@ -19,6 +19,7 @@ from chatllama.generation.sampling import Sampling
 from chatllama.generation.static_kv_cache import StaticKVCache
 from chatllama.inference.options import GenerateOptions, complete
 from chatllama.model.lora import merge_products
+from chatllama.model.packed_attention import registered
 from chatllama.model.roles import acting_as, autocast
 
 PROMPTS = [[5, 9, 30], [7], [11, 40, 41, 42, 80, 3, 12], [20, 21], [33, 60, 61, 9], [8, 8]] * 3
@@ -189,7 +190,7 @@ def test_bfloat16_differs_by_rounding_only():
 @pytest.mark.slow
 def test_varlen_compiles_as_sdpa_does(llama: LlamaForCausalLM):
     varlen = tiny_llama(max_positions=POSITIONS)
-    varlen.set_attn_implementation("varlen")
+    varlen.set_attn_implementation(registered("varlen"))
     slots = StaticKVCache(varlen, Graphs())
     assert sampled(varlen, Sampling(6), slots) == sampled(llama, Sampling(6), None)
 

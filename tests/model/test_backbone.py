@@ -13,6 +13,7 @@ from transformers import GPT2Config
 from chatllama.config.model import BackboneSection, FromScratch
 from chatllama.config.schema import Config
 from chatllama.model.backbone import load_backbone
+from chatllama.model.packed_attention import SDPA
 from chatllama.runs.folder import RunFolder, backbone_path, base_path
 
 ROW = "model.layers.1.mlp.up_proj.weight"
@@ -48,7 +49,7 @@ def test_it_comes_frozen_and_in_eval_mode(base: Path):
 def test_type_and_attention_are_as_asked(base: Path):
     llama = load_backbone(section(base, dtype="bfloat16"), str(base))
     assert {p.dtype for p in llama.parameters()} == {torch.bfloat16}
-    assert llama.config._attn_implementation == "sdpa"
+    assert llama.config._attn_implementation == SDPA
     override = section(base, dtype="bfloat16", attn_implementation="eager")
     llama = load_backbone(override, str(base), dtype=torch.float32)
     assert {p.dtype for p in llama.parameters()} == {torch.float32}

@@ -9,11 +9,13 @@ import pytest
 import torch
 from tiny_models import ragged_batch, role_model, tiny_config, tiny_llama
 from torch.nn.attention import varlen
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from chatllama.config.model import BackboneSection
 from chatllama.model import packed_attention
 from chatllama.model.backbone import load_backbone
-from chatllama.model.packed_attention import NO_MASK, check_varlen
+from chatllama.model.packed_attention import NO_MASK, SDPA, VARLEN, check_varlen, registered
 from chatllama.model.roles import acting_as, adapter_parameters
 from chatllama.model.scoring import hidden_states
 
@@ -70,7 +72,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "varlen"])
 def test_each_row_is_what_it_is_alone(attention: str, calls: list[int]):
     model = role_model(tiny_llama())
-    model.llama.set_attn_implementation(attention)
+    model.llama.set_attn_implementation(registered(attention))
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(3, 90, (length,), generator=generator) for length in LENGTHS]
     tokens, mask = torch.full((5, 9), 7), torch.zeros(5, 9, dtype=torch.bool)
@@ -95,7 +97,7 @@ def test_states_that_are_wanted_are_those_of_the_whole(
     attention: str, padded: bool, calls: list[int]
 ):
     model, batch = role_model(tiny_llama()).train(), ragged_batch()
-    model.llama.set_attn_implementation(attention)
+    model.llama.set_attn_implementation(registered(attention))
     mask = batch.mask if padded else torch.ones_like(batch.mask)
     wanted = mask & (torch.rand(mask.shape, generator=torch.Generator().manual_seed(1)) < 0.4)
     wanted[1] = False
@@ -131,7 +133,7 @@ def test_recomputed_rows_are_still_apart(attention: str, calls: list[int]):
     wanted = batch.mask & (torch.arange(batch.mask.shape[1]) > 8)
     for checkpointing in (False, True):
         model = role_model(tiny_llama()).train()
-        model.llama.set_attn_implementation(attention)
+        model.llama.set_attn_implementation(registered(attention))
         if checkpointing:
             model.enable_gradient_checkpointing()
         states = hidden_states(model, "policy", batch.tokens, batch.mask, wanted)
@@ -145,7 +147,7 @@ def test_gradients_of_one_call_are_those_of_one_call_per_row(calls: list[int]):
     batch, gradients = ragged_batch(), []
     for attention in ("sdpa", "varlen"):
         model = role_model(tiny_llama())
-        model.llama.set_attn_implementation(attention)
+        model.llama.set_attn_implementation(registered(attention))
         states = hidden_states(model, "policy", batch.tokens, batch.mask, batch.mask)
         states.square().sum().backward()
         gradients.append([p.grad for p in adapter_parameters(model, "policy")])
@@ -160,7 +162,7 @@ def test_pytorchs_own_function_agrees_on_a_gpu():
     check_varlen(tiny_config())
     for attention in ("sdpa", "varlen"):
         model = role_model(tiny_llama(dtype=torch.bfloat16)).to("cuda")
-        model.llama.set_attn_implementation(attention)
+        model.llama.set_attn_implementation(registered(attention))
         states = hidden_states(model, "policy", batch.tokens, batch.mask, batch.mask)
         states.float().square().sum().backward()
         gradients = [p.grad for p in adapter_parameters(model, "policy")]
@@ -172,7 +174,7 @@ def test_pytorchs_own_function_agrees_on_a_gpu():
 def test_varlen_is_sdpa_where_nothing_is_packed(calls: list[int]):
     tokens, mask = ragged_batch().tokens, ragged_batch().mask
     own, other = tiny_llama(), tiny_llama()
-    other.set_attn_implementation("varlen")
+    other.set_attn_implementation(registered("varlen"))
     with torch.no_grad():
         for given in ({}, {"attention_mask": mask.long()}):
             expected = own.model(tokens, use_cache=False, **given).last_hidden_state
@@ -191,7 +193,7 @@ def test_varlen_is_sdpa_where_nothing_is_packed(calls: list[int]):
         ({"capability": (7, 5)}, {}, "needs a GPU of the Ampere generation or later, not Old One"),
         ({}, {"head_dim": 12}, "a multiple of 8 and at most 256 numbers; this model's have 12"),
         ({}, {"head_dim": 512}, "this model's have 512"),
-        ({}, {"attention_dropout": 0.1}, "knows no dropout"),
+        ({}, {"attention_dropout": 0.1}, "has no dropout"),
         ({"function": lambda query: query}, {}, f"needs a newer torch than {torch.__version__}"),
         ({}, {}, None),
     ],
@@ -229,13 +231,14 @@ def test_a_backbone_takes_varlen_only_where_it_works(
         load_backbone(section, str(tmp_path))
     monkeypatch.setattr(packed_attention, "_why_not_varlen", lambda llama: None)
     loaded = load_backbone(section, str(tmp_path))
-    assert loaded.config._attn_implementation == "varlen"
+    assert loaded.config._attn_implementation == VARLEN
     with pytest.raises(ValueError, match="varlen computes in bfloat16, not in dtype float32"):
         BackboneSection(path="p", attn_implementation="varlen", dtype="float32")
 
 
-def test_without_row_lengths_attention_is_transformers_own():
+def test_packed_rows_of_equal_length_are_those_of_a_plain_batch():
     llama, tokens = tiny_llama(), ragged_batch().tokens
+    llama.set_attn_implementation(registered("sdpa"))
     with torch.no_grad():
         whole = llama.model(tokens).last_hidden_state
         rows = [tokens.shape[1]] * len(tokens)
@@ -248,3 +251,24 @@ def test_without_row_lengths_attention_is_transformers_own():
             use_cache=False,
         ).last_hidden_state
     torch.testing.assert_close(packed.view_as(whole), whole, rtol=0, atol=1e-5)
+
+
+def test_building_leaves_transformers_registry_and_saved_configs_alone(tmp_path: Path):
+    registries = (AttentionInterface, AttentionMaskInterface)
+    before = [{k: v for k, v in each().items() if k not in (SDPA, VARLEN)} for each in registries]
+    assert all("sdpa" in each for each in before)
+    tiny_llama().save_pretrained(tmp_path / "base")
+    section = BackboneSection(path=str(tmp_path / "base"), dtype="float32")
+    for _ in range(2):  # a second run in the same process
+        llama = load_backbone(section, str(tmp_path / "base"))
+        assert llama.config._attn_implementation == SDPA
+        assert role_model(tiny_llama()).llama.config._attn_implementation == SDPA
+    for registry, entries in zip(registries, before, strict=True):
+        after = dict(registry().items())
+        assert {key: after[key] for key in entries} == entries
+        assert after.keys() - entries.keys() == {SDPA, VARLEN}
+    assert before[0]["sdpa"] is sdpa_attention_forward
+    llama.save_pretrained(tmp_path / "saved")
+    assert "chatllama" not in (tmp_path / "saved" / "config.json").read_text(encoding="utf-8")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert again.config._attn_implementation == "sdpa"

@@ -30,7 +30,6 @@ from chatllama.config.model import BackboneSection, without_training_kernels
 from chatllama.generation.generate import generate
 from chatllama.generation.sampling import Sampling
 from chatllama.model import backbone
-from chatllama.model import backbone as training_kernels
 from chatllama.model.backbone import check_kernels, load_backbone, use_liger
 from chatllama.model.roles import acting_as
 from chatllama.runtime.distributed import device
@@ -62,12 +61,14 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[LlamaForCausalLM, di
         # What Liger does to every LLaMA that is made later.
         cast(Any, modeling_llama).LlamaMLP = cast(Any, modeling_llama).LlamaRMSNorm = nn.Identity
 
-    liger = ModuleType("liger_kernel.transformers")
+    liger, rope = (ModuleType(f"liger_kernel.{name}") for name in ("transformers", "rope"))
     vars(liger)["apply_liger_kernel_to_llama"] = patch
+    vars(rope)["liger_rotary_pos_emb"] = lambda q, k, cos, sin: (q, k)  # rotates nothing
     monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
-    monkeypatch.setattr(training_kernels, "find_spec", lambda name: name)
-    monkeypatch.setattr(training_kernels, "device", lambda: torch.device("cuda"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.rope", rope)
+    monkeypatch.setattr(backbone, "find_spec", lambda name: name)
+    monkeypatch.setattr(backbone, "device", lambda: torch.device("cuda"))
     return calls
 
 
@@ -76,7 +77,7 @@ def test_liger_gets_the_bare_llama_and_leaves_the_loss_alone(base: Path, on_a_gp
     ((patched, kernels),) = on_a_gpu
     assert patched is llama
     assert kernels == {
-        "rope": True,
+        "rope": False,
         "rms_norm": True,
         "swiglu": True,
         "cross_entropy": False,
@@ -86,6 +87,26 @@ def test_liger_gets_the_bare_llama_and_leaves_the_loss_alone(base: Path, on_a_gp
     assert type(later.model.norm) is modeling_llama.LlamaRMSNorm is not nn.Identity
     assert type(later.model.layers[0].mlp) is modeling_llama.LlamaMLP
     assert len(on_a_gpu) == 1
+
+
+def test_another_rotary_embedding_is_that_of_one_model_only(base: Path, on_a_gpu: list) -> None:
+    # Without rotation the layers do not see positions: the last token's states are those of any
+    # order of the tokens before it. Models of the same process with another setting still see them.
+    tokens = torch.tensor([[1, 20, 30, 40], [30, 1, 20, 40]])
+    rotary, apart = modeling_llama.apply_rotary_pos_emb, {}
+    models = {
+        liger: load_backbone(section(base, liger_kernel=liger), str(base))
+        for liger in (True, False)
+    }
+    for liger, llama in models.items():
+        with torch.no_grad():
+            one, other = llama.model.layers[0](
+                llama.model.embed_tokens(tokens),
+                position_embeddings=llama.model.rotary_emb(torch.zeros(1), torch.arange(4)[None]),
+            )
+        apart[liger] = float((one[-1] - other[-1]).abs().max())
+    assert apart[True] < 1e-5 < 1e-3 < apart[False]
+    assert modeling_llama.apply_rotary_pos_emb is rotary
 
 
 def test_what_cannot_work_is_refused_before_weights_are_read(
@@ -106,10 +127,10 @@ def test_what_cannot_work_is_refused_before_weights_are_read(
     for missing in ("liger_kernel", "triton"):
         found = {"liger_kernel", "triton"} - {missing}
         monkeypatch.setattr(
-            training_kernels, "find_spec", lambda name, found=found: name if name in found else None
+            backbone, "find_spec", lambda name, found=found: name if name in found else None
         )
         refused(r"pip install 'chatllama\[liger\]'")
-    monkeypatch.setattr(training_kernels, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(backbone, "device", lambda: torch.device("cpu"))
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     refused("need a CUDA GPU, and this process sees none; set it to false")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -141,14 +162,12 @@ def test_answering_goes_without() -> None:
 
 @pytest.fixture
 def kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Liger's own kernels, on a GPU or in Triton's interpreter; transformers' LLaMA afterwards."""
+    """Liger's own kernels, on a GPU or in Triton's interpreter."""
     for package in ("liger_kernel", "triton"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     if not (INTERPRETED or torch.cuda.is_available()):
         pytest.skip("no CUDA device, and TRITON_INTERPRET is not 1")
-    rotary = modeling_llama.apply_rotary_pos_emb
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotary)
     if not INTERPRETED:
         return
     # Two things that the interpreter lacks: numbers with a type, and CUDA's own rsqrt.

@@ -21,6 +21,7 @@ from chatllama.config.model import FromScratch
 from chatllama.config.schema import Config
 from chatllama.config.stages import OptimizerSection
 from chatllama.model.backbone import check_kernels, use_liger
+from chatllama.model.packed_attention import registered
 from chatllama.reporting.tracker import Tracker
 from chatllama.runs.folder import INFO, RunFolder
 from chatllama.runs.replicas import replicate_folder
@@ -132,7 +133,9 @@ def _new_llama(
     check_kernels(cfg.backbone, config)
     torch.manual_seed(cfg.seed)
     llama = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation=cfg.backbone.attn_implementation
+        config,
+        dtype=torch.float32,
+        attn_implementation=registered(cfg.backbone.attn_implementation),
     )
     if cfg.backbone.liger_kernel:
         use_liger(llama)
