@@ -1,6 +1,6 @@
 """Curves of a run as SVG text whose colours follow the page (light and dark).
 
-Which curves there are is listed in `PANELS`; the page around them is `report.py`.
+`PANELS` lists the curves; the page around them is `page.py`.
 """
 
 import io
@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from chatllama.runs.folder import Stage
 
-# Placeholders that `_themed` turns into CSS variables of the page.
+# Placeholders that `themed` turns into CSS variables of the page.
 INK, FAINT, LIMIT = "#010203", "#040506", "#0a0b0c"
 LINES = ("#111213", "#141516", "#171819")
 _VARIABLES = {
@@ -31,80 +31,69 @@ SMOOTH_FROM = 30
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot: its words (the title is unique), and label -> metric for each curve."""
+    """One plot: its words (the title is unique), and label -> metric of each curve."""
 
-    stage: Stage
     title: str
     explanation: str
     curves: dict[str, str]
 
 
-PANELS: tuple[Panel, ...] = (
-    Panel(
-        "ppo",
-        "Reward model score",
-        "Mean score of the sampled answers; what PPO climbs.",
-        {"training": "ppo/score_mean", "held out": "ppo/eval_score_mean"},
+def _both(stage: Stage, metric: str) -> dict[str, str]:
+    """Curves of a metric in training and on held-out data."""
+    return {"training": f"{stage}/{metric}", "held out": f"{stage}/eval_{metric}"}
+
+
+PANELS: dict[Stage, tuple[Panel, ...]] = {
+    "ppo": (
+        Panel(
+            "Reward model score",
+            "Mean score of the sampled answers; what PPO climbs.",
+            _both("ppo", "score_mean"),
+        ),
+        Panel(
+            "KL to the SFT model",
+            "Nats per answer; how far the policy has moved.",
+            _both("ppo", "kl_sequence"),
+        ),
+        Panel("Answer length", "Tokens per sampled answer.", {"length": "ppo/response_length"}),
+        Panel(
+            "Entropy",
+            "Nats per token; near 0 the policy has stopped exploring.",
+            {"entropy": "ppo/entropy"},
+        ),
+        Panel(
+            "Answers that end by themselves",
+            "Share that closes with the end-of-turn token within the length limit.",
+            {"share": "ppo/eos_rate"},
+        ),
+        Panel(
+            "Clipped ratios",
+            "Share of tokens whose probability ratio left the clip range.",
+            {"share": "ppo/clip_fraction"},
+        ),
+        Panel("Value loss", "Squared error of the value model.", {"loss": "ppo/value_loss"}),
+        Panel(
+            "Explained variance",
+            "Share of the returns' variance that the value model explains; 1 is perfect.",
+            {"explained": "ppo/explained_variance"},
+        ),
     ),
-    Panel(
-        "ppo",
-        "KL to the SFT model",
-        "Nats per answer; how far the policy has moved.",
-        {"training": "ppo/kl_sequence", "held out": "ppo/eval_kl_sequence"},
+    "reward": (
+        Panel(
+            "Reward model loss",
+            "Pairwise Bradley-Terry loss; 0.693 is guessing.",
+            _both("reward", "loss"),
+        ),
+        Panel(
+            "Reward model accuracy",
+            "Share of pairs in which the chosen answer scores higher.",
+            _both("reward", "accuracy"),
+        ),
     ),
-    Panel(
-        "ppo",
-        "Answer length",
-        "Tokens per sampled answer.",
-        {"length": "ppo/response_length"},
-    ),
-    Panel(
-        "ppo",
-        "Entropy",
-        "Nats per token; near 0 the policy has stopped exploring.",
-        {"entropy": "ppo/entropy"},
-    ),
-    Panel(
-        "ppo",
-        "Answers that end by themselves",
-        "Share that closes with the end-of-turn token within the length limit.",
-        {"share": "ppo/eos_rate"},
-    ),
-    Panel(
-        "ppo",
-        "Clipped ratios",
-        "Share of tokens whose probability ratio left the clip range.",
-        {"share": "ppo/clip_fraction"},
-    ),
-    Panel("ppo", "Value loss", "Squared error of the value model.", {"loss": "ppo/value_loss"}),
-    Panel(
-        "ppo",
-        "Explained variance",
-        "Share of the returns' variance that the value model explains; 1 is perfect.",
-        {"explained": "ppo/explained_variance"},
-    ),
-    Panel(
-        "reward",
-        "Reward model loss",
-        "Pairwise Bradley-Terry loss; 0.693 is guessing.",
-        {"training": "reward/loss", "held out": "reward/eval_loss"},
-    ),
-    Panel(
-        "reward",
-        "Reward model accuracy",
-        "Share of pairs in which the chosen answer scores higher.",
-        {"training": "reward/accuracy", "held out": "reward/eval_accuracy"},
-    ),
-    Panel(
-        "sft",
-        "SFT loss",
-        "Cross-entropy per answer token, in nats.",
-        {"training": "sft/loss", "held out": "sft/eval_loss"},
-    ),
-)
+    "sft": (Panel("SFT loss", "Cross-entropy per answer token, in nats.", _both("sft", "loss")),),
+}
 
 PRETRAINING = Panel(
-    "sft",
     "Pretraining loss",
     "Cross-entropy per token of a backbone made from scratch, in nats.",
     {"training": "sft/loss"},
@@ -139,18 +128,21 @@ def draw(panel: Panel, lines: list[dict], limit: float | None = None) -> str | N
     found = {label: points for label, points in found.items() if points[0]}
     if not found:
         return None
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.title}):
-        figure = Figure(figsize=(4.8, 2.5), layout="constrained")
-        axes = figure.subplots()
-        for colour, (label, (steps, values)) in zip(LINES, found.items(), strict=False):
-            _plot(axes, steps, values, label, colour)
-        if limit is not None:
-            axes.axhline(
-                limit, color=LIMIT, linestyle=(0, (4, 3)), linewidth=1.4, label="Bayes limit"
-            )
-        style(axes, "step", legend=len(found) > 1 or limit is not None)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        return themed(figure, panel.title, _in_words(panel, found))
+    figure = Figure(figsize=(4.8, 2.5), layout="constrained")
+    axes = figure.subplots()
+    for colour, (label, (steps, values)) in zip(LINES, found.items(), strict=False):
+        _plot(axes, steps, values, label, colour)
+    if limit is not None:
+        dashes = (0, (4, 3))
+        axes.axhline(limit, color=LIMIT, linestyle=dashes, linewidth=1.4, label="Bayes limit")
+    style(axes, "step", legend=len(found) > 1 or limit is not None)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    words = (
+        f"{label} from {values[0]:.3g} at step {steps[0]:g} to {values[-1]:.3g} at step "
+        f"{steps[-1]:g}, lowest {min(values):.3g}, highest {max(values):.3g}"
+        for label, (steps, values) in found.items()
+    )
+    return themed(figure, panel.title, f"{panel.title}: {'; '.join(words)}.")
 
 
 def _plot(axes: Axes, steps: list[float], values: list[float], label: str, colour: str) -> None:
@@ -164,9 +156,10 @@ def _plot(axes: Axes, steps: list[float], values: list[float], label: str, colou
     axes.plot(steps, mean, color=colour, linewidth=2.0, label=label)
 
 
-def style(axes: Axes, xlabel: str, legend: bool) -> None:
+def style(axes: Axes, xlabel: str, ylabel: str = "", *, legend: bool) -> None:
     """The look of all plots: quiet axes, a grid behind, text in the page's colour."""
     axes.set_xlabel(xlabel, color=INK, fontsize=9)
+    axes.set_ylabel(ylabel, color=INK, fontsize=9)
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, labelsize=9, length=0)
@@ -179,36 +172,23 @@ def style(axes: Axes, xlabel: str, legend: bool) -> None:
         axes.legend(frameon=False, labelcolor=INK, fontsize=9, loc="best")
 
 
-def _in_words(panel: Panel, found: dict[str, tuple[list[float], list[float]]]) -> str:
-    """What a reader who cannot see the plot is told."""
-    parts = []
-    for label, (steps, values) in found.items():
-        parts.append(
-            f"{label} from {values[0]:.3g} at step {steps[0]:g} to {values[-1]:.3g} at step "
-            f"{steps[-1]:g}, lowest {min(values):.3g}, highest {max(values):.3g}"
-        )
-    return f"{panel.title}: {'; '.join(parts)}."
-
-
 def themed(figure: Figure, title: str, words: str) -> str:
     """A figure as SVG element of a page: page colours, page font, unique ids, alt text.
 
     Args:
-        figure: drawn in the placeholder colours, under `svg.fonttype: none`.
+        figure: drawn in the placeholder colours.
         title: unique on the page.
-        words: what a reader who cannot see the plot is told.
+        words: the alt text.
     """
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = re.sub(r"^.*?(?=<svg)|<(metadata|style).*?</\1>", "", buffer.getvalue(), flags=re.DOTALL)
+    svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
     prefix = re.sub(r"[^a-z]+", "-", title.lower())
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}.", svg)
     for placeholder, variable in _VARIABLES.items():
         svg = svg.replace(placeholder, variable)
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
     head, rest = svg.split(">", 1)
     box = re.search(r'viewBox="[^"]*"', head)
     assert box is not None, head

@@ -30,3 +30,8 @@ def wilson_interval(successes: float, count: int, z: float = 1.96) -> tuple[floa
     middle = (share + z * z / (2 * count)) / scale
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / scale
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def interval_text(value: float, low: float, high: float) -> str:
+    """A proportion with its interval, for the report."""
+    return f"{value:.3f} ({low:.3f}\N{EN DASH}{high:.3f})"

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from chatllama.reporting.statistics import interval_text
 from chatllama.runs.folder import STAGES, RunFolder
 from chatllama.runtime.files import write_json
 
@@ -171,6 +172,4 @@ def _with_interval(summary: dict[str, Any], name: str) -> str:
     low, high = number(summary, f"{name}_low"), number(summary, f"{name}_high")
     if value is None:
         return ""
-    if low is None or high is None:
-        return f"{value:.3f}"
-    return f"{value:.3f} ({low:.3f}\N{EN DASH}{high:.3f})"
+    return f"{value:.3f}" if low is None or high is None else interval_text(value, low, high)

@@ -16,7 +16,7 @@ from chatllama.reporting.plots import (
     draw,
     smooth,
 )
-from chatllama.reporting.reward_section import doctor_body
+from chatllama.reporting.reward_section import diagnosis_section
 from chatllama.reporting.summary import (
     findings,
     read_summary,
@@ -93,7 +93,7 @@ def full_run(tmp_path: Path) -> RunFolder:
     tracking = TrackingSection(report_to=[])
     with Tracker(run, "ppo", tracking, 40, 0) as tracker:
         for step in range(1, 41):
-            names = [m for p in PANELS if p.stage == "ppo" for m in p.curves.values()]
+            names = [m for p in PANELS["ppo"] for m in p.curves.values()]
             tracker.log(step, dict.fromkeys(names, step / 10))
         tracker.sample(40, "<script>prompt</script>", "<script>answer</script>", 1.0)
     for stage in ("sft", "reward"):
@@ -233,12 +233,12 @@ def test_curves_leave_gaps_out() -> None:
     lines = [{"step": 1, "a": 1.0}, {"step": 2, "a": None}, {"step": 3}, {"step": 4, "a": 2.0}]
     assert curve(lines, "a") == ([1.0, 4.0], [1.0, 2.0])
     assert smooth([0.0, 3.0, 6.0, 0.0], 3) == [1.5, 3.0, 3.0, 3.0]
-    assert draw(PANELS[0], lines) is None
+    assert draw(PANELS["ppo"][0], lines) is None
 
 
 def test_a_plot_says_in_words_what_it_shows() -> None:
     lines = [{"step": s, "ppo/kl_sequence": v} for s, v in ((1, 0.5), (2, 3.0), (3, 2.0))]
-    svg = draw(PANELS[1], lines)
+    svg = draw(PANELS["ppo"][1], lines)
     assert svg is not None
     words = "KL to the SFT model: training from 0.5 at step 1 to 2 at step 3, lowest 0.5, highest 3"
     assert words in svg
@@ -282,11 +282,11 @@ def test_diagnoses_are_listed_by_name(ppo_run: RunFolder) -> None:
     assert '<li class="neutral"><strong>length_drift</strong> at step 3, 9: 2.75, thre' in page
     assert '<li class="bad"><strong>not_finite</strong> at step 11: not finite. A' in page
     assert "A &lt;b&gt; is bad. Rolled back to a checkpoint.<br>" in page
-    assert "Likely causes: this; that. Turn: ppo.x." in page
+    assert "Likely causes: this; that. Config key to change: ppo.x." in page
     assert "No diagnosis" not in page
 
 
-# --- what the RM doctor writes
+# --- the reward model diagnosis
 
 
 def examples(count: int) -> Dataset:
@@ -307,11 +307,13 @@ def examples(count: int) -> Dataset:
 
 def test_the_section_shows_figures_warnings_and_plots(tmp_path: Path):
     run = RunFolder(tmp_path / "run")
-    assert doctor_body(run) == ""
+    assert diagnosis_section(run) is None
     data = Preferences(examples(60), examples(50), {"too <long>": 3})
     found = examine_data(data)
     write_json(run.reward_diagnosis, diagnosis(found))
-    assert "accuracy of words alone" in doctor_body(run) and "<svg" not in doctor_body(run)
+    section = diagnosis_section(run)
+    assert section is not None and section["plots"] == []
+    assert "accuracy of words alone" in dict(section["rows"])
 
     scores = [x for n in range(50) for x in ((1.0, 0.0) if n % 10 else (0.0, 1.0))]
     model = examine_model(
