@@ -1,7 +1,7 @@
-"""What a finished run amounts to: summary.json, its table of base, SFT and PPO, and findings.
+"""The numbers of a finished run: summary.json, the table of base, SFT and PPO, and findings.
 
-Table and findings are read from the summary only; the terminal (`pipeline.py`) and the page
-(`report.py`) show the same.
+Table and findings are read from the summary only; the terminal (`trainers/stages/pipeline.py`) and
+the page (`page.py`) show the same.
 """
 
 import json
@@ -27,11 +27,11 @@ class Finding:
 
 
 def write_summary(run: RunFolder) -> dict[str, Any]:
-    """Gathers what the finished stages and the evaluation wrote into summary.json; gives it.
+    """Collects the results of stages and evaluation in summary.json; returns them.
 
     `base`, `sft`, `ppo`: the evaluation's numbers of each role. `reward`: accuracy on held-out
-    pairs, its interval and, if known, the Bayes limit. `wall_seconds`: per stage; making the
-    backbone and the evaluation are taken out of the stage that did them.
+    pairs, its interval and, if known, the Bayes limit. `wall_seconds`: per stage, without the
+    backbone that SFT makes; the evaluation comes after PPO's clock has stopped.
     """
     summary: dict[str, Any] = {}
     if run.evaluation.is_file():
@@ -41,11 +41,9 @@ def write_summary(run: RunFolder) -> dict[str, Any]:
     summary["reward"] = {name: value for name, value in reward.items() if value is not None}
     seconds: dict[str, float] = {}
     for stage, numbers in results.items():
-        own = numbers.get("wall_seconds", 0.0)
         if "backbone_seconds" in numbers:
             seconds["backbone"] = numbers["backbone_seconds"]
-            own -= numbers["backbone_seconds"]
-        seconds[stage] = own
+        seconds[stage] = numbers.get("wall_seconds", 0.0) - numbers.get("backbone_seconds", 0.0)
         if "evaluation_seconds" in numbers:
             seconds["evaluation"] = numbers["evaluation_seconds"]
     summary["wall_seconds"] = {**seconds, "total": sum(seconds.values())}
@@ -55,9 +53,7 @@ def write_summary(run: RunFolder) -> dict[str, Any]:
 
 def read_summary(run: RunFolder) -> dict[str, Any]:
     """The numbers of summary.json; empty if it has not been written."""
-    if not run.summary.is_file():
-        return {}
-    return json.loads(run.summary.read_text(encoding="utf-8"))
+    return json.loads(run.summary.read_text(encoding="utf-8")) if run.summary.is_file() else {}
 
 
 def number(summary: dict[str, Any], name: str) -> float | None:
@@ -96,6 +92,16 @@ def reward_accuracy(summary: dict[str, Any]) -> str:
     return f"{accuracy}, Bayes limit {limit}" if accuracy and limit else accuracy
 
 
+def below_bayes(accuracy: float, limit: float | None) -> str:
+    """A warning where the accuracy is more than `BAYES_SLACK` below its Bayes limit; else ''."""
+    if limit is None or accuracy >= limit - BAYES_SLACK:
+        return ""
+    return (
+        f"the reward model's accuracy {accuracy:.3f} is far below the {limit:.3f} that is "
+        "possible: PPO will exploit what it has not learned"
+    )
+
+
 def findings(summary: dict[str, Any]) -> list[Finding]:
     """What the numbers say about PPO and about the reward model."""
     found = [_about_gold(summary) or _about_win_rate(summary), _about_reward_model(summary)]
@@ -106,8 +112,8 @@ def _about_gold(summary: dict[str, Any]) -> Finding | None:
     before, after = number(summary, "sft.gold_mean"), number(summary, "ppo.gold_mean")
     if before is None or after is None:
         return None
-    errors = number(summary, "sft.gold_se") or 0.0, number(summary, "ppo.gold_se") or 0.0
-    spread = math.hypot(*errors)
+    errors = number(summary, "sft.gold_se"), number(summary, "ppo.gold_se")
+    spread = math.hypot(*(error or 0.0 for error in errors))
     if not spread:
         return Finding("neutral", f"Gold score: SFT {before:.2f}, PPO {after:.2f}, errors unknown.")
     distance = (after - before) / spread
@@ -139,16 +145,11 @@ def _about_win_rate(summary: dict[str, Any]) -> Finding | None:
 
 
 def _about_reward_model(summary: dict[str, Any]) -> Finding | None:
-    accuracy, low = number(summary, "reward.accuracy"), number(summary, "reward.accuracy_low")
-    limit = number(summary, "reward.bayes_accuracy")
+    accuracy, low, _, limit = (number(summary, f"reward.{name}") for name in REWARD_NUMBERS)
     if accuracy is None:
         return None
-    if limit is not None and accuracy < limit - BAYES_SLACK:
-        text = (
-            f"The reward model's accuracy {accuracy:.3f} is far below the {limit:.3f} that is "
-            "possible; PPO will exploit what it has not learned."
-        )
-        return Finding("bad", text)
+    if text := below_bayes(accuracy, limit):
+        return Finding("bad", f"T{text[1:]}.")
     if low is not None and low <= 0.5:
         text = f"The reward model's accuracy {accuracy:.3f} cannot be told from guessing."
         return Finding("bad", text)

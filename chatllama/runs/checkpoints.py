@@ -1,8 +1,8 @@
 """Folders `checkpoints/step-N`: complete or absent, verified when read, old ones removed.
 
-What stands in them is the business of whoever writes (`trainers/engine/engine.py`, the Trainer). A
-checkpoint is written beside the others, listed in a manifest with sizes and hashes, flushed to disk
-and only then renamed, so that a kill at any moment leaves the last good one as it was.
+A checkpoint is written beside the others, listed in a manifest with sizes and hashes, flushed to
+disk and only then renamed, so that a kill at any moment leaves the last good one as it was. What
+is in it is up to the writer (`trainers/engine/engine.py`).
 """
 
 import json
@@ -27,15 +27,17 @@ from chatllama.runtime.distributed import (
 )
 from chatllama.runtime.files import file_hash, put_back, replace_folder, write_json
 
-STEP = "step-"
-DAMAGED = "damaged-"
-REMOVED = ".removed"
+STEP, DAMAGED, REMOVED = "step-", "damaged-", ".removed"
+MANIFEST = "manifest.json"
+HASHING_THREADS = 4
+
+
+class DamagedError(ValueError):
+    """A folder does not hold what its manifest lists."""
 
 
 def step_folders(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest step first."""
-    if not folder.is_dir():
-        return []
     found = [p for p in folder.glob(f"{STEP}*") if p.name.removeprefix(STEP).isdigit()]
     return sorted(found, key=step_of)
 
@@ -48,7 +50,7 @@ def step_of(checkpoint: Path) -> int:
 def layout_of(section: DeepSpeedSection, microbatch_size: int) -> dict[str, Any]:
     """How this start splits a batch: `ranks`, `zero_stage` (null: no launcher), `microbatch_size`.
 
-    The same layout resumes bit for bit, another one to rounding.
+    The same layout resumes bit for bit, another one up to rounding.
     """
     return {
         "ranks": world_size(),
@@ -60,14 +62,12 @@ def layout_of(section: DeepSpeedSection, microbatch_size: int) -> dict[str, Any]
 def checkpoint_to_resume(
     run: RunFolder, stage: Stage, resume: bool, layout: dict[str, Any]
 ) -> Path | None:
-    """The newest good checkpoint to go on from; None: start from the beginning.
+    """The newest good checkpoint; None: start from the beginning. Every rank must call.
 
-    Every rank must call. A damaged one is set aside as `damaged-step-N`, with a warning; one of
-    another layout is told of.
+    A damaged one is set aside as `damaged-step-N`, with a warning; another layout is reported.
 
     Raises:
-        ValueError: there are checkpoints and no `--resume`: a fresh start would mix with them; or
-            all of them are damaged.
+        ValueError: there are checkpoints, and no `--resume` or none that is undamaged.
     """
     folder = run.checkpoints(stage)
     if rank() == 0:
@@ -76,14 +76,24 @@ def checkpoint_to_resume(
     found = step_folders(folder)
     if not found:
         return None
+    check_resume(found[-1], resume)
+    checkpoint, manifest = newest_good(folder)
+    if manifest["layout"] != layout and rank() == 0:
+        print(
+            f"{checkpoint} was written by {_words(manifest['layout'])}; going on with "
+            f"{_words(layout)}: the same batches, but not bit for bit the same weights",
+            flush=True,
+        )
+    return checkpoint
+
+
+def check_resume(existing: Path, resume: bool) -> None:
+    """Raises ValueError unless `resume`, since a fresh start would mix with what exists."""
     if not resume:
         raise ValueError(
-            f"{found[-1]} exists from an earlier start. Go on from it with --resume, or remove "
-            f"{folder} to start afresh"
+            f"{existing} exists from an earlier start. Go on from it with --resume, or remove "
+            f"{existing.parent} to start afresh"
         )
-    checkpoint, manifest = newest_good(folder)
-    _tell_layout(checkpoint, manifest["layout"], layout)
-    return checkpoint
 
 
 def newest_good(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -101,7 +111,7 @@ def newest_good(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _newest_good(folder: Path) -> tuple[Path, dict[str, Any]] | str:
-    """The answer of `newest_good`, or the message of its error."""
+    """The result of `newest_good`, or the message of its error."""
     wrong = []
     for checkpoint in reversed(step_folders(folder)):
         try:
@@ -123,46 +133,12 @@ def _newest_good(folder: Path) -> tuple[Path, dict[str, Any]] | str:
     )
 
 
-def _tell_layout(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Says what another layout changes: rounding, and the random numbers of dropout."""
-    if saved != now and rank() == 0:
-        print(
-            f"{checkpoint} was written by {_words(saved)}; going on with {_words(now)}: the same "
-            "batches, but not bit for bit the same weights",
-            flush=True,
-        )
-
-
 def _words(layout: dict[str, Any]) -> str:
     size = f"microbatches of {layout['microbatch_size']}"
     if layout["zero_stage"] is None:
         return f"one process without the deepspeed launcher, {size}"
     ranks = f"{layout['ranks']} rank{'s' if layout['ranks'] > 1 else ''}"
     return f"{ranks} under ZeRO-{layout['zero_stage']}, {size}"
-
-
-def publish(written: Path, folder: Path, step: int, limit: int, layout: dict[str, Any]) -> None:
-    """Makes the complete folder `written` the checkpoint of `step`; every rank must call.
-
-    Args:
-        written: all ranks have written their parts into it.
-        folder: of the checkpoints.
-        step: N of `step-N`.
-        limit: checkpoints kept.
-        layout: of `layout_of`.
-
-    Raises:
-        ValueError: the disk is full or cannot be written; older checkpoints are as they were.
-    """
-    barrier()
-    if rank() == 0:
-        with explained(written, folder, step):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_manifest(written, {"step": step, "layout": layout})
-            replace_folder(written, folder / f"{STEP}{step}")
-            for outdated in step_folders(folder)[:-limit]:
-                _remove(outdated)
-    barrier()
 
 
 def save_step(
@@ -197,22 +173,37 @@ def save_step(
     publish(unfinished, folder, step, limit, layout)
 
 
+def publish(written: Path, folder: Path, step: int, limit: int, layout: dict[str, Any]) -> None:
+    """Makes the complete folder `written` the checkpoint of `step`; see `save_step`."""
+    barrier()
+    if rank() == 0:
+        with explained(written, folder, step):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_manifest(written, {"step": step, "layout": layout})
+            replace_folder(written, folder / f"{STEP}{step}")
+            for outdated in step_folders(folder)[:-limit]:
+                # Renamed first: what a kill leaves half removed is no checkpoint.
+                doomed = outdated.with_name(f".{outdated.name}{REMOVED}")
+                shutil.rmtree(doomed, ignore_errors=True)
+                outdated.rename(doomed)
+                shutil.rmtree(doomed)
+    barrier()
+
+
 @contextmanager
 def explained(unfinished: Path, folder: Path, step: int) -> Iterator[None]:
-    """A failure to write becomes a message that says what is left; its half files are removed.
+    """Turns a failure to write into a ValueError that says what is left, and removes `unfinished`.
 
     Args:
-        unfinished: where the checkpoint is being written.
+        unfinished: where the checkpoint of `step` is being written.
         folder: of the checkpoints.
         step: N of `step-N`.
-
-    Raises:
-        ValueError: inside, something could not be written.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(_existing(folder)).free  # before the half files go
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(existing).free  # before `unfinished` is removed
         shutil.rmtree(unfinished, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         good = step_folders(folder)
@@ -224,72 +215,36 @@ def explained(unfinished: Path, folder: Path, step: int) -> Iterator[None]:
         ) from error
 
 
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.parents) if path.exists())
-
-
-def _remove(checkpoint: Path) -> None:
-    """Removes a checkpoint; killed half-way, it is none any more."""
-    doomed = checkpoint.with_name(f".{checkpoint.name}{REMOVED}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
-
-
 def _clean_up(folder: Path) -> None:
-    """Ends what a killed process left half done among the checkpoints."""
+    """Completes what a killed process left half done among the checkpoints."""
     for old in sorted(folder.glob(f".{STEP}*.old")):
         put_back(folder / old.name.removeprefix(".").removesuffix(".old"))
     for doomed in folder.glob(f".{STEP}*{REMOVED}"):
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-MANIFEST = "manifest.json"
-
-
-THREADS = 4
-
-
-class DamagedError(ValueError):
-    """A folder does not hold what its manifest says."""
-
-
 def write_manifest(folder: Path, about: dict[str, Any]) -> None:
-    """Lists size and SHA-256 of every file below `folder` in its manifest.json.
-
-    Args:
-        folder: complete.
-        about: whatever else the reader must know, as JSON values.
-    """
+    """Writes manifest.json: `about`, and size and SHA-256 of every file below `folder`."""
     files = {name: {"bytes": size, "sha256": sha} for name, (size, sha) in _files(folder).items()}
     write_json(folder / MANIFEST, {**about, "files": files})
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `write_manifest` wrote.
-
-    Raises:
-        DamagedError: it is missing or not JSON.
-    """
-    path = folder / MANIFEST
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DamagedError(f"{path} is missing: this is no complete checkpoint") from None
-    except ValueError as error:
-        raise DamagedError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
-        raise DamagedError(f"{path} is damaged: it lists no files")
-    return content
 
 
 def verify(folder: Path) -> dict[str, Any]:
     """The manifest of a folder whose files are all as they were written.
 
     Raises:
-        DamagedError: names the first file that is missing, cut off, or different.
+        DamagedError: the manifest is missing or damaged, or the first file that is missing, cut
+            off or different.
     """
-    manifest = read_manifest(folder)
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing: this is no complete checkpoint") from None
+    except ValueError as error:
+        raise DamagedError(f"{path} is damaged: {error}") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise DamagedError(f"{path} is damaged: it lists no files")
     expected = manifest["files"]
     for name, entry in expected.items():
         path = folder / name
@@ -307,7 +262,7 @@ def verify(folder: Path) -> dict[str, Any]:
 def _files(folder: Path) -> dict[str, tuple[int, str]]:
     """Path below `folder` -> (bytes, SHA-256) of every file but the manifest itself."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
         hashes = list(pool.map(file_hash, paths))
     return {
         path.relative_to(folder).as_posix(): (path.stat().st_size, sha)

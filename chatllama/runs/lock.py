@@ -1,11 +1,10 @@
-"""One user of a run folder at a time: lock files that say who holds it, where, and since when.
+"""One writer of a run folder at a time: lock files that name its process, machine and start.
 
-`chatllama run` holds one for all stages, rank 0 of a stage another; a token that the first hands
-to the second shows that they belong together. Readers (chat, report) need none.
+`chatllama run` holds one for all stages, rank 0 of a stage another; the stage gets the first one's
+token on its command line, which shows that they belong together. Readers (chat, report) need none.
 """
 
 import atexit
-import contextlib
 import fcntl
 import json
 import os
@@ -14,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,7 +23,7 @@ from chatllama.runs.folder import RunFolder
 Holder = Literal["run", "stage"]
 HOLDERS: tuple[Holder, ...] = ("run", "stage")
 SAME_START_SECONDS = 5.0
-"""The start of a process is known to that, since clocks are put right."""
+"""Tolerance of a process's start time, since clocks are corrected."""
 
 _held: set[Path] = set()
 
@@ -35,7 +35,7 @@ class Owner:
     host: str
     pid: int
     started: float
-    """Seconds since 1970, of the process: tells it from a later one with the same number."""
+    """Seconds since 1970, of the process: distinguishes it from a later one with the same pid."""
     command: str
     since: float
     """Seconds since 1970, of the lock."""
@@ -43,11 +43,11 @@ class Owner:
 
     @property
     def is_here(self) -> bool:
-        """Whether it is, or was, a process of this machine."""
+        """True for a process of this machine, running or ended."""
         return self.host == socket.gethostname()
 
     def is_gone(self) -> bool:
-        """True where this machine knows that the process has ended."""
+        """True for a process of this machine that has ended."""
         import psutil
 
         if not self.is_here:
@@ -71,11 +71,7 @@ def lock_path(run: RunFolder, holder: Holder) -> Path:
 
 
 def read_owner(path: Path) -> Owner | None:
-    """Who holds a lock file; None: nobody.
-
-    Raises:
-        ValueError: the file is not one that `acquire` wrote.
-    """
+    """The process in a lock file, None without one; raises ValueError where it is damaged."""
     try:
         return Owner(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -87,17 +83,13 @@ def read_owner(path: Path) -> Owner | None:
 
 
 def acquire(run: RunFolder, holder: Holder, token: str | None = None) -> str:
-    """Locks the run folder for this process, until `release` or its end; returns the lock's token.
+    """Locks the run folder until `release_all` or the end of this process; returns the token.
 
-    Locks of processes of this machine that have ended are taken over.
-
-    Args:
-        run: its folder is made if it is not there.
-        holder: which of the two.
-        token: of a lock that does not count, since its owner started this process.
+    Makes the folder. Takes over locks of processes of this machine that have ended, and ignores
+    the lock whose token is given, since its owner started this process.
 
     Raises:
-        ValueError: another process works there: says which, where and since when.
+        ValueError: another process works there: names it, its machine and since when.
     """
     run.root.mkdir(parents=True, exist_ok=True)
     path = lock_path(run, holder)
@@ -107,7 +99,7 @@ def acquire(run: RunFolder, holder: Holder, token: str | None = None) -> str:
         me = _this_process(token)
         path.unlink(missing_ok=True)
         try:
-            # On shared disks another machine may come first; then this fails.
+            # Fails where another machine that shares the disk was first.
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             raise ValueError(f"{run.root} has just been locked by another machine") from None
@@ -121,9 +113,9 @@ def acquire(run: RunFolder, holder: Holder, token: str | None = None) -> str:
     return me.token
 
 
-@contextlib.contextmanager
+@contextmanager
 def locked(run: RunFolder, holder: Holder) -> Iterator[str]:
-    """The run folder is locked inside; gives the token."""
+    """Locks the run folder inside the block; yields the token."""
     token = acquire(run, holder)
     try:
         yield token
@@ -132,7 +124,7 @@ def locked(run: RunFolder, holder: Holder) -> Iterator[str]:
 
 
 def release_all() -> None:
-    """Gives back every lock of this process."""
+    """Releases every lock of this process."""
     for path in list(_held):
         _held.discard(path)
         owner = read_owner(path)
@@ -141,22 +133,18 @@ def release_all() -> None:
 
 
 def _check(run: RunFolder, path: Path, token: str | None) -> None:
-    """Nothing, if the lock file at `path` does not stand in the way of this process.
-
-    Raises:
-        ValueError: it does.
-    """
+    """Raises ValueError if another process holds the lock file; removes that of an ended one."""
     owner = read_owner(path)
     if owner is None or owner.token == token:
         return
-    if owner.is_here and (owner.pid == os.getpid() or owner.is_gone()):
-        if owner.pid != os.getpid():
-            print(f"{run.root} was left locked by {owner}, which has ended", file=sys.stderr)
-            path.unlink(missing_ok=True)
+    if owner.is_here and owner.pid == os.getpid():
         return
-    if owner.is_here:
-        remedy = f"wait for it, or stop it: kill {owner.pid}"
-    else:
+    if owner.is_gone():
+        print(f"{run.root} was left locked by {owner}, which has ended", file=sys.stderr)
+        path.unlink(missing_ok=True)
+        return
+    remedy = f"wait for it, or stop it: kill {owner.pid}"
+    if not owner.is_here:
         remedy = (
             f"this is {socket.gethostname()}, from where that process cannot be seen: if it has "
             f"ended, remove {path}"
@@ -175,13 +163,13 @@ def _this_process(token: str | None) -> Owner:
     return Owner(host, pid, started, command, time.time(), token or os.urandom(8).hex())
 
 
-@contextlib.contextmanager
+@contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """No other process of this machine is inside for the same folder."""
+    """Excludes the other processes of this machine from the block, for the same folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        # Where a network disk knows no such locks, creating the file decides alone.
-        with contextlib.suppress(OSError):
+        # On network disks without such locks, creating the lock file decides alone.
+        with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The RM doctor: planted faults in data and scores are found, and healthy ones raise nothing."""
+"""The reward model diagnosis: planted faults are found, and healthy data and scores pass."""
 
 from typing import Any
 

@@ -123,7 +123,7 @@ def test_the_stage_learns_and_writes_what_it_found(
     assert not run.checkpoints("reward").exists()
     assert check_gate(run, RewardSection()) == []
     out = capsys.readouterr().out
-    assert "RM doctor: accuracy" in out and "training pairs" in out
+    assert "reward model diagnosis: accuracy" in out and "training pairs" in out
     train_rm.main([*command, "reward.steps=16", "reward.eval_every=4"])
     assert "has finished before" in capsys.readouterr().out
 

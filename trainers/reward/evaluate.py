@@ -9,7 +9,7 @@ from datasets import Dataset
 from chatllama.config.schema import Config, RewardSection
 from chatllama.model.roles import RoleModel
 from chatllama.model.scoring import score_sequences, score_shared
-from chatllama.reporting.summary import BAYES_SLACK
+from chatllama.reporting.summary import below_bayes
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.distributed import device
 from chatllama.text.padding import pad_left, pad_right
@@ -154,10 +154,6 @@ def check_gate(run: RunFolder, section: RewardSection) -> list[str]:
                 "reward.allow_weak=true to start all the same"
             )
         warnings.append(text)
-    limit = numbers.get("bayes_accuracy")
-    if limit is not None and accuracy < limit - BAYES_SLACK:
-        warnings.append(
-            f"the reward model's accuracy {accuracy:.3f} is far below the {limit:.3f} that is "
-            "possible: PPO will exploit what it has not learned"
-        )
+    if text := below_bayes(accuracy, numbers.get("bayes_accuracy")):
+        warnings.append(text)
     return warnings

@@ -1,8 +1,8 @@
-"""How far score differences can be believed: pure statistics of arrays, no model.
+"""Accuracy, calibration and doubtful labels from score differences: statistics of arrays, no model.
 
 A gap is the score of the answer that the label prefers minus that of the other, so that it is
-positive where the model agrees with the label. Weights say how much a pair counts: pairs of one
-prompt share a weight of 1. Shape: P pairs.
+positive where the model agrees with the label. The pairs of one prompt share a weight of 1, and
+count as one draw in intervals, since they are not independent. Shape: P pairs.
 """
 
 from collections.abc import Iterable
@@ -19,19 +19,27 @@ FLIPS_SAMPLE = 5000
 
 
 @dataclass(frozen=True)
+class Share:
+    """A share of prompts with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Bin:
     """The pairs whose confidence lies in one interval."""
 
     share: float
     """Of all pairs, by weight."""
     confidence: float
-    """Mean sigmoid(|gap|): how often the model says that it is right."""
+    """Mean sigmoid(|gap|): the accuracy that the scores claim."""
     accuracy: float
-    """How often it is."""
+    """The accuracy that they have."""
     low: float
-    """Lower end of the accuracy's 95 % interval."""
     high: float
-    """Upper end."""
+    """95 % interval of the accuracy."""
 
 
 def sigmoid(x: Array) -> Array:
@@ -50,24 +58,31 @@ def weighted_mean(values: Array, weights: Array) -> float:
     return float((values * weights).sum() / total) if total else float("nan")
 
 
-def reliability(gaps: Array, weights: Array, num_bins: int = 10) -> list[Bin]:
-    """Confidence against accuracy in equal intervals of [0.5, 1]; empty bins are left out.
+def share(values: Array, weights: Array) -> Share:
+    """Weighted mean with the Wilson interval of as many draws as the weights sum to.
 
     Args:
-        gaps: (P,) float.
-        weights: (P,) float.
-        num_bins: intervals.
+        values: (P,) in [0, 1].
+        weights: (P,) that sum to the number of prompts; to 0: the interval is [0, 1].
     """
+    if not weights.sum():
+        return Share(0.5, 0.0, 1.0)
+    mean, count = weighted_mean(values, weights), max(1, round(float(weights.sum())))
+    return Share(mean, *wilson_interval(mean * count, count))
+
+
+def reliability(gaps: Array, weights: Array, num_bins: int = 10) -> list[Bin]:
+    """Confidence against accuracy in equal intervals of [0.5, 1]; empty bins are left out."""
     confidence, correct = sigmoid(np.abs(gaps)), agreement(gaps)
     places = np.minimum(((confidence - 0.5) * 2 * num_bins).astype(int), num_bins - 1)
     bins = []
     for number in range(num_bins):
         inside = weights * (places == number)
         if inside.sum():
-            accuracy, count = weighted_mean(correct, inside), max(1, round(float(inside.sum())))
-            low, high = wilson_interval(accuracy * count, count)
-            share = float(inside.sum() / weights.sum())
-            bins.append(Bin(share, weighted_mean(confidence, inside), accuracy, low, high))
+            right = share(correct, inside)
+            part = float(inside.sum() / weights.sum())
+            mean = weighted_mean(confidence, inside)
+            bins.append(Bin(part, mean, right.value, right.low, right.high))
     return bins
 
 
@@ -89,7 +104,7 @@ def best_scale(gaps: Array, weights: Array, flips: float | Array = 0.0) -> float
     Args:
         gaps: (P,) float.
         weights: (P,) float.
-        flips: probability that a label is wrong, for all or for each pair.
+        flips: probability that a label is wrong, scalar or (P,).
     """
     low, high = 0.0, MAX_SCALE
     for _ in range(40):  # the likelihood is concave in s: its slope falls
@@ -114,13 +129,10 @@ class Flips:
 
 
 def fit_flips(gaps: Array, weights: Array) -> Flips:
-    """Separates wrong labels from a model that is merely unsure, by maximum likelihood.
+    """Separates wrong labels from an unsure model by maximum likelihood.
 
-    What contradicts a sure model may also be the model's own mistake: a list to look at, no proof.
-
-    Args:
-        gaps: (P,) float, of pairs that the model was not trained on.
-        weights: (P,) float.
+    A label that contradicts a sure model may also be the model's mistake: a list to look at, no
+    proof. The model must not have been trained on the pairs.
     """
     part = slice(None, None, 1 + len(gaps) // FLIPS_SAMPLE)
     some, weight = gaps[part], weights[part]
@@ -132,7 +144,7 @@ def fit_flips(gaps: Array, weights: Array) -> Flips:
         nonlocal best
         for share in shares:
             scale = best[2]
-            for _ in range(5):  # EM: how suspicious each label is, then the scale that this leaves
+            for _ in range(5):  # EM: the probability that each label is wrong, then the scale
                 scale = best_scale(some, weight, _suspicion(some, share, scale))
             fit = weight * np.log(share + (1 - 2 * share) * sigmoid(scale * some))
             best = max(best, (float(fit.sum()), share, scale))
@@ -160,10 +172,7 @@ def correlation(x: Array, y: Array) -> float:
 def histogram(values: Array, weights: Array, num_bins: int = 24) -> tuple[list[float], list[float]]:
     """Edges (num_bins + 1), from -x to x, and shares; the outermost bins hold what lies beyond.
 
-    Args:
-        values: (P,) float.
-        weights: (P,) float.
-        num_bins: even, so that 0 is an edge.
+    `num_bins` is even, so that 0 is an edge.
     """
     spread = float(np.quantile(np.abs(values), 0.995)) or 1.0
     edges = np.linspace(-spread, spread, num_bins + 1)

@@ -1,6 +1,6 @@
-"""The data half of the RM doctor: what preference data look like before anything is trained.
+"""The data report of the reward model diagnosis: preference data before anything is trained.
 
-Nothing is changed or refused here. What the trained model makes of them is in `reward_doctor.py`.
+It changes and refuses nothing. The trained model is examined in `model_report.py`.
 """
 
 from collections import Counter, defaultdict
@@ -12,14 +12,10 @@ from typing import Any, cast
 import numpy as np
 from datasets import Dataset
 
-from chatllama.reporting.statistics import FLIP_EVIDENCE, wilson_interval
+from chatllama.reporting.statistics import FLIP_EVIDENCE
 from data.batches import answer_pairs, ordered_pairs
 from trainers.reward.data import Preferences
-from trainers.reward.diagnosis.calibration import (
-    agreement,
-    fit_flips,
-    weighted_mean,
-)
+from trainers.reward.diagnosis.calibration import agreement, fit_flips, share
 
 Rows = Sequence[Mapping[str, Any]]
 Pair = tuple[bytes, bytes]
@@ -29,34 +25,10 @@ SUSPECTS_SHOWN = 10
 
 @dataclass(frozen=True)
 class Concern:
-    """Something that a person should look at."""
+    """A warning about data or model."""
 
     name: str
     text: str
-
-
-@dataclass(frozen=True)
-class Share:
-    """A share of prompts with its 95 % interval; pairs of a prompt share its weight."""
-
-    value: float
-    low: float
-    high: float
-
-
-def share(values: np.ndarray, weights: np.ndarray) -> Share:
-    """Weighted mean with the Wilson interval of as many draws as the weights sum to.
-
-    Pairs of one prompt are not independent, so they count as one draw. Of nothing: 0 to 1.
-
-    Args:
-        values: (P,) in [0, 1].
-        weights: (P,) that sum to the number of prompts.
-    """
-    if not weights.sum():
-        return Share(0.5, 0.0, 1.0)
-    mean, count = weighted_mean(values, weights), max(1, round(float(weights.sum())))
-    return Share(mean, *wilson_interval(mean * count, count))
 
 
 def rows_of(examples: Dataset) -> Rows:
@@ -72,29 +44,25 @@ def rows_of(examples: Dataset) -> Rows:
 def examine_data(data: Preferences) -> dict[str, Any]:
     """Counts, repeats, contradictions, the length and word baselines, labels that look wrong."""
     train, held_out = rows_of(data.train), rows_of(data.held_out)
-    seen, unseen = _sightings(train), _sightings(held_out)
-    both = {frozenset(pair) for pair in seen} & {frozenset(pair) for pair in unseen}
-    weights = np.asarray(answer_pairs(train).weight, dtype=float)
-    gaps = word_gaps(train, train, folds=2)
-    flips = fit_flips(gaps, weights)
-    words = word_gaps(train, held_out)
-    held_out_weights = np.asarray(answer_pairs(held_out).weight, dtype=float)
+    seen, unseen = _places_of_pairs(train), _places_of_pairs(held_out)
+    shared = {frozenset(pair) for pair in seen} & {frozenset(pair) for pair in unseen}
+    words = share(agreement(word_gaps(train, held_out)), _weights(held_out))
     return {
         "training": _describe(train, seen),
         "held_out": _describe(held_out, unseen),
         "left_out": data.left_out,
-        "shared_pairs": len(both),
-        "word_accuracy": asdict(share(agreement(words), held_out_weights)),
-        "flips": {
-            "share": flips.share,
-            "evidence": flips.evidence,
-            "suspects": suspects(train, flips.suspicion),
-        },
+        "shared_pairs": len(shared),
+        "word_accuracy": asdict(words),
+        "flips": doubtful_labels(train, word_gaps(train, train, folds=2), _weights(train)),
     }
 
 
-def _sightings(rows: Rows) -> dict[Pair, list[str]]:
-    """Digests of (better, worse), each with its prompt -> the places that say so."""
+def _weights(rows: Rows) -> np.ndarray:
+    return np.asarray(answer_pairs(rows).weight, dtype=float)
+
+
+def _places_of_pairs(rows: Rows) -> dict[Pair, list[str]]:
+    """Digests of (better, worse), each with its prompt -> the records with that label."""
     found: dict[Pair, list[str]] = defaultdict(list)
     for row in rows:
         answers = [blake2b(ids.tobytes(), digest_size=16).digest() for ids in row["answer_ids"]]
@@ -104,7 +72,7 @@ def _sightings(rows: Rows) -> dict[Pair, list[str]]:
 
 
 def _describe(rows: Rows, seen: Mapping[Pair, list[str]]) -> dict[str, Any]:
-    """Counts of one part."""
+    """Counts of training or held-out data."""
     lengths = answer_lengths(rows)
     pairs = answer_pairs(rows)
     # As arrays: NumPy takes a tensor of one index for a number.
@@ -130,14 +98,14 @@ def answer_lengths(rows: Rows) -> np.ndarray:
 
 
 def word_gaps(train: Rows, judged: Rows, folds: int = 1) -> np.ndarray:
-    """How much more the better answer's words speak for it than the worse one's: (P,) log-odds.
+    """Log-odds by words alone that the better answer of a pair is the better one: (P,) float.
 
-    Naive Bayes on the words (tokens) that only one answer of a pair has: a judge that knows no
-    grammar, no prompt and no meaning, at the cost of two passes over the data.
+    Naive Bayes on the words (tokens) that only one answer of a pair has; it uses no grammar, no
+    prompt and no meaning, and takes two passes over the data.
 
     Args:
-        train: examples to count the words of.
-        judged: examples to judge; `train` itself, with folds.
+        train: examples whose words are counted.
+        judged: examples whose pairs are judged; `train` itself, with folds.
         folds: 1, or parts (by prompt) that are judged by the counts of the others.
     """
     size = 1 + max(ids.max() for rows in (train, judged) for r in rows for ids in r["answer_ids"])
@@ -161,11 +129,8 @@ def word_gaps(train: Rows, judged: Rows, folds: int = 1) -> np.ndarray:
 def _own_words(row: Mapping[str, Any]) -> list[tuple[list[int], list[int]]]:
     """For each pair, the words that only its better and only its worse answer has."""
     words = [set(ids[row["prompt_length"] :].tolist()) for ids in row["answer_ids"]]
-    return [(sorted(words[i] - words[j]), sorted(words[j] - words[i])) for i, j in _pairs(row)]
-
-
-def _pairs(row: Mapping[str, Any]) -> list[tuple[int, int]]:
-    return ordered_pairs(row["ranks"])
+    pairs = ordered_pairs(row["ranks"])
+    return [(sorted(words[i] - words[j]), sorted(words[j] - words[i])) for i, j in pairs]
 
 
 def _fold(row: Mapping[str, Any], folds: int) -> int:
@@ -173,19 +138,21 @@ def _fold(row: Mapping[str, Any], folds: int) -> int:
     return int(row["answer_ids"][0][: row["prompt_length"]].sum()) % folds
 
 
-def suspects(rows: Rows, suspicion: np.ndarray) -> list[dict[str, Any]]:
-    """The places of the labels that look most wrong, the worst first."""
-    places = [row["where"] for row in rows for _ in _pairs(row)]
-    worst = np.argsort(-suspicion, kind="stable")[:SUSPECTS_SHOWN]
-    return [{"where": places[i], "suspicion": float(suspicion[i])} for i in worst]
+def doubtful_labels(rows: Rows, gaps: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+    """The share of labels that look wrong, its evidence, and the places of the most suspect."""
+    flips = fit_flips(gaps, weights)
+    places = [row["where"] for row in rows for _ in ordered_pairs(row["ranks"])]
+    worst = np.argsort(-flips.suspicion, kind="stable")[:SUSPECTS_SHOWN]
+    suspects = [{"where": places[i], "suspicion": float(flips.suspicion[i])} for i in worst]
+    return {"share": flips.share, "evidence": flips.evidence, "suspects": suspects}
 
 
 def data_concerns(found: Mapping[str, Any]) -> list[Concern]:
-    """What in `examine_data`'s findings should be looked at."""
+    """The warnings that follow from the findings of `examine_data`."""
     train, held_out = found["training"], found["held_out"]
     out = []
     for name, text in (
-        ("repeated_pairs", "stand in the training data more than once: they count double"),
+        ("repeated_pairs", "are in the training data more than once: they count double"),
         ("contradicted_pairs", "are labelled both ways: no model can fit both"),
     ):
         if train[name] > 0.01 * train["pairs"]:
@@ -215,7 +182,7 @@ def data_concerns(found: Mapping[str, Any]) -> list[Concern]:
 
 
 def flip_concerns(flips: Mapping[str, Any], what: str) -> list[Concern]:
-    """A warning where wrong labels explain the gaps better than unsureness does."""
+    """A warning where wrong labels explain the gaps better than an unsure model does."""
     if flips["evidence"] < FLIP_EVIDENCE or flips["share"] < 0.05:
         return []
     places = ", ".join(suspect["where"] for suspect in flips["suspects"][:3])

@@ -1,7 +1,7 @@
-"""The model half of the RM doctor: what a trained reward model's held-out scores are good for.
+"""The reward model diagnosis: what a trained model's scores of held-out answers are good for.
 
-The data half is in `data_report.py`, the statistics in `calibration.py`.
-Both are written to RUN/reward/doctor.json, which the report shows.
+Its data report is in `data_report.py`, the statistics are in `calibration.py`. All findings are
+written to RUN/reward/doctor.json, which the page shows.
 """
 
 import math
@@ -21,31 +21,32 @@ from data.batches import answer_pairs
 from trainers.reward.data import Preferences
 from trainers.reward.diagnosis.calibration import (
     Bin,
+    Share,
     agreement,
     best_scale,
     calibration_error,
     correlation,
-    fit_flips,
     histogram,
     log_loss,
     reliability,
+    share,
+    weighted_mean,
 )
 from trainers.reward.diagnosis.data_report import (
     Concern,
     Rows,
-    Share,
     answer_lengths,
     data_concerns,
+    doubtful_labels,
     examine_data,
     flip_concerns,
-    share,
-    suspects,
 )
 from trainers.reward.evaluate import Member, PaddingError
 
-LENGTH_BINS = ((-1.0, -0.5), (-0.5, -0.1), (-0.1, 0.1), (0.1, 0.5), (0.5, 1.0))
+MATCHED = 0.1
+"""Lengths are taken as equal up to this difference."""
+LENGTH_BINS = ((-1.0, -0.5), (-0.5, -MATCHED), (-MATCHED, MATCHED), (MATCHED, 0.5), (0.5, 1.0))
 """Length of the better answer less that of the worse, over the longer's."""
-MATCHED = 2  # place of the bin of equal lengths, within 10 %
 
 
 def examine_model(
@@ -59,10 +60,10 @@ def examine_model(
 
     Args:
         held_out: the examples.
-        scores: of every member of the ensemble, the scores of all answers, example by example.
-        section: tells whether sigmoid(gap) was trained to be a probability.
-        bayes_accuracy: the most that is possible, if known.
-        padding: from `padding_error`, the worst of the members.
+        scores: (members, N), of all answers, example by example.
+        section: whether sigmoid(gap) was trained as a probability follows from it.
+        bayes_accuracy: the best that is possible, if known.
+        padding: the largest of the members.
     """
     rows: Rows = held_out.to_list()
     pairs = answer_pairs(rows)
@@ -71,8 +72,9 @@ def examine_model(
     each = np.asarray(scores, dtype=float)
     mean = each.mean(0)
     gaps, member_gaps = mean[better] - mean[worse], each[:, better] - each[:, worse]
-    bins, flips = reliability(gaps, weights), fit_flips(gaps, weights)
+    bins = reliability(gaps, weights)
     edges, shares = histogram(gaps, weights)
+    differing = (np.sign(member_gaps) != np.sign(member_gaps[0])).any(0)
     return {
         "accuracy": asdict(share(agreement(gaps), weights)),
         "bayes_accuracy": bayes_accuracy,
@@ -84,26 +86,25 @@ def examine_model(
             "is_probability": section.margin_coef == 0 and section.label_smoothing == 0,
             "bins": [asdict(each_bin) for each_bin in bins],
         },
-        "gaps": {"mean": float(gaps.mean()), "sd": float(gaps.std()), "edges": edges,
-                 "shares": shares},
+        "gaps": {
+            "mean": float(gaps.mean()),
+            "sd": float(gaps.std()),
+            "edges": edges,
+            "shares": shares,
+        },
         "length": _about_length(answer_lengths(rows), mean, better, worse, gaps, weights),
-        "flips": {"share": flips.share, "evidence": flips.evidence,
-                  "suspects": suspects(rows, flips.suspicion)},
+        "flips": doubtful_labels(rows, gaps, weights),
         "sources": _by_source(rows, pairs.prompt.numpy(), gaps, weights),
         "padding": asdict(padding),
         "members": [asdict(share(agreement(own), weights)) for own in member_gaps],
-        "disagreement": float((weights * (np.sign(member_gaps) != np.sign(member_gaps[0])).any(0))
-                              .sum() / weights.sum()),
-    }  # fmt: skip
+        "disagreement": weighted_mean(differing, weights),
+    }
 
 
 def _chance_error(bins: Sequence[Bin], count: int) -> float:
     """The calibration error that a perfectly calibrated model shows by chance."""
-    return sum(
-        each.share
-        * math.sqrt(2 / math.pi * each.confidence * (1 - each.confidence) / (each.share * count))
-        for each in bins
-    )
+    spread = [2 / math.pi * b.confidence * (1 - b.confidence) / (b.share * count) for b in bins]
+    return sum(b.share * math.sqrt(s) for b, s in zip(bins, spread, strict=True))
 
 
 def _about_length(
@@ -115,16 +116,22 @@ def _about_length(
     weights: np.ndarray,
 ) -> dict[str, Any]:
     """Whether scores follow length, and accuracy where length cannot help."""
-    correct = agreement(gaps)
+
+    def accuracy(where: np.ndarray) -> Share:
+        return share(agreement(gaps), weights * where)
+
     difference = (lengths[better] - lengths[worse]) / np.maximum(lengths[better], lengths[worse])
-    longer = share(correct, weights * (difference > 0))
-    shorter = share(correct, weights * (difference < 0))
-    inside = [
-        (abs(difference) <= 0.1) if place == MATCHED else
-        (difference > low) & (difference <= high) if low > 0 else
-        (difference >= low) & (difference < high)
-        for place, (low, high) in enumerate(LENGTH_BINS)
-    ]  # fmt: skip
+    longer, shorter = accuracy(difference > 0), accuracy(difference < 0)
+    matched = abs(difference) <= MATCHED
+    by_difference = []
+    for low, high in LENGTH_BINS:
+        here = (difference >= low) & (difference < high)
+        if low > 0:
+            here = (difference > low) & (difference <= high)
+        elif high > 0:
+            here = matched
+        part = {"share": weighted_mean(here, weights), "accuracy": asdict(accuracy(here))}
+        by_difference.append({"from": low, "to": high, **part})
     return {
         "score_correlation": correlation(lengths.astype(float), scores),
         "gap_correlation": correlation(difference, gaps),
@@ -132,13 +139,9 @@ def _about_length(
         "better_is_longer": asdict(longer),
         "better_is_shorter": asdict(shorter),
         "controlled_accuracy": asdict(_mean_share(longer, shorter)),
-        "matched_accuracy": asdict(share(correct, weights * inside[MATCHED])),
-        "by_difference": [
-            {"from": low, "to": high, "share": float((weights * here).sum() / weights.sum()),
-             "accuracy": asdict(share(correct, weights * here))}
-            for (low, high), here in zip(LENGTH_BINS, inside, strict=True)
-        ],
-    }  # fmt: skip
+        "matched_accuracy": asdict(accuracy(matched)),
+        "by_difference": by_difference,
+    }
 
 
 def _mean_share(a: Share, b: Share) -> Share:
@@ -162,11 +165,9 @@ def _by_source(
 
 
 def model_concerns(found: Mapping[str, Any], word_accuracy: float) -> list[Concern]:
-    """What in `examine_model`'s findings should be looked at.
+    """The warnings that follow from the findings of `examine_model`.
 
-    Args:
-        found: the findings.
-        word_accuracy: of the word baseline on the same pairs.
+    `word_accuracy` is that of the word baseline on the same pairs.
     """
     accuracy, length, calibration = found["accuracy"], found["length"], found["calibration"]
     out = []
@@ -213,16 +214,14 @@ def model_concerns(found: Mapping[str, Any], word_accuracy: float) -> list[Conce
 
 
 def open_diagnosis(run: RunFolder, data: Preferences) -> dict[str, Any]:
-    """Examines the data, prints what it found and begins RUN/reward/doctor.json; rank 0 only.
+    """Examines the data, prints the findings and begins RUN/reward/doctor.json; rank 0 only.
 
-    The other ranks get nothing, and wait at their next collective call.
+    The other ranks get an empty dict, and wait at their next collective call.
     """
     if rank() != 0:
         return {}
     found = examine_data(data)
-    written = diagnosis(found)
-    write_json(run.reward_diagnosis, written)
-    print(f"{data_summary(found)}\n{warning_lines(written['warnings'])}", flush=True)
+    _publish(run, diagnosis(found), _data_summary(found))
     return found
 
 
@@ -233,39 +232,39 @@ def close_diagnosis(
     members: Sequence[Member],
     examined: Mapping[str, Any],
 ) -> None:
-    """Examines the trained model, prints it and completes doctor.json; rank 0 only.
+    """Examines the members' mean score, prints the findings and completes doctor.json; rank 0 only.
 
-    Args:
-        run: receives doctor.json.
-        section: of the reward stage.
-        data: from `load_preferences`.
-        members: of the ensemble; their mean score is examined.
-        examined: from `open_diagnosis`.
+    `examined` comes from `open_diagnosis`.
     """
     if rank() != 0:
         return
     padding = max((member.padding for member in members), key=lambda p: p.error / p.tolerance)
     scores = [member.scores for member in members]
     found = examine_model(data.held_out, scores, section, data.bayes_accuracy, padding)
-    written = diagnosis(examined, found)
-    write_json(run.reward_diagnosis, written)
-    print(f"{model_summary(found)}\n{warning_lines(written['warnings'])}", flush=True)
+    _publish(run, diagnosis(examined, found), _model_summary(found))
+
+
+def _publish(run: RunFolder, content: Mapping[str, Any], summary: str) -> None:
+    """Writes doctor.json; prints the summary and one line for each warning."""
+    write_json(run.reward_diagnosis, content)
+    warnings = [f"  warning {w['name']}: {w['text']}" for w in content["warnings"]]
+    print("\n".join([summary, *(warnings or ["  no warnings"])]), flush=True)
 
 
 def diagnosis(data: Mapping[str, Any], model: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What doctor.json holds: findings of data and, once trained, model; and every concern."""
+    """The content of doctor.json: findings on data and trained model, and every warning."""
     concerns = data_concerns(data)
     if model is not None:
         concerns += model_concerns(model, data["word_accuracy"]["value"])
     return {"data": data, "model": model, "warnings": [asdict(concern) for concern in concerns]}
 
 
-def data_summary(found: Mapping[str, Any]) -> str:
+def _data_summary(found: Mapping[str, Any]) -> str:
     """Lines for the terminal, before training."""
     train, held_out = found["training"], found["held_out"]
     longer, words = held_out["longer_preferred"], found["word_accuracy"]
     return (
-        f"RM doctor: {train['pairs']} training pairs of {train['prompts']} prompts, "
+        f"reward model diagnosis: {train['pairs']} training pairs of {train['prompts']} prompts, "
         f"{held_out['pairs']} held out of {held_out['prompts']}; {train['repeated_pairs']} "
         f"repeated, {train['contradicted_pairs']} labelled both ways\n"
         f"  baselines on held-out pairs: the longer answer {_interval(longer)}, words alone "
@@ -273,14 +272,14 @@ def data_summary(found: Mapping[str, Any]) -> str:
     )
 
 
-def model_summary(found: Mapping[str, Any]) -> str:
+def _model_summary(found: Mapping[str, Any]) -> str:
     """Lines for the terminal, after training."""
     length, calibration = found["length"], found["calibration"]
     limit = found["bayes_accuracy"]
+    bayes = "" if limit is None else f", Bayes limit {limit:.3f}"
     lines = [
-        f"RM doctor: accuracy {_interval(found['accuracy'])}"
-        + (f", Bayes limit {limit:.3f}" if limit is not None else "")
-        + f", length-controlled {_interval(length['controlled_accuracy'])}",
+        f"reward model diagnosis: accuracy {_interval(found['accuracy'])}{bayes}, "
+        f"length-controlled {_interval(length['controlled_accuracy'])}",
         f"  calibration error {calibration['error']:.3f}, correlation of score and length "
         f"{length['score_correlation']:+.2f}, padding error {found['padding']['error']:.1e}",
     ]
@@ -288,11 +287,6 @@ def model_summary(found: Mapping[str, Any]) -> str:
         each = ", ".join(f"{member['value']:.3f}" for member in found["members"])
         lines.append(f"  members {each}; they disagree on {found['disagreement']:.1%} of the pairs")
     return "\n".join(lines)
-
-
-def warning_lines(warnings: Sequence[Mapping[str, str]]) -> str:
-    """One line for each of a diagnosis's warnings, or the word that there is none."""
-    return "\n".join(f"  warning {w['name']}: {w['text']}" for w in warnings) or "  no warnings"
 
 
 def _interval(found: Mapping[str, float]) -> str:
