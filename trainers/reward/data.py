@@ -1,4 +1,4 @@
-"""What the reward stage trains on: ranked answers as tokens, and what is known about them."""
+"""Training and held-out data of the reward stage: ranked answers as tokens, and the Bayes limit."""
 
 import math
 from collections import Counter
@@ -22,9 +22,9 @@ class Preferences:
     train: Dataset
     held_out: Dataset
     left_out: dict[str, int]
-    """Records that cannot serve, and examples left out or shortened as tokens, by reason."""
+    """Number of records and examples that were left out or shortened, by reason."""
     bayes_accuracy: float | None = None
-    """The best accuracy on held-out pairs that any model can have, where gold is known."""
+    """The best accuracy on held-out pairs that any model can reach, where gold is known."""
 
 
 def load_preferences(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Preferences:
@@ -47,11 +47,9 @@ def load_preferences(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Prefere
 
 
 def bayes_accuracy(evaluation: EvaluationSection, held_out: Dataset) -> float | None:
-    """Mean of max(p, 1 - p) over the pairs, p the probability of the label that gold gives.
+    """Mean of max(p, 1 - p) over the pairs, p the probability of the label by the gold score.
 
-    Args:
-        evaluation: names gold and the scale of the labels' noise; without them there is no limit.
-        held_out: records with prompt, answers and ranks; every prompt weighs the same.
+    Every prompt weighs the same. None where `evaluation` has no gold or no scale of label noise.
     """
     if evaluation.gold is None or evaluation.label_scale is None:
         return None

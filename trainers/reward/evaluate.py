@@ -1,7 +1,8 @@
-"""How the reward model scores ranked answers, in training and on those held out."""
+"""Scores of ranked answers, held-out accuracy, the padding check and PPO's gate; no training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from datasets import Dataset
@@ -17,12 +18,13 @@ from data.batches import AnswerRows, PreferenceCollator, SharedPromptCollator, a
 from trainers.engine.microbatches import collect, deal
 from trainers.reward.loss import pairwise_loss
 
+PADDING_SAMPLE = 8
 Collator = PreferenceCollator | SharedPromptCollator
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How scores order answers that were not trained on; all prompts weigh the same."""
+    """Accuracy and loss on held-out answers; all prompts weigh the same."""
 
     accuracy: float
     """Share of pairs with the preferred answer scored higher; ties count one half."""
@@ -33,14 +35,14 @@ class HeldOut:
 
 
 def collator_for(cfg: Config, pad_id: int) -> Collator:
-    """Prompts shared by their answers, but with flash attention, which knows no such rows."""
+    """Rows that share a prompt among its answers, except with flash attention, which lacks them."""
     if cfg.backbone.attn_implementation == "flash_attention_2":
         return PreferenceCollator(pad_id)
     return SharedPromptCollator(pad_id, cfg.reward.max_length)
 
 
 def scoring_of(inputs: tuple[torch.Tensor, ...]) -> Callable[..., torch.Tensor]:
-    """What scores a collator's inputs, one number for each answer."""
+    """The function that scores a collator's inputs, one number for each answer."""
     return score_shared if isinstance(inputs, AnswerRows) else score_sequences
 
 
@@ -53,12 +55,9 @@ def ordered(gap: torch.Tensor) -> torch.Tensor:
 def score_answers(
     model: RoleModel, examples: Dataset, collator: Collator, microbatch_size: int
 ) -> torch.Tensor:
-    """Scores of all answers, example by example, dealt out over the ranks: (N,) float32."""
+    """Scores of all answers, example by example: (N,) float32. Ranks split the work."""
     model.eval()
-    counts = [len(ranks) for ranks in examples["ranks"][:]]
-    firsts = [0]
-    for count in counts:
-        firsts.append(firsts[-1] + count)
+    firsts = [0, *accumulate(len(ranks) for ranks in examples["ranks"][:])]
     scores = torch.zeros(firsts[-1], device=device())
     for rows, counted in deal(len(examples), microbatch_size):
         inputs, _ = collator([examples[i] for i in rows])
@@ -69,12 +68,7 @@ def score_answers(
 
 
 def measure(examples: Dataset, scores: torch.Tensor) -> HeldOut:
-    """Accuracy and loss of scores.
-
-    Args:
-        examples: held-out ones.
-        scores: (N,) float32, of their answers, from `score_answers`.
-    """
+    """Accuracy and loss of the examples' scores, (N,) float32 from `score_answers`."""
     pairs = answer_pairs(examples.select_columns(["ranks", "ratings"]).to_list())
     scores = scores.cpu()
     better, worse = scores[pairs.better], scores[pairs.worse]
@@ -83,12 +77,9 @@ def measure(examples: Dataset, scores: torch.Tensor) -> HeldOut:
     return HeldOut(float(accuracy), float(loss), len(better), len(examples))
 
 
-PADDING_SAMPLE = 8
-
-
 @dataclass(frozen=True)
 class PaddingError:
-    """How far scores depend on what stands beside a sequence; see `padding_error`."""
+    """Change of scores with padding and neighbours; see `padding_error`."""
 
     error: float
     tolerance: float
@@ -96,7 +87,7 @@ class PaddingError:
 
 @dataclass(frozen=True)
 class Member:
-    """What a trained member of the ensemble leaves in memory."""
+    """Results of a trained member of the ensemble."""
 
     loss: float
     """Of its last optimizer step."""
@@ -109,13 +100,8 @@ class Member:
 def padding_error(model: RoleModel, held_out: Dataset, pad_id: int) -> PaddingError:
     """Largest change of a score between alone, padded left and padded right in one batch.
 
-    Every rank must call, with the same examples. Types narrower than float32 round differently
-    with the shape of a batch; the tolerance allows for that.
-
-    Args:
-        model: in eval mode here.
-        held_out: the first few examples are taken.
-        pad_id: fills.
+    Takes the first few examples; every rank must call with the same ones. Types narrower than
+    float32 round differently with the shape of a batch, which the tolerance allows for.
     """
     model.eval()
     examples = [held_out[i] for i in range(min(PADDING_SAMPLE, len(held_out)))]
@@ -132,11 +118,10 @@ def padding_error(model: RoleModel, held_out: Dataset, pad_id: int) -> PaddingEr
 
 
 def check_gate(run: RunFolder, section: RewardSection) -> list[str]:
-    """Warnings about the reward model that PPO is to climb; empty if there are none.
+    """Warnings about the reward model before PPO starts.
 
     Raises:
-        ValueError: on held-out pairs it cannot be told from guessing, and
-            `reward.allow_weak` is not set.
+        ValueError: its held-out accuracy is no better than guessing, without `reward.allow_weak`.
     """
     numbers = run.read_result("reward")
     accuracy, low, high = (numbers[name] for name in ("accuracy", "accuracy_low", "accuracy_high"))

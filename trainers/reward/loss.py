@@ -1,8 +1,7 @@
-"""Losses of supervised training, as pure functions of tensors.
+"""The reward model's loss as a pure function of tensors; shape legend: P pairs.
 
-Sums over tokens, never means: the caller divides by the number of trained tokens of the whole
-optimizer step, so that microbatches and ranks change nothing. PPO's losses are in `ppo_math.py`.
-Shape legend: N trained positions, H hidden, V vocabulary.
+It divides by the prompts of the whole optimizer step, so that splitting the step into microbatches
+and ranks changes nothing. SFT's loss is in `chatllama/model/lm_head.py`, PPO's in `ppo_math.py`.
 """
 
 import torch
@@ -29,11 +28,11 @@ def pairwise_loss(
     Args:
         better: (P,) float32, scores of the preferred answers.
         worse: (P,) float32, scores of the others.
-        margin: (P,) float32, by how much the scores should differ at least.
+        margin: (P,) float32, subtracted from the difference of the scores.
         weight: (P,) float32, 1 / number of pairs of the pair's prompt.
         num_prompts: prompts of the whole optimizer step, over all ranks and microbatches.
-        center_coef: c; 0 leaves the scores' level open.
-        label_smoothing: e, the share of labels taken to be wrong.
+        center_coef: c; with 0 the level of the scores is arbitrary.
+        label_smoothing: e, the assumed share of wrong labels.
     """
     gap = better - worse - margin
     losses = -(1 - label_smoothing) * logsigmoid(gap) - label_smoothing * logsigmoid(-gap)

@@ -1,4 +1,4 @@
-"""The reward model of each ensemble member: its seed, engine and exported adapter."""
+"""The reward model of each ensemble member: seed, run folder, weights, engine, exported adapter."""
 
 from pathlib import Path
 
@@ -26,12 +26,12 @@ SEED_STRIDE = 1_000_003
 
 
 def member_seed(seed: int, member: int) -> int:
-    """The seed of a member's head, dropout and data order; the first has the run's own."""
+    """The seed of a member's head, dropout and data order; member 0 has the run's own."""
     return seed + SEED_STRIDE * member
 
 
 def member_run(run: RunFolder, member: int) -> RunFolder:
-    """Where a member keeps metrics and checkpoints: the run itself for the first."""
+    """Where a member keeps metrics and checkpoints: the run itself for member 0."""
     return run if member == 0 else RunFolder(run.checkpoints("reward") / f"member-{member}")
 
 

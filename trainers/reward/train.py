@@ -1,9 +1,8 @@
 """Stage 2: the reward model, an adapter that starts from SFT's plus a scalar head.
 
 An ensemble is N of them, trained one after another, each from its own seed and with its own data
-order; member 0 is what training a single one gives. The loss is in `losses.py`, the data in
-`reward_data.py`, what the scores are worth in `reward_doctor.py`. Scores are read at the last
-token, which is the end of turn.
+order; member 0 equals a single reward model. Scores are read at the last token, which is the end of
+turn. The loss is in `loss.py`, the data in `data.py`, the examination of scores in `diagnosis/`.
 """
 
 import gc
@@ -19,27 +18,16 @@ from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.batch_sizes import lr_factor, optimizer_steps
 from chatllama.config.schema import Config
-from chatllama.model.roles import (
-    RoleModel,
-)
+from chatllama.model.roles import RoleModel
 from chatllama.reporting.statistics import wilson_interval
 from chatllama.reporting.tracker import Tracker
 from chatllama.runs import interruption
-from chatllama.runs.checkpoints import checkpoint_to_resume, layout_of, save_step
+from chatllama.runs.checkpoints import check_resume, checkpoint_to_resume, layout_of, save_step
 from chatllama.runs.folder import RunFolder
-from chatllama.runtime.distributed import (
-    all_sum,
-    barrier,
-    device,
-    rank,
-    to_device,
-)
+from chatllama.runtime.distributed import all_sum, barrier, device, rank, to_device
 from chatllama.runtime.files import write_json
 from data.batches import batch_indices
-from trainers.engine.engine import (
-    Engine,
-    seed_step,
-)
+from trainers.engine.engine import Engine, seed_step
 from trainers.engine.microbatches import microbatches
 from trainers.reward.data import Preferences
 from trainers.reward.evaluate import (
@@ -72,19 +60,13 @@ def train_ensemble(
     info: dict[str, object],
     resume: bool,
 ) -> list[Member]:
-    """Trains and exports every member; finished ones of an interrupted stage are not done again.
+    """Trains and exports every member but those that an interrupted start has finished.
 
-    Args:
-        cfg: the whole config.
-        run: receives the adapters.
-        data: from `load_preferences`.
-        tokenizer: of the backbone.
-        info: what travels with each adapter.
-        resume: go on with an interrupted stage.
+    `info` is written beside each adapter.
 
     Raises:
-        ValueError: members or checkpoints are there and `resume` is not set, or SFT's adapter
-            is missing, damaged, or made under another chat contract.
+        ValueError: members or checkpoints exist and `resume` is not set, or SFT's adapter is
+            missing, damaged, or made under another chat contract.
     """
     assert isinstance(tokenizer.pad_token_id, int)
     finished = run.checkpoints("reward") / "members.json"  # only ensembles write it
@@ -98,7 +80,7 @@ def train_ensemble(
             write_json(finished, [asdict(each) for each in members])
         barrier()
         del model
-        gc.collect()  # the next member brings its own backbone
+        gc.collect()  # the next member loads a backbone of its own
     if rank() == 0:
         for folder in run.reward_members()[cfg.reward.ensemble :]:
             shutil.rmtree(folder)  # of an earlier, larger ensemble
@@ -108,11 +90,7 @@ def train_ensemble(
 def _finished_members(path: Path, resume: bool) -> list[Member]:
     if not path.is_file():
         return []
-    if not resume:
-        raise ValueError(
-            f"{path} exists from an earlier start. Go on from it with --resume, or remove "
-            f"{path.parent} to start afresh"
-        )
+    check_resume(path, resume)
     saved = json.loads(path.read_text(encoding="utf-8"))
     return [Member(m["loss"], m["scores"], PaddingError(**m["padding"])) for m in saved]
 
@@ -155,14 +133,9 @@ def train_member(
                     tracker.log(done, _evaluation_metrics(measure(data.held_out, scores)))
                 stopping = interruption.stop_requested()
                 if stopping or (section.save_every and done % section.save_every == 0):
-                    save_step(
-                        own_run,
-                        "reward",
-                        done,
-                        section.save_total_limit,
-                        layout,
-                        partial(engine.save, state={"step": done, "loss": loss}),
-                    )
+                    write = partial(engine.save, state={"step": done, "loss": loss})
+                    limit = section.save_total_limit
+                    save_step(own_run, "reward", done, limit, layout, write)
                 if stopping:
                     interruption.stop(run, "reward", done)
         scores = score_answers(model, data.held_out, collator, section.microbatch_size)
@@ -178,7 +151,7 @@ def optimizer_step(
     collator: Collator,
     factor: float,
 ) -> dict[str, float]:
-    """One step of the optimiser over `batch`; its metrics over all ranks.
+    """One optimizer step over `batch`; returns its metrics over all ranks.
 
     All answers to a prompt go through the model together, once: as separate, shuffled pairs each
     would be seen K - 1 times an epoch, and overfitted (InstructGPT, 3.5).
