@@ -1,7 +1,7 @@
-"""A batch of responses in the making, one token a step, rows coming and going as they please.
+"""Continuous batching: a batch of responses, one token a step, with rows joining and leaving.
 
-Each row has its own random numbers, sampling, stop ids and limit, and does not feel its
-neighbours. Whoever holds the batch decides when to admit and when to step; queues are elsewhere.
+Each row has its own random numbers, sampling, stop ids and limit, and is independent of the other
+rows. The caller decides when to admit and when to step; queues are elsewhere.
 """
 
 from collections.abc import Collection, Sequence
@@ -18,7 +18,7 @@ from chatllama.generation.static_kv_cache import StaticKVCache
 
 @dataclass(frozen=True)
 class Request:
-    """One response that is wanted."""
+    """One response to sample."""
 
     prompt: Sequence[int]
     sampling: Sampling
@@ -27,17 +27,18 @@ class Request:
     uniforms: torch.Tensor
     """(at least max_new_tokens,) float32 in [0, 1): all of its randomness."""
     logprobs: int | None = None
-    """Likeliest tokens to report beside the sampled one's log-probability. None: neither."""
+    """Number of likeliest tokens to return beside the sampled one's log-probability. None: no
+    log-probabilities."""
 
 
 class Sampled(NamedTuple):
     """One new token of one row."""
 
     row: int
-    """Number that `admit` gave the row."""
+    """Number of the row, from `admit`."""
     token: int
     ended: Literal["stop", "length"] | None
-    """Why this token is the row's last; the row is gone then."""
+    """Why this token is the row's last; the row is removed then."""
     logprob: float | None
     """Under softmax(logits / temperature) of all tokens (temperature 1 where greedy)."""
     top: list[tuple[int, float]]
@@ -54,29 +55,29 @@ class _Row:
 
 
 class DecodingBatch:
-    """Rows that are being answered. All calls want the same role acting, in eval mode.
+    """Rows that are being sampled. All calls need the same active adapter, in eval mode.
 
-    `admit` and `step` are one forward pass of the whole model each, as is `idle`: under ZeRO-3
-    with split weights, ranks that make equally many calls stay in step.
+    `admit`, `step` and `idle` are one forward pass of the whole model each: under ZeRO-3 with
+    sharded weights, ranks must make equally many calls.
 
     Args:
         llama: the model.
-        slots: rows at a time.
-        compiled: of the same model: steps are compiled, and what another batch left in it is lost.
+        max_rows: rows at a time.
+        compiled: of the same model, for compiled steps; rows of another batch in it are lost.
     """
 
     def __init__(
-        self, llama: LlamaForCausalLM, slots: int, compiled: StaticKVCache | None = None
+        self, llama: LlamaForCausalLM, max_rows: int, compiled: StaticKVCache | None = None
     ) -> None:
-        assert not llama.training and slots > 0
+        assert not llama.training and max_rows > 0
         self._llama = llama
-        self.slots = slots
+        self.max_rows = max_rows
         if compiled is None:
-            self._cache = KVCache(llama.config.num_hidden_layers, slots, llama.device)
+            self._cache = KVCache(llama.config.num_hidden_layers, max_rows, llama.device)
         else:
             assert compiled.llama is llama
             compiled.clear()
-            compiled.reserve(slots, compiled.capacity)
+            compiled.reserve(max_rows, compiled.capacity)
             self._cache = compiled
         self._rows: list[_Row] = []
         self._sampling: RowSampling | None = None
@@ -90,11 +91,11 @@ class DecodingBatch:
     @property
     def free(self) -> int:
         """Rows that can be admitted now."""
-        return self.slots - len(self._rows)
+        return self.max_rows - len(self._rows)
 
     @torch.no_grad()
     def admit(self, requests: Sequence[Request]) -> list[Sampled]:
-        """The first token of each request, in order; rows are numbered from 0 as they come.
+        """The first token of each request, in order; rows are numbered from 0 as they are admitted.
 
         Equal prompts among the requests are computed once.
 
@@ -108,9 +109,8 @@ class DecodingBatch:
         first = len(self._rows)
         hidden = self._read_prompts([tuple(request.prompt) for request in requests], requests)
         for request in requests:
-            numbers = request.uniforms.tolist()
-            row = _Row(self._next_number, request, numbers, frozenset(request.stop_ids))
-            self._rows.append(row)
+            uniforms, stops = request.uniforms.tolist(), frozenset(request.stop_ids)
+            self._rows.append(_Row(self._next_number, request, uniforms, stops))
             self._next_number += 1
         sampling = RowSampling.of([r.sampling for r in requests], self._llama.device)
         return self._sample(hidden, first, sampling)
@@ -130,15 +130,15 @@ class DecodingBatch:
         return self._sample(hidden, 0, self._sampling)
 
     def drop(self, rows: Collection[int]) -> None:
-        """Forgets rows that have not ended, by number."""
-        wanted = set(rows)
-        slots = [slot for slot, row in enumerate(self._rows) if row.number in wanted]
-        assert len(slots) == len(wanted), f"not all of rows {sorted(wanted)} are running"
-        self._remove(slots)
+        """Removes rows that have not ended, by number."""
+        dropped = set(rows)
+        places = [place for place, row in enumerate(self._rows) if row.number in dropped]
+        assert len(places) == len(dropped), f"not all of rows {sorted(dropped)} are running"
+        self._remove(places)
 
     @torch.no_grad()
     def idle(self) -> None:
-        """A forward pass for the sake of other ranks."""
+        """Dummy forward pass that keeps ZeRO-3's gathers in step across ranks."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self._llama.device)
         hidden = self._llama.model(input_ids=token, use_cache=False).last_hidden_state[:, -1]
         self._llama.lm_head(hidden)
@@ -146,7 +146,7 @@ class DecodingBatch:
     def _read_prompts(
         self, prompts: Sequence[tuple[int, ...]], requests: Sequence[Request]
     ) -> torch.Tensor:
-        """Last hidden states (N, H) of the prompts, whose keys and values are cached by now."""
+        """Last hidden states (N, H) of the prompts; caches their keys and values."""
         different = list(dict.fromkeys(prompts))
         number = {prompt: i for i, prompt in enumerate(different)}
         prompt_of = [number[prompt] for prompt in prompts]
@@ -172,7 +172,7 @@ class DecodingBatch:
         return hidden[torch.tensor(prompt_of, device=device)]
 
     def _read_tokens(self, cache: KVCache, newest: Sequence[int]) -> torch.Tensor:
-        """Last hidden states (N, H) of all rows, whose newest tokens are cached by now."""
+        """Last hidden states (N, H) of all rows; caches their newest tokens."""
         mask, positions = cache.open_token()
         hidden = self._llama.model(
             input_ids=torch.tensor(newest, device=self._llama.device)[:, None],
@@ -185,11 +185,11 @@ class DecodingBatch:
         return hidden
 
     def _sample(self, hidden: torch.Tensor, first: int, sampling: RowSampling) -> list[Sampled]:
-        """Samples for the rows from slot `first` on; those that end leave."""
+        """Samples for the rows from `first` on; removes those that end."""
         rows = self._rows[first:]
         logits = self._llama.lm_head(hidden)
-        numbers = [row.uniforms[len(row.produced)] for row in rows]
-        uniforms = torch.tensor(numbers, dtype=torch.float32, device=logits.device)
+        next_uniforms = [row.uniforms[len(row.produced)] for row in rows]
+        uniforms = torch.tensor(next_uniforms, dtype=torch.float32, device=logits.device)
         tokens = next_tokens(logits, uniforms, sampling).tolist()
         details = self._details(logits, tokens, rows)
         sampled = []
@@ -209,40 +209,36 @@ class DecodingBatch:
     def _details(
         self, logits: torch.Tensor, tokens: Sequence[int], rows: Sequence[_Row]
     ) -> list[tuple[float | None, list[tuple[int, float]]]]:
-        """Log-probabilities for the rows that want them."""
+        """Log-probability and likeliest tokens of the rows that request them."""
         details: list[tuple[float | None, list[tuple[int, float]]]] = [(None, []) for _ in rows]
-        asking = [i for i, row in enumerate(rows) if row.request.logprobs is not None]
-        if not asking:
+        requested = [i for i, row in enumerate(rows) if row.request.logprobs is not None]
+        if not requested:
             return details
-        temperatures = [[rows[i].request.sampling.temperature or 1.0] for i in asking]
-        scaled = logits[asking].float() / torch.tensor(temperatures, device=logits.device)
+        temperatures = [[rows[i].request.sampling.temperature or 1.0] for i in requested]
+        scaled = logits[requested].float() / torch.tensor(temperatures, device=logits.device)
         normalizer = scaled.logsumexp(-1, keepdim=True)
-        chosen = torch.tensor([[tokens[i]] for i in asking], device=logits.device)
+        chosen = torch.tensor([[tokens[i]] for i in requested], device=logits.device)
         logprobs = (scaled.gather(1, chosen) - normalizer).squeeze(1).tolist()
-        most = max(rows[i].request.logprobs or 0 for i in asking)
+        most = max(rows[i].request.logprobs or 0 for i in requested)
         best = scaled.topk(min(most, scaled.shape[1]))
         values, ids = (best.values - normalizer).tolist(), best.indices.tolist()
-        for place, i in enumerate(asking):
+        for place, i in enumerate(requested):
             count = rows[i].request.logprobs or 0
             top = list(zip(ids[place][:count], values[place][:count], strict=True))
             details[i] = (logprobs[place], top)
         return details
 
-    def _remove(self, slots: Sequence[int]) -> None:
-        if not slots:
+    def _remove(self, places: Sequence[int]) -> None:
+        if not places:
             return
-        for source, goal in self._cache.remove(slots):
-            self._rows[goal] = self._rows[source]
-        del self._rows[len(self._rows) - len(slots) :]
+        for source, target in self._cache.remove(places):
+            self._rows[target] = self._rows[source]
+        del self._rows[len(self._rows) - len(places) :]
         self._sampling = None
 
 
 def check_request(llama: LlamaForCausalLM, prompt: Sequence[int], max_new_tokens: int) -> None:
-    """Nothing, for a prompt that can be answered.
-
-    Raises:
-        ValueError: it is empty, or it and the response do not fit the model's positions.
-    """
+    """Raises ValueError if the prompt is empty or does not fit the model with its response."""
     limit = llama.config.max_position_embeddings
     if not prompt:
         raise ValueError("a prompt holds no token")

@@ -1,9 +1,9 @@
 """The sampler: token ids in, token ids out, for rollouts, evaluation and chat alike.
 
-Every random number is handed in, one per (response, position), so a response does not depend on
-its batch neighbours, on the batch size or on the number of ranks. It scores nothing: log-
-probabilities are taken afterwards by the training forward pass (`scoring.response_logprobs`).
-Rows come and go in a `DecodingBatch`; here is the queue in front of it.
+Every random number is an argument, one per (response, position), so a response does not depend on
+the rest of the batch, on its size or on the number of ranks. Nothing is scored here: log-
+probabilities come afterwards from the training forward pass (`scoring.response_logprobs`). Rows
+are decoded in a `DecodingBatch`; here is the queue in front of it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,21 +33,20 @@ def generate(
     """Sampled responses, each up to and including the token that ends it, in the prompts' order.
 
     Prompts of similar length run together, equal ones are read once; as responses end, the next
-    prompts take their places.
+    prompts take their rows.
 
     Args:
-        llama: in eval mode, with the wanted role acting.
+        llama: in eval mode, with the right adapter active.
         prompts: token ids; none may be empty.
-        sampling: how to choose tokens.
+        sampling: also bounds the response's length.
         stop_ids: ids that end a response.
         uniforms: (N, max_new_tokens) float32 in [0, 1), one row a prompt.
         batch_size: rows at a time.
-        any_running: asked before every forward pass whether any rank still samples, given whether
-            this one does. Under ZeRO-3 ranks must stay in step, so a rank that is done goes on
-            idly.
-        ends_with: asked with the number of a prompt and each new token of its response that is no
-            stop id, in order, whether the response ends with it. None: no.
-        compiled: of the same model: steps are compiled, and the next call finds them so.
+        any_running: called before every forward pass with whether this rank still samples; returns
+            whether any rank does. Under ZeRO-3 ranks must stay in step: a finished rank idles.
+        ends_with: called with the number of a prompt and each new token of its response that is no
+            stop id, in order; returns whether the response ends with it. None: never.
+        compiled: of the same model, for compiled steps; reuse it in the next call.
 
     Raises:
         ValueError: an empty prompt, or prompt and response do not fit the model's positions.
@@ -59,36 +58,36 @@ def generate(
         compiled.reserve(min(batch_size, len(prompts)), longest)
     batch = DecodingBatch(llama, min(batch_size, max(1, len(prompts))), compiled)
     # The longest last: `pop` takes from the end, so prompts are read from the shortest on.
-    order = range(len(prompts))
-    queue = sorted(order, key=lambda i: (len(prompts[i]), tuple(prompts[i]), i), reverse=True)
+    queue = sorted(
+        range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i]), i), reverse=True
+    )
     taken: list[int] = []
     responses: list[list[int]] = [[] for _ in prompts]
     while any_running(bool(queue or batch.running)):
         if queue and batch.free >= min(len(queue), -(-batch_size // REFILL_SHARE)):
             chosen = _next_prompts(queue, prompts, batch.free)
             taken += chosen
-            sampled = batch.admit(
-                [Request(prompts[i], sampling, stop_ids, uniforms[i]) for i in chosen]
-            )
+            requests = [Request(prompts[i], sampling, stop_ids, uniforms[i]) for i in chosen]
+            sampled = batch.admit(requests)
         elif batch.running:
             sampled = batch.step()
         else:
             sampled = []
             batch.idle()
-        over: list[int] = []
+        stopped: list[int] = []
         for one in sampled:
             number = taken[one.row]
             responses[number].append(one.token)
             if ends_with is None or one.ended == "stop" or not ends_with(number, one.token):
                 continue
             if one.ended is None:
-                over.append(one.row)
-        batch.drop(over)
+                stopped.append(one.row)
+        batch.drop(stopped)
     return responses
 
 
 def _next_prompts(queue: list[int], prompts: Sequence[Sequence[int]], most: int) -> list[int]:
-    """Takes prompts from the queue's end, up to what one forward pass should read."""
+    """Pops up to `most` prompts from the queue's end, and at most PROMPT_TOKENS with padding."""
     chosen = [queue.pop()]
     while queue and len(chosen) < most:
         if len(prompts[queue[-1]]) * (len(chosen) + 1) > PROMPT_TOKENS:
@@ -106,15 +105,8 @@ def stream(
 ) -> Iterator[int]:
     """Token ids of one response as they are sampled, without the stop token.
 
-    Args:
-        llama: in eval mode, with the wanted role acting.
-        prompt: token ids.
-        sampling: how to choose tokens.
-        stop_ids: ids that end the response.
-        generator: CPU generator of the random numbers.
-
-    Raises:
-        ValueError: as `generate`, when the first token is asked for.
+    Arguments and errors are those of `generate`; the random numbers come from `generator`, on the
+    CPU.
     """
     batch = DecodingBatch(llama, 1)
     uniforms = torch.rand(sampling.max_new_tokens, generator=generator)

@@ -1,7 +1,7 @@
 """One token per row from logits, by inverting the cumulative distribution.
 
-The random numbers are handed in. Top-k and top-p are exact, ties included, and sort the whole
-vocabulary only where its likeliest tokens do not hold enough. Nothing here knows a model.
+The random numbers are arguments. Top-k and top-p are exact, ties included, and sort the whole
+vocabulary only where its likeliest tokens do not hold enough. There is no model here.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Sampling:
 
     @classmethod
     def of(cls, section: GenerationSection) -> "Sampling":
-        """The sampling that the config asks for."""
+        """The sampling of a config."""
         return cls(section.max_new_tokens, section.temperature, section.top_k, section.top_p)
 
 
@@ -55,7 +55,7 @@ class RowSampling:
 
     @classmethod
     def of(cls, rows: Sequence[Sampling], device: torch.device | None = None) -> "RowSampling":
-        """As tensors; one row serves for a batch of any size."""
+        """As tensors; a single row broadcasts over a batch of any size."""
         greedy = [row.temperature == 0 for row in rows]
         truncated = [
             not zero and (row.top_k > 0 or row.top_p < 1)
@@ -81,7 +81,7 @@ def next_tokens(logits: torch.Tensor, uniforms: torch.Tensor, rows: RowSampling)
     Args:
         logits: (B, V) float, of the next position.
         uniforms: (B,) float32 in [0, 1).
-        rows: how to choose.
+        rows: sampling of each row, or of all.
 
     Raises:
         ValueError: a row of logits is NaN, or holds no finite number.
@@ -98,22 +98,17 @@ def next_tokens(logits: torch.Tensor, uniforms: torch.Tensor, rows: RowSampling)
     else:
         chosen = _inverted(probabilities, uniforms)
         if rows.truncated_rows:
-            some = rows.truncated
-            chosen[some] = _truncated(
-                probabilities[some],
-                uniforms[some],
-                rows.top_k[some],
-                rows.top_p[some],
-                rows.largest_top_k,
-            )
+            some, largest = rows.truncated, rows.largest_top_k
+            top_k, top_p = rows.top_k[some], rows.top_p[some]
+            chosen[some] = _truncated(probabilities[some], uniforms[some], top_k, top_p, largest)
     return torch.where(rows.greedy, logits.argmax(-1), chosen) if rows.greedy_rows else chosen
 
 
 def _inverted(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """The token at which the cumulative weight reaches (1 - u) of the total: (B,) int64.
 
-    In two stages, blocks and then tokens of one block, since cumulating a whole vocabulary costs
-    more than the rest. 1 - u lies in (0, 1], so a token of weight 0 is never met.
+    In two stages, blocks and then tokens of one block, since the cumulative sum of a whole
+    vocabulary costs more than the rest. 1 - u lies in (0, 1], so no token of weight 0 is chosen.
 
     Args:
         weights: (B, V) float32, not negative, at least one above 0 in every row.
@@ -125,14 +120,14 @@ def _inverted(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     if whole < vocabulary:
         sums = torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], 1)
     cumulative = sums.cumsum(-1)
-    goal = (1 - uniforms[:, None]) * cumulative[:, -1:]
-    block = torch.searchsorted(cumulative, goal)
+    target = (1 - uniforms[:, None]) * cumulative[:, -1:]
+    block = torch.searchsorted(cumulative, target)
     before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0.0)
     columns = block * BLOCK + torch.arange(BLOCK, device=weights.device)
     inside = weights.gather(1, columns.clamp(max=vocabulary - 1))
     within = torch.where(columns < vocabulary, inside, 0.0).cumsum(-1)
-    # Two sums of the same numbers may round apart: the goal must not lie behind the block's end.
-    rest = torch.minimum(goal - before, within[:, -1:])
+    # Two sums of the same numbers may round apart: the target must not exceed the block's end.
+    rest = torch.minimum(target - before, within[:, -1:])
     return (block * BLOCK + torch.searchsorted(within, rest)).squeeze(-1)
 
 
@@ -145,8 +140,8 @@ def _truncated(
 ) -> torch.Tensor:
     """Tokens sampled among the likeliest only: (B,) int64.
 
-    First the rank of the token is found among the sorted weights, then its id, by looking for its
-    weight; of equal weights the smaller id has the smaller rank.
+    Finds the token's rank among the sorted weights, then its id by its weight; of equal weights
+    the smaller id has the smaller rank.
 
     Args:
         weights: (B, V) float32, not negative.
@@ -179,10 +174,10 @@ def _by_rank(
     uniforms: torch.Tensor,
 ) -> torch.Tensor:
     """Tokens at which the cumulative weight of the kept ones reaches (1 - u) of its total."""
-    # Tokens are kept until their total reaches what is wanted; the first always.
+    # Tokens are kept until their total reaches `wanted`; the first always.
     kept = torch.minimum(torch.searchsorted(cumulative, wanted) + 1, limit.clamp(max=best.shape[1]))
-    goal = (1 - uniforms[:, None]) * cumulative.gather(1, kept - 1)
-    rank = torch.searchsorted(cumulative, goal)
+    target = (1 - uniforms[:, None]) * cumulative.gather(1, kept - 1)
+    rank = torch.searchsorted(cumulative, target)
     weight = best.gather(1, rank)
     likelier = best.shape[1] - torch.searchsorted(best.flip(1), weight, right=True)
     among_equals = rank - likelier

@@ -83,7 +83,7 @@ def test_compiled_once_for_every_sampling_and_queue(
         expected = sampled(llama, Sampling(40), None, **more)
         assert sampled(llama, Sampling(40), compiled, **more) == expected
     assert generate(llama, [], Sampling(4), [2], UNIFORMS[:0], 5, compiled=compiled) == []
-    assert len(graphs.seen) == 1 and (compiled.rows, compiled.capacity) == (5, 256)
+    assert len(graphs.seen) == 1 and (compiled.allocated, compiled.capacity) == (5, 256)
 
 
 @pytest.mark.slow
