@@ -27,8 +27,7 @@ class Request:
     uniforms: torch.Tensor
     """(at least max_new_tokens,) float32 in [0, 1): all of its randomness."""
     logprobs: int | None = None
-    """Number of likeliest tokens to return beside the sampled one's log-probability. None: no
-    log-probabilities."""
+    """Likeliest tokens to return beside the sampled one's log-probability. None: no log-probs."""
 
 
 class Sampled(NamedTuple):

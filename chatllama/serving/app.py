@@ -1,7 +1,7 @@
-"""The routes of the server: OpenAI's, vLLM's for adapters, and ours; no arithmetic here."""
+"""The server's routes: OpenAI's, vLLM's for adapters, and ours; the work is in `service.py`."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -9,16 +9,18 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, Response
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.exceptions import HTTPException
 
 from chatllama import __version__
 from chatllama.serving.errors import ApiError, ErrorBody, of_validation
 from chatllama.serving.guard import Guard
+from chatllama.serving.models import ServedModel
 from chatllama.serving.schema import (
     ChatRequest,
     CompletionRequest,
     LoadAdapter,
-    Scored,
+    ScoreRequest,
     TokenKlRequest,
     UnloadAdapter,
     Vote,
@@ -36,7 +38,7 @@ PAGE_FILES = {
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": about}
     for status, about in {
-        400: "the request cannot be followed",
+        400: "the request is invalid",
         401: "no valid key",
         403: "from another machine or web site",
         404: "there is no such model",
@@ -50,7 +52,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def build_app(service: Service) -> FastAPI:
-    """The application around a running service."""
+    """The application of a running service."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -60,7 +62,7 @@ def build_app(service: Service) -> FastAPI:
     app = FastAPI(
         title="chatllama",
         version=__version__,
-        docs_url=None,  # these load scripts from elsewhere
+        docs_url=None,  # these load scripts from other hosts
         redoc_url=None,
         lifespan=lifespan,
         responses=ERRORS,
@@ -68,7 +70,7 @@ def build_app(service: Service) -> FastAPI:
     _add_errors(app)
     _add_page(app)
     _add_state(app, service)
-    _add_answers(app, service)
+    _add_generation(app, service)
     _add_models(app, service)
     _add_votes(app, service)
     _describe(app)
@@ -88,7 +90,7 @@ def build_app(service: Service) -> FastAPI:
 
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
-    async def refused(_: Request, error: ApiError) -> Response:
+    async def api_error(_: Request, error: ApiError) -> Response:
         return error.response()
 
     @app.exception_handler(RequestValidationError)
@@ -101,35 +103,29 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def bug(_: Request, error: Exception) -> Response:
-        # The traceback goes to the server's log, by way of starlette; the client learns nothing.
-        return ApiError(500, "internal error", "internal", type="server_error").response()
+        # Starlette writes the traceback to the server's log; the client gets no details.
+        return ApiError(500, "internal error", "internal").response()
 
 
 def _add_page(app: FastAPI) -> None:
     for path, (name, media_type) in PAGE_FILES.items():
-        content = (PAGE / name).read_bytes()
-
-        def page(content: bytes = content, media_type: str = media_type) -> Response:
-            return Response(content, media_type=media_type)
-
-        app.add_api_route(path, _without_arguments(page), include_in_schema=False)
+        page = _page((PAGE / name).read_bytes(), media_type)
+        app.add_api_route(path, page, include_in_schema=False)
 
 
-def _without_arguments(function: Any) -> Any:
-    """FastAPI would take arguments with defaults for query parameters."""
+def _page(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
+    async def page() -> Response:
+        return Response(content, media_type=media_type)
 
-    async def call() -> Response:
-        return function()
-
-    return call
+    return page
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        """Whether the server answers, and what the page must know of it."""
+        """Whether the server works, and what the page needs."""
         if not service.engine.alive:
-            raise ApiError(503, "the engine has stopped", "stopping", type="server_error")
+            raise ApiError(503, "the engine has stopped", "stopping")
         return {
             "status": "ok",
             "version": __version__,
@@ -140,17 +136,13 @@ def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Counters and latencies in Prometheus' text format."""
-        engine = service.engine
-        gauges = {
-            "running": ("Answers being decoded.", float(engine.num_running)),
-            "waiting": ("Answers that wait for their turn.", float(engine.num_waiting)),
-            "adapters": ("Adapters loaded at run time.", float(service.models.num_loaded)),
-        }
-        text = service.metrics.text(gauges)
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+        engine, adapters = service.engine, service.models.num_loaded
+        running, waiting = engine.num_running, engine.num_waiting
+        text = service.metrics.text(running=running, waiting=waiting, adapters=adapters)
+        return PlainTextResponse(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
-def _add_answers(app: FastAPI, service: Service) -> None:
+def _add_generation(app: FastAPI, service: Service) -> None:
     streams: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
     @app.post("/v1/chat/completions", response_model=None, responses=streams)
@@ -164,8 +156,8 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         return await service.complete(body, http)
 
     @app.post("/v1/score")
-    async def score(body: Scored, http: Request) -> dict[str, Any]:
-        """What the reward model says about whole conversations."""
+    async def score(body: ScoreRequest, http: Request) -> dict[str, Any]:
+        """The reward model's scores of whole conversations."""
         return await service.score(body, http)
 
     @app.post("/v1/token_kl")
@@ -177,7 +169,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 def _add_models(app: FastAPI, service: Service) -> None:
     models = service.models
 
-    def card(served: Any) -> dict[str, Any]:
+    def card(served: ServedModel) -> dict[str, Any]:
         return {
             "id": served.name,
             "object": "model",
@@ -206,7 +198,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
     async def unload_lora_adapter(body: UnloadAdapter) -> Response:
-        """Forgets an adapter that was loaded so."""
+        """Unloads such an adapter."""
         await models.unload(body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
@@ -217,15 +209,12 @@ def _add_votes(app: FastAPI, service: Service) -> None:
         """Appends a preference between two answers to the file of votes."""
         service.check_prompt([message.plain() for message in body.messages])
         try:
-            record = vote_record(body)
-            votes = await asyncio.to_thread(service.votes.append, record)
+            votes = await asyncio.to_thread(service.votes.append, vote_record(body))
         except OSError as error:
-            raise ApiError(
-                500, f"the file of votes cannot be written: {error.strerror}", "votes",
-                type="server_error",
-            ) from error  # fmt: skip
+            text = f"the file of votes cannot be written: {error.strerror}"
+            raise ApiError(500, text, "votes") from error
         except ValueError as error:
-            raise ApiError(400, str(error), "invalid_value") from error
+            raise ApiError(400, str(error)) from error
         service.metrics.count("votes")
         return {"object": "vote", "votes": votes}
 
@@ -241,7 +230,7 @@ def _add_votes(app: FastAPI, service: Service) -> None:
 
 
 def _describe(app: FastAPI) -> None:
-    """Corrects FastAPI's description: invalid bodies get 400, as OpenAI's do, and not 422."""
+    """Corrects FastAPI's description: invalid bodies get 400, as in OpenAI's API, and not 422."""
     described = app.openapi()
     for path in described["paths"].values():
         for operation in path.values():

@@ -1,4 +1,4 @@
-"""What the server says when it refuses: OpenAI's error body, without paths or tracebacks."""
+"""The server's errors: OpenAI's error body, without paths or tracebacks."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 SHOWN = 100
-"""Characters of a user's own words that a message repeats."""
+"""Characters of a request that a message repeats."""
 
 
 class ErrorDetail(BaseModel):
@@ -20,60 +20,53 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Body of every answer with a status of 400 or above."""
+    """Body of every response with a status of 400 or above."""
 
     error: ErrorDetail
 
 
 class ApiError(Exception):
-    """A refusal with its status code.
+    """An error response; its type in OpenAI's sense follows from the status.
 
     Args:
         status: HTTP status.
-        message: for the user.
+        message: for people.
         code: for programs.
         param: the field of the request that is at fault.
-        type: OpenAI's class of errors.
     """
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        code: str,
-        param: str | None = None,
-        type: str = "invalid_request_error",
+        self, status: int, message: str, code: str = "invalid_value", param: str | None = None
     ) -> None:
         super().__init__(message)
-        self.status, self.detail = (
-            status,
-            ErrorDetail(message=message, type=type, param=param, code=code),
-        )
+        self.status = status
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        self.detail = ErrorDetail(message=message, type=kind, param=param, code=code)
 
     def body(self) -> dict[str, Any]:
         """The error as JSON values."""
         return {"error": self.detail.model_dump()}
 
     def response(self, headers: Mapping[str, str] | None = None) -> JSONResponse:
-        """The whole answer; clients are told not to send a request again that ran too long."""
+        """The whole response; after a timeout it tells clients not to retry."""
         extra = {"x-should-retry": "false"} if self.detail.code == "timeout" else {}
         return JSONResponse(self.body(), self.status, headers={**extra, **(headers or {})})
 
 
+def invalid(message: str, param: str) -> ApiError:
+    """400 for one field of a request."""
+    return ApiError(400, message, param=param)
+
+
+def timed_out() -> ApiError:
+    """504, where the answer is not finished in time."""
+    return ApiError(504, "the answer took too long", "timeout")
+
+
 def shown(text: str) -> str:
-    """A user's own words, short and printable, for a message."""
+    """A user's text, short and printable, for a message."""
     clean = "".join(char if char.isprintable() else "\ufffd" for char in text[: SHOWN + 1])
     return clean if len(clean) <= SHOWN else clean[:SHOWN] + "..."
-
-
-def unknown_model(name: str, loaded: Sequence[str]) -> ApiError:
-    """404, with the names that would work."""
-    return ApiError(
-        404,
-        f"The model '{shown(name)}' does not exist; loaded: {', '.join(loaded)}",
-        "model_not_found",
-        "model",
-    )
 
 
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
@@ -91,4 +84,4 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         params.append(shown(place))
     if len(errors) > 5:
         parts.append(f"and {len(errors) - 5} more")
-    return ApiError(400, "; ".join(parts), "invalid_value", params[0] or None)
+    return ApiError(400, "; ".join(parts), param=params[0] or None)

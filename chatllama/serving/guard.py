@@ -1,6 +1,6 @@
-"""What stands before the routes: keys, hosts, sizes and times. Refuses before anything is parsed.
+"""Checks before the routes: keys, hosts, sizes and times, before a body is parsed.
 
-Plain ASGI, so that streams pass through untouched and a client's leaving is seen.
+Plain ASGI, so that streams pass through unbuffered and a client's disconnect is noticed.
 """
 
 import asyncio
@@ -29,15 +29,15 @@ PAGE_HEADERS = {
 
 
 class Guard:
-    """Lets well-behaved requests through to the application.
+    """Passes valid requests on to the application.
 
     Args:
         app: behind it.
         settings: keys and limits.
-        open_paths: asked without a key: the page and /health.
+        open_paths: served without a key: the page and /health.
         routes: paths that metrics name.
         posted: those of them that take a body.
-        metrics: counts answers.
+        metrics: counts responses.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Guard:
         self._posted = frozenset(posted)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request, or hands it on."""
+        """Refuses one request, or passes it on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -84,15 +84,11 @@ class Guard:
             self._metrics.observe("request_seconds", time.monotonic() - started)
 
     def _check_headers(self, scope: Scope, headers: Headers) -> None:
-        """Nothing, for a request that may go on to be read.
-
-        Raises:
-            ApiError: a wrong key, host, origin or type.
-        """
+        """Raises ApiError for a wrong key, host, origin or content type."""
         keys = self._settings.api_keys
         host = headers.get("host", "")
         if not keys:
-            # A name that resolves to this machine but belongs to a web site is not ours.
+            # DNS rebinding: a web site's name may resolve to this machine.
             name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
             if name.lower() not in (*LOCAL_NAMES, self._settings.host):
                 raise ApiError(403, "this server is for its own machine only", "wrong_host")
@@ -103,15 +99,13 @@ class Guard:
             scheme, _, given = headers.get("authorization", "").partition(" ")
             right = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys]
             if scheme.lower() != "bearer" or not any(right):
-                raise ApiError(
-                    401, "give a valid key as `Authorization: Bearer KEY`", "invalid_api_key"
-                )
+                text = "give a valid key as `Authorization: Bearer KEY`"
+                raise ApiError(401, text, "invalid_api_key")
         if scope["method"] == "POST" and scope["path"] in self._posted:
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
-                raise ApiError(
-                    415, "the body must be sent as application/json", "wrong_content_type"
-                )
+                text = "the body must be sent as application/json"
+                raise ApiError(415, text, "wrong_content_type")
 
     async def _read_body(self, headers: Headers, receive: Receive) -> bytes:
         most = self._settings.max_body
@@ -136,13 +130,12 @@ class Guard:
         try:
             return await asyncio.wait_for(whole(), seconds)
         except asyncio.TimeoutError:  # not yet the builtin one in Python 3.10
-            raise ApiError(
-                408, f"the request did not arrive within {seconds:g} s", "request_timeout"
-            ) from None
+            text = f"the request did not arrive within {seconds:g} s"
+            raise ApiError(408, text, "request_timeout") from None
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """A receive that gives the body once, then what really comes."""
+    """A receive that returns the body once, then passes on what follows."""
     given = False
 
     async def replay() -> Message:
@@ -156,18 +149,18 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 
 
 class PatientProtocol(H11Protocol):
-    """uvicorn's HTTP with a limit on how long a request's head may take."""
+    """HTTP protocol of uvicorn with a time limit for a request's head."""
 
     head_seconds = 20.0
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """A client that sends nothing is let go."""
+        """Starts the timer, which closes a connection that sends nothing."""
         super().connection_made(transport)
         self._arm()
 
     def data_received(self, data: bytes) -> None:
-        """The clock stands still once the head is there."""
+        """Stops the timer once the head is complete."""
         super().data_received(data)
         if self.conn.their_state is h11.IDLE:
             self._arm()
@@ -175,7 +168,7 @@ class PatientProtocol(H11Protocol):
             self._disarm()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """No clock outlives its connection."""
+        """Stops the timer."""
         self._disarm()
         super().connection_lost(exc)
 

@@ -1,4 +1,4 @@
-"""What the server's engine works on: one job a request, one row an answer, pieces coming back.
+"""Units of the engine's work: one job a request, one row an answer; text deltas come back.
 
 No tensors of the model's and no HTTP here.
 """
@@ -19,7 +19,7 @@ Ended = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
-class Piece:
+class Delta:
     """What one step, or several, added to one answer."""
 
     index: int
@@ -32,7 +32,7 @@ class Piece:
 
 @dataclass(eq=False)
 class Row:
-    """One answer in the making."""
+    """One answer that is being generated."""
 
     job: "Job"
     index: int
@@ -41,10 +41,10 @@ class Row:
 
     @property
     def length(self) -> int:
-        """Tokens that prompt and answer may come to."""
+        """Upper bound on the tokens of prompt and answer."""
         return len(self.request.prompt) + self.request.sampling.max_new_tokens
 
-    def advance(self, sampled: Sampled) -> Piece:
+    def advance(self, sampled: Sampled) -> Delta:
         """What a new token adds; a stop string may end the row before the model does."""
         ended: Ended | None = sampled.ended
         text = "" if ended == "stop" else self.text.push(sampled.token)
@@ -52,7 +52,7 @@ class Row:
             ended = "stop"
         if ended:
             text += self.text.finish()
-        return Piece(self.index, text, [sampled], ended)
+        return Delta(self.index, text, [sampled], ended)
 
 
 @dataclass(eq=False)
@@ -60,13 +60,13 @@ class Job:
     """One request's answers, all by one role."""
 
     role: Role
-    deliver: Callable[["Job", list[Piece] | ApiError], None]
-    """Called from the engine's thread, in order; an error is the last that comes."""
+    deliver: Callable[["Job", list[Delta] | ApiError], None]
+    """Called from the engine's thread, in order; after an error nothing more comes."""
     deadline: float
     """`time.monotonic()` after which the job fails."""
     rows: list[Row] = field(default_factory=list)
     cancelled: bool = False
-    """Nobody wants the rest; set from any thread."""
+    """The rest is not needed; set from any thread."""
     failed: bool = False
     remaining: int = 0
     """Rows that have not ended."""
@@ -74,32 +74,23 @@ class Job:
 
     @property
     def over(self) -> bool:
-        """Nothing of it must be worked on any more."""
+        """Whether no work is left."""
         return self.cancelled or self.failed or self.remaining == 0
 
-
-def make_rows(
-    job: Job,
-    requests: Sequence[Request],
-    tokenizer: PreTrainedTokenizerFast,
-    stops: Sequence[str],
-) -> None:
-    """Gives a job its rows, in the order of the answers."""
-    job.rows = [
-        Row(job, index, request, AnswerText(tokenizer, stops))
-        for index, request in enumerate(requests)
-    ]
-    job.remaining = len(job.rows)
+    def add_rows(
+        self, requests: Sequence[Request], tokenizer: PreTrainedTokenizerFast, stops: Sequence[str]
+    ) -> None:
+        """One row for each request, in order; `stops` are strings that end an answer."""
+        for index, request in enumerate(requests):
+            self.rows.append(Row(self, index, request, AnswerText(tokenizer, stops)))
+        self.remaining = len(self.rows)
 
 
-def merged(pieces: Sequence[Piece]) -> list[Piece]:
-    """The same pieces, one for each answer, in the order in which answers were first met."""
-    kept: dict[int, Piece] = {}
-    for piece in pieces:
-        known = kept.get(piece.index)
-        if known is not None:
-            piece = Piece(
-                piece.index, known.text + piece.text, [*known.tokens, *piece.tokens], piece.ended
-            )
-        kept[piece.index] = piece
+def merged(deltas: Sequence[Delta]) -> list[Delta]:
+    """One delta for each answer, in the order in which answers first appear."""
+    kept: dict[int, Delta] = {}
+    for new in deltas:
+        old = kept.get(new.index, Delta(new.index, "", [], None))
+        tokens = [*old.tokens, *new.tokens]
+        kept[new.index] = Delta(new.index, old.text + new.text, tokens, new.ended)
     return list(kept.values())

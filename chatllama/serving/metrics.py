@@ -1,10 +1,9 @@
 """Counters and latencies of the server, in Prometheus' text format."""
 
-import threading
-from bisect import bisect_left
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.registry import Collector
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 """Upper ends of the histograms' buckets."""
@@ -16,83 +15,52 @@ COUNTERS = {
     "engine_errors": "Failures inside the model.",
     "votes": "Votes written.",
 }
+GAUGES = {
+    "running": "Answers being decoded.",
+    "waiting": "Answers that wait for their turn.",
+    "adapters": "Adapters loaded at run time.",
+}
 HISTOGRAMS = {
     "request_seconds": "From a request's arrival to its last byte.",
     "first_token_seconds": "From a request's arrival to its first token.",
 }
 
 
-@dataclass
-class _Histogram:
-    """Observations by bucket."""
-
-    counts: list[int] = field(default_factory=lambda: [0] * (len(SECONDS) + 1))
-    total: float = 0.0
-
-
-class Metrics:
-    """Numbers that any thread may raise."""
+class Metrics(Collector):
+    """One server's metrics, in a registry of its own; any thread may update them."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()
-        self._requests: Counter[tuple[str, int]] = Counter()
-        self._histograms = {name: _Histogram() for name in HISTOGRAMS}
+        self._registry = CollectorRegistry()
+        registered = {"namespace": "chatllama", "registry": self._registry}
+        labels = ("path", "status")
+        self._requests = Counter("requests", "Answered requests.", labels, **registered)
+        self._counters = {key: Counter(key, text, **registered) for key, text in COUNTERS.items()}
+        self._gauges = {key: Gauge(key, text, **registered) for key, text in GAUGES.items()}
+        self._histograms = {
+            key: Histogram(key, text, buckets=SECONDS, **registered)
+            for key, text in HISTOGRAMS.items()
+        }
 
     def count(self, name: str, by: int = 1) -> None:
         """Raises one of `COUNTERS`."""
-        assert name in COUNTERS
-        with self._lock:
-            self._counts[name] += by
+        self._counters[name].inc(by)
 
     def request(self, path: str, status: int) -> None:
-        """Counts an answered request.
-
-        Args:
-            path: of the route; anything else as `other`, or hostile paths would fill memory.
-            status: HTTP status.
-        """
-        with self._lock:
-            self._requests[path, status] += 1
+        """Counts a request; `path` is a route's or `other`, or hostile paths would fill memory."""
+        self._requests.labels(path, status).inc()
 
     def observe(self, name: str, seconds: float) -> None:
         """Adds to one of `HISTOGRAMS`."""
-        with self._lock:
-            histogram = self._histograms[name]
-            histogram.counts[bisect_left(SECONDS, seconds)] += 1
-            histogram.total += seconds
+        self._histograms[name].observe(seconds)
 
-    def text(self, gauges: Mapping[str, tuple[str, float]]) -> str:
-        """Everything as Prometheus reads it.
+    def collect(self) -> Iterator[Metric]:
+        """The metrics without the `_created` series that the client adds to each."""
+        for metric in self._registry.collect():
+            metric.samples = [each for each in metric.samples if not each.name.endswith("_created")]
+            yield metric
 
-        Args:
-            gauges: name -> help and present value.
-        """
-        with self._lock:
-            lines = self._head("requests_total", "Answered requests.", "counter")
-            for (path, status), number in sorted(self._requests.items()):
-                lines.append(
-                    f'chatllama_requests_total{{path="{path}",status="{status}"}} {number}'
-                )
-            for name, about in COUNTERS.items():
-                lines += self._head(f"{name}_total", about, "counter")
-                lines.append(f"chatllama_{name}_total {self._counts[name]}")
-            for name, (about, value) in gauges.items():
-                lines += self._head(name, about, "gauge")
-                lines.append(f"chatllama_{name} {value:g}")
-            for name, about in HISTOGRAMS.items():
-                lines += self._head(name, about, "histogram")
-                lines += self._buckets(name)
-        return "\n".join(lines) + "\n"
-
-    def _buckets(self, name: str) -> list[str]:
-        histogram, lines, seen = self._histograms[name], [], 0
-        for limit, number in zip((*map(str, SECONDS), "+Inf"), histogram.counts, strict=True):
-            seen += number
-            lines.append(f'chatllama_{name}_bucket{{le="{limit}"}} {seen}')
-        lines.append(f"chatllama_{name}_sum {histogram.total:.6f}")
-        return [*lines, f"chatllama_{name}_count {seen}"]
-
-    @staticmethod
-    def _head(name: str, about: str, kind: str) -> list[str]:
-        return [f"# HELP chatllama_{name} {about}", f"# TYPE chatllama_{name} {kind}"]
+    def text(self, **gauges: float) -> str:
+        """Everything as Prometheus reads it, with the present values of `GAUGES`."""
+        for name, value in gauges.items():
+            self._gauges[name].set(value)
+        return generate_latest(self).decode()

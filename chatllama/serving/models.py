@@ -1,4 +1,4 @@
-"""The names that `model` may take, and the adapters behind them that come and go at run time."""
+"""The names that `model` may take, and the adapters that are loaded and unloaded at run time."""
 
 import asyncio
 import itertools
@@ -10,14 +10,14 @@ from chatllama.inference.load import LoadedRun
 from chatllama.model.adapters import SavedAdapter, load_adapter
 from chatllama.model.roles import Adapter, Role
 from chatllama.serving.engine import Engine
-from chatllama.serving.errors import ApiError, unknown_model
+from chatllama.serving.errors import ApiError, shown
 from chatllama.text.chat_format import check_contract
 
 REWARD = "reward"
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """One name."""
 
     name: str
@@ -25,72 +25,67 @@ class Served:
     created: int
     """Unix time."""
     loaded: bool
-    """It came at run time and can be unloaded."""
+    """Loaded at run time, so that it can be unloaded."""
 
 
 class Models:
-    """Names to roles.
-
-    A name reaches nothing but this table: no path is made of it.
+    """Names to roles. No path is made of a name.
 
     Args:
         run: opened, with every adapter that the run has written.
         engine: runs changes between two steps.
         adapter_root: the only folder that run-time adapters are loaded from.
-        most: adapters at run time.
+        max_adapters: at run time.
     """
 
-    def __init__(self, run: LoadedRun, engine: Engine, adapter_root: Path, most: int) -> None:
-        self._run, self._engine, self._most = run, engine, most
+    def __init__(
+        self, run: LoadedRun, engine: Engine, adapter_root: Path, max_adapters: int
+    ) -> None:
+        self._run, self._engine, self._max_adapters = run, engine, max_adapters
         self._root = adapter_root.resolve()
         self._lock = asyncio.Lock()
         self._numbers = itertools.count(1)
         now = int(time.time())
         roles: dict[str, Role] = {"base": "base", "sft": "reference"}
         if run.config.lora is None:
-            del roles["base"]  # the backbone is the tuned model: the bare one is not here
+            del roles["base"]  # the backbone is the tuned model; the original is not loaded
         elif "reference" not in run.model.lora:
             del roles["sft"]
         roles |= {role: role for role in ("policy", "ema") if role in run.model.lora}
-        self._served = {name: Served(name, role, now, False) for name, role in roles.items()}
+        self._served = {name: ServedModel(name, role, now, False) for name, role in roles.items()}
         self.has_reward = bool(run.reward_roles)
         """Whether /v1/score works."""
-        self.created = now
 
     @property
-    def names(self) -> list[str]:
-        """Every name that answers."""
-        return list(self._served)
-
-    @property
-    def all(self) -> list[Served]:
-        """Everything that answers, in the order in which it came."""
+    def all(self) -> list[ServedModel]:
+        """Every model, the oldest first."""
         return list(self._served.values())
 
     @property
-    def newest(self) -> str:
-        """The name meant where a request gives none: what training came to."""
-        return next(name for name in ("policy", "sft", "base") if name in self._served)
+    def names(self) -> list[str]:
+        """The names of all."""
+        return list(self._served)
 
     @property
     def num_loaded(self) -> int:
-        """Adapters that came at run time."""
+        """Adapters loaded at run time."""
         return sum(served.loaded for served in self._served.values())
 
-    def find(self, name: str | None) -> Served:
-        """What a request's `model` means.
+    def find(self, name: str | None) -> ServedModel:
+        """The model of a request; None: the run's last stage.
 
         Raises:
             ApiError: there is no such model, or it does not answer.
         """
-        served = self._served.get(self.newest if name is None else name)
-        if served is None:
-            if name == REWARD and self.has_reward:
-                raise ApiError(
-                    400, "model 'reward' gives scores only: use /v1/score", "wrong_model", "model"
-                )
-            raise unknown_model(str(name), self.names)
-        return served
+        if name is None:
+            name = next(each for each in ("policy", "sft", "base") if each in self._served)
+        if name in self._served:
+            return self._served[name]
+        if name == REWARD and self.has_reward:
+            text = "model 'reward' gives scores only: use /v1/score"
+            raise ApiError(400, text, "wrong_model", "model")
+        text = f"The model '{shown(name)}' does not exist; loaded: {', '.join(self.names)}"
+        raise ApiError(404, text, "model_not_found", "model")
 
     async def load(self, name: str, path: str, inplace: bool) -> None:
         """Loads an adapter under a name.
@@ -101,63 +96,51 @@ class Models:
         async with self._lock:
             old = self._served.get(name)
             if name == REWARD or (old is not None and not old.loaded):
-                raise ApiError(
-                    400, f"'{name}' is a role of the run; take another name", "name_taken",
-                    "lora_name",
-                )  # fmt: skip
+                raise _refused(f"'{name}' is a role of the run; take another name", "name_taken")
             if old is not None and not inplace:
-                raise ApiError(
-                    400,
+                raise _refused(
                     f"The lora adapter '{name}' has already been loaded. Unload it first, or set "
                     "'load_inplace' to true.",
                     "name_taken",
-                    "lora_name",
                 )
-            if old is None and self.num_loaded >= self._most:
-                raise ApiError(
-                    400, f"{self._most} adapters are loaded, which is the most: unload one first",
-                    "too_many_adapters", "lora_name",
-                )  # fmt: skip
+            if old is None and self.num_loaded >= self._max_adapters:
+                most = f"{self._max_adapters} adapters are loaded, which is the most"
+                raise _refused(f"{most}: unload one first", "too_many_adapters")
             saved = await asyncio.to_thread(self._read, path)
             role = f"served_{next(self._numbers)}"
             adapter = Adapter(saved.lora, saved.state)
+            add = self._engine.run(lambda: self._run.model.add(role, adapter))
             try:
-                await asyncio.wrap_future(
-                    self._engine.run(lambda: self._run.model.add(role, adapter))
-                )
+                await asyncio.wrap_future(add)
             except ValueError as error:
                 raise _bad_path(str(error)) from error
-            self._served[name] = Served(name, role, int(time.time()), True)
+            self._served[name] = ServedModel(name, role, int(time.time()), True)
             if old is not None:
                 await self._retire(old)
 
     async def unload(self, name: str) -> None:
-        """Forgets a name; answers that it is giving are finished first.
+        """Removes a name; answers in progress are finished first.
 
         Raises:
-            ApiError: nothing of that name came at run time.
+            ApiError: no adapter of that name was loaded at run time.
         """
         async with self._lock:
             served = self._served.get(name)
             if served is None:
-                raise ApiError(
-                    404, f"The lora adapter '{name}' cannot be found.", "not_found", "lora_name"
-                )
+                raise _refused(f"The lora adapter '{name}' cannot be found.", "not_found", 404)
             if not served.loaded:
-                raise ApiError(
-                    400, f"'{name}' is a role of the run and stays", "not_unloadable", "lora_name"
-                )
+                raise _refused(f"'{name}' is a role of the run and stays", "not_unloadable")
             del self._served[name]
             await self._retire(served)
 
-    async def _retire(self, served: Served) -> None:
+    async def _retire(self, served: ServedModel) -> None:
         await asyncio.wrap_future(self._engine.run(lambda: self._engine.retire(served.role)))
 
     def _read(self, path: str) -> SavedAdapter:
         """The adapter in a folder below the root.
 
         Raises:
-            ApiError: it lies elsewhere, or is none that fits. What lies elsewhere is not told.
+            ApiError: it is elsewhere (nothing of such a folder is revealed), or does not fit.
         """
         try:
             folder = Path(path).resolve()
@@ -177,6 +160,10 @@ class Models:
         except (ValueError, OSError) as error:
             raise _bad_path(str(error).replace(str(folder), "the folder")) from error
         return saved
+
+
+def _refused(message: str, code: str, status: int = 400) -> ApiError:
+    return ApiError(status, message, code, "lora_name")
 
 
 def _bad_path(why: str) -> ApiError:

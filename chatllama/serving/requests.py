@@ -1,4 +1,4 @@
-"""One request at work: from the event loop to the engine's thread and back, and giving up on it."""
+"""A request in progress: between the event loop and the engine's thread, until it ends or fails."""
 
 import asyncio
 import contextlib
@@ -14,29 +14,29 @@ from transformers import PreTrainedTokenizerFast
 from chatllama.generation.decoding_batch import Request
 from chatllama.model.roles import Role
 from chatllama.serving.engine import Engine
-from chatllama.serving.errors import ApiError
-from chatllama.serving.jobs import Job, Piece, make_rows, merged
+from chatllama.serving.errors import ApiError, timed_out
+from chatllama.serving.jobs import Delta, Job, merged
 from chatllama.serving.metrics import Metrics
 
 Result = TypeVar("Result")
 SEND_SLACK = 10.0
-"""Seconds beyond the time limit that a slow reader gets for what is ready."""
+"""Seconds beyond the time limit that a slow client gets to read what is ready."""
 
 
-class Call:
-    """The answers to one request, on their way.
+class PendingAnswers:
+    """The answers to one request while the engine generates them.
 
     Args:
-        engine: that answers.
-        role: who answers.
-        requests: the answers wanted.
-        tokenizer: reads them.
-        stops: strings that end them.
-        seconds: limit for everything.
+        engine: generates them.
+        role: of the model.
+        requests: one for each answer.
+        tokenizer: decodes them.
+        stops: strings that end an answer.
+        seconds: time limit for all of them.
         metrics: receives latencies.
 
     Raises:
-        ApiError: the engine takes no more.
+        ApiError: the engine's queue is full, or it is stopping.
     """
 
     def __init__(
@@ -49,35 +49,35 @@ class Call:
         seconds: float,
         metrics: Metrics,
     ) -> None:
-        self._engine, self._metrics, self.seconds = engine, metrics, seconds
+        self._engine, self._metrics = engine, metrics
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[list[Piece] | ApiError] = asyncio.Queue()
+        self._queue: asyncio.Queue[list[Delta] | ApiError] = asyncio.Queue()
         self._job = Job(role, self._deliver, time.monotonic() + seconds)
-        make_rows(self._job, requests, tokenizer, stops)
-        self._remaining = len(self._job.rows)
+        self._job.add_rows(requests, tokenizer, stops)
+        self._remaining = len(requests)
         engine.submit(self._job)
 
-    def _deliver(self, job: Job, what: list[Piece] | ApiError) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
+    def _deliver(self, job: Job, what: list[Delta] | ApiError) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: there is no reader
             self._loop.call_soon_threadsafe(self._queue.put_nowait, what)
 
     def close(self) -> None:
-        """Nobody reads any more: what has not ended is cancelled."""
+        """Cancels what has not ended."""
         if self._remaining:
             self._engine.cancel(self._job)
 
-    async def pieces(self) -> AsyncIterator[list[Piece]]:
+    async def deltas(self) -> AsyncIterator[list[Delta]]:
         """Everything new, merged by answer, until all answers have ended.
 
         Raises:
-            ApiError: the answer cannot be finished.
+            ApiError: an answer cannot be finished.
         """
         first = True
         while self._remaining:
             waiting = [await self._queue.get()]
             while not self._queue.empty():
                 waiting.append(self._queue.get_nowait())
-            new: list[Piece] = []
+            new: list[Delta] = []
             for item in waiting:
                 if isinstance(item, ApiError):
                     raise item
@@ -86,24 +86,24 @@ class Call:
                 seconds = time.monotonic() - self._job.submitted
                 self._metrics.observe("first_token_seconds", seconds)
                 first = False
-            self._remaining -= sum(piece.ended is not None for piece in new)
+            self._remaining -= sum(delta.ended is not None for delta in new)
             yield merged(new)
 
-    async def all_pieces(self) -> list[Piece]:
+    async def whole(self) -> list[Delta]:
         """The whole answers, in order."""
-        found: list[Piece] = []
-        async for pieces in self.pieces():
-            found = merged([*found, *pieces])
-        return sorted(found, key=lambda piece: piece.index)
+        found: list[Delta] = []
+        async for deltas in self.deltas():
+            found = merged([*found, *deltas])
+        return sorted(found, key=lambda delta: delta.index)
 
 
 async def unless_gone(
     http: HttpRequest, work: Awaitable[Result], metrics: Metrics, seconds: float
 ) -> Result:
-    """The result of `work`, which is cancelled when the client leaves or time is up.
+    """The result of `work`, which is cancelled when the client disconnects or time is up.
 
     Raises:
-        ApiError: the client has left (nobody reads that), or time is up.
+        ApiError: the client has disconnected, or time is up.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(http.receive))
@@ -115,11 +115,9 @@ async def unless_gone(
             metrics.count("disconnects")
             raise ApiError(499, "the client went away", "disconnected")
         metrics.count("timeouts")
-        raise ApiError(504, "the answer took too long", "timeout", type="server_error")
+        raise timed_out()
     finally:
-        for each in (task, gone):
-            each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await _cancel(task, gone)
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -127,14 +125,20 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
+async def _cancel(*tasks: asyncio.Future) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 class EventStream(Response):
-    """Server-sent events, ended with the work behind them when the client leaves or dawdles.
+    """Server-sent events; the work behind them ends when the client disconnects or is too slow.
 
     Args:
-        events: one message's data each.
+        events: data of one message each.
         close: ends the work; called in any case.
-        metrics: counts those who leave.
-        seconds: limit for everything.
+        metrics: counts timeouts and disconnects.
+        seconds: time limit for everything.
     """
 
     media_type = "text/event-stream"
@@ -152,7 +156,7 @@ class EventStream(Response):
         self._metrics, self._seconds = metrics, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends until the end, or until nobody reads."""
+        """Sends until the end, the time limit or the client's disconnect."""
         writer = asyncio.ensure_future(self._write(send))
         gone = asyncio.ensure_future(_disconnected(receive))
         try:
@@ -164,9 +168,7 @@ class EventStream(Response):
                 self._metrics.count("disconnects" if gone.done() else "timeouts")
         finally:
             self._close()
-            for task in (writer, gone):
-                task.cancel()
-            await asyncio.gather(writer, gone, return_exceptions=True)
+            await _cancel(writer, gone)
 
     async def _write(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}

@@ -1,7 +1,7 @@
-"""What may be asked of the server: the requests of OpenAI's API, of vLLM's adapters, and ours.
+"""Bodies of the server's requests: OpenAI's API, vLLM's for adapters, and ours.
 
 Unknown arguments are refused by name. Those of OpenAI's and vLLM's that are not supported are
-accepted with the value that changes nothing, which clients like to send, and refused with others.
+accepted with the value that changes nothing, which many clients send, and refused with others.
 """
 
 from typing import Annotated, Any, Literal
@@ -23,10 +23,11 @@ AdapterName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9.
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 StopIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=256)]
+MaxTokens = Annotated[int, Field(ge=1)]
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128
 
-# Arguments that this server does not follow, each with the values that ask for nothing.
+# Arguments that are not supported, each with the values that change nothing.
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "frequency_penalty": (None, 0),
     "presence_penalty": (None, 0),
@@ -66,7 +67,7 @@ class TextPart(Request):
 
 
 class ChatMessage(Request):
-    """One message; the null fields are those of OpenAI's own answers, so they can be sent back."""
+    """One message; the null fields are those of OpenAI's responses, so they can be sent back."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
@@ -88,17 +89,17 @@ Messages = Annotated[list[ChatMessage], Field(min_length=1)]
 
 
 class StreamOptions(Request):
-    """What a stream carries besides text."""
+    """What a stream contains besides text."""
 
     include_usage: bool = False
     """Whether a last chunk gives the number of tokens."""
 
 
-class Sampled(Request):
+class GenerationRequest(Request):
     """What chat and completion have in common."""
 
     model: Name | None = None
-    """base, sft, policy or a loaded adapter. null: the newest that the run has."""
+    """base, sft, policy or a loaded adapter. null: the run's last stage."""
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
     """0 takes the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -108,18 +109,16 @@ class Sampled(Request):
     """Answers to each prompt."""
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     """Ends an answer and is not in it."""
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=256)] | None = (
-        None
-    )
+    stop_token_ids: StopIds | None = None
     """Ends an answer, besides the end of turn."""
     seed: Seed | None = None
-    """Makes the answer repeatable, whoever else is served at the time."""
+    """Makes the answer repeatable, independently of concurrent requests."""
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
-    """Whether choices carry `token_ids` and `prompt_token_ids`, as vLLM's do."""
+    """Whether choices contain `token_ids` and `prompt_token_ids`, as vLLM's do."""
     user: str | None = None
-    """Of the caller's own records; not used."""
+    """For the client's own records; not used."""
 
     @model_validator(mode="before")
     @classmethod
@@ -132,25 +131,25 @@ class Sampled(Request):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-class ChatRequest(Sampled):
+class ChatRequest(GenerationRequest):
     """Body of /v1/chat/completions."""
 
     messages: Messages
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Longest answer. null: what the run's config says."""
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: MaxTokens | None = None
+    """Longest answer. null: `generation.max_new_tokens` of the run's config."""
+    max_completion_tokens: MaxTokens | None = None
     """The newer name of `max_tokens`."""
     logprobs: bool = False
     """Of the sampled tokens, at the sampling temperature (1 where that is 0), before top-p."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
 
-class CompletionRequest(Sampled):
+class CompletionRequest(GenerationRequest):
     """Body of /v1/completions."""
 
     prompt: str | list[str] | TokenIds | list[TokenIds]
     """Text or token ids, one or several. Text gets the BOS token, ids are taken as they are."""
-    max_tokens: Annotated[int, Field(ge=1)] = 16
+    max_tokens: MaxTokens = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     """How many of the likeliest tokens to list besides each sampled one."""
 
@@ -169,7 +168,7 @@ class CompletionRequest(Sampled):
         return prompt
 
 
-class Scored(Request):
+class ScoreRequest(Request):
     """Body of /v1/score."""
 
     model: Name = "reward"
@@ -182,9 +181,9 @@ class TokenKlRequest(Request):
     """Body of /v1/token_kl."""
 
     model: Name | None = None
-    """Whose answer it is. null: the newest that the run has."""
+    """The model that gave the answer. null: the run's last stage."""
     reference: Name = "sft"
-    """What it is compared with."""
+    """The model that it is compared with."""
     messages: Messages
     """A conversation that ends with the answer."""
 
@@ -210,10 +209,10 @@ class Vote(Request):
     """Body of /v1/votes: which of two answers is better."""
 
     messages: Messages
-    """The conversation both answer; it ends with the user."""
+    """The conversation that both answer; it ends with the user."""
     answers: Annotated[list[str], Field(min_length=2, max_length=2)]
     models: Annotated[list[Name], Field(min_length=2, max_length=2)]
-    """Who gave them."""
+    """The models that gave them."""
     verdict: Literal["a", "b", "tie", "both_bad"]
     reason: Annotated[str, StringConstraints(max_length=2000)] = ""
 
@@ -227,11 +226,7 @@ class Vote(Request):
 
 
 def without_neutral(body: Any) -> Any:
-    """The body without the arguments that are not followed and ask for nothing.
-
-    Raises:
-        ValueError: names an argument that is not supported.
-    """
+    """The body without unsupported arguments that change nothing; others raise ValueError."""
     if not isinstance(body, dict):
         return body
     for name, values in NEUTRAL.items():

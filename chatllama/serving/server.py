@@ -1,8 +1,7 @@
-"""`chatllama serve`: a run behind an OpenAI-compatible API, with a page for people."""
+"""`chatllama serve`: a run as an OpenAI-compatible API, with a web page."""
 
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +12,9 @@ import uvicorn
 from chatllama.config.loader import load_config
 from chatllama.config.schema import with_weights
 from chatllama.inference.chat_model import describe_model
-from chatllama.inference.load import LoadedRun, load_run
+from chatllama.inference.load import load_run
 from chatllama.runs.folder import RunFolder
+from chatllama.runtime.command_line import tell
 from chatllama.serving.app import build_app
 from chatllama.serving.guard import PatientProtocol
 from chatllama.serving.service import Service
@@ -24,11 +24,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Server(uvicorn.Server):
-    """uvicorn that says where it listens and how it stops, and ends without a signal's death.
-
-    Args:
-        service: what is served.
-    """
+    """A uvicorn server that prints its address, and exits normally after a signal."""
 
     def __init__(self, service: Service) -> None:
         settings = service.settings
@@ -49,7 +45,7 @@ class Server(uvicorn.Server):
         """Set once requests are answered."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listens, and says so."""
+        """Listens, and prints the address."""
         await super().startup(sockets)
         if not self.started:
             return
@@ -66,14 +62,14 @@ class Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._told_to_stop) for number in SIGNALS}
+        before = {number: signal.signal(number, self._stop) for number in SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _told_to_stop(self, number: int, _: FrameType | None) -> None:
+    def _stop(self, number: int, _: FrameType | None) -> None:
         if self.should_exit:
             self.force_exit = True
             return
@@ -81,20 +77,14 @@ class Server(uvicorn.Server):
         engine = self._service.engine
         if running := engine.num_running + engine.num_waiting:
             seconds = f"{self._service.settings.grace:g}"
-            print(
+            tell(
                 f"stopping once {running} answers are finished, in {seconds} s at the latest; "
-                "once more stops at once",
-                file=sys.stderr,
-                flush=True,
+                "once more stops at once"
             )
 
 
 def open_socket(settings: ServerSettings) -> socket.socket:
-    """A bound socket, so that a taken port is told before the model is loaded.
-
-    Raises:
-        ValueError: the address cannot be had.
-    """
+    """A bound socket, opened before the model is loaded; ValueError if the address is taken."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -109,25 +99,16 @@ def open_socket(settings: ServerSettings) -> socket.socket:
     return bound
 
 
-def _load(settings: ServerSettings) -> LoadedRun:
-    run = RunFolder(settings.run)
-    cfg = load_config(run.existing_config())
-    cfg = with_weights(cfg, settings.dtype, settings.quantization)
-    return load_run(run, cfg)
-
-
 def serve(settings: ServerSettings) -> None:
-    """Serves a run until the process is told to stop.
-
-    Raises:
-        ValueError: settings that cannot be followed, or nothing to serve.
-    """
+    """Serves a run until SIGINT or SIGTERM; ValueError for wrong settings or an unfinished run."""
     check_settings(settings)
     with open_socket(settings) as bound:
-        loaded = _load(settings)
+        run = RunFolder(settings.run)
+        cfg = load_config(run.existing_config())
+        loaded = load_run(run, with_weights(cfg, settings.dtype, settings.quantization))
         quantization = loaded.config.backbone.quantization
-        print(f"{settings.run}: {describe_model(loaded.model, quantization)}", file=sys.stderr)
+        tell(f"{settings.run}: {describe_model(loaded.model, quantization)}")
         service = Service(settings, loaded)
         Server(service).run(sockets=[bound])
         service.engine.stop()
-    print("stopped", file=sys.stderr)
+    tell("stopped")

@@ -15,11 +15,7 @@ from chatllama.serving.schema import Vote
 
 
 def vote_record(vote: Vote) -> dict[str, Any]:
-    """A vote as a record of the format `ranked`.
-
-    Raises:
-        ValueError: one answer is better, yet both are the same.
-    """
+    """A record of the format `ranked`; ValueError if one of two equal answers is better."""
     answers, models = list(vote.answers), list(vote.models)
     decided = vote.verdict in ("a", "b")
     if decided and answers[0].strip() == answers[1].strip():
@@ -39,11 +35,7 @@ def vote_record(vote: Vote) -> dict[str, Any]:
 
 
 class VoteFile:
-    """A file that grows by a line a vote.
-
-    Args:
-        path: made with the first vote.
-    """
+    """A file that grows by a line a vote; made with the first."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._lock = path, threading.Lock()

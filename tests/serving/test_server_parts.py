@@ -161,13 +161,19 @@ def test_metrics_in_prometheus_format() -> None:
     metrics.count("generated_tokens", 7)
     for seconds in (0.02, 0.05, 400.0):
         metrics.observe("request_seconds", seconds)
-    lines = metrics.text({"running": ("Answers being decoded.", 3.0)}).splitlines()
-    assert 'chatllama_requests_total{path="/health",status="200"} 2' in lines
-    assert "chatllama_generated_tokens_total 7" in lines and "chatllama_running 3" in lines
+    text = metrics.text(running=3)
+    lines = text.splitlines()
+    assert 'chatllama_requests_total{path="/health",status="200"} 2.0' in lines
+    assert "chatllama_generated_tokens_total 7.0" in lines and "chatllama_running 3.0" in lines
+    assert "chatllama_votes_total 0.0" in lines and "_created" not in text
+    assert "# TYPE chatllama_votes_total counter" in lines
+    assert "# HELP chatllama_running Answers being decoded." in lines
+    assert not [line for line in lines if "chatllama_" not in line]  # nothing of the process
     for limit, count in (("0.01", 0), ("0.025", 1), ("0.05", 2), ("300.0", 2), ("+Inf", 3)):
-        assert f'chatllama_request_seconds_bucket{{le="{limit}"}} {count}' in lines
-    assert "chatllama_request_seconds_count 3" in lines
-    assert "chatllama_request_seconds_sum 400.070000" in lines
+        assert f'chatllama_request_seconds_bucket{{le="{limit}"}} {count}.0' in lines
+    assert "chatllama_request_seconds_count 3.0" in lines
+    assert "chatllama_request_seconds_sum 400.07" in lines
+    assert 'path="/health"' not in Metrics().text()  # each server counts for itself
 
 
 def test_votes_are_records_that_the_reward_stage_reads(tmp_path: Path) -> None:
@@ -224,4 +230,4 @@ def test_a_stream_that_nobody_reads_ends_with_its_work(
     stream = calls.EventStream(events(), lambda: closed.append(True), metrics, 0.1)
     wire = Wire(leaves)
     asyncio.run(stream({"type": "http"}, wire.receive, wire.send))
-    assert closed == [True] and f"chatllama_{counted}_total 1" in metrics.text({})
+    assert closed == [True] and f"chatllama_{counted}_total 1.0" in metrics.text()
