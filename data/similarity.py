@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+from rapidfuzz.distance import LCSseq
 
 # Scripts that are written without spaces: every character is a word.
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0e7f"
@@ -62,26 +63,10 @@ def script(text: str) -> str:
 
 
 def rouge_l(one: Sequence[str], other: Sequence[str]) -> float:
-    """F1 of the longest common subsequence, 0 to 1; 0 where a side is empty."""
+    """F1 of the longest common subsequence of words, 0 to 1; 0 where a side is empty."""
     if not one or not other:
         return 0.0
-    return 2 * _common(one, other) / (len(one) + len(other))
-
-
-def _common(one: Sequence[str], other: Sequence[str]) -> int:
-    """Length of the longest common subsequence, a row of its table at a time as bits.
-
-    (Hyyro 2004, Bit-parallel LCS-length computation revisited.)
-    """
-    places: dict[str, int] = {}
-    for i, word in enumerate(one):
-        places[word] = places.get(word, 0) | 1 << i
-    full = (1 << len(one)) - 1
-    row = full
-    for word in other:
-        match = row & places.get(word, 0)
-        row = ((row + match) | (row - match)) & full
-    return len(one) - row.bit_count()
+    return 2 * LCSseq.similarity(one, other) / (len(one) + len(other))
 
 
 class Pool:
@@ -89,34 +74,20 @@ class Pool:
 
     Args:
         limit: ROUGE-L from which a text is refused.
-        texts: to begin with, whatever they are like.
+        texts: to begin with, however similar they are.
     """
 
     def __init__(self, limit: float, texts: Iterable[str] = ()) -> None:
         self.limit = limit
-        self._texts: list[tuple[list[str], Counter[str]]] = []
-        for text in texts:
-            self._take(words(text))
+        self._texts = [words(text) for text in texts]
 
     def add(self, text: str) -> bool:
         """Whether the text is new; if so it is a part of the pool from now on."""
         own = words(text)
-        counts = Counter(own)
-        for other, their_counts in self._texts:
-            # No subsequence is longer than the words in common: most pairs need no more.
-            most = min(len(own), len(other))
-            if 2 * most < self.limit * (len(own) + len(other)):
-                continue
-            most = (counts & their_counts).total()
-            if 2 * most < self.limit * (len(own) + len(other)):
-                continue
-            if rouge_l(own, other) >= self.limit:
-                return False
-        self._take(own)
+        if any(rouge_l(own, other) >= self.limit for other in self._texts):
+            return False
+        self._texts.append(own)
         return True
-
-    def _take(self, own: list[str]) -> None:
-        self._texts.append((own, Counter(own)))
 
 
 def near_duplicates(num_texts: int, text: Callable[[int], str]) -> list[tuple[int, int]]:
@@ -126,7 +97,7 @@ def near_duplicates(num_texts: int, text: Callable[[int], str]) -> list[tuple[in
 
     Args:
         num_texts: how many there are.
-        text: gives the one of a number; asked again for candidates, so that not all texts need be
+        text: gives the one of a number; called again for candidates, so that not all texts need be
             in memory.
     """
     buckets: dict[tuple[int, bytes], list[int]] = defaultdict(list)
