@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from chatllama.runtime.command_line import add_command, add_config_arguments
+from chatllama.runtime.declared_options import add_options, options_from
+from data.synthesis.options import SynthesisOptions
 
 STAGES = ("pretraining", "sft", "reward", "ppo")
 
@@ -16,10 +18,9 @@ def add_data_commands(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
 ) -> None:
     """Declares `data generate`, `data check` and `data show`."""
-    grow = add_command(
-        commands, "generate", _data_generate, "prompts, answers, pairs from a model's API"
-    )
-    add_data_generate_arguments(grow)
+    about = "prompts, answers, pairs from a model's API"
+    generate = add_command(commands, "generate", _data_generate, about)
+    _add_generate_arguments(generate)
     check = add_command(
         commands, "check", _data_check, "what is wrong with a config's data; 1: errors"
     )
@@ -91,53 +92,25 @@ def _data_show(arguments: argparse.Namespace) -> None:
 
 
 def _data_generate(arguments: argparse.Namespace) -> None:
-    from data.synthesis.command import Prices, Wanted, generate_data
+    from data.synthesis.command import generate_data
 
-    known = Wanted.__annotations__
-    values = {name: value for name, value in vars(arguments).items() if name in known}
-    generate_data(Wanted(**values, prices=Prices(arguments.price_in, arguments.price_out)))
+    required = {name: getattr(arguments, name) for name in ("what", "file", "out", "url", "model")}
+    generate_data(options_from(SynthesisOptions, arguments, **required))
 
 
-def add_data_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares what can be typed."""
-    add = parser.add_argument
-    add(
-        "what",
-        metavar="WHAT",
-        choices=("prompts", "answers", "pairs"),
-        help="prompts (like those of FILE), answers (to FILE's prompts), or pairs (two answers to "
-        "each, and which one a judge prefers)",
+def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    about = (
+        "prompts (like those of FILE), answers (to FILE's prompts), or pairs (two answers to each, "
+        "and which one a judge prefers)"
     )
+    add = parser.add_argument
+    add("what", metavar="WHAT", choices=("prompts", "answers", "pairs"), help=about)
     add("--file", metavar="FILE", required=True, help="seeds or prompts, in any format")
-    add("--format", metavar="NAME", help="of FILE (default: told from its keys)")
     add("--out", type=Path, metavar="F.jsonl", required=True, help="grows; can be continued")
     add("--url", required=True, help="an OpenAI-compatible API, such as http://127.0.0.1:8000/v1")
-    add("--model", required=True, metavar="NAME", help="as the API calls it")
-    add("--judge-model", metavar="NAME", help="who compares pairs (default: --model)")
-    add("--num", type=int, metavar="N", help="prompts to make; or answer the first N only")
-    add("--temperature", type=float, default=1.0, metavar="T", help="default: 1")
-    add("--max-tokens", type=int, default=1024, metavar="N", help="of an answer (default: 1024)")
-    add("--parallel", type=int, default=4, metavar="N", help="requests at a time (default: 4)")
-    add("--per-minute", type=float, metavar="N", help="requests a minute at most")
-    add("--retries", type=int, default=6, metavar="N", help="after 429, 5xx, no answer (default 6)")
-    add(
-        "--similarity",
-        type=float,
-        default=0.7,
-        metavar="S",
-        help="ROUGE-L from which a prompt is not new (default: 0.7)",
-    )
-    add("--seed", type=int, default=0, help="of the choice of examples (default: 0)")
-    add("--price-in", type=float, metavar="USD", help="for a million tokens to the model")
-    add("--price-out", type=float, metavar="USD", help="for a million tokens from it")
-    add(
-        "--key-env",
-        default="OPENAI_API_KEY",
-        metavar="NAME",
-        help="environment variable that holds the API's key, if it wants one",
-    )
-    add("--yes", action="store_true", help="do not ask before the first request")
-    parser.epilog = "What it will cost is told first. Stopped at any time, it goes on where it was."
+    add("--model", required=True, metavar="NAME", help="the model's name in the API")
+    add_options(parser, SynthesisOptions)
+    parser.epilog = "The cost is shown first. Stopped at any time, it continues where it was."
 
 
 def read_requests(path: str, languages: Sequence[str]) -> list[tuple[str, str, str]]:

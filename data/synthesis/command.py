@@ -1,237 +1,163 @@
-"""`chatllama data generate`: from the words of the command line to a grown file and its cost."""
+"""`chatllama data generate`: from the options to an output file, with its cost before and after.
+
+The requests are in `generate.py`.
+"""
 
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, cast, get_args
 
 import datasets
 
 from chatllama.config.sources import DataSource, Format
+from chatllama.runtime.command_line import tell
+from chatllama.runtime.declared_options import check_limits
 from chatllama.runtime.http_client import HttpClient
 from data.reading.source import read_source
 from data.similarity import words
 from data.synthesis.client import Endpoint, EndpointError, Pace
-from data.synthesis.generate import (
-    JUDGE,
-    NUM_ASKED,
-    Writing,
-    grow_answers,
-    grow_pairs,
-    grow_prompts,
-    more_request,
-)
+from data.synthesis.generate import JUDGE, NUM_REQUESTED, Prompt, Synthesis, request_for_more
 from data.synthesis.ledger import OutputFile
+from data.synthesis.options import SynthesisOptions
 
 TIMEOUT = 300.0
 """Seconds for an answer of the endpoint."""
 KEPT = 0.5
-"""Share of the model's instructions taken to be new, for the estimate."""
-_PER_WORD, _PER_CHARACTER = 1.4, 0.3  # tokens, rounded up: the endpoint's tokenizer is not known
+"""Share of the model's instructions expected to be new, for the estimate."""
+_PER_WORD, _PER_CHARACTER = 1.4, 0.3  # tokens, rounded up: the endpoint's tokenizer is unknown
 
 
-@dataclass(frozen=True)
-class Prices:
-    """US dollars per million tokens; None where they were not given."""
-
-    prompt: float | None
-    completion: float | None
-
-    def of(self, prompt_tokens: float, completion_tokens: float) -> float | None:
-        """Dollars, or None."""
-        if self.prompt is None or self.completion is None:
-            return None
-        return (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the command line asks for."""
-
-    what: Literal["prompts", "answers", "pairs"]
-    out: Path
-    file: str
-    """Seeds, or prompts to answer, in any format that gives prompts."""
-    format: Format | None
-    url: str
-    model: str
-    judge_model: str | None
-    num: int | None
-    temperature: float
-    max_tokens: int
-    parallel: int
-    per_minute: float | None
-    retries: int
-    similarity: float
-    seed: int
-    prices: Prices
-    key_env: str
-    yes: bool
-
-
-def generate_data(wanted: Wanted, told: Callable[[str], None] = print) -> None:
-    """Grows the file that the command line asks for, after saying what it will cost.
+def generate_data(options: SynthesisOptions) -> None:
+    """Generates into the output file, after printing the cost.
 
     Raises:
         ValueError: an option out of range, unreadable prompts, no consent, or the endpoint fails.
     """
-    _check(wanted)
+    _check(options)
     datasets.disable_progress_bars()
-    source = DataSource(path=wanted.file, format=wanted.format)
+    source = DataSource(path=options.file, format=cast(Format | None, options.format))
     data, report = read_source(source, "prompts")
-    told(report.summary())
-    prompts: list[list[dict[str, str]]] = data["messages"][:]
-    if wanted.what != "prompts":
-        prompts = prompts[: wanted.num]
-    output = OutputFile(wanted.out, _settings(wanted, prompts))
+    tell(report.summary())
+    prompts: list[Prompt] = data["messages"][:]
+    if options.what != "prompts":
+        prompts = prompts[: options.num]
+    output = OutputFile(options.out, _settings(options, prompts))
     seeds = [prompt[-1]["content"] for prompt in prompts]
-    if wanted.what == "prompts":
-        assert wanted.num is not None
-        left = max(0, wanted.num - len(output.records))
-        estimate = estimate_prompts(seeds, left, wanted.max_tokens)
+    if options.what == "prompts":
+        left = max(0, cast(int, options.num) - len(output.records))
+        estimate = estimate_prompts(seeds, left, options.max_tokens)
     else:
         done = output.done()
         todo = [prompt for number, prompt in enumerate(prompts) if number not in done]
         left = len(todo)
-        estimate = estimate_answers(todo, wanted.max_tokens, pairs=wanted.what == "pairs")
+        estimate = estimate_answers(todo, options.max_tokens, pairs=options.what == "pairs")
     if output.entries:
-        told(f"{wanted.out}: going on with {len(output.records)} records; {left} to do")
+        tell(f"{options.out}: continuing after {len(output.records)} records; {left} to do")
     if left:
-        told("\n".join(estimate.lines(wanted.prices, wanted.per_minute)))
-        _ask_consent(wanted.yes)
+        tell("\n".join(estimate.lines(options)))
+        _ask_consent(options.yes)
         try:
-            _grow(wanted, prompts, seeds, output, told)
+            _generate(options, output, prompts, seeds)
         except (EndpointError, KeyboardInterrupt):
-            told("\n".join(closing_lines(output, wanted.prices)))
-            told("the same command goes on from here")
+            tell("\n".join(closing_lines(output, options)))
+            tell("the same command continues from here")
             raise
-    told("\n".join(closing_lines(output, wanted.prices)))
+    tell("\n".join(closing_lines(output, options)))
 
 
-def _grow(
-    wanted: Wanted,
-    prompts: list[list[dict[str, str]]],
-    seeds: list[str],
-    output: OutputFile,
-    told: Callable[[str], None],
+def _generate(
+    options: SynthesisOptions, output: OutputFile, prompts: list[Prompt], seeds: list[str]
 ) -> None:
     http = HttpClient(
-        wanted.url,
-        os.environ.get(wanted.key_env),
+        options.url,
+        os.environ.get(options.key_env),
         TIMEOUT,
         proxies=True,
-        retries=wanted.retries,
-        wait=Pace(wanted.per_minute).wait,
+        retries=options.retries,
+        wait=Pace(options.per_minute).wait,
     )
-    writing = Writing(
-        Endpoint(http, wanted.model),
-        Endpoint(http, wanted.judge_model or wanted.model),
-        temperature=wanted.temperature,
-        max_tokens=wanted.max_tokens,
-        parallel=wanted.parallel,
-        seed=wanted.seed,
-        similarity=wanted.similarity,
-        told=told,
-    )
-    match wanted.what:
+    judge = Endpoint(http, options.judge_model or options.model)
+    synthesis = Synthesis(options, output, Endpoint(http, options.model), judge)
+    match options.what:
         case "prompts":
-            grow_prompts(writing, seeds, cast(int, wanted.num), output)
+            synthesis.prompts(seeds)
         case "answers":
-            grow_answers(writing, prompts, output)
+            synthesis.answers(prompts)
         case "pairs":
-            grow_pairs(writing, prompts, output)
+            synthesis.pairs(prompts)
 
 
-def _settings(wanted: Wanted, prompts: list[list[dict[str, str]]]) -> dict[str, object]:
-    """What decides the records; the rest may differ when a file is gone on with."""
+def _settings(options: SynthesisOptions, prompts: list[Prompt]) -> dict[str, object]:
+    """What determines the records; the other options may differ when a file is continued."""
     settings: dict[str, object] = {
-        "what": wanted.what,
-        "model": wanted.model,
-        "temperature": wanted.temperature,
-        "max_tokens": wanted.max_tokens,
+        "what": options.what,
+        "model": options.model,
+        "temperature": options.temperature,
+        "max_tokens": options.max_tokens,
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
     }
-    if wanted.what == "prompts":
-        settings |= {"seed": wanted.seed, "similarity": wanted.similarity}
-    if wanted.what == "pairs":
-        settings["judge_model"] = wanted.judge_model or wanted.model
+    if options.what == "prompts":
+        settings |= {"seed": options.seed, "similarity": options.similarity}
+    if options.what == "pairs":
+        settings["judge_model"] = options.judge_model or options.model
     return settings
 
 
-def _check(wanted: Wanted) -> None:
-    for name, value, low, high in (
-        ("--num", wanted.num, 1, None),
-        ("--temperature", wanted.temperature, 0, None),
-        ("--max-tokens", wanted.max_tokens, 1, None),
-        ("--parallel", wanted.parallel, 1, 256),
-        ("--retries", wanted.retries, 0, 100),
-        ("--similarity", wanted.similarity, 0.05, 1),
-        ("--price-in", wanted.prices.prompt, 0, None),
-        ("--price-out", wanted.prices.completion, 0, None),
-    ):
-        if value is not None and not low <= value <= (float("inf") if high is None else high):
-            upper = "" if high is None else f" and at most {high}"
-            raise ValueError(f"{name} {value}: must be at least {low}{upper}")
-    if wanted.format is not None and wanted.format not in get_args(Format):
-        raise ValueError(f"--format {wanted.format}: known are {', '.join(get_args(Format))}")
-    if wanted.per_minute is not None and wanted.per_minute <= 0:
-        raise ValueError(f"--per-minute {wanted.per_minute}: must be above 0")
-    if wanted.what == "prompts" and wanted.num is None:
+def _check(options: SynthesisOptions) -> None:
+    """Raises ValueError for an option out of range."""
+    check_limits(options)
+    if options.format is not None and options.format not in get_args(Format):
+        raise ValueError(f"--format {options.format}: known are {', '.join(get_args(Format))}")
+    if options.what == "prompts" and options.num is None:
         raise ValueError("--num: say how many prompts to make")
-    if wanted.what == "pairs" and wanted.temperature == 0:
+    if options.what == "pairs" and options.temperature == 0:
         raise ValueError("--temperature 0 would give pairs of equal answers")
-    if wanted.out.suffix != ".jsonl":
-        raise ValueError(f"--out {wanted.out}: the file is JSON lines, so name it .jsonl")
+    if options.out.suffix != ".jsonl":
+        raise ValueError(f"--out {options.out}: the file is JSON lines, so name it .jsonl")
 
 
 def _ask_consent(yes: bool) -> None:
-    """Nothing, if the user agrees.
-
-    Raises:
-        ValueError: they do not, or cannot be asked.
-    """
+    """Raises ValueError if the user does not agree, or cannot be asked."""
     if yes:
         return
     if not sys.stdin.isatty():
-        raise ValueError("nobody is there to agree to this; give --yes")
+        raise ValueError("standard input is not a terminal, so nobody can agree; give --yes")
     if input("go on? [y/N] ").strip().lower() not in ("y", "yes"):
-        raise ValueError("not agreed, nothing was asked")
+        raise ValueError("not agreed, no request was sent")
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """Bounds and guesses for a command."""
 
     requests: int
     prompt_tokens: int
     completion_tokens: int
-    """At most: as many as may be asked for."""
+    """At most: as many as may be requested."""
 
-    def lines(self, prices: Prices, per_minute: float | None) -> list[str]:
-        """What the user is told before the first request."""
-        told = [
+    def lines(self, options: SynthesisOptions) -> list[str]:
+        """What is printed before the first request."""
+        lines = [
             f"about {self.requests} requests, {self.prompt_tokens} tokens to the model, at most "
             f"{self.completion_tokens} tokens from it"
         ]
-        dollars = prices.of(self.prompt_tokens, self.completion_tokens)
+        dollars = options.dollars(self.prompt_tokens, self.completion_tokens)
         if dollars is None:
-            told.append("price unknown (--price-in, --price-out: dollars per million tokens)")
+            lines.append("price unknown (--price-in, --price-out: dollars per million tokens)")
         else:
-            told.append(f"at most about ${dollars:.2f}")
-        if per_minute:
-            told.append(f"at least {self.requests / per_minute:.0f} minutes at {per_minute:g}/min")
-        return told
+            lines.append(f"at most about ${dollars:.2f}")
+        if rate := options.per_minute:
+            lines.append(f"at least {self.requests / rate:.0f} minutes at {rate:g}/min")
+        return lines
 
 
 def estimate_prompts(seeds: Sequence[str], num: int, max_tokens: int) -> Estimate:
     """For `num` new instructions."""
-    requests = -(-num // round(NUM_ASKED * KEPT))
+    requests = -(-num // round(NUM_REQUESTED * KEPT))
     mean = sum(map(num_tokens, seeds)) / max(1, len(seeds))
-    each = num_tokens(more_request([])) + NUM_ASKED * mean
+    each = num_tokens(request_for_more([])) + NUM_REQUESTED * mean
     return Estimate(requests, round(requests * each), requests * max_tokens)
 
 
@@ -239,12 +165,12 @@ def estimate_answers(
     prompts: Sequence[Sequence[Mapping[str, str]]], max_tokens: int, *, pairs: bool
 ) -> Estimate:
     """For an answer to every conversation, or with `pairs` for two and their judgement."""
-    asked = sum(num_tokens(turn["content"]) for prompt in prompts for turn in prompt)
+    sent = sum(num_tokens(turn["content"]) for prompt in prompts for turn in prompt)
     num = len(prompts)
     if not pairs:
-        return Estimate(num, asked, num * max_tokens)
-    judged = num_tokens(JUDGE) * num + asked + 2 * num * max_tokens
-    return Estimate(4 * num, 2 * asked + 2 * judged, 4 * num * max_tokens)
+        return Estimate(num, sent, num * max_tokens)
+    judged = num_tokens(JUDGE) * num + sent + 2 * num * max_tokens
+    return Estimate(4 * num, 2 * sent + 2 * judged, 4 * num * max_tokens)
 
 
 def num_tokens(text: str) -> int:
@@ -252,17 +178,12 @@ def num_tokens(text: str) -> int:
     return round(max(_PER_WORD * len(words(text)), _PER_CHARACTER * len(text)))
 
 
-def closing_lines(output: OutputFile, prices: Prices) -> list[str]:
-    """What became of everything that was asked, over all runs, and what it cost."""
+def closing_lines(output: OutputFile, options: SynthesisOptions) -> list[str]:
+    """The records by outcome, over all runs, and what they cost."""
     outcomes = ", ".join(f"{count} {what}" for what, count in output.outcomes().most_common())
-    totals: dict[str, Any] = {
-        name: output.total(name) for name in ("requests", "prompt_tokens", "completion_tokens")
-    }
-    line = (
-        f"{totals['requests']} requests, {totals['prompt_tokens']} tokens to the model, "
-        f"{totals['completion_tokens']} from it"
-    )
-    dollars = prices.of(totals["prompt_tokens"], totals["completion_tokens"])
+    sent, received = output.total("prompt_tokens"), output.total("completion_tokens")
+    cost = f"{output.total('requests')} requests, {sent} tokens to the model, {received} from it"
+    dollars = options.dollars(sent, received)
     if dollars is not None:
-        line += f", ${dollars:.2f}"
-    return [f"{output.path}: {len(output.records)} records ({outcomes})", line]
+        cost += f", ${dollars:.2f}"
+    return [f"{output.path}: {len(output.records)} records ({outcomes})", cost]

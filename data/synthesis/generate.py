@@ -2,29 +2,36 @@
 
 Three steps, each from the file of the one before: prompts in the manner of Self-Instruct (Wang
 2022, arXiv 2212.10560), answers to them, and pairs of answers that a judge tells apart. Requests
-go through `endpoint.py`, files are in `growing_files.py`, estimates in `growing_command.py`.
+go through `client.py`, files are in `ledger.py`, estimates in `command.py`.
 """
 
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
 
+from chatllama.runtime.command_line import tell
 from data.similarity import Pool, words
 from data.synthesis.client import Endpoint, EndpointError, Reply
 from data.synthesis.ledger import OutputFile
+from data.synthesis.options import SynthesisOptions
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Prompt = list[dict[str, str]]
+"""A conversation that ends with the user."""
 NUM_EXAMPLES = 8
 """Instructions shown with a request for more, as in Self-Instruct."""
-NUM_ASKED = 8
-"""Instructions asked for at a time."""
+NUM_REQUESTED = 8
+"""Instructions requested at a time."""
 SHORTEST, LONGEST = 3, 150
 """Words of an instruction, as in Self-Instruct."""
 FRUITLESS = 10
-"""Requests in a row without a new instruction after which the pool is taken to be exhausted."""
+"""Requests in a row without a new instruction after which the model is taken to have no more."""
 MORE_PROMPTS = """Here are {count} instructions that people gave to an assistant:
 
 {examples}
@@ -53,9 +60,9 @@ _VERDICT = re.compile(r"(?<![A-Za-z])([ABC])(?![A-Za-z])")
 class Step:
     """What one step gave."""
 
-    results: list[dict[str, Any]]
+    records: list[dict[str, Any]]
     outcomes: Counter[str]
-    """Candidates by what became of them; `kept` for those in `results`."""
+    """Candidates by what became of them; `kept` for those in `records`."""
     replies: list[Reply]
 
     def entry(self, **more: Any) -> dict[str, Any]:
@@ -70,163 +77,137 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Writing:
-    """How the model is asked."""
+class Synthesis:
+    """Generates the records of an output file.
 
+    Every method raises EndpointError where the endpoint fails; the records so far stay.
+    """
+
+    options: SynthesisOptions
+    output: OutputFile
     endpoint: Endpoint
     judge: Endpoint
-    """Who compares two answers."""
-    temperature: float
-    max_tokens: int
-    parallel: int
-    """Requests under way at a time."""
-    seed: int
-    similarity: float = 0.7
-    """ROUGE-L to any other from which an instruction is not new."""
-    told: Callable[[str], None] = field(default=print)
-    """Receives lines of progress."""
+    """Compares two answers."""
 
+    def prompts(self, seeds: Sequence[str]) -> None:
+        """Appends new instructions, beginning from the seeds, until there are `options.num`.
 
-def grow_prompts(writing: Writing, seeds: Sequence[str], num: int, output: OutputFile) -> None:
-    """Appends new instructions until `output` has `num`.
+        Raises:
+            EndpointError: also where the model repeats itself.
+        """
+        num, seed = self.options.num, self.options.seed
+        assert num is not None
+        own = [record["prompt"] for record in self.output.records]
+        pool, fruitless = Pool(self.options.similarity, [*seeds, *own]), 0
+        while len(own) < num:
+            first = len(self.output.entries)
+            count = min(self.options.parallel, -(-(num - len(own)) // NUM_REQUESTED))
+            shown = [_examples(seeds, own, f"{seed}/{i}") for i in range(first, first + count)]
+            for examples, reply in self._in_parallel(self._more, shown):
+                step = _new_prompts(reply, pool, num - len(own))
+                self.output.add(step.records, step.entry(examples=len(examples)))
+                own += [record["prompt"] for record in step.records]
+                fruitless = 0 if step.records or len(own) >= num else fruitless + 1
+            tell(f"{len(own)} of {num} prompts")
+            if fruitless >= FRUITLESS:
+                raise EndpointError(
+                    f"{fruitless} requests in a row gave no new instruction ({len(own)} of {num} "
+                    "are there); give more seeds, a higher --temperature, or a higher --similarity"
+                )
 
-    Args:
-        writing: how to ask.
-        seeds: instructions to begin with.
-        num: how many to have in the end.
-        output: receives records of format `prompts`.
+    def answers(self, prompts: Sequence[Prompt]) -> None:
+        """Appends an answer to each conversation that has none yet.
 
-    Raises:
-        EndpointError: the endpoint fails, or has nothing new to say; what was kept stays.
-    """
-    own = [line["prompt"] for line in output.records]
-    pool, fruitless = Pool(writing.similarity, [*seeds, *own]), 0
-    while len(own) < num:
-        number = len(output.entries)
-        batch = range(number, number + min(writing.parallel, -(-(num - len(own)) // NUM_ASKED)))
-        shown = [_examples(seeds, own, f"{writing.seed}/{each}") for each in batch]
-        for examples, reply in _answered(shown, writing.parallel, lambda e: _more(writing, e)):
-            step = _new_prompts(reply, pool, num - len(own))
-            output.add(step.results, step.entry(examples=len(examples)))
-            own += [result["prompt"] for result in step.results]
-            fruitless = 0 if step.results or len(own) >= num else fruitless + 1
-        writing.told(f"{len(own)} of {num} prompts")
-        if fruitless >= FRUITLESS:
-            raise EndpointError(
-                f"{fruitless} requests in a row gave no new instruction ({len(own)} of {num} are "
-                "there); give more seeds, a higher --temperature, or a higher --similarity"
-            )
+        An answer that was cut at `max_tokens` is not kept: it would teach to stop there.
+        """
 
+        def answer(number: int) -> Step:
+            reply = self._answer(prompts[number])
+            outcome = _fault(reply) or "kept"
+            record = {"id": number, "prompt": prompts[number], "completion": reply.text}
+            return Step([record] if outcome == "kept" else [], Counter([outcome]), [reply])
 
-def grow_answers(
-    writing: Writing, prompts: Sequence[list[dict[str, str]]], output: OutputFile
-) -> None:
-    """Appends an answer to each conversation that has none yet.
+        self._for_each(answer, len(prompts), "answers")
 
-    An answer that was cut at `max_tokens` is not kept: it would teach to stop there.
+    def pairs(self, prompts: Sequence[Prompt]) -> None:
+        """Appends, for each conversation, two answers of which the judge prefers one.
 
-    Args:
-        writing: how to ask.
-        prompts: conversations that end with the user.
-        output: receives records of format `prompt_completion`.
+        The judge reads them in both orders, and must prefer the same one: many judges prefer
+        whichever comes first (Wang 2023, arXiv 2305.17926).
+        """
 
-    Raises:
-        EndpointError: the endpoint fails; what was kept stays.
-    """
+        def pair(number: int) -> Step:
+            prompt = prompts[number]
+            replies = [self._answer(prompt) for _ in range(2)]
+            one, two = (reply.text for reply in replies)
+            fault = next(filter(None, map(_fault, replies)), "equal" if one == two else None)
+            if fault is not None:
+                return Step([], Counter([fault]), replies)
+            request = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+            if len(prompt) == 1:
+                request = prompt[0]["content"]
+            verdicts = []
+            for first, second in ((one, two), (two, one)):
+                replies.append(self._judge(JUDGE.format(request=request, one=first, two=second)))
+                verdicts.append(_verdict(replies[-1].text))
+            outcome = "kept" if set(verdicts) == {"A", "B"} else "tied"
+            if None in verdicts:
+                outcome = "no verdict"
+            better, worse = (one, two) if verdicts[0] == "A" else (two, one)
+            record = {"id": number, "prompt": prompt, "chosen": better, "rejected": worse}
+            return Step([record] if outcome == "kept" else [], Counter([outcome]), replies)
 
-    def work(number: int) -> Step:
-        reply = _answer(writing, prompts[number])
-        outcome = _fault(reply) or "kept"
-        record = {"id": number, "prompt": prompts[number], "completion": reply.text}
-        return Step([record] if outcome == "kept" else [], Counter([outcome]), [reply])
+        self._for_each(pair, len(prompts), "pairs")
 
-    _for_each(work, writing, len(prompts), output, "answers")
+    def _for_each(self, make: Callable[[int], Step], num: int, name: str) -> None:
+        done = self.output.done()
+        left = [number for number in range(num) if number not in done]
+        for count, (number, step) in enumerate(self._in_parallel(make, left), start=1):
+            self.output.add(step.records, step.entry(id=number))
+            if count % max(1, len(left) // 20) == 0 or count == len(left):
+                total = f"{num - len(left) + count} of {num} prompts"
+                tell(f"{total}: {len(self.output.records)} {name}")
 
+    def _in_parallel(
+        self, function: Callable[[Item], Result], items: Sequence[Item]
+    ) -> Iterator[tuple[Item, Result]]:
+        """Each item with the function's result, in the order in which they are done.
 
-def grow_pairs(
-    writing: Writing, prompts: Sequence[list[dict[str, str]]], output: OutputFile
-) -> None:
-    """Appends, for each conversation, two answers of which the judge prefers one.
-
-    The judge sees them in both orders, and must prefer the same one: many judges like whichever
-    comes first (Wang 2023, arXiv 2305.17926).
-
-    Args:
-        writing: how to ask.
-        prompts: conversations that end with the user.
-        output: receives records of format `preference`.
-
-    Raises:
-        EndpointError: the endpoint fails; what was kept stays.
-    """
-
-    def work(number: int) -> Step:
-        replies = [_answer(writing, prompts[number]) for _ in range(2)]
-        fault = next(filter(None, map(_fault, replies)), None)
-        one, two = (reply.text for reply in replies)
-        if fault is None and one == two:
-            fault = "equal"
-        if fault is not None:
-            return Step([], Counter([fault]), replies)
-        request = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompts[number])
-        if len(prompts[number]) == 1:
-            request = prompts[number][0]["content"]
-        verdicts = []
-        for first, second in ((one, two), (two, one)):
-            asked = JUDGE.format(request=request, one=first, two=second)
-            replies.append(_judge(writing, asked))
-            verdicts.append(_verdict(replies[-1].text))
-        outcome = {("A", "B"): "kept", ("B", "A"): "kept"}.get((verdicts[0], verdicts[1]), "tied")
-        if None in verdicts:
-            outcome = "no verdict"
-        better, worse = (one, two) if verdicts[0] == "A" else (two, one)
-        record = {"id": number, "prompt": prompts[number], "chosen": better, "rejected": worse}
-        return Step([record] if outcome == "kept" else [], Counter([outcome]), replies)
-
-    _for_each(work, writing, len(prompts), output, "pairs")
-
-
-def _for_each(
-    work: Callable[[int], Step], writing: Writing, num: int, output: OutputFile, name: str
-) -> None:
-    done = output.done()
-    left = [number for number in range(num) if number not in done]
-    for count, (number, step) in enumerate(_answered(left, writing.parallel, work), start=1):
-        output.add(step.results, step.entry(id=number))
-        if count % max(1, len(left) // 20) == 0 or count == len(left):
-            total = f"{num - len(left) + count} of {num} prompts"
-            writing.told(f"{total}: {len(output.records)} {name}")
-
-
-def _answered(items: Iterable[Any], parallel: int, work: Callable[[Any], Any]) -> Iterator[Any]:
-    """Pairs of item and what `work` made of it, as they come.
-
-    Raises:
-        EndpointError: of the first that failed, after those that were under way.
-    """
-    with ThreadPoolExecutor(parallel) as pool:
-        running: dict[Future[Any], Any] = {}
+        Raises:
+            EndpointError: of the first that failed, after those that were under way.
+        """
+        parallel, waiting = self.options.parallel, iter(items)
         failed: EndpointError | None = None
-        waiting = iter(items)
-        while True:
-            while failed is None and len(running) < parallel:
-                try:
-                    item = next(waiting)
-                except StopIteration:
+        running: dict[Future[Result], Item] = {}
+        with ThreadPoolExecutor(parallel) as pool:
+            while True:
+                free = 0 if failed else parallel - len(running)
+                running |= {pool.submit(function, item): item for item in islice(waiting, free)}
+                if not running:
                     break
-                running[pool.submit(work, item)] = item
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                item = running.pop(future)
-                try:
-                    result = future.result()
-                except EndpointError as error:
-                    failed = failed or error
-                    continue
-                yield item, result
-    if failed is not None:
-        raise failed
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    item = running.pop(future)
+                    try:
+                        result = future.result()
+                    except EndpointError as error:
+                        failed = failed or error
+                    else:
+                        yield item, result
+        if failed is not None:
+            raise failed
+
+    def _more(self, examples: Sequence[str]) -> Reply:
+        return self._answer([{"role": "user", "content": request_for_more(examples)}])
+
+    def _answer(self, prompt: Prompt) -> Reply:
+        options = self.options
+        return self.endpoint.chat(
+            prompt, temperature=options.temperature, max_tokens=options.max_tokens
+        )
+
+    def _judge(self, request: str) -> Reply:
+        prompt = [{"role": "user", "content": request}]
+        return self.judge.chat(prompt, temperature=0.0, max_tokens=self.options.max_tokens)
 
 
 def _examples(seeds: Sequence[str], own: Sequence[str], seed: str) -> list[str]:
@@ -238,17 +219,10 @@ def _examples(seeds: Sequence[str], own: Sequence[str], seed: str) -> list[str]:
     return chosen
 
 
-def more_request(examples: Sequence[str]) -> str:
+def request_for_more(examples: Sequence[str]) -> str:
     """The request for more instructions."""
     listed = "\n".join(f"{i}. {' '.join(each.split())}" for i, each in enumerate(examples, start=1))
-    return MORE_PROMPTS.format(count=len(examples), examples=listed, asked=NUM_ASKED)
-
-
-def _more(writing: Writing, examples: Sequence[str]) -> Reply:
-    asked = [{"role": "user", "content": more_request(examples)}]
-    return writing.endpoint.chat(
-        asked, temperature=writing.temperature, max_tokens=writing.max_tokens
-    )
+    return MORE_PROMPTS.format(count=len(examples), examples=listed, asked=NUM_REQUESTED)
 
 
 def _new_prompts(reply: Reply, pool: Pool, wanted: int) -> Step:
@@ -257,9 +231,9 @@ def _new_prompts(reply: Reply, pool: Pool, wanted: int) -> Step:
     if not reply.finished:
         listed = listed[:-1]
     outcomes: Counter[str] = Counter()
-    results: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     for text in listed:
-        if len(results) == wanted:
+        if len(records) == wanted:
             outcomes["not needed"] += 1
         elif not SHORTEST <= len(words(text)) <= LONGEST:
             outcomes["too short or long"] += 1
@@ -267,22 +241,10 @@ def _new_prompts(reply: Reply, pool: Pool, wanted: int) -> Step:
             outcomes["similar"] += 1
         else:
             outcomes["kept"] += 1
-            results.append({"prompt": text})
+            records.append({"prompt": text})
     if not listed:
         outcomes["no list"] += 1
-    return Step(results, outcomes, [reply])
-
-
-def _answer(writing: Writing, prompt: Sequence[Mapping[str, str]]) -> Reply:
-    return writing.endpoint.chat(
-        prompt, temperature=writing.temperature, max_tokens=writing.max_tokens
-    )
-
-
-def _judge(writing: Writing, asked: str) -> Reply:
-    return writing.judge.chat(
-        [{"role": "user", "content": asked}], temperature=0.0, max_tokens=writing.max_tokens
-    )
+    return Step(records, outcomes, [reply])
 
 
 def _fault(reply: Reply) -> str | None:

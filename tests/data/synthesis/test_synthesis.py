@@ -4,6 +4,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from chatllama.runtime.http_client import HttpClient
 from data.reading.source import read_source
 from data.similarity import Pool, rouge_l
 from data.synthesis.client import Endpoint, EndpointError, Pace
-from data.synthesis.command import Prices, estimate_answers, estimate_prompts
+from data.synthesis.command import estimate_answers, estimate_prompts
 from data.synthesis.generate import _verdict
 from data.synthesis.ledger import OutputFile
+from data.synthesis.options import SynthesisOptions
 
 pytestmark = pytest.mark.usefixtures("data_cache")
 
@@ -206,7 +208,7 @@ def test_prompts_grow_until_there_are_enough(
     assert "3 instructions" in asked and all(
         f"Name a {what}." in asked for what in ("river", "tree")
     )
-    assert "5 records" in capsys.readouterr().out
+    assert "5 records" in capsys.readouterr().err
     # Two more, from where it was.
     assert grow("prompts", "--num", "7", "--parallel", "1") == 0
     assert [line["prompt"] for line in lines(out)][:5] == made and len(lines(out)) == 7
@@ -232,7 +234,7 @@ def test_answers_go_on_where_they_stopped(
     stub.reply = reply
     assert grow("answers", "--parallel", "1") == 2
     told = capsys.readouterr()
-    assert "not today" in told.err and "the same command goes on from here" in told.out
+    assert "not today" in told.err and "the same command continues from here" in told.err
     out = tmp_path / "out.jsonl"
     assert [line["completion"] for line in lines(out)] == ["On Name a river."]
     # A line that was being written when the power failed.
@@ -316,17 +318,17 @@ def test_the_cost_is_told_and_agreed_to(
     monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
     assert grow("answers", yes=False) == 2
     told = capsys.readouterr()
-    assert "about 3 requests" in told.out and "at most 3072 tokens from it" in told.out
-    assert "price unknown" in told.out and "give --yes" in told.err
+    assert "about 3 requests" in told.err and "at most 3072 tokens from it" in told.err
+    assert "price unknown" in told.err and "give --yes" in told.err
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda question: "n")
     assert grow("answers", "--price-in", "1", "--price-out", "1000", yes=False) == 2
-    assert "at most about $3.07" in capsys.readouterr().out
+    assert "at most about $3.07" in capsys.readouterr().err
     assert stub.asked == []
     monkeypatch.setattr("builtins.input", lambda question: "y")
     assert grow("answers", "--price-in", "1", "--price-out", "1000", yes=False) == 0
     # 3 requests of 10 tokens to the model and 3 from it: $.00003 + $.009
-    assert "3 requests, 30 tokens to the model, 9 from it, $0.01" in capsys.readouterr().out
+    assert "3 requests, 30 tokens to the model, 9 from it, $0.01" in capsys.readouterr().err
 
 
 def test_estimates_by_hand() -> None:
@@ -337,7 +339,10 @@ def test_estimates_by_hand() -> None:
     assert pairs.requests == 16 and pairs.completion_tokens == 1600
     assert pairs.prompt_tokens > 2 * 28 + 2 * 800
     assert estimate_prompts(["a b c"], 10, 100).requests == 3
-    assert Prices(2.0, 4.0).of(1e6, 5e5) == 4.0 and Prices(2.0, None).of(1, 1) is None
+    words: dict[str, Any] = {"what": "pairs", "file": "", "out": Path(), "url": "", "model": "m"}
+    options = SynthesisOptions(**words, price_in=2.0, price_out=4.0)
+    assert options.dollars(1e6, 5e5) == 4.0
+    assert replace(options, price_out=None).dollars(1, 1) is None
 
 
 @pytest.mark.parametrize(
