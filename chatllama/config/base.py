@@ -1,41 +1,15 @@
-"""What every section of the YAML is made of: the strict base class, number types, `DataSource`."""
+"""What the sections of the YAML are built from: the strict base class, number types, functions.
 
-import importlib
+The sections themselves are in the other modules of this package.
+"""
+
 import os
+import pkgutil
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-)
-
-
-def load_function(name: str, key: str) -> Callable[..., Any]:
-    """The function called `module:function`; modules of the current folder are found too.
-
-    Args:
-        name: as the config has it.
-        key: of the config, for the message.
-
-    Raises:
-        ValueError: no such module or function.
-    """
-    module_name, _, function_name = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        found = vars(importlib.import_module(module_name))[function_name]
-    except (ImportError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{key}: {name!r} is not `module:function` of an importable module: {error!r}"
-        ) from error
-    if not callable(found):
-        raise ValueError(f"{key}: {name!r} is a {type(found).__name__}, not a function")
-    return found
-
+from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -50,9 +24,30 @@ class Section(BaseModel):
     """A part of the YAML: unknown keys and wrong types are errors, values never change."""
 
     model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        frozen=True,
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    def check_multiple(self, whole: str, part: str) -> None:
+        """Raises ValueError if the number under key `whole` is not a multiple of that of `part`."""
+        values = self.__dict__
+        if values[whole] % values[part]:
+            raise ValueError(f"{whole} {values[whole]} is not a multiple of {part} {values[part]}")
+
+
+def load_function(name: str, key: str) -> Callable[..., Any]:
+    """The function `module:function`; modules in the current folder are found too.
+
+    Raises:
+        ValueError: there is no such module or function; begins with `key`, the config's.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{key}: {name!r} is not `module:function` of an importable module: {error!r}"
+        ) from error
+    if not callable(found):
+        raise ValueError(f"{key}: {name!r} is a {type(found).__name__}, not a function")
+    return found

@@ -5,7 +5,6 @@ minibatch -> microbatch -> optimizer step.
 """
 
 import math
-from dataclasses import dataclass
 
 from chatllama.config.base import Schedule
 from chatllama.config.errors import ConfigError
@@ -17,38 +16,36 @@ COSINE_FLOOR = 0.1
 """Share of the peak learning rate that the cosine schedule ends at."""
 
 
-@dataclass(frozen=True)
-class PpoBatches:
-    """How one PPO step is divided on one rank."""
-
-    responses_per_rank: int
-    """Responses (and prompts: one response each) that a rank samples per PPO step."""
-    minibatches: int
-    """Minibatches of a rollout batch, per epoch; equal on every rank."""
-    responses_per_minibatch: int
-    """Responses of a minibatch on one rank."""
-    microbatches: int
-    """Microbatches of a minibatch on one rank."""
-    optimizer_steps_per_rollout: int
-    """Optimizer steps of one PPO step: epochs * minibatches."""
-    total_optimizer_steps: int
-    """Optimizer steps of the whole stage."""
-
-
 def microbatches_per_step(
-    section: OptimizerSection | FromScratch, world_size: int, name: str
+    section: OptimizerSection | FromScratch | PpoSection, world_size: int, name: str
 ) -> int:
     """Forward passes of one rank per optimizer step (gradient accumulation steps).
 
-    Args:
-        section: gives batch_size and microbatch_size.
-        world_size: number of ranks.
-        name: of the section, for the message (`sft`).
-
     Raises:
-        ValueError: the batch does not divide evenly.
+        ValueError: the batch does not divide evenly; says which sizes near it do, with `name` as
+            the section's.
     """
-    return _split(name, "batch_size", section.batch_size, section.microbatch_size, world_size)
+    assert world_size > 0, world_size
+    if isinstance(section, PpoSection):
+        key, batch = f"{name}.minibatch_size", section.minibatch_size
+    else:
+        key, batch = f"{name}.batch_size", section.batch_size
+    microbatch = section.microbatch_size
+    unit = microbatch * world_size
+    if batch % unit == 0:
+        return batch // unit
+    below = batch // unit * unit
+    remedies = f"{key} {_either([size for size in (below, below + unit) if size])}"
+    if batch % world_size == 0:
+        per_rank = batch // world_size
+        divisors = [d for d in range(1, per_rank + 1) if per_rank % d == 0]
+        smaller = [d for d in divisors if d < microbatch]
+        larger = [d for d in divisors if d > microbatch]
+        remedies += f", or {name}.microbatch_size {_either(smaller[-1:] + larger[:1])}"
+    raise ValueError(
+        f"{key} {batch} is not a multiple of {name}.microbatch_size {microbatch} times "
+        f"{_ranks(world_size)} (= {unit}); nearest that work: {remedies}"
+    )
 
 
 def optimizer_steps(section: OptimizerSection, num_examples: int) -> int:
@@ -68,64 +65,37 @@ def optimizer_steps(section: OptimizerSection, num_examples: int) -> int:
     return math.ceil(section.epochs * num_examples / section.batch_size)
 
 
-def ppo_batches(section: PpoSection, world_size: int) -> PpoBatches:
-    """How the rollout batch is divided into minibatches and microbatches on one rank.
-
-    Raises:
-        ValueError: something does not divide evenly.
-    """
-    microbatches = _split(
-        "ppo", "minibatch_size", section.minibatch_size, section.microbatch_size, world_size
-    )
+def ppo_optimizer_steps(section: PpoSection) -> int:
+    """Optimizer steps of the whole stage: one per minibatch of every epoch of every step."""
     minibatches = section.rollout_batch_size // section.minibatch_size
-    assert minibatches * section.minibatch_size == section.rollout_batch_size, section
-    steps_per_rollout = section.epochs * minibatches
-    return PpoBatches(
-        responses_per_rank=section.rollout_batch_size // world_size,
-        minibatches=minibatches,
-        responses_per_minibatch=section.minibatch_size // world_size,
-        microbatches=microbatches,
-        optimizer_steps_per_rollout=steps_per_rollout,
-        total_optimizer_steps=section.steps * steps_per_rollout,
-    )
+    return section.steps * section.epochs * minibatches
 
 
 def check_batches(cfg: Config, world_size: int) -> None:
-    """Nothing, when every stage's batches divide evenly over the ranks.
-
-    Raises:
-        ConfigError: with the problems of all stages.
-    """
+    """Raises ConfigError, with the problems of all stages, if a batch does not divide evenly."""
+    sections = {
+        "backbone.from_scratch": cfg.backbone.from_scratch,
+        "sft": cfg.sft,
+        "reward": cfg.reward,
+        "ppo": cfg.ppo,
+    }
     problems: list[str] = []
-    sections: list[tuple[str, OptimizerSection | FromScratch]] = []
-    if cfg.backbone.from_scratch is not None:
-        sections.append(("backbone.from_scratch", cfg.backbone.from_scratch))
-    sections += [("sft", cfg.sft), ("reward", cfg.reward)]
-    for name, section in sections:
+    for name, section in sections.items():
         try:
-            microbatches_per_step(section, world_size, name)
+            if section is not None:
+                microbatches_per_step(section, world_size, name)
         except ValueError as error:
             problems.append(str(error))
-    try:
-        ppo_batches(cfg.ppo, world_size)
-    except ValueError as error:
-        problems.append(str(error))
     if problems:
         raise ConfigError(f"batch sizes on {_ranks(world_size)}", problems)
 
 
 def lr_factor(step: int, total: int, schedule: Schedule, warmup_steps: int = 0) -> float:
-    """The share of the peak learning rate at optimizer step `step`.
+    """The share of the peak learning rate at optimizer step `step` (from 0) of `total`.
 
     Warm-up rises linearly and reaches 1 in its last step; the decay then starts from 1 and would
     reach its end (0, or 10 % for cosine) one step after the last. A run shorter than its warm-up
     never reaches the peak.
-
-    Args:
-        step: optimizer steps done before this one, from 0.
-        total: optimizer steps of the stage.
-        schedule: linear to 0, cosine to 10 %, or constant.
-        warmup_steps: optimizer steps of linear warm-up.
     """
     assert total > 0 and step >= 0, (step, total)
     if step < warmup_steps:
@@ -140,34 +110,8 @@ def lr_factor(step: int, total: int, schedule: Schedule, warmup_steps: int = 0) 
             return COSINE_FLOOR + (1.0 - COSINE_FLOOR) * (1.0 + math.cos(math.pi * done)) / 2
 
 
-def _split(name: str, key: str, batch: int, microbatch: int, world_size: int) -> int:
-    """Microbatches per rank of a batch over all ranks.
-
-    Raises:
-        ValueError: not a whole number; names the nearest batch and microbatch that work.
-    """
-    assert world_size > 0, world_size
-    unit = microbatch * world_size
-    if batch % unit == 0:
-        return batch // unit
-    below = batch // unit * unit
-    remedies = [f"{name}.{key} {' or '.join(str(b) for b in (below, below + unit) if b)}"]
-    if batch % world_size == 0:
-        remedies.append(
-            f"{name}.microbatch_size {_nearest_divisors(batch // world_size, microbatch)}"
-        )
-    raise ValueError(
-        f"{name}.{key} {batch} is not a multiple of {name}.microbatch_size {microbatch} times "
-        f"{_ranks(world_size)} (= {unit}); nearest that work: {', or '.join(remedies)}"
-    )
-
-
-def _nearest_divisors(number: int, wanted: int) -> str:
-    """The divisors of `number` next to `wanted` on both sides, as `a or b`."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    below = [d for d in divisors if d < wanted][-1:]
-    above = [d for d in divisors if d > wanted][:1]
-    return " or ".join(str(d) for d in below + above)
+def _either(numbers: list[int]) -> str:
+    return " or ".join(str(number) for number in numbers)
 
 
 def _ranks(world_size: int) -> str:

@@ -1,4 +1,7 @@
-"""`ConfigError`, and pydantic's findings in plain words: key, place, value, what is allowed."""
+"""`ConfigError`, and pydantic's errors in plain words: key, file and line, value, allowed values.
+
+Reads the schema for its suggestions; does not read files.
+"""
 
 import difflib
 import json
@@ -12,11 +15,33 @@ from pydantic import BaseModel, ValidationError
 from chatllama.config.schema import Config
 
 Place = tuple[str | int, ...]
+"""Keys and list indices from the root of the YAML to an entry."""
+
+_REASONS = {
+    "missing": "is missing",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "list_type": "must be a list",
+    "model_type": "must be a section with keys of its own",
+    "model_attributes_type": "must be a section with keys of its own",
+    "greater_than": "must be more than {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be less than {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "too_short": "must have at least {min_length} entries",
+    "too_long": "must have at most {max_length} entries",
+}
+"""Messages by pydantic's error type, with the fields of its context."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a value was given."""
+    """File (or command line) and line of an entry."""
 
     source: str
     line: int | None = None
@@ -26,17 +51,16 @@ class Position:
 
 
 class ConfigError(ValueError):
-    """All that is wrong with a config; `str()` is the message for the user."""
+    """Every problem of a config; `str()` is the message for the user."""
 
     def __init__(self, source: str, problems: Sequence[str]) -> None:
-        self.source = source
         self.problems = tuple(problems)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         super().__init__(f"{source}: {count}\n" + "\n".join(f"  - {each}" for each in problems))
 
 
 def unknown_key_paths(error: ValidationError, content: Mapping[str, Any]) -> list[Place]:
-    """Where in `content` the keys stand that the schema does not know."""
+    """The places in `content` of the keys that are not in the schema."""
     return [
         _real_place(each["loc"], content, each["type"])
         for each in error.errors()
@@ -50,24 +74,16 @@ def explain(
     places: Mapping[Place, Position],
     only_unknown_keys: bool = False,
 ) -> list[str]:
-    """One line for the user per wrong value.
-
-    Args:
-        error: what pydantic found.
-        content: the mapping that was validated.
-        places: where in which file entries stand.
-        only_unknown_keys: leave the other findings out.
-    """
+    """One line for the user per wrong value of `content`, with its position from `places`."""
     reasons: dict[Place, list[str]] = {}
     values: dict[Place, Any] = {}
     for each in error.errors(include_url=False):
         if only_unknown_keys and each["type"] != "extra_forbidden":
             continue
         place = _real_place(each["loc"], content, each["type"])
-        value = each["input"]
-        reason = _reason(each["type"], each.get("ctx", {}), value, each["msg"], place)
+        reason = _reason(each["type"], each.get("ctx", {}), each["input"], each["msg"], place)
         reasons.setdefault(place, []).append(reason)
-        values[place] = value
+        values[place] = each["input"]
     return [
         f"{_dotted(place)}{_where(place, places)}: {' or '.join(dict.fromkeys(reason))}"
         + _value_given(reason[0], values[place])
@@ -92,45 +108,19 @@ def _real_place(loc: Place, content: Any, kind: str) -> Place:
 
 def _reason(kind: str, ctx: Mapping[str, Any], value: Any, message: str, place: Place) -> str:
     """What is wrong, without the value given (see `_value_given`)."""
-    match kind:
-        case "extra_forbidden":
-            return "unknown key" + _suggestion(place)
-        case "missing":
-            return "is missing"
-        case "value_error":
-            return str(ctx["error"])
-        case "literal_error":
-            allowed = _allowed(place)
-            one_of = "one of " if len(allowed) > 1 else ""
-            return f"must be {one_of}{', '.join(map(_show, allowed))}" + _nearest(value, allowed)
-        case "int_type" | "int_from_float" | "int_parsing":
-            return "must be a whole number"
-        case "float_type":
-            return "must be a number"
-        case "finite_number":
-            return "must be a finite number"
-        case "bool_type":
-            return "must be true or false"
-        case "string_type":
-            return "must be text"
-        case "list_type":
-            return "must be a list"
-        case "model_type" | "model_attributes_type":
-            return "must be a section with keys of its own"
-        case "greater_than":
-            return f"must be more than {ctx['gt']:g}"
-        case "greater_than_equal":
-            return f"must be at least {ctx['ge']:g}"
-        case "less_than":
-            return f"must be less than {ctx['lt']:g}"
-        case "less_than_equal":
-            return f"must be at most {ctx['le']:g}"
-        case "too_short":
-            return f"must have at least {ctx['min_length']} entries"
-        case "too_long":
-            return f"must have at most {ctx['max_length']} entries"
-        case _:
-            return message.replace("Input should be", "must be")
+    if kind == "extra_forbidden":
+        return "unknown key" + _suggestion(place)
+    if kind == "value_error":
+        return str(ctx["error"])
+    if kind == "literal_error":
+        section = _model_at(place[:-1])
+        assert section is not None, place
+        allowed = literal_values(section.model_fields[str(place[-1])].annotation)
+        one_of = "one of " if len(allowed) > 1 else ""
+        return f"must be {one_of}{', '.join(map(_show, allowed))}" + _nearest(value, allowed)
+    if kind in _REASONS:
+        return _REASONS[kind].format(**ctx)
+    return message.replace("Input should be", "must be")
 
 
 def _value_given(reason: str, value: Any) -> str:
@@ -141,7 +131,7 @@ def _value_given(reason: str, value: Any) -> str:
 
 
 def _suggestion(place: Place) -> str:
-    """A likely meaning of the unknown key at `place`, else the keys that its section has."""
+    """The nearest known keys to the unknown one at `place`, else all keys of its section."""
     key, section = str(place[-1]), _model_at(place[:-1])
     siblings = list(section.model_fields) if section else []
     close = difflib.get_close_matches(key, siblings, n=1)
@@ -176,11 +166,8 @@ def nested_section(annotation: Any) -> type[BaseModel] | None:
     """The section class inside `X`, `X | None`, `list[X]` or `Annotated[...]`, if there is one."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    for argument in get_args(annotation):
-        found = nested_section(argument)
-        if found is not None:
-            return found
-    return None
+    inner = (nested_section(argument) for argument in get_args(annotation))
+    return next((section for section in inner if section is not None), None)
 
 
 def literal_values(annotation: Any) -> list[Any]:
@@ -193,13 +180,11 @@ def literal_values(annotation: Any) -> list[Any]:
 
 
 def _is_list(annotation: Any) -> bool:
-    if get_origin(annotation) is list:
-        return True
-    return any(_is_list(part) for part in get_args(annotation))
+    return get_origin(annotation) is list or any(map(_is_list, get_args(annotation)))
 
 
 def _model_at(place: Place) -> type[BaseModel] | None:
-    """The section class at `place`, list positions skipped."""
+    """The section class at `place`, list indices skipped."""
     model: type[BaseModel] | None = Config
     for part in place:
         if isinstance(part, int):
@@ -208,13 +193,6 @@ def _model_at(place: Place) -> type[BaseModel] | None:
             return None
         model = nested_section(model.model_fields[part].annotation)
     return model
-
-
-def _allowed(place: Place) -> list[Any]:
-    """The values that the key at `place` may have."""
-    section = _model_at(place[:-1])
-    assert section is not None, place
-    return literal_values(section.model_fields[str(place[-1])].annotation)
 
 
 def _dotted(place: Place) -> str:

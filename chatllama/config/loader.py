@@ -1,7 +1,7 @@
 """YAML files as a checked `Config`: `extends:`, command-line overrides, every problem at once.
 
-The keys themselves are in `config.py`; the wording of schema errors is in `config_errors.py`.
-Imports nothing heavy, so that a misspelt key is told within a second.
+The keys are in `schema.py`, the wording of schema errors in `errors.py`. Imports nothing heavy, so
+that a misspelt key is reported within a second.
 """
 
 from collections.abc import Sequence
@@ -10,21 +10,13 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
-from chatllama.config.errors import (
-    ConfigError,
-    Place,
-    Position,
-    explain,
-    unknown_key_paths,
-)
+from chatllama.config.errors import ConfigError, Place, Position, explain, unknown_key_paths
 from chatllama.config.schema import Config
 from chatllama.config.yaml_reader import dump_yaml, parse_value, read_mapping
 
-__all__ = ["ConfigError", "dump_config", "load_config"]
-
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The checked config of a YAML file with its parents and the command line's overrides.
+    """The checked config of a YAML file, its parents and the command line's overrides.
 
     Args:
         path: the YAML file. Its `extends: other.yaml` names one parent, relative to the file;
@@ -59,53 +51,46 @@ def dump_config(cfg: Config, path: str | Path) -> None:
 
 
 def _read_with_parents(
-    path: Path, problems: list[str], places: dict[Place, Position]
+    path: Path,
+    problems: list[str],
+    places: dict[Place, Position],
+    children: tuple[Path, ...] = (),
 ) -> dict[str, Any]:
-    """The file's mapping merged over its chain of parents; fills `problems` and `places`."""
-    chain: list[tuple[dict[str, Any], dict[Place, Position]]] = []
-    visited: list[Path] = []
-    while True:
-        resolved = path.resolve()
-        if resolved in visited:
-            names = " -> ".join(str(each) for each in [*visited, resolved])
-            raise ConfigError(str(visited[0]), [f"extends goes round in a circle: {names}"])
-        visited.append(resolved)
-        try:
-            content, own_places = read_mapping(path, problems)
-        except ValueError as error:
-            raise ConfigError(str(path), [*problems, str(error)]) from error
-        chain.append((content, own_places))
-        if "extends" not in content:
-            break
-        parent = content.pop("extends")
-        if not isinstance(parent, str):
-            problems.append(f"extends: must be one file name, not {parent!r} ({path})")
-            break
-        path = path.parent / parent
+    """The file's mapping merged over its parents'; fills `problems` and `places`."""
+    chain = (*children, path.resolve())
+    if chain[-1] in children:
+        names = " -> ".join(map(str, chain))
+        raise ConfigError(str(chain[0]), [f"extends goes round in a circle: {names}"])
+    try:
+        content, own_places = read_mapping(path, problems)
+    except ValueError as error:
+        raise ConfigError(str(path), [*problems, str(error)]) from error
     merged: dict[str, Any] = {}
-    for content, own_places in reversed(chain):
-        merged = _merge(merged, content)
-        lists = {place[:-1] for place in own_places if place[-1] == 0}
-        _forget_below(lists, places)
-        places.update(own_places)
-    return merged
+    if "extends" in content:
+        parent = content.pop("extends")
+        if isinstance(parent, str):
+            merged = _read_with_parents(path.parent / parent, problems, places, chain)
+        else:
+            problems.append(f"extends: must be one file name, not {parent!r} ({path})")
+    _forget_below({place[:-1] for place in own_places if place[-1] == 0}, places)
+    places.update(own_places)
+    return _merge(merged, content)
 
 
 def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
     """`parent` with the child's values: mappings merge, everything else replaces."""
     merged = dict(parent)
     for key, value in child.items():
-        above = _mapping(merged.get(key))
-        below = _mapping(value)
+        above, below = _mapping(merged.get(key)), _mapping(value)
         merged[key] = value if above is None or below is None else _merge(above, below)
     return merged
 
 
 def _apply_override(content: dict[str, Any], override: str, places: dict[Place, Position]) -> None:
-    """Sets one `section.key=value` in `content`, making mappings on the way.
+    """Sets one `section.key=value` in `content`, with new mappings where there are none.
 
     Raises:
-        ValueError: it is not of that form, or leads through something that has no keys.
+        ValueError: it has another form, or leads through a value that has no keys.
     """
     dotted, equals, text = override.partition("=")
     keys = dotted.split(".")
@@ -137,7 +122,7 @@ def _mapping(value: Any) -> dict[str, Any] | None:
 
 
 def _forget_below(replaced: set[Place], places: dict[Place, Position]) -> None:
-    """Drops the positions of what stood inside the `replaced` entries."""
+    """Drops the positions of everything inside the `replaced` entries."""
     for place in list(places):
         if any(place[:length] in replaced for length in range(1, len(place))):
             del places[place]
@@ -148,28 +133,23 @@ def _validate(
 ) -> Config | None:
     """The Config, or None and the reasons appended to `problems`.
 
-    A section with an unknown key skips its own cross-checks in pydantic, so the unknown keys are
-    told, taken out, and the rest is checked again.
+    Pydantic skips the cross-checks of a section with an unknown key, so the unknown keys are
+    reported, removed, and the rest is checked again.
     """
     try:
         return Config.model_validate(content)
-    except ValidationError as first:
-        unknown = unknown_key_paths(first, content)
-        problems.extend(explain(first, content, places, only_unknown_keys=True))
-        if not unknown:
-            problems.extend(explain(first, content, places))
-            return None
-    for place in unknown:
-        content = _without(content, place)
-    try:
-        Config.model_validate(content)
-    except ValidationError as second:
-        problems.extend(explain(second, content, places))
+    except ValidationError as error:
+        unknown = unknown_key_paths(error, content)
+        problems.extend(explain(error, content, places, only_unknown_keys=bool(unknown)))
+    if unknown:
+        for place in unknown:
+            content = _without(content, place)
+        _validate(content, places, problems)
     return None
 
 
 def _without(tree: Any, place: Place) -> Any:
-    """A copy of `tree` in which the entry at `place` is gone."""
+    """A copy of `tree` without the entry at `place`."""
     head, rest = place[0], place[1:]
     if isinstance(tree, list):
         items = cast(list[Any], tree)

@@ -1,4 +1,7 @@
-"""Strict YAML 1.2: duplicate keys refused, `1e-5` is a number, `yes` is text, lines remembered."""
+"""Strict YAML 1.2: duplicate keys are errors, `1e-5` is a number, `yes` is text, lines are kept.
+
+What the keys mean is in the schema.
+"""
 
 import re
 from pathlib import Path
@@ -8,18 +11,14 @@ import yaml
 
 from chatllama.config.errors import Place, Position
 
-_SCALARS: tuple[tuple[str, str, str], ...] = (
-    ("null", r"^(?:~|null|Null|NULL|)$", "~nN\0"),
-    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
-    ("int", r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$", "-+0123456789"),
-    (
-        "float",
-        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
-        "-+0123456789.",
-    ),
-)
 _TAG = "tag:yaml.org,2002:"
+_SCALARS = {
+    "null": r"^(?:~|null|Null|NULL|)$",
+    "bool": r"^(?:true|True|TRUE|false|False|FALSE)$",
+    "int": r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$",
+    "float": r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -30,42 +29,27 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes text that _Loader and YAML 1.1 readers understand alike (doubtful text is quoted)."""
-
-
-for _name, _pattern, _first in _SCALARS:
-    _characters = ["" if c == "\0" else c for c in _first]
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(_TAG + _name, re.compile(_pattern), _characters)
+    """Writes text that _Loader and YAML 1.1 readers read alike (ambiguous text is quoted)."""
 
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    text = node.value
-    base = {"0o": 8, "0x": 16}.get(text[:2], 10)
-    return int(text if base == 10 else text[2:], base)
+    return int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10))
 
 
-def _construct_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
-    return float(node.value.replace(".inf", "inf").replace(".nan", "nan"))
-
-
+for _name, _pattern in _SCALARS.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_TAG + _name, re.compile(_pattern), [None])
 _Loader.add_constructor(_TAG + "int", _construct_int)
-_Loader.add_constructor(_TAG + "float", _construct_float)
 
 
 def parse_value(text: str) -> Any:
     """The value of a command-line override, read as YAML.
 
     Raises:
-        ValueError: it is not YAML, or a key is there twice.
+        ValueError: it is not YAML, or has a duplicate key.
     """
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        reader = _NodeReader(loader, "the value")
-        value = reader.read(node, ())
+        value, reader = _read(text, "the value")
     except yaml.YAMLError as error:
         raise ValueError(f"the value {text!r} is not valid YAML: {_one_line(error)}") from error
     if reader.problems:
@@ -74,32 +58,25 @@ def parse_value(text: str) -> Any:
 
 
 def read_mapping(path: Path, problems: list[str]) -> tuple[dict[str, Any], dict[Place, Position]]:
-    """The mapping in a YAML file, and where in the file each entry stands.
+    """The mapping in a YAML file, and the position of each entry in the file.
 
-    Args:
-        path: the file.
-        problems: receives duplicate keys and keys that are not text; reading goes on after them.
+    Adds duplicate keys and keys that are not text to `problems`, and reads on after them.
 
     Raises:
-        ValueError: no such file, or it is not one YAML mapping.
+        ValueError: there is no such file, or it is not one YAML mapping.
     """
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
     try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
-        node = loader.get_single_node()
-        if node is None:
-            return {}, {}
-        if not isinstance(node, yaml.MappingNode):
-            raise ValueError(f"{path}: must be a mapping of sections, such as `sft: ...`")
-        reader = _NodeReader(loader, str(path))
-        content = reader.read(node, ())
+        content, reader = _read(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {_one_line(error)}") from error
+    if content is not None and not isinstance(content, dict):
+        raise ValueError(f"{path}: must be a mapping of sections, such as `sft: ...`")
     problems.extend(reader.problems)
-    return content, reader.places
+    return content or {}, reader.places
 
 
 def dump_yaml(content: dict[str, Any]) -> str:
@@ -107,8 +84,16 @@ def dump_yaml(content: dict[str, Any]) -> str:
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
+def _read(text: str, source: str) -> tuple[Any, "_NodeReader"]:
+    """The value of the one document in `text` (None if it is empty), and its reader."""
+    loader = _Loader(text)
+    reader = _NodeReader(loader, source)
+    node = loader.get_single_node()
+    return None if node is None else reader.read(node, ()), reader
+
+
 def _one_line(error: yaml.YAMLError) -> str:
-    """What and where, without PyYAML's picture of the place."""
+    """The problem and its line and column, without PyYAML's excerpt."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
@@ -116,7 +101,7 @@ def _one_line(error: yaml.YAMLError) -> str:
 
 
 class _NodeReader:
-    """Turns YAML nodes into values, keeping the line of every entry."""
+    """Turns YAML nodes into values and keeps the line of every entry."""
 
     def __init__(self, loader: _Loader, source: str) -> None:
         self.problems: list[str] = []
@@ -126,7 +111,7 @@ class _NodeReader:
         self._open: list[yaml.Node] = []
 
     def read(self, node: yaml.Node, place: Place) -> Any:
-        """The value of `node`, which stands at `place`."""
+        """The value of `node`, which is at `place`."""
         if any(node is outer for outer in self._open):
             raise yaml.constructor.ConstructorError(
                 None, None, "an alias contains itself", node.start_mark
@@ -134,13 +119,12 @@ class _NodeReader:
         if node.tag not in (_TAG + "map", _TAG + "seq"):
             return self._loader.construct_object(node, deep=True)
         self._open.append(node)
-        value: Any
+        value: Any = []
         if isinstance(node, yaml.MappingNode):
             value = self._read_mapping(node, place)
         else:
-            value = []
             for index, item in enumerate(node.value):
-                self._remember((*place, index), item)
+                self.places[(*place, index)] = self._position(item)
                 value.append(self.read(item, (*place, index)))
         self._open.pop()
         return value
@@ -149,22 +133,18 @@ class _NodeReader:
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = self.read(key_node, place)
-            line = key_node.start_mark.line + 1
-            dotted = ".".join(str(part) for part in (*place, key))
+            position = self._position(key_node)
+            inside = (*place, key)
+            where = f"{'.'.join(map(str, inside))} ({position})"
             if not isinstance(key, str):
-                self.problems.append(
-                    f"{dotted} ({self._source}, line {line}): a key must be text, not {key!r}"
-                )
+                self.problems.append(f"{where}: a key must be text, not {key!r}")
                 continue
             if key in mapping:
-                before = self.places[(*place, key)].line
-                self.problems.append(
-                    f"{dotted} ({self._source}, line {line}): given twice, first in line {before}"
-                )
-            else:
-                self._remember((*place, key), key_node)
-            mapping[key] = self.read(value_node, (*place, key))
+                before = self.places[inside].line
+                self.problems.append(f"{where}: given twice, first in line {before}")
+            self.places.setdefault(inside, position)
+            mapping[key] = self.read(value_node, inside)
         return mapping
 
-    def _remember(self, place: Place, node: yaml.Node) -> None:
-        self.places[place] = Position(self._source, node.start_mark.line + 1)
+    def _position(self, node: yaml.Node) -> Position:
+        return Position(self._source, node.start_mark.line + 1)

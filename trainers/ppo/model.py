@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from chatllama.config.batch_sizes import ppo_batches
+from chatllama.config.batch_sizes import microbatches_per_step
 from chatllama.config.schema import Config
 from chatllama.model.adapters import SavedAdapter, load_adapter, save_adapter
 from chatllama.model.backbone import load_backbone
@@ -121,7 +121,7 @@ def build_engine(cfg: Config, model: RoleModel) -> Engine:
         ),
         cfg.deepspeed,
         microbatch_size=section.microbatch_size,
-        accumulation_steps=ppo_batches(section, world_size()).microbatches,
+        accumulation_steps=microbatches_per_step(section, world_size(), "ppo"),
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from chatllama.config.batch_sizes import lr_factor, ppo_batches
+from chatllama.config.batch_sizes import lr_factor, ppo_optimizer_steps
 from chatllama.config.ppo import PpoSection
 from chatllama.config.schema import Config
 from chatllama.model.roles import Role, adapter_parameters
@@ -18,7 +18,7 @@ from chatllama.reporting.tracker import Tracker, logged_metrics
 from chatllama.runs import interruption
 from chatllama.runs.checkpoints import checkpoint_to_resume, layout_of, newest_good
 from chatllama.runs.folder import RunFolder
-from chatllama.runtime.distributed import rank, world_size
+from chatllama.runtime.distributed import rank
 from data.batches import batch_indices
 from trainers.engine.engine import Engine
 from trainers.ppo.data import Prompts, PtxLoader, StopTokens
@@ -64,7 +64,7 @@ class PpoTrainer:
         self.guard = Guard(cfg.ppo, run)
         self.servers = open_pool(cfg, run, engine.model, stop_tokens)
         self.sampler_gap: dict[str, float] = {}
-        self.total_optimizer_steps = ppo_batches(cfg.ppo, world_size()).total_optimizer_steps
+        self.total_optimizer_steps = ppo_optimizer_steps(cfg.ppo)
 
     def train(self, resume: bool) -> dict[str, float]:
         """Trains policy and value in place; returns the stage's closing numbers.
