@@ -59,36 +59,29 @@ class ConfigError(ValueError):
         super().__init__(f"{source}: {count}\n" + "\n".join(f"  - {each}" for each in problems))
 
 
-def unknown_key_paths(error: ValidationError, content: Mapping[str, Any]) -> list[Place]:
-    """The places in `content` of the keys that are not in the schema."""
-    return [
-        _real_place(each["loc"], content, each["type"])
-        for each in error.errors()
-        if each["type"] == "extra_forbidden"
-    ]
-
-
 def explain(
-    error: ValidationError,
-    content: Mapping[str, Any],
-    places: Mapping[Place, Position],
-    only_unknown_keys: bool = False,
-) -> list[str]:
-    """One line for the user per wrong value of `content`, with its position from `places`."""
+    error: ValidationError, content: Mapping[str, Any], places: Mapping[Place, Position]
+) -> tuple[list[str], list[Place]]:
+    """One line for the user per wrong value of `content`, and the places of its unknown keys.
+
+    If there are unknown keys, only they are reported: pydantic skips the cross-checks of their
+    sections, so the rest is known only without them.
+    """
+    findings = error.errors(include_url=False)
+    unknown = [each for each in findings if each["type"] == "extra_forbidden"]
     reasons: dict[Place, list[str]] = {}
     values: dict[Place, Any] = {}
-    for each in error.errors(include_url=False):
-        if only_unknown_keys and each["type"] != "extra_forbidden":
-            continue
+    for each in unknown or findings:
         place = _real_place(each["loc"], content, each["type"])
         reason = _reason(each["type"], each.get("ctx", {}), each["input"], each["msg"], place)
         reasons.setdefault(place, []).append(reason)
         values[place] = each["input"]
-    return [
+    lines = [
         f"{_dotted(place)}{_where(place, places)}: {' or '.join(dict.fromkeys(reason))}"
         + _value_given(reason[0], values[place])
         for place, reason in reasons.items()
     ]
+    return lines, list(reasons) if unknown else []
 
 
 def _real_place(loc: Place, content: Any, kind: str) -> Place:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
-from chatllama.config.errors import ConfigError, Place, Position, explain, unknown_key_paths
+from chatllama.config.errors import ConfigError, Place, Position, explain
 from chatllama.config.schema import Config
 from chatllama.config.yaml_reader import dump_yaml, parse_value, read_mapping
 
@@ -131,16 +131,12 @@ def _forget_below(replaced: set[Place], places: dict[Place, Position]) -> None:
 def _validate(
     content: dict[str, Any], places: dict[Place, Position], problems: list[str]
 ) -> Config | None:
-    """The Config, or None and the reasons appended to `problems`.
-
-    Pydantic skips the cross-checks of a section with an unknown key, so the unknown keys are
-    reported, removed, and the rest is checked again.
-    """
+    """The Config, or None and the reasons appended to `problems`."""
     try:
         return Config.model_validate(content)
     except ValidationError as error:
-        unknown = unknown_key_paths(error, content)
-        problems.extend(explain(error, content, places, only_unknown_keys=bool(unknown)))
+        lines, unknown = explain(error, content, places)
+        problems.extend(lines)
     if unknown:
         for place in unknown:
             content = _without(content, place)

@@ -1,4 +1,4 @@
-"""The sections of the config about the model: backbone, chat template, LoRA."""
+"""The sections about the model: backbone, from-scratch training, chat template, LoRA."""
 
 from typing import Annotated, Literal
 
@@ -14,7 +14,7 @@ class FromScratch(Section):
     data: Annotated[list[DataSource], Field(min_length=1)]
     """Plain text to learn from (format `text`)."""
     vocab_size: Positive = 512
-    """Pieces of the SentencePiece BPE model, special and byte pieces included."""
+    """Pieces of the SentencePiece BPE model, including special and byte pieces."""
     hidden_size: Positive = 128
     """Width of the residual stream."""
     intermediate_size: Positive = 352
@@ -60,58 +60,54 @@ class BackboneSection(Section):
     """Hub revision (commit, tag or branch). null: the default branch."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the frozen weights and of the matrix products. Adapters and heads are float32.
-    float16 is for answering only: `--dtype` of chat, generate, serve and eval."""
+    float16 is for inference only: `--dtype` of chat, generate, serve and eval."""
     quantization: Literal["none", "int8", "nf4"] = "none"
     """Frozen linear layers in 8 or 4 bits (QLoRA; extra `bitsandbytes`; not with ZeRO-3 or
     `lora: null`). Matrix products stay in dtype, adapters and heads in float32."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "varlen"] = "sdpa"
     """Attention kernel, as transformers names it. With flash_attention_2 (CUDA, the package
-    flash-attn) the reward stage repeats a prompt for every answer. varlen is sdpa but for one call
-    of PyTorch's own FlashAttention where PPO scores packed rows (CUDA, bfloat16); it has not been
-    measured on a GPU yet. Answering takes sdpa for it."""
+    flash-attn) the reward stage repeats a prompt for every answer. varlen: sdpa, except that PPO
+    scores packed rows by PyTorch's own FlashAttention (CUDA, bfloat16); not measured on a GPU yet.
+    Inference uses sdpa for it."""
     liger_kernel: bool = False
     """Liger's fused kernels (RMSNorm, rotary embedding, SwiGLU) in training: CUDA, extra `liger`.
     Not measured on a GPU yet."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off: such a model is refused."""
+    """Run Python code that comes with the model. false: such a model is refused."""
     from_scratch: FromScratch | None = None
-    """Train tokenizer and backbone from text first, into RUN/backbone."""
+    """Train tokenizer and backbone on plain text first, into RUN/backbone."""
 
     @field_validator("dtype", mode="before")
     @classmethod
     def _no_float16(cls, value: object) -> object:
         if value == "float16":
             raise ValueError(
-                "float16 is for answering only (--dtype of chat, generate, serve and eval): "
-                "training has no loss scaling, so that small gradients would become 0; use "
-                "bfloat16 or float32"
+                "float16 is for inference only (--dtype of chat, generate, serve and eval): "
+                "training has no loss scaling, so small gradients would become 0; use bfloat16 "
+                "or float32"
             )
         return value
 
     @model_validator(mode="after")
-    def _has_kernel(self) -> "BackboneSection":
+    def _check_combinations(self) -> "BackboneSection":
         if self.attn_implementation == "varlen" and self.dtype != "bfloat16":
             raise ValueError(
                 f"attn_implementation varlen computes in bfloat16, not in dtype {self.dtype}; "
                 "choose sdpa"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> "BackboneSection":
         if (self.path is None) == (self.from_scratch is None):
             raise ValueError("give exactly one of path and from_scratch")
         return self
 
     @property
     def against_compiling(self) -> str | None:
-        """Why the step of one token cannot be compiled. None: it can."""
+        """Why the decoding step cannot be compiled; None if it can."""
         if self.quantization != "none":
             return (
                 f"quantised weights ({self.quantization}) are multiplied by bitsandbytes, which "
-                "torch.compile cannot look into; use quantization none, or do not compile"
+                "torch.compile cannot trace; use quantization none, or do not compile"
             )
         if self.attn_implementation not in ("sdpa", "varlen"):
             return (
@@ -122,12 +118,12 @@ class BackboneSection(Section):
 
 
 class ChatSection(Section):
-    """How a conversation becomes tokens: one contract for SFT, reward, PPO and chat."""
+    """How a conversation becomes tokens, in all stages and in chat."""
 
     template: Literal["llama2", "llama3", "alpaca", "vicuna", "chatml", "tokenizer"] = "llama2"
-    """Layout of the turns. `tokenizer`: the chat template that the tokenizer brings."""
+    """Chat template. `tokenizer`: the one that comes with the tokenizer."""
     system: str | None = None
-    """System prompt for conversations that bring none."""
+    """System prompt for conversations that have none."""
 
 
 class LoraSection(Section):
@@ -144,8 +140,8 @@ class LoraSection(Section):
 
 
 def without_training_kernels(section: "BackboneSection") -> "BackboneSection":
-    """The section without what only training uses, so that any machine can open any run."""
+    """The section without the kernels for training, so that any machine can open any run."""
     changes: dict[str, object] = {"liger_kernel": False}
     if section.attn_implementation == "varlen":
-        changes["attn_implementation"] = "sdpa"  # which it is where rows are not packed
+        changes["attn_implementation"] = "sdpa"  # the same where rows are not packed
     return section.model_copy(update=changes)

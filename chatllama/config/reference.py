@@ -1,4 +1,4 @@
-"""configs/reference.yaml, made from the schema.
+"""Renders configs/reference.yaml from the schema.
 
     python -m chatllama.config.reference > configs/reference.yaml
 
@@ -7,7 +7,6 @@ written as comments. Nothing about a key is repeated here.
 """
 
 import json
-import re
 import textwrap
 from typing import Any
 
@@ -19,63 +18,50 @@ from chatllama.config.schema import Config
 from chatllama.config.sources import DataSource
 from chatllama.config.yaml_reader import dump_yaml
 
-EXAMPLES: dict[str, str] = {
+EXAMPLES = {
     "run_dir": "runs/reference",
     "backbone.path": "huggyllama/llama-7b",
     "sft.data.path": "tatsu-lab/alpaca",
 }
-"""Values for keys that have no default that could be shown."""
+"""Example values of keys that have no default."""
 
 _HEADER = """\
 # Every key of a chatllama config: what it means, and its default. Not meant to be run: start from
 # one of the other files here, or from a few keys of your own (`extends: other.yaml` takes the rest
 # from there). Made by `python -m chatllama.config.reference`; a test keeps it equal to the schema.
 """
-_WIDTH = 100
 
 
 def render_reference() -> str:
     """The text of configs/reference.yaml."""
-    return _HEADER + "\n" + "\n".join(_render_section(Config(**_required()), Config, "")) + "\n"
+    smallest = {"run_dir": EXAMPLES["run_dir"], "backbone": {"path": EXAMPLES["backbone.path"]}}
+    return _HEADER + "\n" + "\n".join(_render_section(Config.model_validate(smallest), "")) + "\n"
 
 
-def _required() -> dict[str, Any]:
-    """The smallest config, with the example values."""
-    return {"run_dir": EXAMPLES["run_dir"], "backbone": {"path": EXAMPLES["backbone.path"]}}
-
-
-def _render_section(values: BaseModel, section: type[BaseModel], path: str) -> list[str]:
-    """Lines of a section's keys, unindented.
-
-    Args:
-        values: the section as an object; what it holds is what is written.
-        section: its class, for the docstrings.
-        path: dotted path with a dot at the end, or "" for the root.
-    """
+def _render_section(values: BaseModel, path: str) -> list[str]:
+    """Lines of a section's keys, unindented; `path` is dotted with a dot at the end, or ""."""
     lines: list[str] = []
-    for name, field in section.model_fields.items():
+    for name, field in type(values).model_fields.items():
         value = values.__dict__[name]
         inner = nested_section(field.annotation)
         if not path and inner is not None:
             lines.append("")
-        lines += _comment(_describe(field))
+        lines += _describe(field)
         if isinstance(value, BaseModel):
-            lines.append(f"{name}:")
-            lines += _indent(_render_section(value, type(value), f"{path}{name}."))
-            continue
-        if isinstance(value, list) and value and isinstance(value[0], BaseModel):
+            lines += [f"{name}:", *_indent(_render_section(value, f"{path}{name}."))]
+        elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
             lines += [f"{name}:", *(line for entry in value for line in _entry(entry, path))]
-            continue
-        one_line = json.dumps(value) if isinstance(value, list) else None
-        lines.append(f"{name}: {one_line}" if one_line else dump_yaml({name: value}).rstrip())
-        if inner is not None:
-            lines += [f"# {line}" if line else "#" for line in _absent(f"{path}{name}", inner)]
+        else:
+            one_line = f"{name}: {json.dumps(value)}" if isinstance(value, list) else None
+            lines.append(one_line or dump_yaml({name: value}).rstrip())
+            if inner is not None:
+                lines += [f"# {line}" if line else "#" for line in _absent(f"{path}{name}", inner)]
     return lines
 
 
 def _entry(entry: BaseModel, path: str) -> list[str]:
     """A section as an entry of a list: its first key carries the dash."""
-    lines = _indent(_render_section(entry, type(entry), path))
+    lines = _indent(_render_section(entry, path))
     first = next(i for i, line in enumerate(lines) if not line.lstrip().startswith("#"))
     lines[first] = "- " + lines[first][2:]
     return lines
@@ -92,22 +78,16 @@ def _absent(path: str, section: type[BaseModel]) -> list[str]:
     required: dict[str, Any] = {
         key: [] for key, field in section.model_fields.items() if field.is_required()
     }
-    values = section.model_construct(**required)
-    return [f"{name}:", *_indent(_render_section(values, section, f"{path}."))]
+    return [f"{name}:", *_indent(_render_section(section.model_construct(**required), f"{path}."))]
 
 
-def _describe(field: FieldInfo) -> str:
-    """The docstring of a key and the values that it may have, where they are listed."""
+def _describe(field: FieldInfo) -> list[str]:
+    """Comment lines: the docstring of a key, and its allowed values if they are listed."""
     assert field.description, field
-    text = re.sub(r"\s+", " ", field.description.strip())
-    values = literal_values(field.annotation)
+    text, values = field.description, literal_values(field.annotation)
     if len(values) > 1:
-        text += f" One of: {', '.join(str(value) for value in values)}."
-    return text
-
-
-def _comment(text: str) -> list[str]:
-    return [f"# {line}" for line in textwrap.wrap(text, _WIDTH - 10, break_on_hyphens=False)]
+        text += f" One of: {', '.join(map(str, values))}."
+    return [f"# {line}" for line in textwrap.wrap(text, 90, break_on_hyphens=False)]
 
 
 def _indent(lines: list[str]) -> list[str]:

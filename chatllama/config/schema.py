@@ -1,8 +1,7 @@
-"""The YAML file as typed sections: every key, its unit, its default and its limits.
+"""The whole YAML file as typed sections: every key, its unit, its default and its limits.
 
-A default lives here (or in `config_stages.py`, `config_generation.py` and `config_ppo.py`) and
-nowhere else. Reading files, `extends:` and command-line overrides are in `config_loader.py`;
-numbers derived from these (microbatches, steps) are in `batching.py`.
+A default is in this package's sections and nowhere else. Reading files, `extends:` and command-line
+overrides are in `loader.py`; numbers derived from the keys are in `batch_sizes.py`.
 """
 
 from typing import Annotated, Literal
@@ -22,18 +21,18 @@ class DeepSpeedSection(Section):
     stage: Annotated[int, Field(ge=0, le=3)] = 2
     """ZeRO stage. 2 suits LoRA; 3 shards the backbone too, for models larger than one GPU."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where optimizer state lives (cpu: stages 1 to 3; nvme: stage 3, with GPUs only)."""
+    """Where optimizer state is stored (cpu: stages 1 to 3; nvme: stage 3, with GPUs only)."""
     offload_param: Literal["none", "cpu", "nvme"] = "none"
-    """Where parameters live (stage 3)."""
+    """Where parameters are stored (stage 3)."""
     nvme_path: str | None = None
-    """Folder on a local NVMe disk, the same path on every node, for what is offloaded to nvme.
-    Needs the system's libaio (Debian: libaio-dev) and a C++ compiler."""
+    """Folder on a local NVMe disk for offloading to nvme; the same path on every node. Needs the
+    system's libaio (Debian: libaio-dev) and a C++ compiler."""
     stage3_param_persistence_threshold: NonNegative = 100_000
-    """Parameters with fewer elements stay whole on every rank (stage 3)."""
+    """Stage 3: parameters with fewer elements are not sharded."""
     gather_for_rollouts: bool | Literal["auto"] = "auto"
-    """Stage 3: true brings the whole model to every rank once per rollout batch (fast; each GPU
-    must hold it); false goes layer by layer for every token, slower but within a shard's memory.
-    auto: true where the model takes at most 80 % of every rank's free memory, else false with a
+    """Stage 3: true gathers the whole model on every rank once per rollout batch (fast; each GPU
+    must hold it); false gathers one layer at a time for every token (slow, needs little memory).
+    auto: true if the model takes at most 80 % of every rank's free memory, else false with a
     warning."""
 
     @model_validator(mode="after")
@@ -41,8 +40,7 @@ class DeepSpeedSection(Section):
         places = (self.offload_optimizer, self.offload_param)
         if self.offload_param != "none" and self.stage != 3:
             raise ValueError(
-                f"offload_param needs stage 3, not {self.stage}: below it every rank computes "
-                "with the whole parameters"
+                f"offload_param needs stage 3, not {self.stage}: it is what shards parameters"
             )
         if self.offload_optimizer != "none" and self.stage == 0:
             raise ValueError(
@@ -66,15 +64,15 @@ class EvaluationSection(Section):
     gold: str | None = None
     """`module:function` from (prompt, response) strings to a float: the true reward, if known."""
     label_scale: PositiveFloat | None = None
-    """With gold: labels were drawn with probability sigmoid(label_scale * gold difference),
-    which gives the best accuracy that any reward model can have (the Bayes limit)."""
+    """With gold: labels were drawn with probability sigmoid(label_scale * gold difference), so the
+    best accuracy that any reward model can have (the Bayes limit) is known."""
 
 
 class TrackingSection(Section):
     """Progress display, metrics and samples."""
 
     report_to: list[str] = ["tensorboard"]
-    """Trackers beside metrics.jsonl: tensorboard, wandb (needs the extra of that name)."""
+    """Trackers besides metrics.jsonl: tensorboard, wandb (needs the extra of that name)."""
     log_every: Positive = 1
     """Steps between lines of metrics.jsonl and trackers."""
     sample_every: NonNegative = 10
@@ -85,13 +83,13 @@ class Config(Section):
     """The whole YAML."""
 
     run_dir: str
-    """Folder that receives everything the run writes."""
+    """Folder of everything that the run writes."""
     seed: NonNegative = 0
-    """Seeds data order, splits, initial weights and sampling."""
+    """Seed of data order, splits, initial weights and sampling."""
     backbone: BackboneSection
-    """The shared LLaMA."""
+    """The LLaMA that all roles share."""
     chat: ChatSection = ChatSection()
-    """Conversation layout."""
+    """How a conversation becomes tokens."""
     lora: LoraSection | None = LoraSection()
     """Adapters of all roles. null: SFT trains all weights, and its result becomes the base."""
     later_lora: LoraSection | None = None
@@ -105,14 +103,14 @@ class Config(Section):
     ppo: PpoSection = PpoSection()
     """Stage 3."""
     generation: GenerationSection = GenerationSection()
-    """Sampling."""
+    """How PPO's rollouts are sampled."""
     evaluation: EvaluationSection = EvaluationSection()
-    """The final measurement."""
+    """The final evaluation."""
     tracking: TrackingSection = TrackingSection()
-    """Logging."""
+    """Progress display, metrics and samples."""
 
     @model_validator(mode="after")
-    def _check_lora(self) -> "Config":
+    def _check_combinations(self) -> "Config":
         if self.lora is not None and self.later_lora is not None:
             raise ValueError("later_lora is only for `lora: null`")
         quantization = self.backbone.quantization
@@ -131,10 +129,6 @@ class Config(Section):
                 "ppo.reference_refresh_every needs a reference adapter; with `lora: null` the "
                 "reference is the base itself"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_compile(self) -> "Config":
         if not self.generation.compile:
             return self
         if self.backbone.against_compiling is not None:
@@ -146,7 +140,7 @@ class Config(Section):
             )
         if self.deepspeed.stage == 3:
             raise ValueError(
-                "generation.compile: deepspeed.stage 3 fetches the weights to other memory in "
+                "generation.compile: deepspeed.stage 3 gathers the weights at other addresses in "
                 "every rollout; use stage 2 or less, or do not compile"
             )
         return self
@@ -158,14 +152,9 @@ class Config(Section):
 
 
 def with_weights(cfg: "Config", dtype: str | None, quantization: str | None) -> "Config":
-    """The config with the backbone's weights in another form, for inference.
+    """The config with the backbone's weights in another form, for inference; None changes nothing.
 
-    float16 is for inference only: its gradients would underflow, so no YAML may ask for it.
-
-    Args:
-        cfg: of a run.
-        dtype: float32, bfloat16 or float16. None: as it is.
-        quantization: none, int8 or nf4. None: as it is.
+    dtype may be float16 too. No YAML may ask for it, because its gradients would underflow.
     """
     changes = {"dtype": dtype, "quantization": quantization}
     wanted = {key: value for key, value in changes.items() if value is not None}

@@ -1,34 +1,22 @@
-"""A data source of the config: path, format, columns, languages, weight."""
+"""A data source of the config: path, format, columns, languages, weight.
+
+Reading it is in `data/reading/`.
+"""
 
 import codecs
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from chatllama.config.base import PositiveFloat, Section
 
 Format = Literal[
-    "alpaca",
-    "messages",
-    "sharegpt",
-    "prompt_completion",
-    "question_answer",
-    "self_instruct",
-    "utterances",
-    "text",
-    "lines",
-    "preference",
-    "hh",
-    "ranked",
-    "comparison",
-    "kto",
-    "oasst",
-    "prompts",
-    "turns",
-    "translation",
-]
+    "alpaca", "messages", "sharegpt", "prompt_completion", "question_answer", "self_instruct",
+    "utterances", "text", "lines", "preference", "hh", "ranked", "comparison", "kto", "oasst",
+    "prompts", "turns", "translation",
+]  # fmt: skip
 
 
 LANGUAGES = {
@@ -49,7 +37,7 @@ def split_language(language: str) -> tuple[str, str]:
     """Code and English name of a language written as `de`, `pt-BR` or `nds=Low German`.
 
     Raises:
-        ValueError: a code without a name that is known here.
+        ValueError: neither the code is known nor a name given.
     """
     code, _, name = (part.strip() for part in language.partition("="))
     known = LANGUAGES.get(re.split("[-_]", code)[0].lower())
@@ -74,20 +62,20 @@ def language_codes(languages: Sequence[str]) -> tuple[str, str]:
 
 
 class ColumnMapping(Section):
-    """Which column of a data set holds what; the layout follows from the keys that are given.
+    """Which column of a data set has which field; the given keys determine the format.
 
-    A column inside another is written with dots, a place in a list as its number from 0:
+    A column inside another is written with dots, a list entry as its index from 0:
     `instances.0.output`.
     """
 
     prompt: str | None = None
-    """What is asked: text or messages."""
+    """The prompt: text or messages."""
     completion: str | None = None
     """Its answer."""
     instruction: str | None = None
-    """What is asked, when `input` may follow it."""
+    """The prompt, if `input` may follow it."""
     input: str | None = None
-    """What the instruction is about; empty in some records."""
+    """Text that the instruction is about; may be empty."""
     output: str | None = None
     """The answer to instruction and input."""
     system: str | None = None
@@ -101,7 +89,7 @@ class ColumnMapping(Section):
     rejected: str | None = None
     """The worse one."""
     margin: str | None = None
-    """By how much chosen is better."""
+    """How much better chosen is."""
     answers: str | None = None
     """Several answers, the best first."""
     ranks: str | None = None
@@ -126,8 +114,10 @@ class ColumnMapping(Section):
         return self
 
 
-def _name_or_mapping(value: Any) -> str:
-    return "mapping" if isinstance(value, dict | ColumnMapping) else "name"
+FormatOrMapping = Annotated[
+    Annotated[Format, Tag("name")] | Annotated[ColumnMapping, Tag("mapping")],
+    Discriminator(lambda value: "mapping" if isinstance(value, dict | ColumnMapping) else "name"),
+]
 
 
 class DataSource(Section):
@@ -136,18 +126,12 @@ class DataSource(Section):
     path: str
     """A file (json, jsonl, csv, tsv, parquet, txt; also .gz, .bz2, .xz, .zst), a folder of such
     files, a pattern (`notes/*.jsonl`), or the id of a data set on the hub."""
-    format: (
-        Annotated[
-            Annotated[Format, Tag("name")] | Annotated[ColumnMapping, Tag("mapping")],
-            Discriminator(_name_or_mapping),
-        ]
-        | None
-    ) = None
-    """How records are laid out: a name, or which column holds what, as in
-    `{prompt: question, completion: answer}`. null: told from the keys of the first record."""
+    format: FormatOrMapping | None = None
+    """Format of the records: a name, or which column has which field, as in
+    `{prompt: question, completion: answer}`. null: detected from the keys of the first record."""
     languages: Annotated[list[str], Field(min_length=2, max_length=2)] | None = None
-    """With format `translation`: from which language into which, as in [de, en] (or
-    `nds=Low German`). `path` may then be that of two aligned files, PATH.de and PATH.en."""
+    """With format `translation`: source and target language, as in [de, en] (or
+    `nds=Low German`). `path` may then stand for two aligned files, PATH.de and PATH.en."""
     split: str = "train"
     """Split to read, for hub data sets and folders."""
     subset: str | None = None
@@ -157,9 +141,9 @@ class DataSource(Section):
     encoding: str = "utf-8"
     """Encoding of text files, such as latin-1."""
     weight: PositiveFloat | None = None
-    """Sampling proportion in the mixture; give it to all sources or to none."""
+    """Share in the mixture, relative to the other sources'; give it to all sources or to none."""
     epochs: PositiveFloat = 1.0
-    """With weights: the most passes over this source. Without: the passes it contributes."""
+    """Passes over this source in the mixture; with weights, the most passes."""
 
     @field_validator("languages")
     @classmethod

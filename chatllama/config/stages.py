@@ -1,7 +1,7 @@
-"""The sections of the first two stages, `sft` and `reward`, and what all three share.
+"""The sections `sft` and `reward`, and what all three stages share.
 
-`ppo` is in `config_ppo.py`, the rest of the YAML in `config.py`. Numbers derived from these are in
-`batching.py`.
+`ppo` is in `ppo.py`, the rest of the YAML in `schema.py`; numbers derived from these are in
+`batch_sizes.py`.
 """
 
 from typing import Annotated
@@ -22,21 +22,21 @@ from chatllama.config.sources import DataSource
 
 
 class StageSection(Section):
-    """What the three stages have in common: data, saving, and AdamW."""
+    """Data, checkpoints and AdamW of any stage."""
 
     data: list[DataSource] = []
-    """Sources of the stage's training data."""
+    """Training data of the stage."""
     eval_data: list[DataSource] = []
     """Held-out sources. Empty: eval_fraction of `data` is held out."""
     eval_fraction: Fraction = 0.05
     """Share of `data` held out, chosen by the seed (not used with eval_data)."""
     decontaminate: list[DataSource] = []
-    """Evaluation sets: a training record that shares 13 words in a row with one of their prompts
-    (or all of a shorter one) is left out, and counted."""
+    """Evaluation sets: training records that share 13 words in a row with one of their prompts
+    (or all of a shorter one) are left out, and counted."""
     save_every: NonNegative = 0
     """Steps between checkpoints. 0: only the finished stage is saved."""
     save_total_limit: Positive = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
     learning_rate: PositiveFloat = 1e-4
     """Peak learning rate."""
     lr_schedule: Schedule = "cosine"
@@ -46,15 +46,15 @@ class StageSection(Section):
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay of AdamW."""
     adam_betas: Betas = [0.9, 0.95]
-    """Moment decay rates of AdamW."""
+    """Decay rates of AdamW's moments."""
     adam_eps: PositiveFloat = 1e-8
     """Epsilon of AdamW."""
     max_grad_norm: PositiveFloat = 1.0
-    """Gradients are scaled down to this global norm."""
+    """Global norm that gradients are clipped to."""
 
 
 class OptimizerSection(StageSection):
-    """Passes and batches of SFT and the reward model."""
+    """Epochs and batches of SFT and the reward model."""
 
     epochs: PositiveFloat = 1.0
     """Passes over the mixture (not used when `steps` is given)."""
@@ -63,18 +63,13 @@ class OptimizerSection(StageSection):
     batch_size: Positive = 64
     """Examples per optimizer step, over all ranks and accumulation steps."""
     microbatch_size: Positive = 8
-    """Examples per forward pass, on one rank; of the reward model on average, since its
-    microbatches hold about equally many tokens."""
+    """Examples per forward pass, on one rank; reward model: on average, of about equal tokens."""
     eval_every: NonNegative = 0
     """Optimizer steps between evaluations on held-out data. 0: only at the end."""
 
     @model_validator(mode="after")
     def _check_batch(self) -> "OptimizerSection":
-        if self.batch_size % self.microbatch_size:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of "
-                f"microbatch_size {self.microbatch_size}"
-            )
+        self.check_multiple("batch_size", "microbatch_size")
         return self
 
 
@@ -84,15 +79,15 @@ class SftSection(OptimizerSection):
     max_length: Positive = 2048
     """Tokens of a training sequence; longer conversations are cut, and counted."""
     packing: bool = True
-    """Fill each sequence with several conversations that do not see each other. false: one each;
-    a step's rows then go from short to long, so that microbatches need little padding."""
+    """Several conversations per sequence, which do not attend to each other. false: one each; a
+    step's rows then go from short to long, so that microbatches need little padding."""
 
 
 class RewardSection(OptimizerSection):
     """The reward model: pairwise Bradley-Terry loss on the scalar head.
 
-    An example is a prompt with its ranked answers: two for a pair, K for a list, all of whose pairs
-    train at once.
+    An example is a prompt with its ranked answers: two for a pair, or K for a list, which trains
+    all of its pairs at once.
     """
 
     max_length: Positive = 2048
@@ -102,12 +97,12 @@ class RewardSection(OptimizerSection):
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of AdamW."""
     margin_coef: NonNegativeFloat = 0.0
-    """Times a pair's `margin`, subtracted from the score difference (LLaMA-2 3.2.2)."""
+    """Factor on a pair's `margin`, subtracted from the score difference (LLaMA-2 3.2.2)."""
     center_coef: NonNegativeFloat = 0.01
-    """Of mean((r_chosen + r_rejected)^2), which keeps scores around 0 (arXiv 2312.09244)."""
+    """Weight of mean((r_chosen + r_rejected)^2), which keeps scores near 0 (arXiv 2312.09244)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of the labels taken to be wrong: that much of the loss pulls the other way."""
+    """Assumed share of wrong labels: this share of the loss has the opposite label."""
     ensemble: Positive = 1
     """Reward models trained one after another, each with its own seed and data order."""
     allow_weak: bool = False
-    """Let PPO start on a reward model that cannot be told from guessing."""
+    """Let PPO start on a reward model that is not significantly better than chance."""

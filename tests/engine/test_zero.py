@@ -57,7 +57,7 @@ def test_an_optimizer_on_nvme_is_refused_without_gpus(monkeypatch: pytest.Monkey
     [
         (
             {"stage": 2, "offload_param": "cpu"},
-            "offload_param needs stage 3, not 2: below it every",
+            "offload_param needs stage 3, not 2: it is what shards",
         ),
         ({"stage": 0, "offload_optimizer": "cpu"}, "stage 1, 2 or 3, not 0, which is plain data"),
         (

@@ -140,5 +140,5 @@ def test_half_precision_is_for_inference_only(tmp_path: Path) -> None:
     assert with_weights(cfg, None, None) == cfg
     changed = with_weights(cfg, "float16", "int8").backbone
     assert (changed.dtype, changed.quantization, changed.path) == ("float16", "int8", "b")
-    with pytest.raises(ValueError, match=r"float16 is for answering only .* small gradients"):
+    with pytest.raises(ValueError, match=r"float16 is for inference only .* small gradients"):
         ppo_config("b", tmp_path, backbone={"dtype": "float16"})
