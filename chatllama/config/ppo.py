@@ -80,7 +80,7 @@ class HealthSection(Section):
     min_entropy_fraction: Fraction = 0.2
     """entropy_collapse: entropy over its baseline."""
     min_explained_variance: Annotated[float, Field(lt=1)] = -0.05
-    """critic_explained_variance_negative: explained variance, mean of 10 steps, while not rising."""
+    """critic_explained_variance_negative: its mean over 10 steps, while it does not rise."""
     critic_patience: NonNegative = 10
     """critic_explained_variance_negative: first steps of the run, which are not checked."""
 
@@ -151,7 +151,7 @@ class PpoSection(StageSection):
     """An update ends early once a minibatch's approx_kl (nats per token) is above this."""
 
     advantage: Literal["gae", "rloo", "grpo"] = "gae"
-    """gae needs a critic; rloo (arXiv 2402.14740) and grpo (2402.03300) compare a prompt's samples."""
+    """gae needs a critic; rloo (arXiv 2402.14740), grpo (2402.03300) compare samples of a prompt."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Discount per token (gae)."""
     lam: Annotated[float, Field(ge=0, le=1)] = 0.95
