@@ -151,7 +151,7 @@ class PpoSection(StageSection):
     """An update ends early once a minibatch's approx_kl (nats per token) is above this."""
 
     advantage: Literal["gae", "rloo", "grpo"] = "gae"
-    """gae needs a critic; rloo (arXiv 2402.14740), grpo (2402.03300) compare samples of a prompt."""
+    """gae needs a critic; rloo (arXiv 2402.14740), grpo (2402.03300) compare a prompt's samples."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Discount per token (gae)."""
     lam: Annotated[float, Field(ge=0, le=1)] = 0.95

@@ -1,11 +1,12 @@
-"""Dialects: formats that are another one in other words, or that hold several records at once.
+"""Conversions: formats that are another one in other words, or that hold several records at once.
 
-Each becomes objects of a layout that `layouts.py` reads; here too, without judgement about use.
-A column mapping of the config is the same kind of translation.
+Each becomes objects in a format that `formats.py` reads, and so does a column mapping of the
+config. What they can be used for is decided in `records.py`.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -17,13 +18,15 @@ from data.reading.formats import (
     Raw,
     Unusable,
     checked_list,
+    keys_of,
     mapping,
+    objects,
     shorten,
 )
 from data.reading.translation import as_instruction
 
-Piece = tuple[str, Raw, Format]
-"""What to add to the place, an object, and its layout."""
+Converted = tuple[str, Raw, Format]
+"""What to append to the place, an object, and its format."""
 
 QUESTION_KEYS, ANSWER_KEYS = ("question", "q", "query"), ("answer", "a", "response")
 TWO_ANSWERS = (
@@ -42,7 +45,7 @@ OPTIONAL = ("input", "system", "history", "margin", "ranks", "scores")
 
 
 def question_answer_keys(fields: Raw) -> tuple[str, str] | None:
-    """The columns of question and answer, however they are written; None where they lack."""
+    """The columns of question and answer, in any case; None if one is missing."""
     found = {str(key).strip().casefold(): str(key) for key in fields}
     question = next((found[key] for key in QUESTION_KEYS if key in found), None)
     answer = next((found[key] for key in ANSWER_KEYS if key in found), None)
@@ -50,28 +53,28 @@ def question_answer_keys(fields: Raw) -> tuple[str, str] | None:
 
 
 def two_answer_keys(fields: Raw) -> tuple[str, str] | None:
-    """The columns of two answers that a verdict goes with; None where there are none."""
+    """The columns of two answers with a verdict; None if there are none."""
     if not any(key in fields for key in VERDICTS) and not _annotators(fields):
         return None
     return next((pair for pair in TWO_ANSWERS if set(pair) <= fields.keys()), None)
 
 
 def apply_mapping(fields: Raw, columns: ColumnMapping, *, answers_optional: bool) -> Raw:
-    """The object under the names that the layouts know; other columns are not carried over.
+    """The object under the keys of our formats; other columns are dropped.
 
     Raises:
-        Malformed: a column that the mapping names is not there.
+        Malformed: a column that the mapping names is missing.
     """
     renamed: dict[str, object] = {}
-    names = [(key, name) for key, name in columns.model_dump().items() if name is not None]
-    for key, name in names:
+    for key, name in columns.model_dump(exclude_none=True).items():
         found, value = _look_up(fields, name)
         if found and value is not None:
             renamed[key] = value
         elif key not in OPTIONAL and not (answers_optional and key in ("completion", "output")):
             wrong = "is null" if found else "is missing"
-            keys = sorted(map(str, fields))
-            raise Malformed(f"column {name!r} (format.{key}) {wrong}; the record has {keys}")
+            raise Malformed(
+                f"column {name!r} (format.{key}) {wrong}; the record has {keys_of(fields)}"
+            )
     return renamed
 
 
@@ -90,17 +93,12 @@ def _look_up(fields: Raw, name: str) -> tuple[bool, object]:
     return True, here
 
 
-def translate(fields: Raw, format: Format, kind: str) -> list[Piece]:
-    """The objects of a record in the layouts that `layouts.py` reads.
-
-    Args:
-        fields: the record.
-        format: its format; a layout of `layouts.py` is given back as it is.
-        kind: what it is to serve for.
+def convert(fields: Raw, format: Format, kind: str) -> list[Converted]:
+    """The objects of a record in formats that `formats.py` reads; most records are one as it is.
 
     Raises:
-        Malformed: the record is not laid out as its format says.
-        Unusable: it holds nothing for `kind`.
+        Malformed: the record does not have its format.
+        Unusable: it has nothing for `kind`.
     """
     match format:
         case "self_instruct":
@@ -127,40 +125,35 @@ def translate(fields: Raw, format: Format, kind: str) -> list[Piece]:
             return [("", fields, format)]
 
 
-def _numbered(what: str, pieces: Sequence[tuple[Raw, Format]]) -> list[Piece]:
-    if len(pieces) == 1:
-        return [("", *pieces[0])]
-    return [(f" ({what} {i} of {len(pieces)})", *each) for i, each in enumerate(pieces, start=1)]
+def _numbered(what: str, made: Sequence[tuple[Raw, Format]]) -> list[Converted]:
+    if len(made) == 1:
+        return [("", *made[0])]
+    return [(f" ({what} {i} of {len(made)})", *each) for i, each in enumerate(made, start=1)]
 
 
-def _instances(fields: Raw) -> list[Piece]:
-    instances = checked_list(fields.get("instances"), "instances")
+def _instances(fields: Raw) -> list[Converted]:
+    instances = objects(fields.get("instances"), "instances")
     if not instances:
         raise Unusable("no instances")
     shared = {"instruction": fields.get("instruction")}
-    made: list[tuple[Raw, Format]] = [
-        ({**shared, **mapping(each, f"instances[{i}]")}, "alpaca")
-        for i, each in enumerate(instances)
-    ]
-    return _numbered("instance", made)
+    return _numbered("instance", [({**shared, **each}, "alpaca") for each in instances])
 
 
 def _question_answer(fields: Raw) -> Raw:
     keys = question_answer_keys(fields)
     if keys is None:
         known = f"one of {QUESTION_KEYS} and one of {ANSWER_KEYS}"
-        raise Malformed(f"expected the columns {known}, got {sorted(map(str, fields))}")
+        raise Malformed(f"expected the columns {known}, got {keys_of(fields)}")
     return {**fields, "prompt": fields[keys[0]], "completion": fields[keys[1]]}
 
 
 def _utterances(fields: Raw) -> list[Raw]:
-    turns = checked_list(fields.get("utterances"), "utterances")
-    named = [mapping(turn, f"utterances[{i}]") for i, turn in enumerate(turns)]
-    return [{"role": turn.get("name"), "content": turn.get("text")} for turn in named]
+    turns = objects(fields.get("utterances"), "utterances")
+    return [{"role": turn.get("name"), "content": turn.get("text")} for turn in turns]
 
 
 def _first_turn(fields: Raw) -> object:
-    """The first question; the later ones answer answers that are not there."""
+    """The first question; the later ones refer to answers that are not in the record."""
     turns = checked_list(fields.get("turns"), "turns")
     if not turns:
         raise Unusable("no turns")
@@ -168,21 +161,20 @@ def _first_turn(fields: Raw) -> object:
 
 
 def _labelled(fields: Raw, kind: str) -> tuple[Raw, Format]:
-    """The conversation under a label; one with a bad answer is no example to learn from."""
-    good = label(fields)
-    if kind == "sft" and not good:
+    """The conversation under a label; one with a bad answer is not for SFT."""
+    if not label(fields) and kind == "sft":
         raise Unusable("labelled as a bad answer")
-    base: tuple[tuple[str, Format], ...] = (
-        ("messages", "messages"),
-        ("conversations", "sharegpt"),
-        ("completion", "prompt_completion"),
-        ("instruction", "alpaca"),
-    )
-    for key, format in base:
+    bases: dict[str, Format] = {
+        "messages": "messages",
+        "conversations": "sharegpt",
+        "completion": "prompt_completion",
+        "instruction": "alpaca",
+    }
+    for key, format in bases.items():
         if key in fields:
             return fields, format
-    keys = sorted(map(str, fields))
-    raise Malformed(f"a labelled answer needs one of the keys {[k for k, _ in base]}, got {keys}")
+    keys = keys_of(fields)
+    raise Malformed(f"a labelled answer needs one of the keys {[*bases]}, got {keys}")
 
 
 def label(fields: Raw) -> bool:
@@ -193,8 +185,9 @@ def label(fields: Raw) -> bool:
     """
     known = {"true": True, "false": False, "1": True, "0": False}
     value = fields.get("label")
-    if isinstance(value, bool | int | str) and str(value).strip().lower() in known:
-        return known[str(value).strip().lower()]
+    word = str(value).strip().lower()
+    if isinstance(value, bool | int | str) and word in known:
+        return known[word]
     raise Malformed(f"label: expected true or false, got {shorten(value)}")
 
 
@@ -210,14 +203,14 @@ def _comparison(fields: Raw) -> Raw:
     better, worse = keys if verdict < 0.5 else keys[::-1]
     made = {key: value for key, value in fields.items() if key not in (*keys, *VERDICTS)}
     if not any(key in made for key in PROMPT_KEYS):
-        asked = next((key for key in ("question", "input") if key in made), None)
-        if asked is not None:
-            made["prompt"] = made.pop(asked)
+        question = next((key for key in ("question", "input") if key in made), None)
+        if question is not None:
+            made["prompt"] = made.pop(question)
     return {**made, "chosen": fields[better], "rejected": fields[worse]}
 
 
 def _verdict(fields: Raw, *, from_zero: bool) -> float:
-    """From 0, the first answer is better, to 1, the second is; 0.5 is a tie."""
+    """From 0 (the first answer is better) to 1 (the second is); 0.5 is a tie."""
     annotators = _annotators(fields)
     if annotators:
         votes = Counter(_verdict({"label": vote}, from_zero=False) for vote in annotators)
@@ -230,10 +223,8 @@ def _verdict(fields: Raw, *, from_zero: bool) -> float:
     if isinstance(value, str) and value.strip().lower() in WINNERS:
         return WINNERS[value.strip().lower()]
     try:
-        number = float(cast(Any, value))
+        number = -1.0 if isinstance(value, bool) else float(cast(Any, value))
     except (TypeError, ValueError):
-        number = -1.0
-    if isinstance(value, bool):
         number = -1.0
     low = 0.0 if from_zero else 1.0
     if number == 0.0 and not from_zero:
@@ -245,15 +236,11 @@ def _verdict(fields: Raw, *, from_zero: bool) -> float:
 
 
 def _annotators(fields: Raw) -> list[object]:
-    return [
-        fields[key]
-        for key in fields
-        if str(key).startswith("annotator") and str(key)[9:].isdecimal()
-    ]
+    return [fields[key] for key in fields if re.fullmatch(r"annotator\d+", str(key))]
 
 
-def _tree(fields: Raw, kind: str) -> list[Piece]:
-    """What an OASST tree holds: the threads of best answers, their prompts, or all rankings."""
+def _tree(fields: Raw, kind: str) -> list[Converted]:
+    """The contents of an OASST tree: threads of best answers, their prompts, or all rankings."""
     root = mapping(fields.get("prompt"), "prompt")
     made: list[tuple[Raw, Format]] = []
     for path, replies in _nodes(root, only_best=kind != "preferences"):
@@ -278,18 +265,13 @@ def _tree(fields: Raw, kind: str) -> list[Piece]:
 def _nodes(root: Raw, *, only_best: bool) -> Iterator[tuple[list[Raw], list[Raw]]]:
     """Every message of a tree with those above it, and its replies; the best one first.
 
-    Args:
-        root: the first message.
-        only_best: of a question's answers, follow the best-ranked alone.
+    With `only_best`, of the answers to a question only the best-ranked is followed.
     """
     waiting: list[list[Raw]] = [[root]]
     while waiting:
         path = waiting.pop()
         value = path[-1].get("replies")
-        replies = [
-            mapping(reply, f"replies[{i}]")
-            for i, reply in enumerate(checked_list([] if value is None else value, "replies"))
-        ]
+        replies = objects([] if value is None else value, "replies")
         yield path, replies
         followed = sorted(replies, key=_order)
         if only_best and path[-1].get("role") != "assistant":
@@ -298,7 +280,7 @@ def _nodes(root: Raw, *, only_best: bool) -> Iterator[tuple[list[Raw], list[Raw]
 
 
 def _rank(reply: Raw) -> int | None:
-    """The place among the answers to one message, from 0; None for a message without."""
+    """The rank among the answers to one message, from 0; None for a message without."""
     rank = reply.get("rank")
     if rank is None or rank == "":
         return None

@@ -1,6 +1,6 @@
 """Decoding: the objects of a file, each with its place, and the place of what cannot be decoded.
 
-Nothing here knows what a record means; that is `layouts.py` and `records.py`.
+What a record means is in `formats.py` and `records.py`.
 """
 
 import bz2
@@ -12,24 +12,18 @@ import lzma
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import pyarrow
 import pyarrow.parquet
 
-from data.reading.files import (
-    COMPRESSIONS,
-    TYPES,
-    DataFile,
-    suffix,
-)
+from data.reading.files import COMPRESSIONS, TYPES, DataFile, suffix
 from data.reading.formats import RecordError, shorten, unique_keys
-from data.reading.json_arrays import ArrayReader
+from data.reading.json_arrays import ArrayReader, Line
 
 Decoded = tuple[str, object]
-Line = tuple[str, "str | RecordError"]
 DAMAGES = (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
 
 
@@ -41,77 +35,65 @@ def decode(
 ) -> Iterator[Decoded]:
     """Place and object of each record of a file; a `RecordError` in place of what is broken.
 
-    A line of a jsonl or csv file is placed by `name:line`; a record of a json array or a parquet
-    file by its number, from 1. A txt file holds a document for each run of lines between blank
+    The place of a line of a jsonl or csv file is `name:line`; of a record of a json array or a
+    parquet file, its number from 1. A txt file has a document for each run of lines between blank
     ones, or, with the format `lines`, on each line, as `{"text": ...}`. A broken line is one
     error, and the next is read; damage after which no record can be told from the next ends the
-    file.
-
-    Args:
-        file: what to open.
-        encoding: of text files.
-        columns: names of the columns of a csv or tsv file that has no header.
-        format: of the source; `text` and `lines` open a file of any name.
+    file. `columns` are the names of those of a table without a header; the formats `text` and
+    `lines` open a file of any name.
     """
-    kind = suffix(file.path)
-    plain = format in ("text", "lines") or file.aligned is not None
-    if kind not in TYPES and not plain:
-        hint = "for plain text of any name give format: text (or lines)"
-        error = f"unknown file type {kind!r}; known: {', '.join((*TYPES, *COMPRESSIONS))}; {hint}"
-        yield file.name, RecordError(f"{file.name}: {error}")
-        return
-    if columns is not None and kind not in (".csv", ".tsv"):
-        error = "`columns` is for csv and tsv files without a header line"
-        yield file.name, RecordError(f"{file.name}: {error}")
-        return
     where = file.name
     try:
-        for where, record in _records(file, kind, encoding, columns, format):
+        for where, record in _records(file, encoding, columns, format):
             yield where, record
     except RecordError as error:
         yield str(error).split(": ", 1)[0], error
     except DAMAGES as error:
         reason = str(error) or type(error).__name__
-        yield where, RecordError(f"{where}: the file cannot be read after this ({reason})")
+        yield _error(where, f"the file cannot be read after this ({reason})")
+
+
+def _error(where: str, message: str) -> tuple[str, RecordError]:
+    return where, RecordError(f"{where}: {message}")
 
 
 def _records(
-    file: DataFile, kind: str, encoding: str, columns: Sequence[str] | None, format: object
+    file: DataFile, encoding: str, columns: Sequence[str] | None, format: object
 ) -> Iterator[Decoded]:
     """`decode`, with exceptions for damage and for errors after which reading cannot go on."""
-    if file.aligned is not None:
-        yield from _aligned(file, file.aligned, encoding)
+    kind = suffix(file.path)
+    if kind not in TYPES and format not in ("text", "lines") and file.aligned is None:
+        known = f"known: {', '.join((*TYPES, *COMPRESSIONS))}"
+        hint = "for plain text of any name give format: text (or lines)"
+        yield _error(file.name, f"unknown file type {kind!r}; {known}; {hint}")
         return
-    if kind == ".parquet":
+    if columns is not None and kind not in (".csv", ".tsv"):
+        yield _error(file.name, "`columns` is for csv and tsv files without a header line")
+        return
+    if kind == ".parquet" and file.aligned is None:
         yield from _parquet(file)
         return
     with _open(file.path) as stream:
         lines = _lines(stream, file.name, encoding)
-        match kind:
-            case ".csv" | ".tsv":
-                yield from _table(lines, file.name, "," if kind == ".csv" else "\t", columns)
-            case ".json" | ".jsonl" | ".ndjson":
-                yield from _json(lines, file.name)
-            case _ if format == "lines":
-                yield from _single_lines(lines)
-            case _:
-                yield from _paragraphs(lines)
+        if file.aligned is not None:
+            with _open(file.aligned) as other:
+                yield from _aligned(lines, _lines(other, file.aligned.name, encoding), file)
+        elif kind in (".csv", ".tsv"):
+            yield from _table(lines, file.name, "," if kind == ".csv" else "\t", columns)
+        elif kind in (".json", ".jsonl", ".ndjson"):
+            yield from _json(lines, file.name)
+        else:
+            yield from _texts(lines, by_line=format == "lines")
 
 
 def _open(file: Path) -> BinaryIO:
     """The unpacked bytes of a file."""
-    match file.suffix.lower():
-        case ".gz":
-            return cast(BinaryIO, gzip.open(file, "rb"))
-        case ".bz2":
-            return cast(BinaryIO, bz2.open(file, "rb"))
-        case ".xz":
-            return cast(BinaryIO, lzma.open(file, "rb"))
-        case ".zst":
-            packed = pyarrow.input_stream(str(file), compression="zstd")
-            return io.BufferedReader(cast(Any, packed), buffer_size=1 << 16)
-        case _:
-            return file.open("rb")
+    packing = file.suffix.lower()
+    if packing == ".zst":
+        packed = pyarrow.input_stream(str(file), compression="zstd")
+        return io.BufferedReader(cast(Any, packed), buffer_size=1 << 16)
+    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers.get(packing, Path.open)(file, "rb")
 
 
 def _lines(stream: Iterable[bytes], name: str, encoding: str) -> Iterator[Line]:
@@ -137,107 +119,68 @@ def _undecodable(line: bytes, error: UnicodeDecodeError) -> str:
     return wrong + (hint if error.encoding.startswith("utf") and reads.isprintable() else "")
 
 
-def _single_lines(lines: Iterator[Line]) -> Iterator[Decoded]:
-    """Each line that is not blank, as a text record."""
-    for where, line in lines:
-        if isinstance(line, RecordError):
-            yield where, line
-        elif line.strip():
-            yield where, {"text": line}
+def _aligned(here: Iterator[Line], there: Iterator[Line], file: DataFile) -> Iterator[Decoded]:
+    """Every line of `file` with the same line of its translation."""
+    assert file.aligned is not None
+    for one, two in zip_longest(here, there):
+        if one is None or two is None:
+            where, _ = one or two or ("", "")
+            shorter = file.name if one is None else file.aligned.name
+            raise RecordError(f"{where}: {shorter} has no such line: the files are not aligned")
+        where, text = one
+        broken = next((each for each in (text, two[1]) if isinstance(each, RecordError)), None)
+        yield where, broken or {"source": text, "target": two[1]}
 
 
-def _aligned(file: DataFile, other: Path, encoding: str) -> Iterator[Decoded]:
-    """Every line with the same line of the other file."""
-    with _open(file.path) as stream, _open(other) as stream_there:
-        here = _lines(stream, file.name, encoding)
-        there = _lines(stream_there, other.name, encoding)
-        for one, two in zip_longest(here, there):
-            if one is None or two is None:
-                place, shorter = (two, file.name) if one is None else (one, other.name)
-                assert place is not None
-                wrong = f"{shorter} has no such line: the files are not aligned"
-                raise RecordError(f"{place[0]}: {wrong}")
-            where, text = one
-            broken = next((each for each in (text, two[1]) if isinstance(each, RecordError)), None)
-            yield where, broken or {"source": text, "target": two[1]}
-
-
-def _paragraphs(lines: Iterator[Line]) -> Iterator[Decoded]:
-    """Each run of lines between blank ones, as a text record."""
+def _texts(lines: Iterator[Line], *, by_line: bool) -> Iterator[Decoded]:
+    """Each line, or each run of lines between blank ones, as a text record."""
     begin, paragraph = "", list[str]()
-    for where, line in lines:
+    for where, line in chain(lines, [("", "")]):
         if isinstance(line, RecordError):
             yield where, line
-        elif line.strip():
+            continue
+        if line.strip():
             begin = begin if paragraph else where
             paragraph.append(line)
-        elif paragraph:
+        if paragraph and (by_line or not line.strip()):
             yield begin, {"text": "\n".join(paragraph)}
             paragraph = []
-    if paragraph:
-        yield begin, {"text": "\n".join(paragraph)}
 
 
 def _json(lines: Iterator[Line], name: str) -> Iterator[Decoded]:
-    """Objects of a json array, or one of each line; told apart by the first line."""
+    """Objects of a json array, or one of each line; the first line decides which."""
     written = ((where, line) for where, line in lines if not isinstance(line, str) or line.strip())
-    where, first = next(written, ("", ""))
-    if isinstance(first, str) and first.lstrip().startswith("["):
-        after = next(written, None)
-        if after is None or isinstance(parse_json(first, where), RecordError):
-            rest = written if after is None else chain([after], written)
-            yield from _array(where, first, rest, name)
+    begin = list(islice(written, 1))
+    where, first = begin[0] if begin else ("", "")
+    text = first.strip() if isinstance(first, str) else ""
+    if text.startswith("["):
+        begin += islice(written, 1)
+        # Where the first of several lines is valid as it is, there is a list on every line.
+        if len(begin) < 2 or isinstance(_parse(text, where), RecordError):
+            reader = ArrayReader(chain(begin, written))
+            for number, record in enumerate(reader.values(), start=1):
+                yield f"{name}: record {number}", record
             return
-        written = chain([after], written)  # a list on every line
-    hint = ""
-    if isinstance(first, str) and first.strip() == "{":
-        hint = "; a json file holds an array, or one object a line"
-    if first:
-        record = parse_json(first, where, hint) if isinstance(first, str) else first
-        yield where, record
+    hint = "; a json file holds an array, or one object a line" if text == "{" else ""
+    for where, line in chain(begin, written):
+        yield where, _parse(line, where, hint) if isinstance(line, str) else line
         if hint:
             return
-    for where, line in written:
-        yield where, parse_json(line, where) if isinstance(line, str) else line
 
 
-def parse_json(text: str, where: str, hint: str = "") -> object:
+def _parse(text: str, where: str, hint: str = "") -> object:
     """The value of a piece of JSON, or the error; the same key twice is one."""
     try:
         return json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         if "\r" in text.strip():
             hint = "; the lines end with CR alone: convert the file to LF"
-        column = f", column {error.colno}"
-        wrong = f"broken JSON ({error.msg}{column}): {shorten(text)}{hint}"
+        reason = f"{error.msg}, column {error.colno}"
     except RecursionError:
-        wrong = f"broken JSON (nested too deeply): {shorten(text)}"
+        reason, hint = "nested too deeply", ""
     except ValueError as error:
-        wrong = f"broken JSON ({error}): {shorten(text)}"
-    return RecordError(f"{where}: {wrong}")
-
-
-def _array(where: str, first: str, lines: Iterator[Line], name: str) -> Iterator[Decoded]:
-    """Records of a json array that begins on the line `first`."""
-    reader = ArrayReader((_number(where), first), map(_numbered, lines), name)
-    for number, record in enumerate(reader.values(), start=1):
-        yield f"{name}: record {number}", record
-
-
-def _numbered(line: Line) -> tuple[int, str]:
-    """Number and text of a line.
-
-    Raises:
-        RecordError: it could not be decoded, and no later one can be understood without it.
-    """
-    where, text = line
-    if isinstance(text, RecordError):
-        raise text
-    return _number(where), text
-
-
-def _number(where: str) -> int:
-    return int(where.rpartition(":")[2])
+        reason, hint = str(error), ""
+    return RecordError(f"{where}: broken JSON ({reason}): {shorten(text)}{hint}")
 
 
 def _table(
@@ -268,14 +211,14 @@ def _table(
             yield where, dict(zip(header, cells, strict=True))
         elif cells:
             wrong = f"{len(cells)} cells under a header of {len(header)}: {shorten(cells)}"
-            yield where, RecordError(f"{where}: {wrong}")
+            yield _error(where, wrong)
 
 
 def _header(cells: list[str], where: str, delimiter: str) -> list[str]:
     """The names of the columns.
 
     Raises:
-        RecordError: a name that is empty or there twice, or another delimiter.
+        RecordError: a name is empty or duplicate, or the delimiter is another.
     """
     other = next((d for d in (";", "\t", ",") if d != delimiter and d in "".join(cells)), None)
     if len(cells) == 1 and other is not None:
@@ -292,15 +235,11 @@ def _header(cells: list[str], where: str, delimiter: str) -> list[str]:
 
 def _parquet(file: DataFile) -> Iterator[Decoded]:
     """Rows of a parquet file; its null is a missing key."""
-    number = 0
     with pyarrow.parquet.ParquetFile(file.path) as table:
         names = table.schema_arrow.names
         if len(set(names)) < len(names):
             raise RecordError(f"{file.name}: two columns of one name: {names}")
-        for batch in table.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield (
-                    f"{file.name}: record {number}",
-                    {k: v for k, v in row.items() if v is not None},
-                )
+        batches = table.iter_batches(batch_size=1024)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(rows, start=1):
+            yield f"{file.name}: record {number}", {k: v for k, v in row.items() if v is not None}

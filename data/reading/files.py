@@ -1,4 +1,4 @@
-"""Files: which ones a `path` of the config names. What is in them is decoded by `decoding.py`."""
+"""Files: which ones a `path` of the config names. Their content is decoded in `decode.py`."""
 
 import difflib
 import re
@@ -10,7 +10,7 @@ from data.caching import PROJECT_ROOT
 
 TYPES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-# How the files of a split are called, as the hub does it: the word stands alone in the path.
+# Words in the names of a split's files, as on the hub: the word is alone in the path.
 SPLIT_WORDS: dict[str, tuple[str, ...]] = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -24,20 +24,16 @@ class DataFile:
 
     path: Path
     name: str
-    """How errors call it: as the config does, as far as that goes."""
+    """The name in errors: as in the config, as far as that goes."""
     aligned: Path | None = None
     """The file whose lines are the translations of this one's."""
 
 
 def find_aligned(path: str, codes: Sequence[str]) -> list[DataFile] | None:
-    """The pair of files `path`.de and `path`.en, packed or not; None where neither is there.
-
-    Args:
-        path: what their names have in common.
-        codes: of the source and the target language.
+    """The pair of files `path`.de and `path`.en, packed or not; None if neither exists.
 
     Raises:
-        ValueError: only one of the two is there.
+        ValueError: only one of the two exists.
     """
     given = Path(path).expanduser()
     for base in [Path()] if given.is_absolute() else [Path.cwd(), PROJECT_ROOT]:
@@ -56,15 +52,12 @@ def find_aligned(path: str, codes: Sequence[str]) -> list[DataFile] | None:
 
 
 def find_files(path: str, split: str = "train") -> list[DataFile] | None:
-    """The files that `path` names, in order of their names; None where it can only be a hub id.
+    """The files that `path` names, in order of their names; None if it can only be a hub id.
 
-    A relative path is looked for from the current directory, then from the folder that holds this
-    package, so that `data/samples/...` works wherever the package is installed. Of a folder, the
-    files of the split count; where no name speaks of a split, all of them are `train`.
-
-    Args:
-        path: a file, a folder, or a pattern with `*`, `?` or `**`.
-        split: which files of a folder.
+    `path` is a file, a folder, or a pattern with `*`, `?` or `**`. A relative one is looked for in
+    the current directory, then in the folder of this package, so that `data/samples/...` works
+    wherever the package is installed. Of a folder, only the files of the split are read; if no name
+    has a split, all of them are `train`.
 
     Raises:
         ValueError: there is no such file, or none of that split.
@@ -81,7 +74,8 @@ def find_files(path: str, split: str = "train") -> list[DataFile] | None:
             root = Path(given.anchor) if given.is_absolute() else base
             pattern = str(given.relative_to(given.anchor)) if given.is_absolute() else path
             if matches := sorted(file for file in root.glob(pattern) if file.is_file()):
-                return [DataFile(file, str(_shortest(file, base))) for file in matches]
+                names = [f.relative_to(base) if f.is_relative_to(base) else f for f in matches]
+                return [DataFile(*pair) for pair in zip(matches, map(str, names), strict=True)]
     tried = [str(base / given) for base in bases]
     if re.search(r"[*?]", path):
         raise ValueError(f"no file matches {path!r} (tried {' and '.join(tried)})")
@@ -106,14 +100,16 @@ def _files_of_split(folder: Path, path: str, split: str) -> list[DataFile]:
     found = sorted(
         file
         for file in folder.rglob("*")
-        if file.is_file() and suffix(file) in TYPES and not _is_hidden(file, folder)
+        if file.is_file()
+        and suffix(file) in TYPES
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     )
     if not found:
         raise ValueError(f"{path}: no data files in this folder; known: {', '.join(TYPES)}")
     by_split = {file: _split_of(file.relative_to(folder)) for file in found}
     if not any(by_split.values()):
         if split != "train":
-            raise ValueError(f"{path}: no file name there speaks of a split, so all are 'train'")
+            raise ValueError(f"{path}: no file name there has a split in it, so all are 'train'")
         chosen = found
     else:
         canonical = next((name for name, words in SPLIT_WORDS.items() if split in words), split)
@@ -125,21 +121,13 @@ def _files_of_split(folder: Path, path: str, split: str) -> list[DataFile]:
 
 
 def _split_of(relative: Path) -> str | None:
-    """The split that the file's name speaks of, or else its folders', from the inside out."""
+    """The split in the file's name, or else in its folders' names, from the inside out."""
     for part in reversed(relative.parts):
         words = re.split(r"[-._ ]|(?<=[a-z])(?=\d)", part.lower())
         for name, known in SPLIT_WORDS.items():
             if set(words) & set(known):
                 return name
     return None
-
-
-def _is_hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
-
-
-def _shortest(file: Path, base: Path) -> Path:
-    return file.relative_to(base) if base != Path() and file.is_relative_to(base) else file
 
 
 def _neighbours(tried: list[str]) -> str:

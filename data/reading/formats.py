@@ -1,6 +1,7 @@
-"""Layouts: from the keys of a decoded object to turns, one function a layout.
+"""Record formats: from the keys of a decoded object to turns, one function a format.
 
-No judgement about what the turns are good for: that is `records.py`.
+What the turns can be used for is decided in `records.py`; formats that are another one in other
+words are converted in `conversions.py`.
 """
 
 from __future__ import annotations
@@ -18,14 +19,8 @@ Raw = Mapping[str, object]
 
 ROLES = {
     "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "prompter": "user",
-    "agent": "assistant",
-    "bot": "assistant",
-    "chatbot": "assistant",
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "agent", "bot", "chatbot"), "assistant"),
 }
 PROMPT_KEYS = ("prompt", "messages", "conversations", "instruction")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -36,7 +31,7 @@ class RecordError(ValueError):
 
 
 class Malformed(ValueError):
-    """The object is not laid out as its format says; `records.py` adds the place."""
+    """The object does not have its format; `records.py` adds the place."""
 
 
 class Unusable(ValueError):
@@ -44,26 +39,20 @@ class Unusable(ValueError):
 
 
 def conversation(fields: Raw, format: Format, *, prompts_only: bool) -> list[Message]:
-    """The turns of a record that is not a pair, without the answer where it has none."""
-    match format:
-        case "messages":
-            return _with_system(fields, _turns(fields.get("messages"), "messages"))
-        case "sharegpt":
-            return _with_system(fields, _turns(fields.get("conversations"), "conversations"))
-        case "prompts" if "messages" in fields:
-            return _with_system(fields, _turns(fields["messages"], "messages"))
-        case "prompts":
-            return _with_system(fields, _turns_or_text(fields.get("prompt"), "prompt", "user"))
-        case "prompt_completion":
-            prompt = _with_system(fields, _turns_or_text(fields.get("prompt"), "prompt", "user"))
-            if prompts_only and fields.get("completion") is None:
-                return prompt
-            return prompt + _turns_or_text(fields.get("completion"), "completion", "assistant")
-        case _:
-            prompt = _alpaca_prompt(fields)
-            if prompts_only and fields.get("output") is None:
-                return prompt
-            return [*prompt, _message("assistant", string(fields, "output"))]
+    """The turns of a record that is not a pair; with `prompts_only` the answer may be missing."""
+    if format == "messages" or (format == "prompts" and "messages" in fields):
+        return _with_system(fields, _turns(fields.get("messages"), "messages"))
+    if format == "sharegpt":
+        return _with_system(fields, _turns(fields.get("conversations"), "conversations"))
+    question, answer = ("prompt", "completion")
+    if format == "alpaca":
+        question, answer = ("instruction", "output")
+    prompt = _prompt_under(fields, question)
+    if format == "prompts" or (prompts_only and fields.get(answer) is None):
+        return prompt
+    if format == "alpaca":
+        return [*prompt, _message("assistant", string(fields, answer))]
+    return prompt + _turns_or_text(fields.get(answer), answer, "assistant")
 
 
 def _alpaca_prompt(fields: Raw) -> list[Message]:
@@ -77,13 +66,13 @@ def _alpaca_prompt(fields: Raw) -> list[Message]:
             raise Malformed(f"history: expected [question, answer], got {shorten(exchange)}")
         turns.append(_message("user", _checked(exchange[0], "history")))
         turns.append(_message("assistant", _checked(exchange[1], "history")))
-    asked = (string(fields, "instruction"), string(fields, "input", ""))
-    turns.append(_message("user", "\n\n".join(part for part in asked if part.strip())))
+    parts = (string(fields, "instruction"), string(fields, "input", ""))
+    turns.append(_message("user", "\n\n".join(part for part in parts if part.strip())))
     return turns
 
 
 def _with_system(fields: Raw, turns: list[Message]) -> list[Message]:
-    """`turns` after the system prompt that stands in a column of its own."""
+    """`turns` after the system prompt that is in a column of its own."""
     system = string(fields, "system", "")
     if not system.strip() or (turns and turns[0] == _message("system", system)):
         return turns
@@ -117,15 +106,15 @@ def _turn(turn: Raw, name: str) -> Message:
         raise Unusable("a loss_weight other than 1 for the assistant and 0 for the others")
     content = turn.get(content_key)
     if isinstance(content, list):
-        parts = cast("list[object]", content)
-        return _message(ROLES[role], "".join(_part(part, name) for part in parts))
+        parts = [_part(part, name) for part in cast("list[object]", content)]
+        return _message(ROLES[role], "".join(parts))
     if content is None and turn.get("tool_calls"):
         raise Unusable("tool calls")
     return _message(ROLES[role], _checked(content, f"{name}.{content_key}"))
 
 
 def _part(part: object, name: str) -> str:
-    """The text of one piece of a message whose content is a list."""
+    """The text of one part of a message whose content is a list."""
     fields = mapping(part, name)
     if fields.get("type") != "text":
         raise Unusable(f"content of type {shorten(fields.get('type'))}, not text")
@@ -138,20 +127,20 @@ def transcripts(fields: Raw) -> tuple[list[Message], list[Message]]:
 
 
 def _transcript(fields: Raw, key: str) -> list[Message]:
-    """Turns of a transcript; white space around them is layout."""
+    """Turns of a transcript, without the white space around them."""
     text = string(fields, key)
     if not text.startswith(HUMAN):
         raise Malformed(f"{key}: a transcript begins with {HUMAN!r}, got {shorten(text)}")
     turns: list[Message] = []
-    for asked in text.split(HUMAN)[1:]:
-        question, *answers = asked.split(ASSISTANT)
+    for exchange in text.split(HUMAN)[1:]:
+        question, *answers = exchange.split(ASSISTANT)
         turns.append(_message("user", question.strip()))
         turns.extend(_message("assistant", answer.strip()) for answer in answers)
     return turns
 
 
 def pair(fields: Raw) -> tuple[list[Message], list[Message]]:
-    """Both whole conversations of a pair; an answer alone is put after the prompt."""
+    """Both conversations of a pair; a bare answer is put after the prompt."""
     prompt = _prompt(fields)
     return _side(fields, "chosen", prompt), _side(fields, "rejected", prompt)
 
@@ -159,9 +148,9 @@ def pair(fields: Raw) -> tuple[list[Message], list[Message]]:
 def ranking(fields: Raw) -> tuple[list[Message], list[str], list[int], list[float]]:
     """Prompt, answers from best to worst, their ranks and ratings.
 
-    The answers stand in `answers` (or in a list under `output`, beside an Alpaca prompt), best
-    first. `ranks` may say where they tie (equal numbers, lower is better); `scores` may rate them
-    (equal numbers tie, higher is better, differences are margins). Ranks come back from 0.
+    The answers are in `answers` (or in a list under `output`, with an Alpaca prompt), best first.
+    `ranks` may give their ties (equal numbers, lower is better); `scores` may rate them (equal
+    numbers tie, higher is better, differences are margins). The ranks returned begin at 0.
     """
     prompt = _prompt(fields)
     if prompt is None:
@@ -172,8 +161,7 @@ def ranking(fields: Raw) -> tuple[list[Message], list[str], list[int], list[floa
         raise Unusable("no answers")
     if fields.get("ranks") is not None and fields.get("scores") is not None:
         raise Malformed("give `ranks` or `scores`, not both")
-    ratings = [0.0] * len(answers)
-    order = [float(i) for i in range(len(answers))]
+    ratings, order = [0.0] * len(answers), [float(i) for i in range(len(answers))]
     if fields.get("ranks") is not None:
         order = _numbers(fields["ranks"], "ranks", len(answers))
     if fields.get("scores") is not None:
@@ -186,13 +174,15 @@ def ranking(fields: Raw) -> tuple[list[Message], list[str], list[int], list[floa
 
 
 def _prompt(fields: Raw) -> list[Message] | None:
-    """The turns under whichever prompt key the record has; None where it has none."""
+    """The turns under the prompt key that the record has; None if it has none."""
     key = next((key for key in PROMPT_KEYS if fields.get(key) is not None), None)
-    if key is None:
-        return None
+    return None if key is None else _prompt_under(fields, key)
+
+
+def _prompt_under(fields: Raw, key: str) -> list[Message]:
     if key == "instruction":
         return _alpaca_prompt(fields)
-    return _with_system(fields, _turns_or_text(fields[key], key, "user"))
+    return _with_system(fields, _turns_or_text(fields.get(key), key, "user"))
 
 
 def _side(fields: Raw, key: str, prompt: list[Message] | None) -> list[Message]:
@@ -207,7 +197,7 @@ def _side(fields: Raw, key: str, prompt: list[Message] | None) -> list[Message]:
 
 
 def margin(fields: Raw) -> float:
-    """By how much `chosen` is better; 0 where the record does not say."""
+    """How much better `chosen` is; 0 if the record does not say."""
     value = fields.get("margin")
     return 0.0 if value is None else _number(value, "margin")
 
@@ -238,6 +228,16 @@ def mapping(value: object, name: str) -> Raw:
     return cast(Raw, value)
 
 
+def keys_of(fields: Raw) -> list[str]:
+    """The keys of an object, for errors."""
+    return sorted(map(str, fields))
+
+
+def objects(value: object, name: str) -> list[Raw]:
+    """`value`, if it is a list of objects."""
+    return [mapping(each, f"{name}[{i}]") for i, each in enumerate(checked_list(value, name))]
+
+
 def checked_list(value: object, name: str) -> list[object]:
     """`value`, if it is a list."""
     if not isinstance(value, list):
@@ -246,7 +246,7 @@ def checked_list(value: object, name: str) -> list[object]:
 
 
 def _checked(value: object, name: str) -> str:
-    """`value` if it is text that can be encoded."""
+    """`value`, if it is text that can be encoded."""
     if not isinstance(value, str):
         raise Malformed(f"{name}: expected a string, got {shorten(value)}")
     if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
@@ -255,7 +255,7 @@ def _checked(value: object, name: str) -> str:
 
 
 def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """The object of a JSON text; the same key twice in it is an error."""
+    """The object of a JSON text; a duplicate key is an error."""
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
@@ -265,12 +265,12 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def string(fields: Raw, key: str, default: str | None = None) -> str:
-    """`fields[key]`; a missing or null key is `default`, or an error where there is none."""
+    """`fields[key]`; `default` if the key is missing or null, or an error if that is None."""
     value = fields.get(key)
     if value is None and default is not None:
         return default
     if key not in fields:
-        raise Malformed(f"key {key!r} is missing; the record has {sorted(map(str, fields))}")
+        raise Malformed(f"key {key!r} is missing; the record has {keys_of(fields)}")
     return _checked(value, key)
 
 

@@ -1,25 +1,11 @@
-"""Records that stand in several objects of a source: message trees (OASST) and labels (KTO)."""
+"""Records that are spread over several objects of a source: message trees (OASST), labels (KTO)."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
-from chatllama.config.sources import ColumnMapping, Format
-from data.reading.conversions import apply_mapping, label
-from data.reading.formats import (
-    Raw,
-    RecordError,
-    Unusable,
-    shorten,
-)
-from data.reading.records import (
-    Conversation,
-    Kind,
-    Preference,
-    Record,
-    labelled_preference,
-    parse_records,
-)
+from data.reading.formats import Raw, RecordError, Unusable, shorten
+from data.reading.records import Kind, LabelledAnswer, Preference, Record, parse_records
 
 JOINED = "joined to the tree of its first message"
 ORPHAN = "the messages above it are not in the source"
@@ -32,16 +18,16 @@ def is_tree_message(raw: object) -> bool:
 
 
 class MessageTrees:
-    """All messages of a source; they are held in memory, for they may stand in any order."""
+    """All messages of a source, in memory because they may be in any order."""
 
     def __init__(self) -> None:
         self._messages: dict[str, tuple[int, str, dict[str, object]]] = {}
 
     def add(self, number: int, where: str, raw: object) -> None:
-        """Takes the next message.
+        """Adds a message.
 
         Raises:
-            RecordError: it has no id, or another one's.
+            RecordError: its id is missing or a duplicate.
         """
         fields = cast(Raw, raw)
         name = fields["message_id"]
@@ -50,18 +36,17 @@ class MessageTrees:
         if name in self._messages:
             before = self._messages[name][1]
             raise RecordError(f"{where}: message_id {name!r} stands at {before} too")
-        kept = {key: fields.get(key) for key in ("role", "text", "rank")}
-        message = {**kept, "parent_id": fields.get("parent_id"), "replies": []}
-        self._messages[name] = number, where, message
+        message = {key: fields.get(key) for key in ("role", "text", "rank", "parent_id")}
+        self._messages[name] = number, where, {**message, "replies": []}
 
     def records(self, kind: Kind) -> Iterator[Found]:
-        """What each tree holds, at the place of its first message, then why the others are none."""
-        roots: list[str] = []
+        """The records of each tree at its first message's place, then why the others have none."""
+        roots: dict[str, None] = {}
         children: dict[str, list[str]] = {}
         for name, (_, _, message) in self._messages.items():
             parent = message["parent_id"]
             if parent is None or parent == "":
-                roots.append(name)
+                roots[name] = None
             elif isinstance(parent, str) and parent in self._messages:
                 children.setdefault(parent, []).append(name)
         joined: set[str] = set()
@@ -80,50 +65,42 @@ class MessageTrees:
                 yield number, where, error
                 continue
             yield from ((number, place, record) for place, record in found)
-        first_ones = set(roots)
         for name, (number, where, _) in self._messages.items():
-            if name not in first_ones:
+            if name not in roots:
                 yield number, where, Unusable(JOINED if name in joined else ORPHAN)
 
 
-Place = tuple[int, str]
-"""Number and place of a record."""
-
-
-def is_good(raw: object, format: Format | ColumnMapping) -> bool:
-    """The label of an object that `parse_records` has taken for a labelled answer."""
-    fields = cast(Raw, raw)
-    if isinstance(format, ColumnMapping):
-        fields = apply_mapping(fields, format, answers_optional=False)
-    return label(fields)
-
-
 class LabelledAnswers:
-    """All labelled answers of a source, by prompt; they are held in memory."""
+    """All labelled answers of a source, by prompt, in memory."""
 
     def __init__(self) -> None:
-        self._by_prompt: dict[str, list[tuple[Place, Conversation, bool]]] = {}
+        self._by_prompt: dict[str, list[tuple[int, str, LabelledAnswer]]] = {}
 
-    def add(self, number: int, where: str, answer: Conversation, good: bool) -> None:
-        """Takes the next answer."""
+    def add(self, number: int, where: str, answer: LabelledAnswer) -> None:
+        """Adds an answer."""
         prompt = json.dumps(answer.messages[:-1])
-        self._by_prompt.setdefault(prompt, []).append(((number, where), answer, good))
+        self._by_prompt.setdefault(prompt, []).append((number, where, answer))
 
-    def preferences(self) -> Iterator[tuple[int, str, Preference | Unusable]]:
+    def preferences(self) -> Iterator[Found]:
         """For every answer, in the order of prompts: a preference, or why it is none.
 
-        The first answer to a prompt that has both labels stands for all of them; each of the
-        others is counted as joined to it.
+        The first answer to a prompt with both labels gives the preference of all good answers over
+        all bad ones; each of the others is counted as joined with it.
         """
-        for answers in self._by_prompt.values():
-            good = [answer for _, answer, is_good in answers if is_good]
-            bad = [answer for _, answer, is_good in answers if not is_good]
-            try:
-                if not good or not bad:
-                    raise Unusable("no answer with the other label to the same prompt")
-                first: Preference | Unusable = labelled_preference(good, bad)
-                rest = Unusable("joined with the other answers to its prompt")
-            except Unusable as reason:
-                first = rest = reason
-            for i, ((number, where), _, _) in enumerate(answers):
-                yield number, where, rest if i else first
+        for group in self._by_prompt.values():
+            first: Preference | Unusable = _preference([answer for _, _, answer in group])
+            rest = Unusable("joined with the other answers to its prompt")
+            for i, (number, where, _) in enumerate(group):
+                yield number, where, first if not i or isinstance(first, Unusable) else rest
+
+
+def _preference(group: Sequence[LabelledAnswer]) -> Preference | Unusable:
+    """All good answers to a prompt before all bad ones."""
+    good = [answer.messages[-1]["content"] for answer in group if answer.good]
+    bad = [answer.messages[-1]["content"] for answer in group if not answer.good]
+    if not good or not bad:
+        return Unusable("no answer with the other label to the same prompt")
+    if {answer.strip() for answer in good} & {answer.strip() for answer in bad}:
+        return Unusable("one answer is labelled both good and bad")
+    ranks = [0] * len(good) + [1] * len(bad)
+    return Preference(group[0].messages[:-1], [*good, *bad], ranks, [0.0] * len(ranks))

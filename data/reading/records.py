@@ -1,11 +1,11 @@
-"""Records: what one line of a data file means, whichever layout it came in.
+"""Records: the meaning of one line of a data file, whatever its format.
 
-Pure functions. The keys of each layout are in `layouts.py` and `dialects.py`, reading files in
-`readers.py`, turning messages into tokens in `sft.py`, `preferences.py` and `prompts.py`.
+Pure functions. The keys of each format are in `formats.py` and `conversions.py`, reading files in
+`source.py`, turning messages into tokens in `data/tokenize.py`.
 
-Two kinds of bad record are told apart. A malformed one (a missing key, a wrong type) raises
+There are two kinds of bad record. A malformed one (a missing key, a wrong type) raises
 `RecordError`: the file is not what the config says, and reading stops. A well-formed one that
-cannot serve (an empty answer, a pair whose prompts differ) raises `Unusable`: it is left out,
+cannot be used (an empty answer, a pair whose prompts differ) raises `Unusable`: it is left out,
 and its reason is counted and reported.
 """
 
@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Literal, cast
 from chatllama.config.sources import ColumnMapping, Format
 from data.reading.conversions import (
     apply_mapping,
+    convert,
+    label,
     question_answer_keys,
-    translate,
     two_answer_keys,
 )
 from data.reading.formats import (
@@ -30,6 +31,7 @@ from data.reading.formats import (
     RecordError,
     Unusable,
     conversation,
+    keys_of,
     mapping,
     margin,
     pair,
@@ -44,7 +46,7 @@ if TYPE_CHECKING:  # importing it takes seconds
 
 Kind = Literal["sft", "preferences", "prompts", "text"]
 
-# Formats that can serve each kind, in the order in which they are tried.
+# The formats that can be used for each kind, in the order in which they are tried.
 _CONVERSATIONS: tuple[Format, ...] = (
     "self_instruct", "alpaca", "messages", "sharegpt", "prompt_completion", "utterances", "oasst",
     "translation",
@@ -62,9 +64,16 @@ KIND_FORMATS: dict[Kind, tuple[Format, ...]] = {
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns that end with an assistant's answer."""
+    """Turns; the last one is the assistant's."""
 
     messages: list[Message]
+
+
+@dataclass(frozen=True)
+class LabelledAnswer(Conversation):
+    """A conversation whose answer has a label; becomes a preference with others like it."""
+
+    good: bool
 
 
 @dataclass(frozen=True)
@@ -76,12 +85,12 @@ class Preference:
     ranks: list[int]
     """0 for the best; equal ranks are a tie."""
     ratings: list[float]
-    """Their differences are the margins of the pairs; all 0 where the record does not say."""
+    """Their differences are the margins of the pairs; all 0 if the record has none."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Turns that end with the user's."""
+    """Turns; the last one is the user's."""
 
     messages: list[Message]
 
@@ -99,29 +108,22 @@ Record = Conversation | Preference | Prompt | Text
 def parse_records(
     raw: object, format: Format | ColumnMapping, kind: Kind, where: str
 ) -> list[tuple[str, Record | Unusable]]:
-    """The place and the typed record of everything that an object holds; most hold one.
+    """Place and typed record of everything in an object; Unusable, with the reason, if of no use.
 
-    Args:
-        raw: the decoded object.
-        format: how `raw` is laid out.
-        kind: what it is to serve for. Pairs and lists give SFT their best answer; whatever has a
-            prompt gives PPO that prompt.
-        where: `file:line`, for errors.
-
-    Returns:
-        For a record that is well-formed but cannot serve as `kind`, the reason.
+    Most objects are one record. Pairs and lists give SFT their best answer; everything that has a
+    prompt gives PPO the prompt. `where`, `file:line`, begins the places and the error.
 
     Raises:
-        RecordError: the object is not laid out as `format`.
+        RecordError: the object does not have the format.
     """
     found: list[tuple[str, Record | Unusable]] = []
     try:
         fields, name = _named(raw, format, kind)
         if name not in KIND_FORMATS[kind]:
             raise Malformed(f"format {name} cannot serve as {kind}; {_formats_for(kind)}")
-        for place, piece, layout in translate(fields, name, kind):
+        for place, converted, plain in convert(fields, name, kind):
             try:
-                found.append((where + place, _parse(piece, layout, kind)))
+                found.append((where + place, _parse(converted, plain, kind)))
             except Unusable as reason:
                 found.append((where + place, reason))
     except Malformed as error:
@@ -131,36 +133,22 @@ def parse_records(
     return found
 
 
-def parse_record(raw: object, format: Format | ColumnMapping, kind: Kind, where: str) -> Record:
-    """The one record of an object that holds one; see `parse_records`.
-
-    Raises:
-        RecordError: the object is not laid out as `format`.
-        Unusable: it is, but cannot serve as `kind`.
-    """
-    ((_, record),) = parse_records(raw, format, kind, where)
-    if isinstance(record, Unusable):
-        raise record
-    return record
-
-
 def _named(raw: object, format: Format | ColumnMapping, kind: Kind) -> tuple[Raw, Format]:
-    """The object and the name of its layout, after a mapping of columns."""
+    """The object and the name of its format, after a mapping of columns."""
     fields = mapping(raw, "the record")
     if not isinstance(format, ColumnMapping):
         return fields, format
     fields = apply_mapping(fields, format, answers_optional=kind == "prompts")
     if format.label is not None:
         return fields, "kto"
-    fitting = fitting_formats(fields)
-    usable: list[Format] = [name for name in KIND_FORMATS[kind] if name in fitting]
-    if not usable:
+    name = _fitting_for(kind, fitting_formats(fields))
+    if name is None:
         raise Malformed(f"the columns {sorted(fields)} make no record for {kind}")
-    return fields, usable[0]
+    return fields, name
 
 
 def _parse(fields: Raw, format: Format, kind: Kind) -> Record:
-    """One record of a layout of `layouts.py`."""
+    """One record in a format of `formats.py`."""
     if format == "text":
         return Text(_not_empty(string(fields, "text"), "text"))
     if format in ("hh", "preference"):
@@ -174,62 +162,48 @@ def _parse(fields: Raw, format: Format, kind: Kind) -> Record:
             return _ranked(prompt, answers, ranks, ratings)
         return _serve([*prompt, {"role": "assistant", "content": answers[0]}], kind)
     turns = conversation(fields, format, prompts_only=kind == "prompts")
-    if kind == "preferences":  # an answer with a label, to be joined with another
-        return Conversation(_alternating(turns, "assistant"))
+    if kind == "preferences":
+        return LabelledAnswer(_alternating(turns, "assistant"), label(fields))
     return _serve(turns, kind)
 
 
-def labelled_preference(good: list[Conversation], bad: list[Conversation]) -> Preference:
-    """All good answers to a prompt before all bad ones.
-
-    Args:
-        good: at least one conversation; all that are given have the same prompt.
-        bad: at least one.
-
-    Raises:
-        Unusable: a good answer is a bad one too.
-    """
-    prompt = good[0].messages[:-1]
-    answers = [conversation.messages[-1]["content"] for conversation in [*good, *bad]]
-    if {a.strip() for a in answers[: len(good)]} & {a.strip() for a in answers[len(good) :]}:
-        raise Unusable("one answer is labelled both good and bad")
-    ranks = [0] * len(good) + [1] * len(bad)
-    return Preference(prompt, answers, ranks, [0.0] * len(answers))
-
-
 def detect_format(raw: object, kind: Kind, where: str) -> Format:
-    """The layout that a record's keys tell.
+    """The format that a record's keys fit.
 
     Raises:
-        RecordError: nothing that serves as `kind` fits.
+        RecordError: no format that can be used for `kind` fits.
     """
     if not isinstance(raw, Mapping):
         raise RecordError(f"{where}: expected an object with keys, got {shorten(raw)}")
     fields = cast(Raw, raw)
     fitting = fitting_formats(fields)
-    usable: list[Format] = [format for format in KIND_FORMATS[kind] if format in fitting]
-    if usable:
-        return usable[0]
+    found = _fitting_for(kind, fitting)
+    if found is not None:
+        return found
     looks = f" (it looks like {' or '.join(fitting)})" if fitting else ""
     raise RecordError(
-        f"{where}: no format for {kind} fits a record with the keys "
-        f"{sorted(map(str, fields))}{looks}; {_formats_for(kind)}; or say which column holds "
-        "what, as in `format: {prompt: question, completion: answer}`"
+        f"{where}: no format for {kind} fits a record with the keys {keys_of(fields)}{looks}; "
+        f"{_formats_for(kind)}; or say which column holds what, as in `format: {{prompt: "
+        "question, completion: answer}`"
     )
 
 
-def record_key(record: Record) -> str:
-    """Digest of what the record asks: equal for equal first user turns (text: equal texts).
+def _fitting_for(kind: Kind, fitting: list[Format]) -> Format | None:
+    return next((name for name in KIND_FORMATS[kind] if name in fitting), None)
 
-    Held-out splits go by it, so that a prompt, and a dialogue and its continuation, are on the
-    same side, in every stage.
+
+def record_key(record: Record) -> str:
+    """Digest of the record's first user turn (text: of all of it).
+
+    Held-out splits use it, so that a prompt, and a dialogue and its continuation, are on the same
+    side, in every stage.
     """
     match record:
         case Text(text):
-            asked = text
+            question = text
         case Conversation(messages) | Prompt(messages) | Preference(messages):
-            asked = next(turn["content"] for turn in messages if turn["role"] == "user")
-    return hashlib.blake2b(asked.strip().encode(), digest_size=16).hexdigest()
+            question = next(turn["content"] for turn in messages if turn["role"] == "user")
+    return hashlib.blake2b(question.strip().encode(), digest_size=16).hexdigest()
 
 
 def _formats_for(kind: Kind) -> str:
@@ -237,14 +211,13 @@ def _formats_for(kind: Kind) -> str:
 
 
 def fitting_formats(fields: Raw) -> list[Format]:
-    """Every format whose keys are there."""
+    """Every format whose keys the object has."""
     has = fields.keys()
     if {"chosen", "rejected"} <= has:
         transcript = isinstance(fields["chosen"], str) and not has & set(PROMPT_KEYS)
         return ["hh" if transcript else "preference"]
-    if "message_tree_id" in has and isinstance(fields.get("prompt"), Mapping):
-        return ["oasst"]
-    if {"message_id", "role", "text"} <= has and "prompt" not in has:
+    is_tree = "message_tree_id" in has and isinstance(fields.get("prompt"), Mapping)
+    if is_tree or ({"message_id", "role", "text"} <= has and "prompt" not in has):
         return ["oasst"]
     if two_answer_keys(fields):
         return ["comparison"]
@@ -271,7 +244,7 @@ def fitting_formats(fields: Raw) -> list[Format]:
 
 
 def _serve(turns: list[Message], kind: Kind) -> Record:
-    """The conversation, or its prompt when prompts are wanted."""
+    """The conversation, or its prompt if `kind` is prompts."""
     if kind == "prompts":
         prompt = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
         return Prompt(_alternating(prompt, "user"))
@@ -305,7 +278,7 @@ def _ranked(
 
 
 def _alternating(turns: list[Message], last: str) -> list[Message]:
-    """`turns`, if they go system? user assistant user ... and end with `last`."""
+    """`turns`, if they are system? user assistant user ... and end with `last`."""
     spoken = turns[1:] if turns and turns[0]["role"] == "system" else turns
     if not spoken:
         raise Unusable("no turns")

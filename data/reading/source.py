@@ -1,10 +1,10 @@
 """Sources: from a file or a hub data set to a table of records, with a report of what was left out.
 
-Local files are decoded by `decoding.py`, line by line, rather than by `datasets.load_dataset`: that
+Local files are decoded by `decode.py`, line by line, rather than by `datasets.load_dataset`: that
 loses line numbers, fills missing keys with null, and turns the text "NA" of a csv into nothing.
 `datasets` keeps the result as an Arrow file in its cache (HF_DATASETS_CACHE), which all ranks
-share: one of them reads, the others wait for its lock. The cache entry is named after the content
-of the file and of this package's code, so that neither can go stale.
+share: one of them reads, the others wait for its lock. The name of the cache entry has digests of
+the files and of this package's code, so that neither can be stale.
 """
 
 import hashlib
@@ -23,20 +23,11 @@ from data.caching import code_digest
 from data.reading.decode import decode
 from data.reading.files import DataFile, find_aligned, find_files
 from data.reading.formats import RecordError, Unusable
-from data.reading.grouped import (
-    JOINED,
-    LabelledAnswers,
-    MessageTrees,
-    is_good,
-    is_tree_message,
-)
+from data.reading.grouped import JOINED, LabelledAnswers, MessageTrees, is_tree_message
 from data.reading.records import (
-    Conversation,
     Kind,
-    Preference,
-    Prompt,
+    LabelledAnswer,
     Record,
-    Text,
     detect_format,
     parse_records,
     record_key,
@@ -48,8 +39,15 @@ NUM_EXAMPLES = 5
 GOOD, UNUSABLE, MALFORMED = 0, 1, 2
 MESSAGES = datasets.List({"role": Value("string"), "content": Value("string")})
 COMMON = {"key": Value("string"), "where": Value("string")}
+ROW_COLUMNS = {
+    "number": Value("int64"),
+    "severity": Value("int8"),
+    "problem": Value("string"),
+    "format": Value("string"),
+}
+MESSAGE_COLUMNS = Features({"messages": MESSAGES, **COMMON})
 COLUMNS: dict[Kind, Features] = {
-    "sft": Features({"messages": MESSAGES, **COMMON}),
+    "sft": MESSAGE_COLUMNS,
     "preferences": Features(
         {
             "prompt": MESSAGES,
@@ -59,18 +57,18 @@ COLUMNS: dict[Kind, Features] = {
             **COMMON,
         }
     ),
-    "prompts": Features({"messages": MESSAGES, **COMMON}),
+    "prompts": MESSAGE_COLUMNS,
     "text": Features({"text": Value("large_string"), **COMMON}),
 }
 
 
 @dataclass(frozen=True)
 class ReadReport:
-    """What became of a source's records."""
+    """Numbers of kept and left out records of a source."""
 
     path: str
     format: str
-    """Name of the format; `mapping` for columns that the config names."""
+    """Name of the format; `mapping` for columns named by the config."""
     num_read: int
     num_kept: int
     left_out: dict[str, int]
@@ -94,39 +92,39 @@ def read_source(source: DataSource, kind: Kind) -> tuple[Dataset, ReadReport]:
     `text`), `key` (see `record_key`) and `where` (`file:line`).
 
     Raises:
-        ValueError: there is no such file or data set; a malformed file or record; no record that
-            can serve, or more that cannot than can.
+        ValueError: there is no such file or data set; a malformed file or record; no usable record,
+            or fewer than unusable ones.
     """
     rows = read_rows(source, kind)
     severities: list[int] = rows["severity"][:]
     if MALFORMED in severities:
         bad = [i for i, severity in enumerate(severities) if severity == MALFORMED]
         lines = [str(rows[i]["problem"]) for i in bad[:NUM_EXAMPLES]]
-        more = f"\n  and {len(bad) - len(lines)} more" if len(bad) > len(lines) else ""
-        raise RecordError("\n  ".join(lines) + more)
+        if len(bad) > len(lines):
+            lines.append(f"and {len(bad) - len(lines)} more")
+        raise RecordError("\n  ".join(lines))
     return _keep_usable(rows, severities, source, kind)
 
 
 def read_rows(source: DataSource, kind: Kind) -> Dataset:
-    """A row for each record of a source, whether or not it can serve.
+    """A row for each record of a source, usable or not.
 
-    Columns are those of `read_source`, `number` (of the object it stands in, from 0), `severity`
-    (`GOOD`, `UNUSABLE` or `MALFORMED`), `problem` (why it cannot serve) and `format`.
+    Columns are those of `read_source`, `number` (of the object it is in, from 0), `severity`
+    (`GOOD`, `UNUSABLE` or `MALFORMED`), `problem` (why it is unusable) and `format`.
 
     Raises:
         ValueError: there is no such file or data set, or it is empty.
     """
-    files = source_files(source)
-    reading = source.model_dump(exclude={"weight", "epochs"})
-    arguments = {"reading": reading, "kind": kind, "code": code_digest()}
-    if files is None:
-        data = _load_hub(source)
-        generator, arguments = _hub_rows, {**arguments, "data": data}
-    else:
-        digests = [(file, _file_digest(file)) for file in files]
-        generator, arguments = _file_rows, {**arguments, "files": digests}
+    data = _open(source)
+    features = Features({**COLUMNS[kind], **ROW_COLUMNS})
+    arguments = {
+        "reading": source.model_dump(exclude={"weight", "epochs"}),
+        "kind": kind,
+        "data": data,
+        "digests": (code_digest(), [] if isinstance(data, Dataset) else [*map(_digest, data)]),
+    }
     try:
-        return Dataset.from_generator(generator, features=_features(kind), gen_kwargs=arguments)
+        return Dataset.from_generator(_generate, features=features, gen_kwargs=arguments)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, ValueError):  # ours, wrapped by `datasets`
             raise error.__cause__ from None
@@ -135,60 +133,20 @@ def read_rows(source: DataSource, kind: Kind) -> Dataset:
 
 def decode_source(source: DataSource) -> Iterator[tuple[str, object]]:
     """Place and object of everything in a source; a `RecordError` in place of what is broken."""
-    files = source_files(source)
-    if files is None:
-        yield from _hub_objects(_load_hub(source), source.path)
-        return
-    for file in files:
-        yield from decode(file, source.encoding, source.columns, source.format)
+    return _decode(source, _open(source))
 
 
-def source_files(source: DataSource) -> list[DataFile] | None:
-    """The files of a source; None where it can only be a data set of the hub.
+def _open(source: DataSource) -> list[DataFile] | Dataset:
+    """The files of a source; the split of a hub data set if there are none.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file or data set.
     """
-    aligned = None
+    files = None
     if source.languages is not None:
-        aligned = find_aligned(source.path, language_codes(source.languages))
-    return aligned or find_files(source.path, source.split)
-
-
-def _file_digest(file: DataFile) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for path in filter(None, (file.path, file.aligned)):
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def _file_rows(
-    reading: dict[str, Any], kind: Kind, files: list[tuple[DataFile, str]], code: str
-) -> Iterator[dict[str, object]]:
-    """Rows of local files. Their digests and `code` only name the cache entry."""
-    source = DataSource(**reading)
-    objects = (
-        each
-        for file, _ in files
-        for each in decode(file, source.encoding, source.columns, source.format)
-    )
-    yield from _rows(objects, source, kind)
-
-
-def _hub_rows(
-    reading: dict[str, Any], kind: Kind, data: Dataset, code: str
-) -> Iterator[dict[str, object]]:
-    """Rows of a data set that `datasets` loaded."""
-    source = DataSource(**reading)
-    yield from _rows(_hub_objects(data, source.path), source, kind)
-
-
-def _hub_objects(data: Dataset, path: str) -> Iterator[tuple[str, object]]:
-    """Place and object of each record of a hub data set; its null is a missing key."""
-    for number, raw in enumerate(cast(Iterable[dict[str, object]], data), start=1):
-        yield f"{path}: record {number}", {k: v for k, v in raw.items() if v is not None}
+        files = find_aligned(source.path, language_codes(source.languages))
+    files = files or find_files(source.path, source.split)
+    return _load_hub(source) if files is None else files
 
 
 def _load_hub(source: DataSource) -> Dataset:
@@ -204,13 +162,40 @@ def _load_hub(source: DataSource) -> Dataset:
     return data
 
 
+def _digest(file: DataFile) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for path in filter(None, (file.path, file.aligned)):
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _generate(
+    reading: dict[str, Any], kind: Kind, data: list[DataFile] | Dataset, digests: object
+) -> Iterator[dict[str, object]]:
+    """Rows of a source. `digests` only names the cache entry."""
+    source = DataSource(**reading)
+    yield from _rows(_decode(source, data), source, kind)
+
+
+def _decode(source: DataSource, data: list[DataFile] | Dataset) -> Iterator[tuple[str, object]]:
+    if isinstance(data, Dataset):
+        for number, raw in enumerate(cast(Iterable[dict[str, object]], data), start=1):
+            # A hub data set has null for a missing key.
+            yield f"{source.path}: record {number}", {k: v for k, v in raw.items() if v is not None}
+        return
+    for file in data:
+        yield from decode(file, source.encoding, source.columns, source.format)
+
+
 def _rows(
     objects: Iterator[tuple[str, object]], source: DataSource, kind: Kind
 ) -> Iterator[dict[str, object]]:
-    """A row for each record of the decoded objects, whether or not it can serve."""
+    """A row for each record of the decoded objects, usable or not."""
     format, num_malformed = source.format, 0
     number = -1
-    joined, trees = LabelledAnswers(), MessageTrees()
+    answers, trees = LabelledAnswers(), MessageTrees()
     for number, (where, raw) in enumerate(objects):
         try:
             if isinstance(raw, RecordError):
@@ -232,11 +217,11 @@ def _rows(
                 return
             continue
         for place, record in found:
-            if kind == "preferences" and isinstance(record, Conversation):
-                joined.add(number, place, record, is_good(raw, format))
+            if isinstance(record, LabelledAnswer):
+                answers.add(number, place, record)
             else:
                 yield _row(kind, number, place, format, record)
-    for number, place, record in chain(joined.preferences(), trees.records(kind)):
+    for number, place, record in chain(answers.preferences(), trees.records(kind)):
         yield _row(kind, number, place, format, record)
     if number < 0:
         raise RecordError(f"{source.path}: no records")
@@ -250,7 +235,9 @@ def _row(
     record: Record | Unusable | RecordError,
 ) -> dict[str, object]:
     bad = isinstance(record, ValueError)
-    fields = dict.fromkeys(COLUMNS[kind]) if isinstance(record, ValueError) else _columns(record)
+    fields: dict[str, Any] = dict.fromkeys(COLUMNS[kind])
+    if not isinstance(record, ValueError):
+        fields = {**record.__dict__, "key": record_key(record)}
     severity = MALFORMED if isinstance(record, RecordError) else UNUSABLE if bad else GOOD
     return {
         **fields,
@@ -260,23 +247,6 @@ def _row(
         "problem": str(record) if bad else "",
         "format": "mapping" if isinstance(format, ColumnMapping) else format,
     }
-
-
-def _features(kind: Kind) -> Features:
-    text, number = Value("string"), Value("int64")
-    more = {"number": number, "severity": Value("int8"), "problem": text, "format": text}
-    return Features({**COLUMNS[kind], **more})
-
-
-def _columns(record: Record) -> dict[str, object]:
-    match record:
-        case Conversation(messages) | Prompt(messages):
-            fields: dict[str, object] = {"messages": messages}
-        case Preference():
-            fields = dict(record.__dict__)
-        case Text(text):
-            fields = {"text": text}
-    return {**fields, "key": record_key(record)}
 
 
 def _keep_usable(
@@ -293,7 +263,7 @@ def _keep_usable(
         left_out=dict(Counter(problems).most_common()),
         examples=[f"{rows[i]['where']}: {rows[i]['problem']}" for i in bad[:NUM_EXAMPLES]],
     )
-    # Labels need not pair up, and a bad answer is not for SFT: no sign of a wrong format.
+    # Unpaired labels, and bad answers in SFT, do not mean a wrong format.
     too_many = 1.0 if report.format == "kto" else MAX_LEFT_OUT
     num_joined = report.left_out.get(JOINED, 0)
     if len(bad) - num_joined > too_many * (len(rows) - num_joined) or not report.num_kept:
@@ -302,4 +272,4 @@ def _keep_usable(
             f"format?\n{report.summary()}"
         )
     kept = [i for i, severity in enumerate(severities) if severity == GOOD]
-    return rows.select(kept).remove_columns(["number", "severity", "problem", "format"]), report
+    return rows.select(kept).remove_columns([*ROW_COLUMNS]), report

@@ -1,22 +1,14 @@
-"""Translation as instructions: a sentence and its translation become a request and its answer.
+"""Translation as instructions: a sentence and its translation become a prompt and its completion.
 
-Which languages, and in which direction, the config says (`languages: [de, en]`); aligned files are
-found in `files.py`. The wording of the request is chosen by the sentence itself, so that it is the
-same in every run. The template puts EOS behind the answer, and padding comes after that.
+The languages are the config's (`languages: [de, en]`); aligned files are found in `files.py`. The
+sentence determines the wording of the prompt, so that it is the same in every run.
 """
 
 import hashlib
 from collections.abc import Sequence
 
 from chatllama.config.sources import language_codes, split_language
-from data.reading.formats import (
-    Malformed,
-    Raw,
-    checked_list,
-    mapping,
-    shorten,
-    string,
-)
+from data.reading.formats import Malformed, Raw, checked_list, keys_of, mapping, shorten, string
 
 TEMPLATES = (
     "Translate the following text from {source} to {target}.\n\n{text}",
@@ -30,12 +22,12 @@ TEMPLATES = (
 
 
 def request(text: str, languages: Sequence[str], template: str | None = None) -> str:
-    """What asks for the translation of `text`.
+    """The prompt for the translation of `text`.
 
     Args:
         text: in the first language.
         languages: source and target, `de` or `de=German`.
-        template: one of `TEMPLATES`. None: the one that belongs to this text.
+        template: one of `TEMPLATES`. None: one of them, by a digest of the text.
     """
     if template is None:
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
@@ -47,11 +39,11 @@ def request(text: str, languages: Sequence[str], template: str | None = None) ->
 def sentence_pair(fields: Raw, languages: Sequence[str]) -> tuple[str, str]:
     """The sentence and its translation, without white space around them.
 
-    They stand under the languages' codes, in `translation` (as in the WMT sets of the hub) or as
-    columns, or as `source` and `target`.
+    They are under the languages' codes, in `translation` (as in the WMT sets of the hub) or as
+    columns, or under `source` and `target`.
 
     Raises:
-        Malformed: they do not.
+        Malformed: they are not there.
     """
     inner = fields
     if "translation" in fields:
@@ -60,12 +52,12 @@ def sentence_pair(fields: Raw, languages: Sequence[str]) -> tuple[str, str]:
     for names in (codes, ("source", "target")):
         if set(names) <= inner.keys():
             return string(inner, names[0]).strip(), string(inner, names[1]).strip()
-    keys = sorted(map(str, inner))
-    raise Malformed(f"expected {codes[0]!r} and {codes[1]!r} (or source and target), got {keys}")
+    wanted = f"{codes[0]!r} and {codes[1]!r} (or source and target)"
+    raise Malformed(f"expected {wanted}, got {keys_of(inner)}")
 
 
 def as_instruction(fields: Raw) -> Raw:
-    """The record as `prompt` and `completion`; the reader has put the config's languages in it.
+    """The record as `prompt` and `completion`; `source.py` has added the config's languages.
 
     Raises:
         Malformed: it has no languages, or not their sentences.
@@ -80,5 +72,5 @@ def as_instruction(fields: Raw) -> Raw:
     except ValueError as error:
         raise Malformed(f"languages: {error}") from None
     sentence, translation = sentence_pair(fields, languages)
-    asked = request(sentence, languages) if sentence else ""
-    return {"prompt": asked, "completion": translation}
+    prompt = request(sentence, languages) if sentence else ""
+    return {"prompt": prompt, "completion": translation}

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from one_record import parse_record
 
 from chatllama.config.sources import ColumnMapping
 from data.reading.formats import RecordError, Unusable
@@ -13,7 +14,6 @@ from data.reading.records import (
     Prompt,
     Text,
     detect_format,
-    parse_record,
     parse_records,
 )
 

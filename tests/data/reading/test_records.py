@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from one_record import parse_record
 
 from chatllama.text.chat_format import check_messages
 from data.reading.records import (
@@ -16,7 +17,6 @@ from data.reading.records import (
     Text,
     Unusable,
     detect_format,
-    parse_record,
     record_key,
 )
 

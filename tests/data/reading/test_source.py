@@ -14,7 +14,7 @@ from chatllama.config.sources import DataSource, Format
 from data.caching import PROJECT_ROOT
 from data.reading.files import find_files
 from data.reading.records import Kind
-from data.reading.source import _hub_objects, _load_hub, read_source
+from data.reading.source import _decode, _load_hub, read_source
 
 pytestmark = pytest.mark.usefixtures("data_cache")
 
@@ -107,7 +107,7 @@ def test_folder_without_splits_and_patterns(
     for name in ("b.txt", "a.txt"):
         (tmp_path / name).write_text(name)
     assert read(tmp_path, "text")[0]["text"][:] == ["a.txt", "b.txt"]
-    with pytest.raises(ValueError, match="no file name there speaks of a split"):
+    with pytest.raises(ValueError, match="no file name there has a split in it"):
         find_files(str(tmp_path), "test")
     assert read(tmp_path / "[ab]*.txt", "text")[0]["text"][:] == ["a.txt", "b.txt"]
     monkeypatch.chdir(tmp_path)
@@ -121,7 +121,7 @@ def test_hub_data_set_is_read_through_its_local_copy(tmp_path: Path) -> None:
     pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
     write(tmp_path / "train.jsonl", [pair, {**pair, "margin": 2.0}, {**pair, "chosen": "b"}])
     source = DataSource(path=str(tmp_path))
-    rows = list(_hub_objects(_load_hub(source), "some/set"))
+    rows = list(_decode(DataSource(path="some/set"), _load_hub(source)))
     # The null that `datasets` filled in is no margin.
     assert rows[0] == ("some/set: record 1", pair) and rows[1][1] == {**pair, "margin": 2.0}
     assert len(rows) == 3

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from malformed_inputs import lines, read_bytes
+from one_record import parse_record
 from pydantic import ValidationError
 
 from chatllama.config.model import ChatSection
@@ -19,7 +20,6 @@ from data.reading.records import (
     Conversation,
     Prompt,
     detect_format,
-    parse_record,
 )
 from data.reading.source import read_source
 from data.reading.translation import TEMPLATES, request
