@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from chatllama.config.batch_sizes import lr_factor, ppo_batches
+from chatllama.config.batch_sizes import lr_factor, microbatches_per_step, ppo_optimizer_steps
 from chatllama.config.loader import load_config
 from chatllama.config.ppo import PpoSection
 from chatllama.config.schema import Config
@@ -213,13 +213,13 @@ def update(
     """
     section, all_mask = cfg.ppo, to_device(batch.response_mask)
     warming_up = step < section.critic_warmup_steps  # only the critic learns
-    sizes = ppo_batches(section, world_size=1)
-    total, done = sizes.total_optimizer_steps, step * sizes.optimizer_steps_per_rollout
+    total = ppo_optimizer_steps(section)
+    done, size = step * total // section.steps, microbatches_per_step(section, 1, "ppo")
     sums = {"policy_loss": 0.0, "value_loss": 0.0, "num_tokens": 0.0}
     for epoch in range(section.epochs):
         generator = torch.Generator().manual_seed(hash((cfg.seed, step, epoch)) % 2**63)
         order = torch.randperm(len(batch.microbatches), generator=generator)
-        for minibatch in order.split(sizes.microbatches):
+        for minibatch in order.split(size):
             chosen = [batch.microbatches[number] for number in minibatch.tolist()]
             num_tokens = float(sum(batch.response_mask[rows].sum() for rows in chosen))
             for rows in chosen:
