@@ -35,10 +35,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = stage.open_stage(cfg, run, "sft")
 
     rows = data.load_rows(cfg, tokenizer)
-    llama = model.build_policy(cfg, run)
-    numbers = train.train_sft(cfg, run, rows, llama, tokenizer, arguments.resume)
+    policy = model.build_policy(cfg, run)
+    engine = model.build_engine(cfg, policy, cfg.sft, cfg.deepspeed)
+    numbers = train.train_sft(cfg, run, rows, engine, tokenizer, arguments.resume)
     info = stage.adapter_info(cfg, run, tokenizer, "sft")
-    model.export_sft(cfg, run, llama, tokenizer, info)
+    model.export_sft(cfg, run, policy, tokenizer, info)
 
     numbers |= {"wall_seconds": time.monotonic() - started} | pretrain.backbone_seconds(run)
     stage.finish(cfg, run, "sft", numbers)

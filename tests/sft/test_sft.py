@@ -8,16 +8,18 @@ from datasets import Dataset
 from transformers import LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from chatllama.config.model import BackboneSection
-from chatllama.config.schema import Config, SftSection
-from chatllama.model.roles import RoleModel, acting_as, adapter_state
+from chatllama.config.model import BackboneSection, LoraSection
+from chatllama.config.schema import Config, TrackingSection
+from chatllama.config.stages import SftSection
+from chatllama.model.roles import RoleModel, adapter_state
+from chatllama.runs.checkpoints import layout_of, publish
 from chatllama.runs.folder import RunFolder
+from chatllama.runtime.jsonl import read_lines
 from chatllama.runtime.libraries import quiet_libraries
 from chatllama.text.tokenizer import load_tokenizer
 from trainers.sft.data import IGNORED, RowCollator, arrange_rows
-from trainers.sft.instruction_trainer import InstructionTrainer, end_in_loss
-from trainers.sft.model import build_policy
-from trainers.sft.train import sft_arguments
+from trainers.sft.model import build_engine, build_policy, token_losses
+from trainers.sft.train import train_sft
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -29,10 +31,12 @@ def llama(tiny_llama_dir: Path) -> LlamaForCausalLM:
 
 
 @pytest.fixture
-def loss_llama(tiny_llama_dir: Path) -> LlamaForCausalLM:
-    model = LlamaForCausalLM.from_pretrained(tiny_llama_dir).eval()
-    end_in_loss(model, use_bfloat16=False)
-    return model
+def model(tiny_llama_dir: Path) -> RoleModel:
+    return RoleModel(LlamaForCausalLM.from_pretrained(tiny_llama_dir), {}).eval()
+
+
+def loss_sum(model: RoleModel, rows: list[dict], pad_id: int = 0, flat: bool = False):
+    return token_losses(model, RowCollator(pad_id, flat)(rows), use_bfloat16=False).loss_sum
 
 
 def documents(count: int = 24) -> Dataset:
@@ -58,6 +62,17 @@ def test_collator_by_hand():
     assert batch["input_ids"].tolist() == [[1, 5, 1, 6, 2], [1, 7, 9, 9, 9]]
     assert batch["labels"].tolist() == [[-100, 5, -100, 6, 2], [-100, 7, -100, -100, -100]]
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2], [0, 1, 2, 3, 4]]
+
+
+def test_rows_laid_end_to_end_by_hand():
+    rows = [
+        {"input_ids": [1, 5, 1, 6, 2], "labels": [-100, 5, -100, 6, 2], "seq_lengths": [2, 3]},
+        {"input_ids": [1, 7], "labels": [-100, 7]},
+    ]
+    batch = RowCollator(pad_id=9, flat=True)(rows)
+    assert batch["input_ids"].tolist() == [[1, 5, 1, 6, 2, 1, 7]]
+    assert batch["labels"].tolist() == [[-100, 5, -100, 6, 2, -100, 7]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 1]]
 
 
 def test_first_token_of_every_packed_document_does_not_train():
@@ -114,23 +129,20 @@ def test_fill_rate_of_packed_rows():
 # --- loss
 
 
-def test_loss_is_the_cross_entropy_of_the_labels(
-    loss_llama: LlamaForCausalLM, llama: LlamaForCausalLM
-):
+def test_loss_is_the_cross_entropy_of_the_labels(model: RoleModel, llama: LlamaForCausalLM):
     row = {"input_ids": [1, 20, 30, 40, 2], "labels": [IGNORED, IGNORED, 30, IGNORED, 2]}
-    losses = loss_llama(**RowCollator(0)([row]), as_loss=True)
+    losses = loss_sum(model, [row])
     with torch.no_grad():
         logprobs = llama(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
     # token 2 (id 30) is predicted at position 1, token 4 (id 2) at position 3
-    torch.testing.assert_close(losses.loss_sum, -(logprobs[1, 30] + logprobs[3, 2]))
+    torch.testing.assert_close(losses, -(logprobs[1, 30] + logprobs[3, 2]))
 
 
-def test_packed_documents_do_not_see_each_other(loss_llama: LlamaForCausalLM):
+def test_packed_documents_do_not_see_each_other(model: RoleModel):
     ids = list(documents(3)["input_ids"])
     labels = [[IGNORED, *i[1:]] for i in ids]
     alone = [
-        loss_llama(**RowCollator(0)([{"input_ids": i, "labels": w}]), as_loss=True).loss_sum
-        for i, w in zip(ids, labels, strict=True)
+        loss_sum(model, [{"input_ids": i, "labels": w}]) for i, w in zip(ids, labels, strict=True)
     ]
     apart = torch.stack(alone).sum()
     packed = {
@@ -139,29 +151,31 @@ def test_packed_documents_do_not_see_each_other(loss_llama: LlamaForCausalLM):
         "seq_lengths": [len(i) for i in ids],
     }
     short = {"input_ids": [1, 7], "labels": [IGNORED, IGNORED], "seq_lengths": [2]}
-    together = loss_llama(**RowCollator(0)([short, packed]), as_loss=True).loss_sum
+    together = loss_sum(model, [short, packed])
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=0)
     joined = {k: v for k, v in packed.items() if k != "seq_lengths"}
-    one_document = loss_llama(**RowCollator(0)([joined]), as_loss=True).loss_sum
+    one_document = loss_sum(model, [joined])
     assert not torch.isclose(one_document, apart, atol=1e-3)
+    end_to_end = loss_sum(model, [short, packed], flat=True)
+    torch.testing.assert_close(end_to_end, apart, rtol=1e-5, atol=0)
 
 
-def test_padding_changes_nothing(loss_llama: LlamaForCausalLM):
+def test_padding_changes_nothing(model: RoleModel):
     short = {"input_ids": [1, 20, 2], "labels": [IGNORED, 20, 2]}
     long = {"input_ids": [1, *range(50, 60)], "labels": [IGNORED] * 11}
-    alone = loss_llama(**RowCollator(0)([short]), as_loss=True).loss_sum
+    alone = loss_sum(model, [short])
     for pad in (0, 77):
-        beside = loss_llama(**RowCollator(pad)([short, long]), as_loss=True).loss_sum
+        beside = loss_sum(model, [short, long], pad)
         torch.testing.assert_close(beside, alone)
 
 
-def test_the_head_is_called_once_whatever_the_batch_holds(loss_llama: LlamaForCausalLM):
+def test_the_head_is_called_once_whatever_the_batch_holds(model: RoleModel):
     # ZeRO-3 gathers the head's weight at every call, on all ranks together.
     calls = []
-    loss_llama.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    model.llama.lm_head.register_forward_hook(lambda *_: calls.append(1))
     for trained in (0, 1, 5):
         row = {"input_ids": [1, 5, 6, 7, 8, 9], "labels": [IGNORED] * (6 - trained) + [3] * trained}
-        assert torch.isfinite(loss_llama(**RowCollator(0)([row]), as_loss=True).loss_sum)
+        assert torch.isfinite(loss_sum(model, [row]))
         assert calls == [1]
         calls.clear()
 
@@ -186,41 +200,31 @@ def sft_config(
     ).model_copy(update=changes)
 
 
-def make_trainer(cfg: Config) -> tuple[InstructionTrainer, RoleModel]:
+def train(cfg: Config) -> tuple[RoleModel, dict[str, float], list[dict[str, float]]]:
+    """The trained model, the closing numbers, and the lines of metrics."""
     quiet_libraries()
     run = RunFolder(Path(cfg.run_dir))
-    data = documents()
-    rows = arrange_rows(
-        data.select(range(20)),
-        data.select(range(20, 24)),
-        cfg.sft,
-        max_length=32,
-        packing=True,
-        seed=0,
-    )
+    train, held_out = documents().select(range(20)), documents().select(range(20, 24))
+    rows = arrange_rows(train, held_out, cfg.sft, max_length=32, packing=True, seed=0)
     model = build_policy(cfg, run)
-    assert isinstance(model, RoleModel)
-    trainer = InstructionTrainer(
-        model.peft_model,  # type: ignore[arg-type]
-        sft_arguments(cfg, cfg.sft, run, rows),
-        cfg.sft,
-        rows,
-        load_tokenizer(str(cfg.backbone.path)),
-        use_bfloat16=False,
-        callbacks=[],
-    )
-    return trainer, model
+    engine = build_engine(cfg, model, cfg.sft, cfg.deepspeed)
+    tokenizer = load_tokenizer(str(cfg.backbone.path))
+    numbers = train_sft(cfg, run, rows, engine, tokenizer, resume=False)
+    return model, numbers, read_lines(run.metrics("sft"))
 
 
 def test_microbatches_change_neither_losses_nor_weights(tiny_llama_dir: Path, tmp_path: Path):
     results = []
     for size in (8, 4, 1):
-        trainer, model = make_trainer(sft_config(tiny_llama_dir, tmp_path / str(size), size))
-        with acting_as(model, "policy"):
-            numbers = trainer.run(None)
-        logs = [line for line in trainer.state.log_history if "loss" in line]
-        curves = [[line[key] for line in logs] for key in ("loss", "accuracy", "grad_norm")]
+        model, numbers, lines = train(sft_config(tiny_llama_dir, tmp_path / str(size), size))
+        curves = [
+            [line[f"sft/{key}"] for line in lines if f"sft/{key}" in line]
+            for key in ("loss", "accuracy", "grad_norm", "lr", "tokens")
+        ]
+        del numbers["fill_rate"]  # of padding, which depends on the microbatches
         results.append((curves, numbers, adapter_state(model, "policy")))
+    assert all(len(curve) == 3 for curve in results[0][0])
+    assert results[0][1].keys() >= {"loss", "steps", "tokens", "eval_loss", "eval_accuracy"}
     for curves, numbers, state in results[1:]:
         assert torch.tensor(curves).allclose(torch.tensor(results[0][0]), rtol=1e-4)
         assert numbers == pytest.approx(results[0][1], rel=1e-4)
@@ -228,31 +232,65 @@ def test_microbatches_change_neither_losses_nor_weights(tiny_llama_dir: Path, tm
             torch.testing.assert_close(tensor, results[0][2][name], rtol=1e-3, atol=1e-5)
 
 
+def test_the_log_of_a_step_is_its_own(tiny_llama_dir: Path, tmp_path: Path):
+    cfg = sft_config(tiny_llama_dir, tmp_path, 8, tracking=TrackingSection(log_every=2))
+    _, numbers, lines = train(cfg)
+    assert [line["step"] for line in lines if "sft/loss" in line] == [2, 3]
+    assert [line["step"] for line in lines if "sft/eval_loss" in line] == [3]
+    assert numbers["loss"] == lines[1]["sft/loss"]
+
+
 def test_norms_and_biases_do_not_decay(tiny_llama_dir: Path, tmp_path: Path):
     cfg = sft_config(tiny_llama_dir, tmp_path, 8, lora=None)
     model = build_policy(cfg, RunFolder(tmp_path))
-    assert isinstance(model, LlamaForCausalLM)
-    trainer, _ = make_trainer(sft_config(tiny_llama_dir, tmp_path, 8))
-    optimizer = trainer.create_optimizer(model)
+    engine = build_engine(cfg, model, cfg.sft, cfg.deepspeed)
     names = {id(p): n for n, p in model.named_parameters()}
     free = [
-        names[id(p)] for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]
+        names[id(p)]
+        for group in engine.optimizer.param_groups
+        if group["weight_decay"] == 0
+        for p in group["params"]
     ]
     assert sorted(free) == sorted(n for n, p in model.named_parameters() if p.ndim == 1)
     assert len(free) == 5  # two per layer and the last
+    decaying = [g for g in engine.optimizer.param_groups if g["weight_decay"]]
+    assert [g["weight_decay"] for g in decaying] == [cfg.sft.weight_decay]
 
 
-def test_no_telemetry_is_sent(
-    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("lora", [LoraSection(r=2), None])
+def test_what_trains_is_float32_whatever_the_type_of_the_backbone(
+    tiny_llama_dir: Path, tmp_path: Path, lora: LoraSection | None
 ):
-    import huggingface_hub.constants
-    import huggingface_hub.utils._telemetry as telemetry
+    cfg = sft_config(tiny_llama_dir, tmp_path, 8, lora=lora)
+    backbone = BackboneSection(path=str(tiny_llama_dir), dtype="bfloat16")
+    cfg = cfg.model_copy(update={"backbone": backbone})
+    model, numbers, _ = train(cfg)
+    types = {(p.requires_grad, p.dtype) for p in model.parameters()}
+    frozen = {(False, torch.bfloat16)} if lora else set()
+    assert types == {(True, torch.float32)} | frozen and numbers["loss"] > 0
+    halved = build_policy(cfg, RunFolder(tmp_path))
+    for parameter in halved.parameters():
+        parameter.data = parameter.data.bfloat16()
+    with pytest.raises(AssertionError):
+        build_engine(cfg, halved, cfg.sft, cfg.deepspeed)
 
-    def send(*args: object, **kwargs: object) -> None:
-        raise AssertionError("telemetry was sent")
 
-    monkeypatch.delenv("CI", raising=False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", False)
-    monkeypatch.setattr(huggingface_hub.constants, "is_offline_mode", lambda: False)
-    monkeypatch.setattr(telemetry, "Thread", send)
-    make_trainer(sft_config(tiny_llama_dir, tmp_path, 8))
+@pytest.mark.parametrize("lora", [LoraSection(), None])
+def test_a_checkpoint_of_an_older_version_is_refused(
+    tiny_llama_dir: Path, tmp_path: Path, lora: LoraSection | None
+):
+    from safetensors.torch import save_file
+
+    cfg = sft_config(tiny_llama_dir, tmp_path, 8, lora=lora)
+    run = RunFolder(tmp_path)
+    written = run.stage("sft") / ".unfinished"
+    written.mkdir(parents=True)
+    save_file({"step": torch.ones(1)}, written / "trained-0.safetensors")
+    (written / "trainer_state.json").write_text("{}")
+    publish(written, run.checkpoints("sft"), 1, 1, layout_of(cfg.deepspeed, 8))
+    rows = arrange_rows(documents(), None, cfg.sft, max_length=32, packing=True, seed=0)
+    engine = build_engine(cfg, build_policy(cfg, run), cfg.sft, cfg.deepspeed)
+    tokenizer = load_tokenizer(str(cfg.backbone.path))
+    message = rf"{run.checkpoints('sft')}/step-1 was written .* remove {run.checkpoints('sft')} to"
+    with pytest.raises(ValueError, match=message):
+        train_sft(cfg, run, rows, engine, tokenizer, resume=True)

@@ -46,13 +46,13 @@ def test_a_full_disk_in_sft_keeps_the_checkpoint_before(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     import train_sft
-    from trainers.sft import instruction_trainer
+    from trainers.engine import engine
 
     run = RunFolder(tmp_path / "run")
     command = [str(prepared / "config.yaml"), f"run_dir={run.root}", "sft.steps=4"]
     with monkeypatch.context() as patch:
-        good = failing(instruction_trainer.write_shares, good_calls=1)
-        patch.setattr(instruction_trainer, "write_shares", good)
+        good = failing(engine.write_shares, good_calls=1)
+        patch.setattr(engine, "write_shares", good)
         with pytest.raises(
             ValueError, match=r"could not be written .*No space left on device"
         ) as caught:

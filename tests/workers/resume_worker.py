@@ -31,7 +31,6 @@ from chatllama.runtime.distributed import (
     shut_down,
     world_size,
 )
-from trainers.sft.hf_trainer import forget_accelerator
 
 TRAINED: dict[str, tuple[str, tuple[Stage, ...]]] = {
     "adapters": ("lora.dropout=0", STAGES),
@@ -46,7 +45,6 @@ SETTINGS = ["sft.steps=4", "reward.steps=4", "ppo.steps=3", "reward.save_every=0
 def train(stage: Stage, command: Sequence[str]) -> None:
     """One stage; the process can do another after it."""
     interruption.listen()
-    forget_accelerator()
     try:
         MAINS[stage](list(command))
     finally:

@@ -56,6 +56,8 @@ class ParameterGroup:
     name: str
     parameters: list[nn.Parameter]
     learning_rate: float
+    decays: bool = True
+    """Whether weight decay applies."""
 
 
 def initialise() -> None:
@@ -169,6 +171,7 @@ class Engine:
     ) -> None:
         grouped = {id(p) for group in groups for p in group.parameters}
         assert grouped == {id(p) for p in model.parameters() if p.requires_grad}
+        assert all(p.dtype == torch.float32 for group in groups for p in group.parameters)
         self.model = model
         merge_products(model)
         self.groups = [(group.name, group.learning_rate) for group in groups]
@@ -181,10 +184,16 @@ class Engine:
         if not is_launched():
             model.to(device())
         optimizer = torch.optim.AdamW(
-            [{"params": g.parameters, "lr": g.learning_rate} for g in groups],
+            [
+                {
+                    "params": group.parameters,
+                    "lr": group.learning_rate,
+                    "weight_decay": settings.weight_decay if group.decays else 0.0,
+                }
+                for group in groups
+            ],
             betas=(settings.betas[0], settings.betas[1]),
             eps=settings.eps,
-            weight_decay=settings.weight_decay,
         )
         self.optimizer: Any = optimizer
         if is_launched():
@@ -334,6 +343,11 @@ class Engine:
         Raises:
             ValueError: the checkpoint does not hold just the trained parameters.
         """
+        if not (folder / "state.pt").is_file():
+            raise ValueError(
+                f"{folder} was written by a version of chatllama that trained otherwise, and it "
+                f"cannot go on from there: remove {folder.parent} to start the stage afresh"
+            )
         restore(folder, self.model, self.optimizer)
         return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
 

@@ -87,6 +87,12 @@ def num_elements(parameter: nn.Parameter) -> int:
     return cast(Any, parameter).ds_numel if hasattr(parameter, "ds_id") else parameter.numel()
 
 
+def is_vector(parameter: nn.Parameter) -> bool:
+    """Whether the whole parameter has one dimension, also where ZeRO-3 has split it."""
+    whole = cast(Any, parameter).ds_shape if hasattr(parameter, "ds_id") else parameter.shape
+    return len(whole) == 1
+
+
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter, those that an optimizer moves."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

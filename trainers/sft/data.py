@@ -1,6 +1,8 @@
 """The rows of SFT and of training from text: packed or bucketed, with labels, in training order."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -131,18 +133,27 @@ class RowCollator:
     """
 
     pad_id: int
+    flat: bool = False
+    """Lay all rows end to end as a single one, without padding."""
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """input_ids, labels, position_ids: (B, L) int64."""
-        input_ids, _ = pad_right([row["input_ids"] for row in rows], self.pad_id)
-        labels, _ = pad_right([row["labels"] for row in rows], IGNORED)
+        documents = [list(row.get("seq_lengths") or [len(row["input_ids"])]) for row in rows]
+        ids, targets = ([row[key] for row in rows] for key in ("input_ids", "labels"))
+        if self.flat:
+            documents, ids, targets = ([[*chain(*each)]] for each in (documents, ids, targets))
+        input_ids, _ = pad_right(ids, self.pad_id)
+        labels, _ = pad_right(targets, IGNORED)
         position_ids = torch.empty_like(input_ids)
-        for number, row in enumerate(rows):
-            length = len(row["input_ids"])
-            lengths = list(row["seq_lengths"]) if "seq_lengths" in row else [length]
-            lengths[-1] += input_ids.shape[1] - length
+        for number, lengths in enumerate(documents):
+            lengths[-1] += input_ids.shape[1] - sum(lengths)
             position_ids[number] = torch.cat([torch.arange(n) for n in lengths])
         return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+
+
+def num_trained(batch: Mapping[str, torch.Tensor]) -> int:
+    """Tokens of a batch that train."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
 def row_lengths(rows: Dataset) -> np.ndarray:

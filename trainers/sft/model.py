@@ -1,71 +1,124 @@
 """What SFT trains, and how its result is written: an adapter or a whole model."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from chatllama.config.schema import Config
+from chatllama.config.batch_sizes import microbatches_per_step
+from chatllama.config.schema import Config, DeepSpeedSection
+from chatllama.config.stages import OptimizerSection
 from chatllama.model.adapters import check_tensors, save_adapter
 from chatllama.model.backbone import load_backbone
-from chatllama.model.lora import merge_products
-from chatllama.model.roles import Adapter, RoleModel, adapter_parameters, adapter_state
+from chatllama.model.lm_head import TokenLoss, token_loss
+from chatllama.model.roles import Adapter, RoleModel, acting_as, adapter_state
 from chatllama.runs.folder import INFO, RunFolder, backbone_path
 from chatllama.runtime import distributed
 from chatllama.runtime.files import replace_folder, write_json
 from chatllama.text.tokenizer import save_tokenizer
-from trainers.engine.engine import gathered, partitioned_loading
+from trainers.engine.engine import (
+    Engine,
+    OptimizerSettings,
+    ParameterGroup,
+    gathered,
+    partitioned_loading,
+)
+from trainers.engine.sharded_state import is_vector
+from trainers.sft.data import IGNORED
 
 
-def build_policy(cfg: Config, run: RunFolder) -> LlamaForCausalLM | RoleModel:
-    """What SFT trains: the backbone with a new policy adapter, or with `lora: null` all weights."""
+def build_policy(cfg: Config, run: RunFolder) -> RoleModel:
+    """What SFT trains: the backbone's new policy adapter, or with `lora: null` all its weights."""
     path = backbone_path(cfg.backbone, run)
     dtype = cfg.backbone.dtype if cfg.lora is not None else "float32"
     with partitioned_loading(cfg.deepspeed, dtype):
         llama = load_backbone(cfg.backbone, path, getattr(torch, dtype))
+    torch.manual_seed(cfg.seed)
+    adapters = {} if cfg.lora is None else {"policy": Adapter(cfg.lora, trainable=True)}
+    model = RoleModel(llama, adapters, dropout=True)
     if cfg.lora is None:
         llama.requires_grad_(True)
-        if cfg.backbone.gradient_checkpointing:
-            llama.activation_checkpointing_enable({"use_reentrant": False})
-        return llama
-    torch.manual_seed(cfg.seed)
-    model = RoleModel(llama, {"policy": Adapter(cfg.lora, trainable=True)}, dropout=True)
-    merge_products(model)
     if cfg.backbone.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model
 
 
+def build_engine(
+    cfg: Config, model: RoleModel, section: OptimizerSection, zero: DeepSpeedSection
+) -> Engine:
+    """The optimiser over all that trains; norms and biases, the vectors, do not decay.
+
+    Args:
+        cfg: the whole config.
+        model: from `build_policy`, or a new backbone.
+        section: `cfg.sft`, or what pretraining derives from `backbone.from_scratch`.
+        zero: `cfg.deepspeed`, or a lower stage.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        ParameterGroup(name, [p for p in trained if is_vector(p) != decays],
+                       section.learning_rate, decays)
+        for name, decays in (("matrices", True), ("vectors", False))
+    ]  # fmt: skip
+    return Engine(
+        model,
+        [group for group in groups if group.parameters],
+        OptimizerSettings(
+            section.adam_betas, section.adam_eps, section.weight_decay, section.max_grad_norm
+        ),
+        zero,
+        microbatch_size=section.microbatch_size,
+        accumulation_steps=microbatches_per_step(section, distributed.world_size(), "sft"),
+    )
+
+
+def token_losses(
+    model: RoleModel, batch: Mapping[str, torch.Tensor], use_bfloat16: bool
+) -> TokenLoss:
+    """Loss and right guesses of a batch's trained tokens; to be run by the engine.
+
+    Autocast is entered here, inside the engine's forward pass: DeepSpeed switches off one that was
+    entered outside. The LM head sees trained positions only.
+
+    Args:
+        model: its policy adapter acts, where it has one.
+        batch: from `RowCollator`.
+        use_bfloat16: compute in bfloat16 under autocast.
+    """
+    inputs, llama = {name: distributed.to_device(x) for name, x in batch.items()}, model.llama
+    targets = inputs.pop("labels")[:, 1:]
+    trained = targets != IGNORED
+    role = "policy" if "policy" in model.adapter_names else "base"
+    autocast = torch.autocast(targets.device.type, torch.bfloat16, enabled=use_bfloat16)
+    with acting_as(model, role), autocast:
+        hidden = llama.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+        weight = llama.lm_head.weight  # whole within the head's call
+
+        def loss(states: torch.Tensor) -> TokenLoss:
+            return token_loss(states, weight, targets[trained])
+
+        return distributed.call_inside([llama.lm_head], loss, hidden[trained])
+
+
 def export_sft(
     cfg: Config,
     run: RunFolder,
-    model: LlamaForCausalLM | RoleModel,
+    model: RoleModel,
     tokenizer: PreTrainedTokenizerFast,
     info: Mapping[str, object],
 ) -> None:
     """Writes RUN/sft/adapter, or with `lora: null` the plain Hugging Face folder RUN/sft/model.
 
-    Args:
-        cfg: gives the adapter's shape.
-        run: receives the folder.
-        model: trained.
-        tokenizer: saved beside a whole model.
-        info: from `stage.adapter_info`.
+    Every rank must call.
     """
-    if isinstance(model, RoleModel):
-        parameters: Sequence[torch.nn.Parameter] = adapter_parameters(model, "policy")
-    else:
-        parameters = list(model.parameters())
-    with gathered(parameters):
-        if distributed.rank() == 0:
-            if isinstance(model, RoleModel):
-                assert cfg.lora is not None
-                save_adapter(run.sft_adapter, adapter_state(model, "policy"), cfg.lora, info)
-            else:
-                save_model(run.full_model, model, tokenizer, info)
+    with gathered([p for p in model.parameters() if p.requires_grad]):
+        if distributed.rank() == 0 and cfg.lora is not None:
+            save_adapter(run.sft_adapter, adapter_state(model, "policy"), cfg.lora, info)
+        elif distributed.rank() == 0:
+            save_model(run.full_model, model.llama, tokenizer, info)
     distributed.barrier()
 
 
@@ -89,9 +142,20 @@ def save_model(
     beside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
+    _align_special_tokens(llama, tokenizer)
     llama.save_pretrained(beside)
     save_tokenizer(tokenizer, beside)
     write_json(beside / INFO, dict(info))
     for file in sorted(beside.glob("*.safetensors")):
         check_tensors(load_file(file), str(file))
     replace_folder(beside, folder)
+
+
+def _align_special_tokens(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The saved configs name the tokenizer's special tokens, beside others that they list."""
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        own = getattr(tokenizer, name)
+        for config in (llama.config, llama.generation_config):
+            known = getattr(config, name)
+            if own not in (known if isinstance(known, list) else [known]):
+                setattr(config, name, own)

@@ -1,6 +1,6 @@
 """A tokenizer and a small LLaMA made from plain text, for runs that start from nothing.
 
-The LLaMA trains on every token with the trainer of SFT. It ends as a plain Hugging Face folder,
+The LLaMA trains on every token, as SFT does. It ends as a plain Hugging Face folder,
 RUN/backbone, which everything after treats like any other backbone.
 """
 
@@ -18,11 +18,11 @@ from transformers import (
 )
 
 from chatllama.config.model import FromScratch
-from chatllama.config.schema import Config
+from chatllama.config.schema import Config, DeepSpeedSection
 from chatllama.config.stages import OptimizerSection
 from chatllama.model.backbone import check_kernels, use_liger
 from chatllama.model.packed_attention import registered
-from chatllama.reporting.tracker import Tracker
+from chatllama.model.roles import RoleModel
 from chatllama.runs.folder import INFO, RunFolder
 from chatllama.runs.replicas import replicate_folder
 from chatllama.runtime import distributed
@@ -30,10 +30,8 @@ from chatllama.text.tokenizer import load_tokenizer, train_tokenizer
 from data.mixture import load_mixture
 from data.tokenize import tokenize_text
 from trainers.sft.data import arrange_rows
-from trainers.sft.hf_trainer import MetricsToTracker, forget_accelerator
-from trainers.sft.instruction_trainer import InstructionTrainer
-from trainers.sft.model import save_model
-from trainers.sft.train import sft_arguments
+from trainers.sft.model import build_engine, save_model
+from trainers.sft.train import train_rows
 from trainers.stages.decisions import backbone_config
 
 
@@ -64,28 +62,16 @@ def ensure_backbone(cfg: Config, run: RunFolder) -> None:
         documents, None, optimizer, max_length=section.max_length, packing=True, seed=cfg.seed
     )
     pretraining = RunFolder(run.root / "pretraining")
-    # small and fully trained: ZeRO-3 would only slow it down
-    args = sft_arguments(cfg, optimizer, pretraining, rows, stage_limit=2)
     llama = _new_llama(cfg, section, tokenizer)
-    rank = distributed.rank()
-    with Tracker(pretraining, "sft", cfg.tracking, rows.steps, rank, "backbone") as tracker:
-        trainer = InstructionTrainer(
-            llama,
-            args,
-            optimizer,
-            rows,
-            tokenizer,
-            use_bfloat16=cfg.backbone.dtype == "bfloat16",
-            callbacks=[MetricsToTracker(tracker, "sft")],
-        )
-        numbers = trainer.run(None)
-    forget_accelerator()
+    model = RoleModel(llama, {})
+    llama.requires_grad_(True)
+    engine = build_engine(cfg, model, optimizer, _without_splitting(cfg.deepspeed))
+    numbers = train_rows(cfg, optimizer, pretraining, rows, engine, tokenizer, title="backbone")
     if distributed.rank() == 0:
         info = {"stage": "backbone", "config": backbone_config(cfg), **numbers}
         info["wall_seconds"] = time.monotonic() - started
         save_model(run.backbone, llama, tokenizer, info)
         shutil.rmtree(tokenizer_folder)
-        shutil.rmtree(cast(str, args.output_dir), ignore_errors=True)
     elif distributed.leads_node():
         shutil.rmtree(tokenizer_folder, ignore_errors=True)
     distributed.barrier()
@@ -110,6 +96,14 @@ def _optimizer(section: FromScratch) -> OptimizerSection:
         learning_rate=section.learning_rate,
         warmup_steps=section.warmup_steps,
     )
+
+
+def _without_splitting(section: DeepSpeedSection) -> DeepSpeedSection:
+    """ZeRO-2 instead of 3, which would only slow a small model down; at most the CPU offloads."""
+    if section.stage < 3:
+        return section
+    offload = "none" if section.offload_optimizer == "none" else "cpu"
+    return DeepSpeedSection(stage=2, offload_optimizer=offload)
 
 
 def _new_llama(

@@ -1,119 +1,153 @@
-"""Stage 1: supervised instruction tuning (LLaMA-I): its rows, settings, model and result.
+"""Stage 1: supervised instruction tuning (LLaMA-I): the loss of a step and the evaluation.
 
-The loss and the loop are in `instruction_trainer.py`.
+The loop is in `trainers/stages/loop.py`, the rows in `data.py`, the forward pass in `model.py`.
 """
 
-from contextlib import nullcontext
+from functools import partial
+from typing import NamedTuple, cast
 
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
 
-from chatllama.config.batch_sizes import microbatches_per_step
-from chatllama.config.schema import Config, DeepSpeedSection
+from chatllama.config.schema import Config
 from chatllama.config.stages import OptimizerSection
-from chatllama.model.roles import (
-    RoleModel,
-    acting_as,
-)
 from chatllama.reporting.tracker import Tracker
-from chatllama.runs.checkpoints import checkpoint_to_resume, layout_of, step_of
 from chatllama.runs.folder import RunFolder
-from chatllama.runtime import distributed
-from trainers.engine.zero import zero_settings
-from trainers.sft.data import Rows
-from trainers.sft.hf_trainer import MetricsToTracker, StepFolders, trainer_settings
-from trainers.sft.instruction_trainer import InstructionTrainer
+from chatllama.runtime.distributed import all_sum, device, rank
+from trainers.engine.engine import Engine
+from trainers.engine.microbatches import deal
+from trainers.sft.data import RowCollator, Rows, num_trained, row_lengths
+from trainers.sft.model import token_losses
+from trainers.stages.loop import train_steps
 
 
-def sft_arguments(
-    cfg: Config,
-    section: OptimizerSection,
-    run: RunFolder,
-    rows: Rows,
-    *,
-    stage_limit: int = 3,
-) -> SFTConfig:
-    """TRL's settings of a run.
+class Trained(NamedTuple):
+    """What is trained, and what each forward pass needs to know."""
 
-    Args:
-        cfg: for tracking, seed and deepspeed.
-        section: `cfg.sft`, or the one that pretraining derives from `from_scratch`.
-        run: where checkpoints go.
-        rows: gives the number of steps.
-        stage_limit: the highest ZeRO stage to use.
-    """
-    accumulation = microbatches_per_step(section, distributed.world_size(), "sft")
-    zero = None
-    if distributed.is_launched():
-        deepspeed = cfg.deepspeed
-        if deepspeed.stage > stage_limit:
-            deepspeed = _without_splitting(deepspeed, stage_limit)
-        zero = zero_settings(
-            deepspeed,
-            microbatch_size=section.microbatch_size,
-            accumulation_steps=accumulation,
-            max_grad_norm=section.max_grad_norm,
-        )
-    settings = trainer_settings(
-        section,
-        run,
-        "sft",
-        steps=rows.steps,
-        accumulation_steps=accumulation,
-        log_every=cfg.tracking.log_every,
-        seed=cfg.seed,
-        zero=zero,
-    )
-    skip = {"skip_prepare_dataset": True}
-    return SFTConfig(**settings, max_length=None, packing=False, dataset_kwargs=skip)
-
-
-def _without_splitting(section: DeepSpeedSection, stage: int) -> DeepSpeedSection:
-    """The section at a lower stage, where only the optimizer is offloaded, to the CPU."""
-    kept = section.model_dump(include={"offload_optimizer"} if stage else set())
-    if kept.get("offload_optimizer") == "nvme":
-        kept["offload_optimizer"] = "cpu"
-    return DeepSpeedSection(stage=stage, **kept)
+    section: OptimizerSection
+    """`cfg.sft`, or what pretraining derives from `backbone.from_scratch`."""
+    engine: Engine
+    rows: Rows
+    collator: RowCollator
+    use_bfloat16: bool
+    """Whether the forward pass runs under autocast to bfloat16."""
 
 
 def train_sft(
     cfg: Config,
     run: RunFolder,
     rows: Rows,
-    model: LlamaForCausalLM | RoleModel,
+    engine: Engine,
     tokenizer: PreTrainedTokenizerFast,
     resume: bool,
 ) -> dict[str, float]:
     """Trains the model in place and returns the closing numbers.
 
     Args:
-        cfg: the whole config: four of its sections count.
+        cfg: the whole config.
         run: for checkpoints and metrics.
         rows: from `load_rows`.
-        model: from `build_policy`.
-        tokenizer: the backbone's.
+        engine: from `build_engine`.
+        tokenizer: of the backbone.
         resume: go on from the newest checkpoint, if there is one.
 
     Raises:
         ValueError: there are checkpoints and `resume` is off.
     """
-    layout = layout_of(cfg.deepspeed, cfg.sft.microbatch_size)
-    checkpoint = checkpoint_to_resume(run, "sft", resume, layout)
-    adapted = isinstance(model, RoleModel)
-    tracker = Tracker(run, "sft", cfg.tracking, rows.steps, distributed.rank())
-    with tracker, acting_as(model, "policy") if adapted else nullcontext():
-        if checkpoint is not None:
-            tracker.resume_from(step_of(checkpoint))
-        trainer = InstructionTrainer(
-            model.peft_model if adapted else model,
-            sft_arguments(cfg, cfg.sft, run, rows),
-            cfg.sft,
-            rows,
-            tokenizer,
-            use_bfloat16=cfg.backbone.dtype == "bfloat16",
-            callbacks=[
-                StepFolders(run, "sft", cfg.sft.save_total_limit, layout),
-                MetricsToTracker(tracker, "sft"),
-            ],
+    numbers = train_rows(cfg, cfg.sft, run, rows, engine, tokenizer, resume=resume, interrupted=run)
+    return numbers | rows.facts
+
+
+def train_rows(
+    cfg: Config,
+    section: OptimizerSection,
+    run: RunFolder,
+    rows: Rows,
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    resume: bool = False,
+    interrupted: RunFolder | None = None,
+    title: str | None = None,
+) -> dict[str, float]:
+    """The same for SFT and for a backbone from text, whose section, run and title differ."""
+    # Flash attention reads document boundaries from one long row only.
+    flat = cfg.backbone.attn_implementation == "flash_attention_2"
+    collator = RowCollator(cast(int, tokenizer.pad_token_id), flat)
+    trained = Trained(section, engine, rows, collator, cfg.backbone.dtype == "bfloat16")
+    ends = slice(section.batch_size - 1, None, section.batch_size)
+    tokens_after = np.cumsum(row_lengths(rows.train))[ends].tolist()
+
+    def step_and_tokens(step: int, factor: float) -> dict[str, float]:
+        return optimizer_step(trained, step, factor) | {"sft/tokens": tokens_after[step]}
+
+    with Tracker(run, "sft", cfg.tracking, rows.steps, rank(), title) as tracker:
+        loss = train_steps(
+            cfg,
+            section,
+            run,
+            "sft",
+            engine,
+            tracker,
+            rows.steps,
+            seed=cfg.seed,
+            resume=resume,
+            optimizer_step=step_and_tokens,
+            evaluate=partial(evaluate, trained),
+            interrupted=interrupted,
         )
-        return trainer.run(checkpoint) | rows.facts
+        held_out = evaluate(trained)
+        if held_out:
+            tracker.log(rows.steps, held_out)
+    numbers = {"loss": loss, "steps": rows.steps, "tokens": tokens_after[-1]}
+    return numbers | {name.removeprefix("sft/"): value for name, value in held_out.items()}
+
+
+def optimizer_step(trained: Trained, step: int, factor: float) -> dict[str, float]:
+    """One step of the optimiser; its metrics over all ranks.
+
+    The loss is the sum over the trained tokens of the whole batch, divided by their number: the
+    same for any split into microbatches and ranks.
+    """
+    section, engine = trained.section, trained.engine
+    engine.model.train()
+    first = step * section.batch_size
+    batches = [
+        trained.collator([trained.rows.train[first + place] for place in places])
+        for places, _ in deal(section.batch_size, section.microbatch_size)
+    ]
+    own_tokens = sum(num_trained(batch) for batch in batches)
+    num_tokens = all_sum(torch.tensor(own_tokens, device=device())).clamp(min=1)
+    sums = torch.zeros(2, dtype=torch.float64, device=device())
+    for batch in batches:
+        losses = engine(token_losses, batch, trained.use_bfloat16)
+        loss = losses.loss_sum / num_tokens
+        engine.backward(loss)
+        sums += torch.stack([loss.detach(), losses.num_correct / num_tokens])
+    norm = engine.step(factor)
+    loss_sum, accuracy = all_sum(sums).tolist()
+    return {
+        "sft/loss": loss_sum,
+        "sft/accuracy": accuracy,
+        "sft/lr": section.learning_rate * factor,
+        "sft/grad_norm": norm,
+    }
+
+
+@torch.no_grad()
+def evaluate(trained: Trained) -> dict[str, float]:
+    """Token mean of loss and accuracy on the held-out rows, over all ranks; empty without any."""
+    rows, engine = trained.rows.held_out, trained.engine
+    if rows is None:
+        return {}
+    engine.model.eval()
+    totals = torch.zeros(3, dtype=torch.float64, device=device())
+    for places, counted in deal(len(rows), trained.section.microbatch_size):
+        batch = trained.collator([rows[place] for place in places])
+        losses = engine(token_losses, batch, trained.use_bfloat16)
+        if counted:
+            totals[:2] += torch.stack([losses.loss_sum, losses.num_correct])
+            totals[2] += num_trained(batch)
+    loss, correct, tokens = all_sum(totals).tolist()
+    return {"sft/eval_loss": loss / max(tokens, 1), "sft/eval_accuracy": correct / max(tokens, 1)}

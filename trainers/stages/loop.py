@@ -1,0 +1,82 @@
+"""The loop of SFT and reward training: optimizer steps, evaluations, checkpoints, signals.
+
+What a step computes belongs to the stage. PPO, whose steps sample and can be rolled back, has a
+loop of its own.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+
+from chatllama.config.batch_sizes import lr_factor
+from chatllama.config.schema import Config
+from chatllama.config.stages import OptimizerSection
+from chatllama.reporting.tracker import Tracker
+from chatllama.runs import interruption
+from chatllama.runs.checkpoints import checkpoint_to_resume, layout_of, save_step
+from chatllama.runs.folder import RunFolder, Stage
+from trainers.engine.engine import Engine, seed_step
+
+Metrics = dict[str, float]
+
+
+def train_steps(
+    cfg: Config,
+    section: OptimizerSection,
+    run: RunFolder,
+    stage: Stage,
+    engine: Engine,
+    tracker: Tracker,
+    steps: int,
+    *,
+    seed: int,
+    resume: bool,
+    optimizer_step: Callable[[int, float], Metrics],
+    evaluate: Callable[[], Metrics],
+    interrupted: RunFolder | None,
+) -> float:
+    """Makes all optimizer steps of a stage; returns the loss of the last one.
+
+    Args:
+        cfg: gives logging and the ZeRO stage.
+        section: gives the learning rate, saving and evaluation intervals.
+        run: holds the checkpoints.
+        stage: names them; its metric `<stage>/loss` is the loss.
+        engine: trains the model.
+        tracker: opened, and not yet logged to.
+        steps: optimizer steps of the whole stage.
+        seed: of dropout.
+        resume: go on from the newest checkpoint, if there is one.
+        optimizer_step: step from 0 and learning rate factor -> metrics of the step.
+        evaluate: metrics on held-out data, every `section.eval_every` steps.
+        interrupted: the run whose stage is saved and ended by a signal; None: nothing is saved,
+            and a signal ends the process at once.
+
+    Raises:
+        ValueError: there are checkpoints and `resume` is off, or they do not fit.
+        Interrupted: a signal came; the step is saved.
+    """
+    layout = layout_of(cfg.deepspeed, section.microbatch_size)
+    checkpoint = checkpoint_to_resume(run, stage, resume, layout)
+    first, loss = 0, float("nan")
+    if checkpoint is not None:
+        state = engine.load(checkpoint)
+        first, loss = state["step"], state["loss"]
+        tracker.resume_from(first)
+    with interruption.steps() if interrupted is not None else nullcontext():
+        for step in range(first, steps):
+            seed_step(seed, step)
+            factor = lr_factor(step, steps, section.lr_schedule, section.warmup_steps)
+            metrics = optimizer_step(step, factor)
+            done, loss = step + 1, metrics[f"{stage}/loss"]
+            if done % cfg.tracking.log_every == 0 or done == steps:
+                tracker.log(done, metrics)
+            if section.eval_every and done % section.eval_every == 0 and done < steps:
+                tracker.log(done, evaluate())
+            stopping = interrupted is not None and interruption.stop_requested()
+            if stopping or (section.save_every and done % section.save_every == 0):
+                write = partial(engine.save, state={"step": done, "loss": loss})
+                save_step(run, stage, done, section.save_total_limit, layout, write)
+            if stopping and interrupted is not None:
+                interruption.stop(interrupted, stage, done)
+    return loss
