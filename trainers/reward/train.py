@@ -2,37 +2,35 @@
 
 An ensemble is N of them, trained one after another, each from its own seed and with its own data
 order; member 0 equals a single reward model. Scores are read at the last token, which is the end of
-turn. The loss is in `loss.py`, the data in `data.py`, the examination of scores in `diagnosis/`.
+turn. The loop is in `trainers/stages/loop.py`, the loss in `loss.py`, the data in `data.py`, the
+examination of scores in `diagnosis/`.
 """
 
 import gc
 import json
 import shutil
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from chatllama.config.batch_sizes import lr_factor, optimizer_steps
+from chatllama.config.batch_sizes import optimizer_steps
 from chatllama.config.schema import Config
 from chatllama.model.roles import RoleModel
 from chatllama.reporting.statistics import wilson_interval
 from chatllama.reporting.tracker import Tracker
-from chatllama.runs import interruption
-from chatllama.runs.checkpoints import check_resume, checkpoint_to_resume, layout_of, save_step
+from chatllama.runs.checkpoints import check_resume
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.distributed import all_sum, barrier, device, rank, to_device
 from chatllama.runtime.files import write_json
 from data.batches import batch_indices
-from trainers.engine.engine import Engine, seed_step
+from trainers.engine.engine import Engine
 from trainers.engine.microbatches import microbatches
 from trainers.reward.data import Preferences
 from trainers.reward.evaluate import (
     Collator,
-    HeldOut,
     Member,
     PaddingError,
     collator_for,
@@ -50,6 +48,7 @@ from trainers.reward.model import (
     member_run,
     member_seed,
 )
+from trainers.stages.loop import train_steps
 
 
 def train_ensemble(
@@ -110,36 +109,37 @@ def train_member(
     engine = build_engine(cfg, model)
     total = optimizer_steps(section, len(data.train))
     collator = collator_for(cfg, pad_id)
-    layout = layout_of(cfg.deepspeed, section.microbatch_size)
-    checkpoint = checkpoint_to_resume(own_run, "reward", resume, layout)
-    first, loss = 0, float("nan")
+
+    def step_on_batch(step: int, factor: float) -> dict[str, float]:
+        batch = batch_indices(len(data.train), section.batch_size, step, seed)
+        return optimizer_step(cfg, engine, data.train, batch, collator, factor)
+
+    def held_out_scores() -> tuple[torch.Tensor, dict[str, float]]:
+        scores = score_answers(model, data.held_out, collator, section.microbatch_size)
+        held_out = measure(data.held_out, scores)
+        return scores, {
+            "reward/eval_accuracy": held_out.accuracy,
+            "reward/eval_loss": held_out.loss,
+        }
+
     title = f"reward, member {number + 1} of {section.ensemble}" if section.ensemble > 1 else None
     with Tracker(own_run, "reward", cfg.tracking, total, rank(), title) as tracker:
-        if checkpoint is not None:
-            state = engine.load(checkpoint)
-            first, loss = state["step"], state["loss"]
-            tracker.resume_from(first)
-        with interruption.steps():
-            for step in range(first, total):
-                seed_step(seed, step)
-                batch = batch_indices(len(data.train), section.batch_size, step, seed)
-                factor = lr_factor(step, total, section.lr_schedule, section.warmup_steps)
-                metrics = optimizer_step(cfg, engine, data.train, batch, collator, factor)
-                done, loss = step + 1, metrics["reward/loss"]
-                if done % cfg.tracking.log_every == 0 or done == total:
-                    tracker.log(done, metrics)
-                if section.eval_every and done % section.eval_every == 0 and done < total:
-                    scores = score_answers(model, data.held_out, collator, section.microbatch_size)
-                    tracker.log(done, _evaluation_metrics(measure(data.held_out, scores)))
-                stopping = interruption.stop_requested()
-                if stopping or (section.save_every and done % section.save_every == 0):
-                    write = partial(engine.save, state={"step": done, "loss": loss})
-                    limit = section.save_total_limit
-                    save_step(own_run, "reward", done, limit, layout, write)
-                if stopping:
-                    interruption.stop(run, "reward", done)
-        scores = score_answers(model, data.held_out, collator, section.microbatch_size)
-        tracker.log(total, _evaluation_metrics(measure(data.held_out, scores)))
+        loss = train_steps(
+            cfg,
+            section,
+            own_run,
+            "reward",
+            engine,
+            tracker,
+            total,
+            seed=seed,
+            resume=resume,
+            optimizer_step=step_on_batch,
+            evaluate=lambda: held_out_scores()[1],
+            interrupted=run,
+        )
+        scores, metrics = held_out_scores()
+        tracker.log(total, metrics)
     return Member(loss, scores.tolist(), padding_error(model, data.held_out, pad_id))
 
 
@@ -190,10 +190,6 @@ def optimizer_step(
         "reward/grad_norm": norm,
         "reward/lr": section.learning_rate * factor,
     }
-
-
-def _evaluation_metrics(held_out: HeldOut) -> dict[str, float]:
-    return {"reward/eval_accuracy": held_out.accuracy, "reward/eval_loss": held_out.loss}
 
 
 def closing_numbers(cfg: Config, data: Preferences, members: list[Member]) -> dict[str, float]:
