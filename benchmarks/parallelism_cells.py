@@ -180,7 +180,6 @@ def run_cell(folder: Path, cell: Cell, microbatch_size: int, zero: int, place: s
     import train_rm
     import train_sft
     from chatllama.runtime.distributed import barrier, rank
-    from trainers.sft.hf_trainer import forget_accelerator
 
     run_dir = folder / "runs" / place
     if rank() == 0:
@@ -196,7 +195,6 @@ def run_cell(folder: Path, cell: Cell, microbatch_size: int, zero: int, place: s
     for stage in cell.stages:
         mains[stage](command)
         barrier()
-        forget_accelerator()
         gc.collect()
         lines = (run_dir / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         metrics[stage] = [

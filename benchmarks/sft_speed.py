@@ -10,7 +10,7 @@ rows of `ours` with the model's own loss, so their losses must agree.
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from beside_trl import (
@@ -18,6 +18,7 @@ from beside_trl import (
     LENGTH,
     LORA,
     Recorder,
+    StepClock,
     bare_loop,
     compare,
     logged_losses,
@@ -30,7 +31,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from chatllama.config.model import BackboneSection
 from chatllama.config.schema import Config, SftSection
-from chatllama.model.roles import RoleModel, acting_as, lora_config
+from chatllama.model.roles import lora_config
 from chatllama.runs.folder import RunFolder
 from chatllama.text.tokenizer import load_tokenizer
 
@@ -104,28 +105,24 @@ def our_rows(arguments: argparse.Namespace, documents: Dataset, packing: bool) -
 
 
 def run_ours(arguments: argparse.Namespace, documents: Dataset, packing: bool) -> None:
-    """Our trainer, as train_sft.py makes it."""
-    from trainers.sft.instruction_trainer import InstructionTrainer
-    from trainers.sft.model import build_policy
-    from trainers.sft.train import sft_arguments
+    """Our optimizer steps, as train_sft.py makes them."""
+    from trainers.engine.engine import seed_step
+    from trainers.sft.data import RowCollator
+    from trainers.sft.model import build_engine, build_policy
+    from trainers.sft.train import Trained, optimizer_step
 
     cfg, rows = our_rows(arguments, documents, packing)
-    run = RunFolder(Path(cfg.run_dir))
-    model, recorder = build_policy(cfg, run), Recorder()
-    assert isinstance(model, RoleModel)
-    with acting_as(model, "policy"):
-        trainer = InstructionTrainer(
-            model.peft_model,
-            sft_arguments(cfg, cfg.sft, run, rows),
-            cfg.sft,
-            rows,
-            load_tokenizer(arguments.work / "model"),
-            use_bfloat16=False,
-            callbacks=[recorder],
-        )
-        trainer.data_collator = counted = Counted(trainer.data_collator)
-        trainer.run(None)
-    report(recorder.clock, *counted.timed(arguments.steps), logged_losses(trainer))
+    model = build_policy(cfg, RunFolder(Path(cfg.run_dir)))
+    engine = build_engine(cfg, model, cfg.sft, cfg.deepspeed)
+    pad_id = cast(int, load_tokenizer(arguments.work / "model").pad_token_id)
+    counted = Counted(RowCollator(pad_id))
+    trained = Trained(cfg.sft, engine, rows, counted, use_bfloat16=False)
+    clock, losses = StepClock(), []
+    for step in range(arguments.steps + 1):
+        seed_step(cfg.seed, step)
+        losses.append(optimizer_step(trained, step, 1.0)["sft/loss"])
+        clock.step_ended()
+    report(clock, *counted.timed(arguments.steps), losses)
 
 
 def run_bare(arguments: argparse.Namespace, documents: Dataset) -> None:

@@ -3,6 +3,7 @@
 The loop is in `trainers/stages/loop.py`, the rows in `data.py`, the forward pass in `model.py`.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -29,7 +30,8 @@ class Trained(NamedTuple):
     """`cfg.sft`, or what pretraining derives from `backbone.from_scratch`."""
     engine: Engine
     rows: Rows
-    collator: RowCollator
+    collator: Callable[..., dict[str, torch.Tensor]]
+    """`RowCollator`."""
     use_bfloat16: bool
     """Whether the forward pass runs under autocast to bfloat16."""
 
