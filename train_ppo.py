@@ -5,9 +5,7 @@ Writes RUN/ppo/policy and RUN/ppo/value, and measures base, SFT and PPO on held-
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-from chatllama.runs.folder import RunFolder
 from trainers.stages.arguments import parse_stage_arguments, run_stage
 
 
@@ -15,34 +13,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the stage that the command line describes; does nothing if it has finished before."""
     started = time.monotonic()
     arguments = parse_stage_arguments(__doc__ or "", argv)
-    cfg, run = arguments.config, RunFolder(Path(arguments.config.run_dir))
+    cfg, run = arguments.config, arguments.run
 
     # Heavy imports come after the command line: `--help` and config errors answer at once.
-    from chatllama.runtime import distributed
-    from data.reading.files import named_files
-    from trainers.reward import evaluate as reward_models
-    from trainers.stages.decisions import finished_before
-
-    if finished_before(cfg, run, "ppo", named_files):
-        if distributed.rank() == 0:
-            print(f"stage ppo of {run.root} has finished before: {run.result('ppo')}")
-        return
-    if any(source.adapter == "run" for source in cfg.ppo.rewards):
-        run.read_result("reward")
-        weak = reward_models.check_gate(run, cfg.reward)
-        if weak and distributed.rank() == 0:
-            print(*weak, sep="\n")
-    from trainers.ppo import data, evaluate, model, train
     from trainers.stages import stage
 
+    if stage.has_finished(cfg, run, "ppo"):
+        return
+    from trainers.ppo import data, evaluate, model, train
+    from trainers.reward.evaluate import check_gate
+
+    if any(source.adapter == "run" for source in cfg.ppo.rewards):
+        stage.print_lines(check_gate(run, cfg.reward))
     stage.join(run, "ppo", arguments.lock)
     tokenizer = stage.open_stage(cfg, run, "ppo")
 
     prompts, stop = data.load_prompts(cfg, tokenizer), data.stop_tokens(cfg, tokenizer)
     ptx = data.load_ptx(cfg, tokenizer, stop.pad_id)
     roles = model.build_roles(cfg, run, tokenizer)
-    optimiser = model.build_engine(cfg, roles.model)
-    trainer = train.PpoTrainer(cfg, run, optimiser, roles.scorer, prompts, stop, ptx)
+    engine = model.build_engine(cfg, roles.model)
+    trainer = train.PpoTrainer(cfg, run, engine, roles.scorer, prompts, stop, ptx)
     numbers = trainer.train(arguments.resume)
     model.export_ppo(run, roles.model, stage.adapter_info(cfg, run, tokenizer, "ppo"))
 

@@ -6,9 +6,7 @@ backbone.from_scratch it first makes a tokenizer and a LLaMA from plain text.
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-from chatllama.runs.folder import RunFolder
 from trainers.stages.arguments import parse_stage_arguments, run_stage
 
 
@@ -16,19 +14,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the stage that the command line describes; does nothing if it has finished before."""
     started = time.monotonic()
     arguments = parse_stage_arguments(__doc__ or "", argv)
-    cfg, run = arguments.config, RunFolder(Path(arguments.config.run_dir))
+    cfg, run = arguments.config, arguments.run
 
     # Heavy imports come after the command line: `--help` and config errors answer at once.
-    from chatllama.runtime import distributed
-    from data.reading.files import named_files
-    from trainers.stages.decisions import finished_before
+    from trainers.stages import stage
 
-    if finished_before(cfg, run, "sft", named_files):
-        if distributed.rank() == 0:
-            print(f"stage sft of {run.root} has finished before: {run.result('sft')}")
+    if stage.has_finished(cfg, run, "sft"):
         return
     from trainers.sft import data, model, pretrain, train
-    from trainers.stages import stage
 
     stage.join(run, "sft", arguments.lock)
     pretrain.ensure_backbone(cfg, run)

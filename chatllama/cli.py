@@ -137,7 +137,6 @@ def _selftest_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from data.reading.files import named_files
     from trainers.stages.launcher import Launch
     from trainers.stages.pipeline import StageFailed, run_pipeline
 
@@ -150,7 +149,6 @@ def _run(arguments: argparse.Namespace) -> None:
             launch=launch,
             resume=arguments.resume,
             redo_from=arguments.redo_from,
-            find_files=named_files,
         )
     except StageFailed as error:
         print(f"chatllama: {error}", file=sys.stderr)

@@ -9,7 +9,6 @@ from chatllama import cli
 from chatllama.inference import chat
 from chatllama.inference.options import ChatOptions
 from chatllama.reporting import page as report
-from data.reading.files import named_files
 from trainers.stages import pipeline
 from trainers.stages.launcher import Launch
 from trainers.stages.pipeline import StageFailed
@@ -32,7 +31,6 @@ def test_run_takes_overrides_before_and_after_options(calls: list) -> None:
     assert cli.main(words.split()) == 0
     (((config, overrides), options),) = calls
     assert (config, overrides) == ("a.yaml", ["seed=1", "ppo.steps=3", "sft.steps=4"])
-    assert options.pop("find_files") is named_files
     assert options == {"launch": Launch(num_gpus=2), "resume": True, "redo_from": "reward"}
 
 

@@ -201,7 +201,7 @@ def test_the_run_says_what_was_saved_and_ends_with_75(
 
     monkeypatch.setattr(pipeline, "run_to_end", told)
     with pytest.raises(StageFailed, match=r"\(SIGTERM\) and is saved at step 7") as caught:
-        pipeline.run_pipeline(str(file), find_files=lambda path, split: None)
+        pipeline.run_pipeline(str(file))
     assert caught.value.exit_code == 75
     assert f"chatllama run {run.config} --resume" in str(caught.value)
     assert not lock_path(run, "run").exists()

@@ -15,7 +15,6 @@ from chatllama.config.schema import Config
 from chatllama.model.fingerprint import check_base, fingerprint
 from chatllama.runs.folder import STAGES, RunFolder, Stage, read_lineage
 from chatllama.runtime.files import write_json
-from data.reading.files import named_files
 from trainers.stages import lineage
 from trainers.stages.decisions import (
     Decision,
@@ -72,7 +71,7 @@ class World:
 
     def begin(self, stage: Stage, cfg: Config | None = None) -> None:
         cfg = cfg or self.config()
-        lineage.write_record(self.run, stage, check_resumed(cfg, self.run, stage, named_files))
+        lineage.write_record(self.run, stage, check_resumed(cfg, self.run, stage))
 
     def train(self, stage: Stage, cfg: Config | None = None, content: str = "") -> None:
         """As a stage leaves it."""
@@ -92,7 +91,7 @@ class World:
     def decide(
         self, cfg: Config | None = None, redo_from: Stage | None = None, resume: bool = False
     ) -> dict[Stage, Decision]:
-        return decide(cfg or self.config(), self.run, redo_from, resume, named_files)
+        return decide(cfg or self.config(), self.run, redo_from, resume)
 
     def actions(self, *args: Any, **kwargs: Any) -> list[str]:
         return [each.action for each in self.decide(*args, **kwargs).values()]
@@ -175,14 +174,14 @@ def test_microbatches_of_sft_and_reward_change_nothing_learned(trained: World):
 
 def test_a_script_on_a_finished_stage(trained: World):
     run, (folder, *_) = trained.run, MADE["ppo"]
-    assert finished_before(trained.config(), run, "ppo", named_files)
+    assert finished_before(trained.config(), run, "ppo")
     with pytest.raises(ValueError, match=r"(?s)stage ppo of .* done again:\n  ppo\.kl_c"):
-        finished_before(trained.config(ppo__kl_coef=0.5), run, "ppo", named_files)
+        finished_before(trained.config(ppo__kl_coef=0.5), run, "ppo")
     (run.root / folder / "adapter_model.safetensors").write_text("other")
     with pytest.raises(ValueError, match=r"is not what the stage wrote.*run --from ppo` make it"):
-        finished_before(trained.config(), run, "ppo", named_files)
+        finished_before(trained.config(), run, "ppo")
     forget(run, "ppo")
-    assert not finished_before(trained.config(), run, "ppo", named_files)
+    assert not finished_before(trained.config(), run, "ppo")
 
 
 def test_changed_data(trained: World):
@@ -286,10 +285,10 @@ def test_an_interrupted_stage_goes_on_with_its_own_settings_only(world: World):
     with pytest.raises(
         ValueError, match=r"(?s)begun otherwise.*\n  reward\.epochs: .*remove .*check"
     ):
-        check_resumed(cfg, world.run, "reward", named_files)
+        check_resumed(cfg, world.run, "reward")
     world.train("sft", content="other")
     with pytest.raises(ValueError, match="made from another sft/adapter"):
-        check_resumed(world.config(), world.run, "reward", named_files)
+        check_resumed(world.config(), world.run, "reward")
 
 
 def test_what_evaluates_may_change_while_ppo_is_interrupted(world: World):
@@ -298,7 +297,7 @@ def test_what_evaluates_may_change_while_ppo_is_interrupted(world: World):
     world.interrupt("ppo")
     cfg = world.config(evaluation__num_prompts=3)
     assert world.actions(cfg, resume=True)[2] == "go on"
-    assert check_resumed(cfg, world.run, "ppo", named_files)["finished"] is None
+    assert check_resumed(cfg, world.run, "ppo")["finished"] is None
 
 
 def test_a_result_that_was_removed_may_be_made_with_another_evaluation(trained: World):
@@ -306,7 +305,7 @@ def test_a_result_that_was_removed_may_be_made_with_another_evaluation(trained: 
     trained.run.result("ppo").unlink()
     cfg = trained.config(evaluation__num_prompts=3)
     begun = read_lineage(trained.run)["ppo"]["begun"]
-    assert check_resumed(cfg, trained.run, "ppo", named_files)["begun"] == begun
+    assert check_resumed(cfg, trained.run, "ppo")["begun"] == begun
 
 
 def test_a_changed_parent_ends_an_interrupted_child(world: World):
@@ -383,13 +382,13 @@ def test_an_adapter_of_another_base_is_refused(world: World):
 
 
 def test_a_record_of_the_same_things_differs_in_nothing(world: World):
-    one = gather(world.config(), world.run, "sft", named_files, {})
-    two = gather(world.config(), world.run, "sft", named_files, one)
+    one = gather(world.config(), world.run, "sft", {})
+    two = gather(world.config(), world.run, "sft", one)
     assert differences(one, two) == []
 
 
 def test_keys_that_an_older_record_does_not_know_had_their_defaults(world: World):
-    record = gather(world.config(), world.run, "ppo", named_files, {})
+    record = gather(world.config(), world.run, "ppo", {})
     now = json.loads(json.dumps(record))
     for key in ("generation.compile", "ppo.ema_decay", "ppo.epochs", "lora.target_modules"):
         del record["config"][key]
@@ -402,7 +401,7 @@ def test_keys_that_an_older_record_does_not_know_had_their_defaults(world: World
 
 
 def test_a_section_that_was_null_did_not_have_its_defaults(world: World):
-    now = gather(world.config(), world.run, "sft", named_files, {})
+    now = gather(world.config(), world.run, "sft", {})
     record = json.loads(json.dumps(now))
     lora = [key for key in now["config"] if key.startswith("lora.")]
     for key in lora:

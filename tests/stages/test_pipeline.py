@@ -16,7 +16,6 @@ from chatllama.config.loader import load_config
 from chatllama.config.schema import Config
 from chatllama.runs.folder import STAGES, RunFolder, Stage
 from chatllama.runtime.files import write_json
-from data.reading.files import named_files
 from trainers.stages import launcher, lineage, pipeline
 from trainers.stages.launcher import (
     Launch,
@@ -60,7 +59,7 @@ def started(monkeypatch: pytest.MonkeyPatch, run: RunFolder) -> list[list[str]]:
 
 
 def run_pipeline(config: str, overrides: Sequence[str] = (), **options: Any) -> None:
-    pipeline.run_pipeline(config, overrides, find_files=named_files, **options)
+    pipeline.run_pipeline(config, overrides, **options)
 
 
 def scripts(commands: list[list[str]]) -> list[str]:
@@ -115,9 +114,7 @@ def test_changed_settings_are_done_again_and_nothing_is_lost(
 ) -> None:
     run_pipeline(config)
     for stage in STAGES:
-        lineage.write_record(
-            run, stage, lineage.gather(load_config(config), run, stage, named_files, {})
-        )
+        lineage.write_record(run, stage, lineage.gather(load_config(config), run, stage, {}))
         lineage.finish(load_config(config), run, stage)
     started.clear()
     run_pipeline(config, ["reward.learning_rate=0.5", "ppo.steps=7"])
@@ -138,7 +135,7 @@ def test_machines_started_one_by_one_move_nothing_aside(
     cfg = load_config(config)
     run_pipeline(config)
     for stage in STAGES:
-        lineage.write_record(run, stage, lineage.gather(cfg, run, stage, named_files, {}))
+        lineage.write_record(run, stage, lineage.gather(cfg, run, stage, {}))
         lineage.finish(cfg, run, stage)
     started.clear()
     (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")

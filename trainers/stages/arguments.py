@@ -20,6 +20,7 @@ from chatllama.config.loader import ConfigError, load_config
 from chatllama.config.schema import Config
 from chatllama.runs import interruption
 from chatllama.runs import lock as run_lock
+from chatllama.runs.folder import RunFolder
 
 _EXAMPLES = """\
 examples:
@@ -40,6 +41,11 @@ class StageArguments:
     resume: bool
     lock: str | None
     """Token of the lock of the `chatllama run` that started this stage."""
+
+    @property
+    def run(self) -> RunFolder:
+        """The run folder of the config."""
+        return RunFolder(Path(self.config.run_dir))
 
 
 LOST_RANK_SECONDS = 5.0

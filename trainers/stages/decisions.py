@@ -31,11 +31,7 @@ class Decision:
 
 
 def decide(
-    cfg: Config,
-    run: RunFolder,
-    redo_from: Stage | None,
-    resume: bool,
-    find_files: lineage.FindFiles,
+    cfg: Config, run: RunFolder, redo_from: Stage | None, resume: bool
 ) -> dict[Stage, Decision]:
     """What to do about every stage.
 
@@ -69,23 +65,18 @@ def decide(
                     f"it is made from, is not. Use --from {unfinished[0]} to do both again, or "
                     "another run_dir"
                 )
-            decisions[stage] = _of_begun(cfg, run, stage, record, resume, find_files)
+            decisions[stage] = _of_begun(cfg, run, stage, record, resume)
     return decisions
 
 
 def _of_begun(
-    cfg: Config,
-    run: RunFolder,
-    stage: Stage,
-    record: dict[str, Any] | None,
-    resume: bool,
-    find_files: lineage.FindFiles,
+    cfg: Config, run: RunFolder, stage: Stage, record: dict[str, Any] | None, resume: bool
 ) -> Decision:
     """What to do about a stage that is finished or interrupted, and whose parents are kept."""
     finished = run.result(stage).is_file()
     reasons, notes = [], [f"{run.lineage} says nothing of it: taken as it is"]
     if record is not None:
-        now = lineage.gather(cfg, run, stage, find_files, record)
+        now = lineage.gather(cfg, run, stage, record)
         reasons, notes = lineage.differences(record, now), lineage.other_versions(record, now)
     if finished:
         if not reasons and record is not None:
@@ -105,9 +96,7 @@ def _of_begun(
     return Decision("go on", (), tuple(notes))
 
 
-def finished_before(
-    cfg: Config, run: RunFolder, stage: Stage, find_files: lineage.FindFiles
-) -> bool:
+def finished_before(cfg: Config, run: RunFolder, stage: Stage) -> bool:
     """Whether a stage has finished and what it left still holds: a script has nothing to do then.
 
     Raises:
@@ -116,7 +105,7 @@ def finished_before(
     if not run.result(stage).is_file():
         return False
     record = lineage.read_lineage(run).get(stage)
-    decision = _of_begun(cfg, run, stage, record, False, find_files)
+    decision = _of_begun(cfg, run, stage, record, False)
     if decision.action == "again":
         raise ValueError(
             f"stage {stage} of {run.root} has finished before, and it must be done again:\n"
@@ -126,16 +115,14 @@ def finished_before(
     return True
 
 
-def check_resumed(
-    cfg: Config, run: RunFolder, stage: Stage, find_files: lineage.FindFiles
-) -> dict[str, Any]:
+def check_resumed(cfg: Config, run: RunFolder, stage: Stage) -> dict[str, Any]:
     """The record with which a stage begins or goes on.
 
     Raises:
         ValueError: it has checkpoints of other settings, data, base or parents.
     """
     record = lineage.read_lineage(run).get(stage)
-    now = lineage.gather(cfg, run, stage, find_files, record or {})
+    now = lineage.gather(cfg, run, stage, record or {})
     if record is None or not run.was_begun(stage):
         return now
     if reasons := lineage.differences(record | {"finished": None}, now):

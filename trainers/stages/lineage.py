@@ -7,7 +7,7 @@ how two records differ.
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,9 +28,7 @@ from chatllama.runs.folder import (
     write_record,
 )
 from chatllama.runtime.files import file_hash
-
-FindFiles = Callable[[str, str], dict[str, Path] | None]
-"""Files that a `path` and `split` of the config name, by name; None: a hub id."""
+from data.reading.files import named_files
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "deepspeed", "datasets", "accelerate",
             "tokenizers", "safetensors", "numpy")  # fmt: skip
@@ -46,16 +44,13 @@ FREE = ("sft.microbatch_size", "reward.microbatch_size")
 """Keys that change nothing of what a stage learns: by their last part, and by the whole of it."""
 
 
-def gather(
-    cfg: Config, run: RunFolder, stage: Stage, find_files: FindFiles, known: dict[str, Any]
-) -> dict[str, Any]:
+def gather(cfg: Config, run: RunFolder, stage: Stage, known: dict[str, Any]) -> dict[str, Any]:
     """What the stage would be made from now.
 
     Args:
         cfg: the whole config.
         run: holds the stage's parents.
         stage: whose record.
-        find_files: of the config's data.
         known: an older record: files with its sizes and times are not read again.
     """
     return {
@@ -65,7 +60,7 @@ def gather(
         "packages": _packages(),
         "config": binding_config(cfg, stage),
         "base": base_record(cfg, run),
-        "data": dict(_data(cfg, stage, find_files, known.get("data", {}))),
+        "data": dict(_data(cfg, stage, known.get("data", {}))),
         "parents": parents(cfg, run, stage),
     }
 
@@ -185,13 +180,11 @@ def parents(cfg: Config, run: RunFolder, stage: Stage) -> dict[str, str | None]:
     return found
 
 
-def _data(
-    cfg: Config, stage: Stage, find_files: FindFiles, known: dict[str, Any]
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _data(cfg: Config, stage: Stage, known: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every data file of the stage with size, time and hash; hub ids without."""
     for source in _sources(cfg, stage):
         try:
-            paths = find_files(source.path, source.split)
+            paths = named_files(source.path, source.split)
         except ValueError:  # removed since; the stage itself says so if it needs it
             continue
         if paths is None:

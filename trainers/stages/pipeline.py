@@ -47,7 +47,6 @@ from trainers.stages.launcher import (
     stage_command,
     stage_environment,
 )
-from trainers.stages.lineage import FindFiles
 from trainers.stages.processes import run_to_end
 
 
@@ -70,7 +69,6 @@ def run_pipeline(
     launch: Launch | None = None,
     resume: bool = False,
     redo_from: Stage | None = None,
-    find_files: FindFiles,
 ) -> None:
     """Brings a run to its end: every stage that must be done, the summary, the report, the table.
 
@@ -80,7 +78,6 @@ def run_pipeline(
         launch: machines, processes and port.
         resume: go on from the newest checkpoint of an interrupted stage.
         redo_from: do this stage and the later ones again; their results and checkpoints go.
-        find_files: of the config's data.
 
     Raises:
         ValueError: the config is wrong, or does not fit what the run folder holds.
@@ -92,10 +89,10 @@ def run_pipeline(
     # Machines that are started one by one may have run folders of their own.
     given = [str(run.config)] if launch.node_rank is None else [config_path, *overrides]
     if not launch.leads:
-        _run_stages(cfg, run, given, launch, "", resume, redo_from, find_files)
+        _run_stages(cfg, run, given, launch, "", resume, redo_from)
         return
     with locked(run, "run") as lock:
-        _run_stages(cfg, run, given, launch, lock, resume, redo_from, find_files)
+        _run_stages(cfg, run, given, launch, lock, resume, redo_from)
         write_summary(run)
         print_results(run, write_report(run))
 
@@ -108,7 +105,6 @@ def _run_stages(
     lock: str,
     resume: bool,
     redo_from: Stage | None,
-    find_files: FindFiles,
 ) -> None:
     """Every stage that must be done, under the run folder's lock.
 
@@ -120,9 +116,8 @@ def _run_stages(
         lock: token of the lock; empty where another machine holds it.
         resume: as in `run_pipeline`.
         redo_from: as in `run_pipeline`.
-        find_files: as in `run_pipeline`.
     """
-    decisions = decide(cfg, run, redo_from, resume, find_files)
+    decisions = decide(cfg, run, redo_from, resume)
     _check_machines(launch, decisions)
     waiting = any(each.action != "keep" for each in decisions.values())
     gpus, ranks = _plan_ranks(cfg, launch) if waiting else (0, 1)

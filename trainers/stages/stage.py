@@ -1,6 +1,6 @@
 """What the beginning and end of every stage have in common."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from transformers import PreTrainedTokenizerFast
 
@@ -16,10 +16,27 @@ from chatllama.runtime.files import write_json
 from chatllama.runtime.libraries import quiet_libraries
 from chatllama.text.chat_format import describe_contract
 from chatllama.text.tokenizer import load_tokenizer
-from data.reading.files import named_files
 from trainers.engine.engine import initialise
-from trainers.stages.decisions import check_resumed
+from trainers.stages.decisions import check_resumed, finished_before
 from trainers.stages.lineage import finish as complete_record
+
+
+def has_finished(cfg: Config, run: RunFolder, stage: Stage) -> bool:
+    """Whether the stage has finished before, with the same result now; rank 0 prints that it has.
+
+    Raises:
+        ValueError: it must run again, which only `chatllama run` does, or it is damaged.
+    """
+    finished = finished_before(cfg, run, stage)
+    if finished:
+        print_lines([f"stage {stage} of {run.root} has finished before: {run.result(stage)}"])
+    return finished
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Prints on rank 0 alone."""
+    for line in lines if rank() == 0 else ():
+        print(line)
 
 
 def join(run: RunFolder, stage: Stage, lock: str | None) -> None:
@@ -48,7 +65,7 @@ def open_stage(cfg: Config, run: RunFolder, stage: Stage) -> PreTrainedTokenizer
     """
     check_run_folder(cfg, run)
     if rank() == 0:
-        write_record(run, stage, check_resumed(cfg, run, stage, named_files))
+        write_record(run, stage, check_resumed(cfg, run, stage))
         dump_config(cfg, run.config)
     return load_tokenizer(
         backbone_path(cfg.backbone, run),
