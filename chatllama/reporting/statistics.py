@@ -1,8 +1,10 @@
-"""Errors and intervals of what the runs report. Plain floats, no tensors."""
+"""Errors and intervals of reported numbers: plain floats, no tensors."""
 
 import math
 from collections.abc import Sequence
 
+INTERVAL = "{:.3f} ({:.3f}\N{EN DASH}{:.3f})"
+"""A value and its interval."""
 FLIP_EVIDENCE = 2.71
 """Likelihood ratio above which wrong labels are more than chance (5 %, one-sided)."""
 
@@ -20,10 +22,8 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 def wilson_interval(successes: float, count: int, z: float = 1.96) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson 1927), sensible near 0 and 1 too.
 
-    Args:
-        successes: how many succeeded; ties may count one half.
-        count: of how many, at least 1.
-        z: standard normal quantile.
+    Of `count` draws, at least 1, `successes` succeeded; ties may count one half. `z` is the
+    standard normal quantile.
     """
     share = successes / count
     scale = 1 + z * z / count
@@ -34,4 +34,4 @@ def wilson_interval(successes: float, count: int, z: float = 1.96) -> tuple[floa
 
 def interval_text(value: float, low: float, high: float) -> str:
     """A proportion with its interval, for the report."""
-    return f"{value:.3f} ({low:.3f}\N{EN DASH}{high:.3f})"
+    return INTERVAL.format(value, low, high)

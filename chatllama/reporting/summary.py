@@ -9,11 +9,19 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from chatllama.reporting.statistics import interval_text
+from chatllama.reporting.statistics import INTERVAL, interval_text
 from chatllama.runs.folder import STAGES, RunFolder
 from chatllama.runtime.files import write_json
 
 ROWS = (("base", "base"), ("sft", "SFT"), ("ppo", "PPO"))
+COLUMNS = {
+    "gold score": ("{:.2f} \N{PLUS-MINUS SIGN} {:.2f}", "gold_mean", "gold_se"),
+    "RM score": ("{:.2f}", "score_mean"),
+    "win rate vs SFT": (INTERVAL, "win_rate", "win_rate_low", "win_rate_high"),
+    "KL to SFT (nats)": ("{:.2f}", "kl"),
+    "tokens per answer": ("{:.1f}", "response_length"),
+}
+"""Head -> form, then names of the numbers in it."""
 REWARD_NUMBERS = ("accuracy", "accuracy_low", "accuracy_high", "bayes_accuracy")
 BAYES_SLACK = 0.05
 
@@ -68,28 +76,31 @@ def number(summary: dict[str, Any], name: str) -> float | None:
 
 def result_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Heads and rows of the table of roles; columns that no role has are left out."""
-    columns = (
-        ("gold score", lambda r: _plus_minus(summary, f"{r}.gold_mean", f"{r}.gold_se")),
-        ("RM score", lambda r: _plain(summary, f"{r}.score_mean", ".2f")),
-        ("win rate vs SFT", lambda r: _with_interval(summary, f"{r}.win_rate")),
-        ("KL to SFT (nats)", lambda r: _plain(summary, f"{r}.kl", ".2f")),
-        ("tokens per answer", lambda r: _plain(summary, f"{r}.response_length", ".1f")),
-    )
-    cells = {head: [cell(role) for role, _ in ROWS] for head, cell in columns}
+    cells = {
+        head: [_cell(summary, form, *(f"{role}.{name}" for name in names)) for role, _ in ROWS]
+        for head, (form, *names) in COLUMNS.items()
+    }
     shown = {head: column for head, column in cells.items() if any(column)}
-    heads = ["model", *shown]
     rows = [
         [label, *(column[i] or "\N{EN DASH}" for column in shown.values())]
         for i, (_, label) in enumerate(ROWS)
     ]
-    return (heads, rows) if shown else ([], [])
+    return (["model", *shown], rows) if shown else ([], [])
 
 
 def reward_accuracy(summary: dict[str, Any]) -> str:
     """The reward model's accuracy with its interval and the Bayes limit, in one line; or ''."""
-    accuracy = _with_interval(summary, "reward.accuracy")
-    limit = _plain(summary, "reward.bayes_accuracy", ".3f")
+    accuracy = _cell(summary, INTERVAL, *(f"reward.{name}" for name in REWARD_NUMBERS[:3]))
+    limit = _cell(summary, "{:.3f}", "reward.bayes_accuracy")
     return f"{accuracy}, Bayes limit {limit}" if accuracy and limit else accuracy
+
+
+def _cell(summary: dict[str, Any], form: str, *names: str) -> str:
+    """The values in `form`; the first alone where another is absent, '' where the first is."""
+    values = [number(summary, name) for name in names]
+    if values[0] is None:
+        return ""
+    return (form.split()[0] if None in values else form).format(*values)
 
 
 def below_bayes(accuracy: float, limit: float | None) -> str:
@@ -97,8 +108,8 @@ def below_bayes(accuracy: float, limit: float | None) -> str:
     if limit is None or accuracy >= limit - BAYES_SLACK:
         return ""
     return (
-        f"the reward model's accuracy {accuracy:.3f} is far below the {limit:.3f} that is "
-        "possible: PPO will exploit what it has not learned"
+        f"accuracy {accuracy:.3f} is far below the {limit:.3f} that is possible: PPO will exploit "
+        "what the reward model has not learned"
     )
 
 
@@ -133,12 +144,13 @@ def _about_gold(summary: dict[str, Any]) -> Finding | None:
 
 
 def _about_win_rate(summary: dict[str, Any]) -> Finding | None:
-    low, high = number(summary, "ppo.win_rate_low"), number(summary, "ppo.win_rate_high")
-    rate = _with_interval(summary, "ppo.win_rate")
-    if low is None or high is None or not rate:
+    names = ("ppo.win_rate", "ppo.win_rate_low", "ppo.win_rate_high")
+    rate, low, high = (number(summary, name) for name in names)
+    if rate is None or low is None or high is None:
         return None
     text = (
-        f"By the reward model's own judgement PPO's answers beat SFT's at a rate of {rate}. "
+        "By the reward model's own judgement PPO's answers beat SFT's at a rate of "
+        f"{interval_text(rate, low, high)}. "
         "No gold score is known, and PPO was trained on that judge: read the samples."
     )
     return Finding("good" if low > 0.5 else "bad" if high < 0.5 else "neutral", text)
@@ -149,28 +161,8 @@ def _about_reward_model(summary: dict[str, Any]) -> Finding | None:
     if accuracy is None:
         return None
     if text := below_bayes(accuracy, limit):
-        return Finding("bad", f"T{text[1:]}.")
+        return Finding("bad", f"The reward model's {text}.")
     if low is not None and low <= 0.5:
         text = f"The reward model's accuracy {accuracy:.3f} cannot be told from guessing."
         return Finding("bad", text)
     return None
-
-
-def _plain(summary: dict[str, Any], name: str, form: str) -> str:
-    value = number(summary, name)
-    return "" if value is None else f"{value:{form}}"
-
-
-def _plus_minus(summary: dict[str, Any], name: str, error_name: str) -> str:
-    value, error = number(summary, name), number(summary, error_name)
-    if value is None:
-        return ""
-    return f"{value:.2f}" if error is None else f"{value:.2f} \N{PLUS-MINUS SIGN} {error:.2f}"
-
-
-def _with_interval(summary: dict[str, Any], name: str) -> str:
-    value = number(summary, name)
-    low, high = number(summary, f"{name}_low"), number(summary, f"{name}_high")
-    if value is None:
-        return ""
-    return f"{value:.3f}" if low is None or high is None else interval_text(value, low, high)

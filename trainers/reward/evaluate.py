@@ -140,5 +140,5 @@ def check_gate(run: RunFolder, section: RewardSection) -> list[str]:
             )
         warnings.append(text)
     if text := below_bayes(accuracy, numbers.get("bayes_accuracy")):
-        warnings.append(text)
+        warnings.append(f"the reward model's {text}")
     return warnings
