@@ -69,7 +69,7 @@ def _content(run: RunFolder) -> dict[str, Any]:
     heads, rows = result_table(summary)
     reward = {name: number(summary, f"reward.{name}") for name in REWARD_NUMBERS}
     wall = {label: number(summary, f"wall_seconds.{key}") for key, label in WALL_ROWS.items()}
-    finished = [stage for stage in STAGES if run.result(stage).is_file()]
+    finished: list[Stage] = [stage for stage in STAGES if run.result(stage).is_file()]
     ppo_lines = read_lines(run.metrics("ppo"))
     pretraining = RunFolder(run.root / "pretraining").metrics("sft")
     return {
@@ -104,7 +104,7 @@ def _content(run: RunFolder) -> dict[str, Any]:
 
 
 def _place(accuracy: float) -> str:
-    """Where an accuracy lies on the scale from 0.5 to 1."""
+    """Position of an accuracy on the scale from 0.5 to 1."""
     return f"{min(max(accuracy - 0.5, 0.0), 0.5) * 200:.2f}%"
 
 

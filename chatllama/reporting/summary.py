@@ -163,6 +163,6 @@ def _about_reward_model(summary: dict[str, Any]) -> Finding | None:
     if text := below_bayes(accuracy, limit):
         return Finding("bad", f"The reward model's {text}.")
     if low is not None and low <= 0.5:
-        text = f"The reward model's accuracy {accuracy:.3f} cannot be told from guessing."
+        text = f"The reward model's accuracy {accuracy:.3f} cannot be distinguished from guessing."
         return Finding("bad", text)
     return None

@@ -106,7 +106,7 @@ def stop_requested() -> bool:
 def stop(run: RunFolder, stage: Stage, step: int) -> NoReturn:
     """Ends a stage whose checkpoint of `step` is written; every rank must call.
 
-    RUN/<stage>/interrupted.json tells `chatllama run`, whatever the launcher's exit code.
+    `chatllama run` reads RUN/<stage>/interrupted.json, since launchers change the exit code.
 
     Raises:
         Interrupted: always.

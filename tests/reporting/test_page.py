@@ -204,7 +204,7 @@ def test_a_poor_reward_model_is_named() -> None:
     assert far.kind == "bad" and "0.700 is far below the 0.870" in far.text
     assert findings({"reward": {"accuracy": 0.83, "bayes_accuracy": 0.87}}) == []
     (guess,) = findings({"reward": {"accuracy": 0.55, "accuracy_low": 0.49}})
-    assert "cannot be told from guessing" in guess.text
+    assert "cannot be distinguished from guessing" in guess.text
     assert reward_accuracy(SUMMARY) == "0.849 (0.826–0.869), Bayes limit 0.870"  # noqa: RUF001
 
 

@@ -310,7 +310,7 @@ def test_ppo_is_refused_a_model_no_better_than_guessing(tmp_path: Path):
     for part in ("55.0%", "40.0% to 70.0%", "40 pairs", "doctor.json", "reward.allow_weak=true"):
         assert part in str(caught.value)
     (warning,) = check_gate(weak, RewardSection(allow_weak=True))
-    assert "cannot be told from guessing" in warning
+    assert "cannot be distinguished from guessing" in warning
     with pytest.raises(ValueError, match="guessing"):
         check_gate(gated(tmp_path, 0.6, 0.5), RewardSection())
 

@@ -1,1 +1,1 @@
-"""Stage 2, the reward model; its diagnosis lies in diagnosis/."""
+"""Stage 2, the reward model; its diagnosis is in diagnosis/."""

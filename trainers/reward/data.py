@@ -28,7 +28,7 @@ class Preferences:
 
 
 def load_preferences(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Preferences:
-    """Training and held-out examples, read, split and tokenised as the config says.
+    """Training and held-out examples, read, split and tokenised by the config.
 
     Raises:
         ValueError: bad records, or nothing is left to train on or to hold out.

@@ -130,7 +130,7 @@ def check_gate(run: RunFolder, section: RewardSection) -> list[str]:
         text = (
             f"the reward model orders {accuracy:.1%} of the held-out pairs as the labels do (95 % "
             f"interval {low:.1%} to {high:.1%}, {int(numbers['num_eval_pairs'])} pairs): that "
-            "cannot be told from guessing, and PPO would climb noise"
+            "cannot be distinguished from guessing, and PPO would climb noise"
         )
         if not section.allow_weak:
             raise ValueError(

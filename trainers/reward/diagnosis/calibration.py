@@ -29,7 +29,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Bin:
-    """The pairs whose confidence lies in one interval."""
+    """The pairs with a confidence in one interval."""
 
     share: float
     """Of all pairs, by weight."""
@@ -170,7 +170,7 @@ def correlation(x: Array, y: Array) -> float:
 
 
 def histogram(values: Array, weights: Array, num_bins: int = 24) -> tuple[list[float], list[float]]:
-    """Edges (num_bins + 1), from -x to x, and shares; the outermost bins hold what lies beyond.
+    """Edges (num_bins + 1), from -x to x, and shares; values beyond are in the outermost bins.
 
     `num_bins` is even, so that 0 is an edge.
     """

@@ -172,7 +172,7 @@ def model_concerns(found: Mapping[str, Any], word_accuracy: float) -> list[Conce
     accuracy, length, calibration = found["accuracy"], found["length"], found["calibration"]
     out = []
     if accuracy["low"] <= 0.5:
-        text = f"accuracy {_interval(accuracy)}: cannot be told from guessing; PPO will refuse it"
+        text = f"accuracy {_interval(accuracy)}: no better than guessing; PPO will refuse it"
         out.append(Concern("no_better_than_chance", text))
     for source, own in found["sources"].items():
         if own["high"] < 0.5:
