@@ -11,11 +11,7 @@ from pathlib import Path
 
 from chatllama import __version__
 from chatllama.exporting.cli import add_export_arguments, export_options
-from chatllama.inference.cli import (
-    add_chat_arguments,
-    add_eval_arguments,
-    add_generate_arguments,
-)
+from chatllama.inference.cli import add_chat_arguments, add_eval_arguments, add_generate_arguments
 from chatllama.inference.options import ChatOptions, GenerateOptions
 from chatllama.runtime.command_line import Command, add_command, add_config_arguments
 from chatllama.runtime.declared_options import options_from

@@ -78,4 +78,4 @@ def answers(
 
 
 def reopened(run: RunFolder, role: str = "policy") -> Answerer:
-    return Answerer.of(load_run(run, roles=[role, "reward", "reward_1"]), role)
+    return Answerer(load_run(run, roles=[role, "reward", "reward_1"]), role)

@@ -57,12 +57,8 @@ class DecodingBatch:
     """Rows that are being sampled. All calls need the same active adapter, in eval mode.
 
     `admit`, `step` and `idle` are one forward pass of the whole model each: under ZeRO-3 with
-    sharded weights, ranks must make equally many calls.
-
-    Args:
-        llama: the model.
-        max_rows: rows at a time.
-        compiled: of the same model, for compiled steps; rows of another batch in it are lost.
+    sharded weights, ranks must make equally many calls. `compiled`, of the same model, is for
+    compiled steps; rows of another batch in it are lost.
     """
 
     def __init__(
@@ -96,10 +92,7 @@ class DecodingBatch:
     def admit(self, requests: Sequence[Request]) -> list[Sampled]:
         """The first token of each request, in order; rows are numbered from 0 as they are admitted.
 
-        Equal prompts among the requests are computed once.
-
-        Raises:
-            ValueError: an empty prompt, or prompt and response do not fit the model's positions.
+        Equal prompts are computed once. ValueError if a prompt is empty or does not fit.
         """
         assert 0 < len(requests) <= self.free
         for request in requests:
@@ -111,7 +104,7 @@ class DecodingBatch:
             uniforms, stops = request.uniforms.tolist(), frozenset(request.stop_ids)
             self._rows.append(_Row(self._next_number, request, uniforms, stops))
             self._next_number += 1
-        sampling = RowSampling.of([r.sampling for r in requests], self._llama.device)
+        sampling = RowSampling([r.sampling for r in requests], self._llama.device)
         return self._sample(hidden, first, sampling)
 
     @torch.no_grad()
@@ -125,7 +118,7 @@ class DecodingBatch:
             hidden = self._read_tokens(self._cache, newest)
         if self._sampling is None:
             rows = [row.request.sampling for row in self._rows]
-            self._sampling = RowSampling.of(rows, self._llama.device)
+            self._sampling = RowSampling(rows, self._llama.device)
         return self._sample(hidden, 0, self._sampling)
 
     def drop(self, rows: Collection[int]) -> None:

@@ -16,11 +16,7 @@ SPARE_COLUMNS = 64
 
 
 class RowLayer(CacheLayerMixin):
-    """One layer's keys and values: (allocated rows, heads, capacity, width) each.
-
-    Args:
-        cache: whose size it has.
-    """
+    """One layer's keys and values in the cache's size: (allocated, heads, capacity, width) each."""
 
     def __init__(self, cache: Any) -> None:
         super().__init__()
@@ -95,13 +91,7 @@ class _Layer(RowLayer):
 
 
 class KVCache:
-    """The cache of a batch whose rows join and leave.
-
-    Args:
-        num_layers: of the model.
-        max_rows: at a time; memory is allocated as rows join.
-        device: of masks and indices.
-    """
+    """The cache of a batch whose rows join and leave; memory is allocated as rows join."""
 
     def __init__(self, num_layers: int, max_rows: int, device: torch.device) -> None:
         self.max_rows, self.device = max_rows, device

@@ -34,45 +34,29 @@ class Sampling:
         return cls(section.max_new_tokens, section.temperature, section.top_k, section.top_p)
 
 
-@dataclass(frozen=True)
 class RowSampling:
-    """How to choose the tokens of several rows, each in its own way."""
+    """Sampling of several rows as tensors; a single row broadcasts over a batch of any size."""
 
-    temperature: torch.Tensor
-    """(B, 1) float32; 1 where greedy."""
-    greedy: torch.Tensor
-    """(B,) bool."""
-    top_k: torch.Tensor
-    """(B, 1) int64; 0: all tokens."""
-    top_p: torch.Tensor
-    """(B, 1) float32."""
-    truncated: torch.Tensor
-    """(B,) bool; top_k or top_p leaves tokens out."""
-    greedy_rows: int
-    truncated_rows: int
-    largest_top_k: int
-    tempered: bool
-
-    @classmethod
-    def of(cls, rows: Sequence[Sampling], device: torch.device | None = None) -> "RowSampling":
-        """As tensors; a single row broadcasts over a batch of any size."""
+    def __init__(self, rows: Sequence[Sampling], device: torch.device | None = None) -> None:
         greedy = [row.temperature == 0 for row in rows]
         truncated = [
             not zero and (row.top_k > 0 or row.top_p < 1)
             for row, zero in zip(rows, greedy, strict=True)
         ]
         temperatures = [[row.temperature or 1.0] for row in rows]
-        return cls(
-            temperature=torch.tensor(temperatures, device=device),
-            greedy=torch.tensor(greedy, device=device),
-            top_k=torch.tensor([[row.top_k] for row in rows], device=device),
-            top_p=torch.tensor([[row.top_p] for row in rows], device=device),
-            truncated=torch.tensor(truncated, device=device),
-            greedy_rows=sum(greedy),
-            truncated_rows=sum(truncated),
-            largest_top_k=max(row.top_k for row in rows),
-            tempered=any(row.temperature not in (0, 1) for row in rows),
-        )
+        self.temperature = torch.tensor(temperatures, device=device)
+        """(B, 1) float32; 1 where greedy."""
+        self.greedy = torch.tensor(greedy, device=device)
+        """(B,) bool."""
+        self.top_k = torch.tensor([[row.top_k] for row in rows], device=device)
+        """(B, 1) int64; 0: all tokens."""
+        self.top_p = torch.tensor([[row.top_p] for row in rows], device=device)
+        """(B, 1) float32."""
+        self.truncated = torch.tensor(truncated, device=device)
+        """(B,) bool; top_k or top_p leaves tokens out."""
+        self.greedy_rows, self.truncated_rows = sum(greedy), sum(truncated)
+        self.largest_top_k = max(row.top_k for row in rows)
+        self.tempered = any(row.temperature not in (0, 1) for row in rows)
 
 
 def next_tokens(logits: torch.Tensor, uniforms: torch.Tensor, rows: RowSampling) -> torch.Tensor:
@@ -82,9 +66,6 @@ def next_tokens(logits: torch.Tensor, uniforms: torch.Tensor, rows: RowSampling)
         logits: (B, V) float, of the next position.
         uniforms: (B,) float32 in [0, 1).
         rows: sampling of each row, or of all.
-
-    Raises:
-        ValueError: a row of logits is NaN, or holds no finite number.
     """
     if not bool(logits.amax(-1).isfinite().all()):
         raise ValueError("the model's logits are NaN or infinite: its weights are broken")

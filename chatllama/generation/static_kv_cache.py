@@ -73,12 +73,7 @@ class StaticKVCache:
     memory, CUDA graphs are recorded again, which torch does 128 times at most; so LoRA is not
     merged for a compiled step.
 
-    Args:
-        llama: the model, whole on this device and not quantised.
-        backend: of torch.compile.
-
-    Raises:
-        ValueError: the model does not attend by `sdpa`.
+    The model must be whole on this device, not quantised, with `sdpa` or `varlen` attention.
     """
 
     def __init__(
@@ -147,11 +142,7 @@ class StaticKVCache:
         self._lengths += lengths
 
     def step(self, newest: Sequence[int]) -> torch.Tensor:
-        """Last hidden states (n, H) of all rows, after adding the newest token of each.
-
-        Raises:
-            ValueError: torch could not compile the step.
-        """
+        """Last hidden states (n, H) of all rows, after adding the newest token of each."""
         places = self._places[: len(newest)]
         state = torch.zeros(2, self.allocated, dtype=torch.long)
         state[:, places] = torch.tensor([newest, self._lengths])

@@ -106,7 +106,7 @@ def _answer_all(
     rewards = [reward_role(number) for number in range(len(settings.rewards))]
     cfg = with_weights(cfg, settings.dtype, settings.quantization)
     loaded = load_run(run, cfg, [acting, *rewards])
-    answerer = Answerer.of(loaded, acting, settings.options.compile)
+    answerer = Answerer(loaded, acting, settings.options.compile)
     longest = _check_lengths(answerer, prompts, settings.sampling.max_new_tokens)
     # Batches begin where they would without an interruption, so that not even rounding differs.
     per_batch = max(1, settings.batch_size // settings.drawn)
@@ -208,11 +208,7 @@ def _with_error(values: Sequence[float]) -> str:
 
 
 def _check_lengths(answerer: "Answerer", prompts: Sequence[Prompt], max_new_tokens: int) -> int:
-    """Tokens of the longest prompt with its answer.
-
-    Raises:
-        ValueError: names the first prompt that cannot be rendered or does not fit.
-    """
+    """Tokens of the longest prompt with its answer; ValueError names the first that cannot fit."""
     limit = answerer.model.llama.config.max_position_embeddings
     too_long: list[tuple[str, int]] = []
     longest = 0
@@ -245,23 +241,10 @@ def _show(line: dict[str, Any], alone: bool) -> None:
     print(f"> {printable(text)}\n< {printable(line['response'])}{score}", flush=True)
 
 
-Key = tuple[int | str, int]
-"""Prompt's id and number of the sample."""
-
-
 def _answers_in(
-    path: Path, settings: Mapping[str, Any], keys: Sequence[Key]
+    path: Path, settings: Mapping[str, Any], keys: Sequence[tuple[int | str, int]]
 ) -> list[dict[str, Any]]:
-    """The answers that `path` already holds.
-
-    Args:
-        path: file to write to; made if missing.
-        settings: JSON values that determine the answers.
-        keys: of all answers, in order.
-
-    Raises:
-        ValueError: as `resume`, or it holds other answers.
-    """
+    """The answers that `path` already holds; ValueError if they are others than those of `keys`."""
     (answers,) = resume(settings, path)
     if len(answers) > len(keys):
         raise ValueError(f"--out {path}: {len(answers)} lines, more than the {len(keys)} answers")

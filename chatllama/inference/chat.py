@@ -52,11 +52,7 @@ class Conversation:
 
 
 def chat(run_dir: Path, options: ChatOptions | None = None) -> None:
-    """Talks with a run's model until the input ends.
-
-    Raises:
-        ValueError: an option out of range, no finished run in `run_dir`, or no such role in it.
-    """
+    """Talks with a run's model until the input ends; ValueError if it cannot begin."""
     options = options or ChatOptions()
     check_limits(options)
     run = RunFolder(run_dir)

@@ -40,13 +40,7 @@ class ChatModel:
     """Answers with a run's model.
 
     Where conversation and answer do not fit the model's positions, the oldest exchanges are left
-    out, with a note on stderr.
-
-    Args:
-        loaded: model with its roles, tokenizer and chat layout.
-        sampling: also bounds the answer's length.
-        generator: of the random numbers, on the CPU.
-        stops: strings that end an answer.
+    out, with a note on stderr. The generator is on the CPU; `stops` are strings that end an answer.
     """
 
     def __init__(
@@ -85,7 +79,7 @@ class ChatModel:
         prompt = self._render(kept)
         uniforms = torch.rand(1, self.sampling.max_new_tokens, generator=self.generator)
         for role in self.roles:
-            answerer = Answerer.of(self.loaded, ACTING[role])
+            answerer = Answerer(self.loaded, ACTING[role])
             (answer,) = answerer.answer([kept], uniforms, self.sampling, self._stops, 1, False)
             kl = None
             if role != "sft" and "sft" in self.roles:
@@ -130,13 +124,7 @@ def fit(
 ) -> list[Message]:
     """The longest suffix of a conversation, system prompt included, of at most `room` tokens.
 
-    Args:
-        messages: perhaps a system message, then user and assistant in turn, a user message last.
-        count: number of tokens of such a conversation.
-        room: tokens.
-
-    Raises:
-        ValueError: the last message alone does not fit.
+    `count` returns the tokens of such a conversation. ValueError if the last message does not fit.
     """
     head = [m for m in messages[:1] if m["role"] == "system"]
     turns = list(messages[len(head) :])

@@ -55,10 +55,10 @@ def load_run(
     """The run's backbone with its adapters.
 
     Args:
-        run: the run's folder.
-        cfg: its config. None: read here.
-        roles: those to load; `base`, and `reference` after full fine-tuning, have no adapter.
-            None: all that have been written so far.
+        run: its folder.
+        cfg: None: the run's own.
+        roles: None: all that have adapters. `base`, and `reference` after full fine-tuning, need
+            none.
 
     Raises:
         ValueError: not a run folder, nothing trained yet, or an adapter that is missing, damaged

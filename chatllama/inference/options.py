@@ -56,7 +56,7 @@ class AnswerOptions:
     temperature: float | None = option(None, **TEMPERATURE)
     top_p: float | None = option(None, **TOP_P)
     max_new_tokens: int | None = option(
-        None, "longest answer (default: the config's)", limit=at_least(1), metavar="N"
+        None, "longest answer (default: the config's)", limit=at_least(1)
     )
     stops: tuple[str, ...] = option(
         (),
@@ -73,8 +73,8 @@ class ChatOptions(WeightsOptions, AnswerOptions):
 
     temperature: float = option(0.7, **TEMPERATURE)
     top_p: float = option(0.9, **TOP_P)
-    system: str | None = option(None, "system prompt (default: the config's)", metavar="TEXT")
-    seed: int | None = option(None, "for answers that can be repeated", metavar="N")
+    system: str | None = option(None, "system prompt (default: the config's)")
+    seed: int | None = option(None, "for answers that can be repeated")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,22 +83,17 @@ class GenerateOptions(WeightsOptions, AnswerOptions):
 
     top_k: int | None = option(None, "0: all tokens", limit=at_least(0), metavar="K")
     batch_size: int | None = option(
-        None, "answers at a time; changes answers by rounding only", limit=at_least(1), metavar="N"
+        None, "answers at a time; changes answers by rounding only", limit=at_least(1)
     )
     compile: bool = option(
         False,
         "compile the decode step: a minute or so before the first answer, then for a GPU and "
         "many prompts; changes answers by rounding only",
     )
-    seed: int = option(0, "of the random numbers", limit=at_least(0), metavar="N")
-    num_samples: int = option(
-        1, "answers to each prompt", limit=at_least(1), metavar="N", flag="--n"
-    )
+    seed: int = option(0, "of the random numbers", limit=at_least(0))
+    num_samples: int = option(1, "answers to each prompt", limit=at_least(1), flag="--n")
     best_of: int | None = option(
-        None,
-        "of N samples keep the one that the reward model scores highest",
-        limit=at_least(1),
-        metavar="N",
+        None, "of N samples keep the one that the reward model scores highest", limit=at_least(1)
     )
     token_ids: bool = option(False, "write the sampled token ids, too")
     logprobs: bool = option(

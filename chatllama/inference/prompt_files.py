@@ -17,7 +17,7 @@ SUFFIXES = (".jsonl", ".txt")
 
 @dataclass(frozen=True)
 class Prompt:
-    """One thing to answer."""
+    """One prompt, with its place."""
 
     id: int | str
     """The record's own, else its number from 0."""
@@ -37,16 +37,13 @@ class Prompt:
 def read_prompts(
     arguments: Sequence[str], file: Path | None, lines: Iterable[str] | None
 ) -> list[Prompt]:
-    """The prompts of exactly one source, in order.
+    """The prompts of exactly one source, in order; ValueError if it is missing or invalid.
 
     Args:
         arguments: prompts as they were typed.
         file: .jsonl with `prompt` (text or messages) or `messages`, and perhaps `id`, in each
-            record; or .txt, one prompt a line. Empty lines are passed over.
+            record; or .txt, one prompt a line. Empty lines are skipped.
         lines: read where the others are empty; None: there is no such input.
-
-    Raises:
-        ValueError: several sources or none, an empty one, or a record that is no prompt.
     """
     if arguments and file is not None:
         raise ValueError(f"prompts as arguments and --file {file}: give one of the two")
@@ -129,7 +126,7 @@ def _messages(value: object, name: str) -> "list[Message]":
 
 
 def _check(prompt: Prompt) -> None:
-    """Nothing, for a prompt that the user's words end."""
+    """Raises ValueError for a prompt that does not end with a message of the user."""
     messages = prompt.messages
     if not messages or messages[-1]["role"] != "user":
         last = f"by {messages[-1]['role']!r}" if messages else "missing"

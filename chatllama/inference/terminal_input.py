@@ -21,10 +21,8 @@ def read_messages() -> Iterator[str]:
 def join_lines(read: Callable[[str], str | None]) -> Iterator[str]:
     r"""Messages out of lines: from \"\"\" to \"\"\", or as long as lines end with a backslash.
 
-    Ctrl-C drops what has been typed of a message.
-
-    Args:
-        read: gives the next line, None at the end, shown the prompt that it may print.
+    Ctrl-C drops what has been typed of a message. `read` is called with a prompt and returns the
+    next line, None at the end.
     """
     while True:
         try:
@@ -41,24 +39,21 @@ def _read_message(read: Callable[[str], str | None]) -> str | None:
     line = read(PROMPT)
     if line is None:
         return None
-    line = line.rstrip("\r\n")
-    if line.lstrip().startswith(QUOTES):
-        lines = [line.lstrip().removeprefix(QUOTES)]
-        while not lines[-1].rstrip().endswith(QUOTES):
-            more = read(MORE)
-            if more is None:  # unfinished: what there is counts
-                return "\n".join(lines)
-            lines.append(more.rstrip("\r\n"))
-        lines[-1] = lines[-1].rstrip().removesuffix(QUOTES)
-        return "\n".join(lines).strip("\n")
-    lines = [line]
-    while lines[-1].endswith("\\"):
-        lines[-1] = lines[-1][:-1]
+    lines = [line.rstrip("\r\n")]
+    quoted = lines[0].lstrip().startswith(QUOTES)
+    if quoted:
+        lines = [lines[0].lstrip().removeprefix(QUOTES)]
+    while not lines[-1].rstrip().endswith(QUOTES) if quoted else lines[-1].endswith("\\"):
+        if not quoted:
+            lines[-1] = lines[-1][:-1]
         more = read(MORE)
-        if more is None:
-            break
+        if more is None:  # the input ends within the message
+            return "\n".join(lines)
         lines.append(more.rstrip("\r\n"))
-    return "\n".join(lines)
+    if quoted:
+        lines[-1] = lines[-1].rstrip().removesuffix(QUOTES)
+    text = "\n".join(lines)
+    return text.strip("\n") if quoted else text
 
 
 def _ask(prompt: str) -> str | None:

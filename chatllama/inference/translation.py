@@ -38,11 +38,7 @@ class Translations:
 def evaluate_translation(
     run_dir: Path, translations: Translations, options: GenerateOptions
 ) -> dict[str, Any]:
-    """BLEU and chrF of a run's translations, printed and written beside the answers.
-
-    Raises:
-        ValueError: no run, no such role, or answers there that were made otherwise.
-    """
+    """BLEU and chrF of a run's translations, printed and written beside the answers."""
     from chatllama.config.loader import load_config
     from chatllama.inference.batch import generate_command
 

@@ -11,6 +11,7 @@ from dataclasses import Field, field, fields
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 Options = TypeVar("Options")
+METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
 class Limit(NamedTuple):
@@ -43,7 +44,7 @@ def option(
         default: a number is added to the help; None leaves the value to a config.
         help: for `--help`, and the field's documentation.
         limit: checked by `check_limits`, unless the value is None.
-        metavar: stands for the value in `--help`.
+        metavar: the value's name in `--help`. None: by its type.
         flag: None: `--` and the field's name with hyphens.
     """
     about = {"help": help, "limit": limit, "metavar": metavar, "flag": flag}
@@ -67,8 +68,9 @@ def add_options(parser: argparse.ArgumentParser, cls: type, only: Collection[str
             if default is not None and "default" not in help:
                 shown = f"{default:g}" if kind is float else default
                 help += f" (default: {shown})"
-        if each.metadata["metavar"]:
-            keywords["metavar"] = each.metadata["metavar"]
+        metavar = each.metadata["metavar"] or (None if choices else METAVARS.get(kind))
+        if metavar and kind is not bool:
+            keywords["metavar"] = metavar
         parser.add_argument(_flag(each), help=help, **keywords)
 
 

@@ -53,10 +53,7 @@ class _RoleBatch:
 class Engine:
     """Works on jobs until it is stopped.
 
-    Args:
-        model: in eval mode; after `start` only the engine's thread may use it.
-        limits: how much at a time.
-        metrics: receives counts.
+    The model is in eval mode; after `start` only the engine's thread may use it.
     """
 
     def __init__(self, model: RoleModel, limits: EngineLimits, metrics: Metrics) -> None:
@@ -97,11 +94,7 @@ class Engine:
         return len(self._waiting)
 
     def submit(self, job: Job) -> None:
-        """Queues a job's rows.
-
-        Raises:
-            ApiError: the queue is full, or the server is stopping.
-        """
+        """Queues a job's rows; ApiError if the queue is full or the server is stopping."""
         with self._wake:
             if not self.alive:
                 raise _stopping()

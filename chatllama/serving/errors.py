@@ -26,13 +26,9 @@ class ErrorBody(BaseModel):
 
 
 class ApiError(Exception):
-    """An error response; its type in OpenAI's sense follows from the status.
+    """An error response: `message` for people, `code` for programs, `param` the field at fault.
 
-    Args:
-        status: HTTP status.
-        message: for people.
-        code: for programs.
-        param: the field of the request that is at fault.
+    Its type in OpenAI's sense follows from the HTTP status.
     """
 
     def __init__(

@@ -34,7 +34,7 @@ class Guard:
     Args:
         app: behind it.
         settings: keys and limits.
-        open_paths: served without a key: the page and /health.
+        open_paths: served without a key.
         routes: paths that metrics name.
         posted: those of them that take a body.
         metrics: counts responses.

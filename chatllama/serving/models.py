@@ -31,11 +31,8 @@ class ServedModel:
 class Models:
     """Names to roles. No path is made of a name.
 
-    Args:
-        run: opened, with every adapter that the run has written.
-        engine: runs changes between two steps.
-        adapter_root: the only folder that run-time adapters are loaded from.
-        max_adapters: at run time.
+    Run-time adapters, `max_adapters` at most, are loaded from below `adapter_root` only. The engine
+    runs changes between two steps.
     """
 
     def __init__(
@@ -72,11 +69,7 @@ class Models:
         return sum(served.loaded for served in self._served.values())
 
     def find(self, name: str | None) -> ServedModel:
-        """The model of a request; None: the run's last stage.
-
-        Raises:
-            ApiError: there is no such model, or it does not answer.
-        """
+        """The model of a request, None: the run's last stage; ApiError if none of it answers."""
         if name is None:
             name = next(each for each in ("policy", "sft", "base") if each in self._served)
         if name in self._served:
@@ -119,11 +112,7 @@ class Models:
                 await self._retire(old)
 
     async def unload(self, name: str) -> None:
-        """Removes a name; answers in progress are finished first.
-
-        Raises:
-            ApiError: no adapter of that name was loaded at run time.
-        """
+        """Removes an adapter loaded at run time; answers in progress are finished first."""
         async with self._lock:
             served = self._served.get(name)
             if served is None:
@@ -137,11 +126,7 @@ class Models:
         await asyncio.wrap_future(self._engine.run(lambda: self._engine.retire(served.role)))
 
     def _read(self, path: str) -> SavedAdapter:
-        """The adapter in a folder below the root.
-
-        Raises:
-            ApiError: it is elsewhere (nothing of such a folder is revealed), or does not fit.
-        """
+        """The adapter in a folder below the root; of other folders an ApiError reveals nothing."""
         try:
             folder = Path(path).resolve()
             inside = folder.is_relative_to(self._root) and folder.is_dir()

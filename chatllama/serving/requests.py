@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
-from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerFast
@@ -24,7 +23,7 @@ SEND_SLACK = 10.0
 
 
 class PendingAnswers:
-    """The answers to one request while the engine generates them.
+    """The answers to one HTTP request while the engine generates them; ApiError if it cannot.
 
     Args:
         engine: generates them.
@@ -34,9 +33,6 @@ class PendingAnswers:
         stops: strings that end an answer.
         seconds: time limit for all of them.
         metrics: receives latencies.
-
-    Raises:
-        ApiError: the engine's queue is full, or it is stopping.
     """
 
     def __init__(
@@ -67,11 +63,7 @@ class PendingAnswers:
             self._engine.cancel(self._job)
 
     async def deltas(self) -> AsyncIterator[list[Delta]]:
-        """Everything new, merged by answer, until all answers have ended.
-
-        Raises:
-            ApiError: an answer cannot be finished.
-        """
+        """Everything new, merged by answer, until all have ended; ApiError if one cannot."""
         first = True
         while self._remaining:
             waiting = [await self._queue.get()]
@@ -98,15 +90,11 @@ class PendingAnswers:
 
 
 async def unless_gone(
-    http: HttpRequest, work: Awaitable[Result], metrics: Metrics, seconds: float
+    receive: Receive, work: Awaitable[Result], metrics: Metrics, seconds: float
 ) -> Result:
-    """The result of `work`, which is cancelled when the client disconnects or time is up.
-
-    Raises:
-        ApiError: the client has disconnected, or time is up.
-    """
+    """The result of `work`, cancelled with an ApiError at the client's disconnect or time limit."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(http.receive))
+    gone = asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait((task, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
@@ -117,18 +105,14 @@ async def unless_gone(
         metrics.count("timeouts")
         raise timed_out()
     finally:
-        await _cancel(task, gone)
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
 
 
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _cancel(*tasks: asyncio.Future) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class EventStream(Response):
@@ -157,18 +141,12 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends until the end, the time limit or the client's disconnect."""
-        writer = asyncio.ensure_future(self._write(send))
-        gone = asyncio.ensure_future(_disconnected(receive))
+        limit = self._seconds + SEND_SLACK
         try:
-            limit = self._seconds + SEND_SLACK
-            await asyncio.wait((writer, gone), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-            if writer.done():
-                writer.result()
-            else:
-                self._metrics.count("disconnects" if gone.done() else "timeouts")
+            with contextlib.suppress(ApiError):
+                await unless_gone(receive, self._write(send), self._metrics, limit)
         finally:
             self._close()
-            await _cancel(writer, gone)
 
     async def _write(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}

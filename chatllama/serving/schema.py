@@ -29,26 +29,17 @@ MAX_CHOICES = 128
 
 # Arguments that are not supported, each with the values that change nothing.
 NEUTRAL: dict[str, tuple[object, ...]] = {
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
-    "min_p": (None, 0),
-    "logit_bias": (None, {}),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p"), (None, 0)),
+    **dict.fromkeys(("repetition_penalty", "best_of"), (None, 1)),
+    **dict.fromkeys(("store", "echo", "use_beam_search", "ignore_eos"), (None, False)),
+    **dict.fromkeys(("logit_bias", "metadata"), (None, {})),
+    **dict.fromkeys(("tools", "functions"), (None, [])),
+    **dict.fromkeys(("tool_choice", "function_call"), (None, "none", "auto")),
     "parallel_tool_calls": (None, True, False),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
     "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
-    "store": (None, False),
-    "metadata": (None, {}),
     "service_tier": (None, "auto", "default"),
     "suffix": (None, ""),
-    "echo": (None, False),
-    "best_of": (None, 1),
-    "use_beam_search": (None, False),
-    "ignore_eos": (None, False),
     "skip_special_tokens": (None, True),
 }
 

@@ -39,12 +39,7 @@ SCORED_TOKENS = 16384
 
 
 class Service:
-    """A served run.
-
-    Args:
-        settings: limits and files.
-        run: opened with every adapter.
-    """
+    """A served run, which is opened with every adapter."""
 
     def __init__(self, settings: ServerSettings, run: LoadedRun) -> None:
         self.settings, self.run = settings, run
@@ -118,7 +113,7 @@ class Service:
             events = writer.stream(pending, options is not None and options.include_usage)
             return EventStream(events, pending.close, self.metrics, seconds)
         try:
-            deltas = await unless_gone(http, pending.whole(), self.metrics, seconds + 1)
+            deltas = await unless_gone(http.receive, pending.whole(), self.metrics, seconds + 1)
         finally:
             pending.close()
         return JSONResponse(writer.whole(deltas))
@@ -126,11 +121,7 @@ class Service:
     # --- prompts ---------------------------------------------------------------------------------
 
     def check_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation that the assistant is to answer.
-
-        Raises:
-            ApiError: messages out of order, too long, or not Unicode.
-        """
+        """Token ids of a conversation that the assistant is to answer; ApiError if invalid."""
         self._check_length(sum(len(message["content"]) for message in messages))
         return self._render(messages, add_generation_prompt=True)
 
@@ -217,7 +208,7 @@ class Service:
         conversations = body.conversations or [body.messages or []]
         pairs = [await asyncio.to_thread(self._conversation, each) for each in conversations]
         sequences = [[*prompt, *answer] for prompt, answer in pairs]
-        answerer = Answerer.of(self.run, "base")
+        answerer = Answerer(self.run, "base")
         scores: list[float] = []
         rows = max(1, SCORED_TOKENS // max(map(len, sequences)))
         for start in range(0, len(sequences), rows):
@@ -239,7 +230,7 @@ class Service:
         prompt, answer = await asyncio.to_thread(self._conversation, body.messages)
 
         def both() -> list[list[float]]:
-            answerers = [Answerer.of(self.run, model.role) for model in models]
+            answerers = [Answerer(self.run, model.role) for model in models]
             return [each.logprobs([prompt], [answer], 1.0)[0] for each in answerers]
 
         own, other = await self._in_engine(both, http)
@@ -264,4 +255,4 @@ class Service:
 
     async def _in_engine(self, function: Callable[[], Result], http: HttpRequest) -> Result:
         work = asyncio.wrap_future(self.engine.run(torch.no_grad()(function)))
-        return await unless_gone(http, work, self.metrics, self.settings.timeout)
+        return await unless_gone(http.receive, work, self.metrics, self.settings.timeout)

@@ -39,20 +39,14 @@ class ServerSettings(WeightsOptions):
         None, "the folder that /v1/load_lora_adapter may load from (default: RUN)", metavar="DIR"
     )
     votes: Path | None = option(None, "votes go here (default: RUN/votes.jsonl)", metavar="F.jsonl")
-    max_rows: int = option(
-        64, "answers decoded at a time", limit=ABOVE_0, metavar="N", flag="--max-concurrency"
-    )
-    max_queue: int = option(
-        256, "answers that may wait; more are refused", limit=at_least(0), metavar="N"
-    )
+    max_rows: int = option(64, "answers decoded at a time", limit=ABOVE_0, flag="--max-concurrency")
+    max_queue: int = option(256, "answers that may wait; more are refused", limit=at_least(0))
     max_tokens: int | None = option(
-        None, "longest answer (default: the model's most)", limit=ABOVE_0, metavar="N"
+        None, "longest answer (default: the model's most)", limit=ABOVE_0
     )
-    cache_tokens: int = option(
-        65536, "tokens, over all answers, in the KV cache", limit=ABOVE_0, metavar="N"
-    )
-    max_adapters: int = option(8, "adapters loaded at run time", limit=at_least(0), metavar="N")
-    max_body: int = option(2**20, "bytes of a request", limit=ABOVE_0, metavar="N")
+    cache_tokens: int = option(65536, "tokens, over all answers, in the KV cache", limit=ABOVE_0)
+    max_adapters: int = option(8, "adapters loaded at run time", limit=at_least(0))
+    max_body: int = option(2**20, "bytes of a request", limit=ABOVE_0)
     timeout: float = option(
         300.0, "seconds for a whole answer, waiting included", limit=ABOVE_0, metavar="S"
     )

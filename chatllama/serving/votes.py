@@ -41,11 +41,9 @@ class VoteFile:
         self._path, self._lock = path, threading.Lock()
 
     def append(self, record: dict[str, Any]) -> int:
-        """Adds a line, flushed to disk; gives the number of lines.
+        """Adds a line, flushed to disk; returns the number of lines.
 
-        Raises:
-            OSError: the file cannot be written.
-            UnicodeEncodeError: half a surrogate pair in the text.
+        OSError: it cannot be written. UnicodeEncodeError: half a surrogate pair in the text.
         """
         with self._lock:
             self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -122,7 +122,7 @@ def test_plain_peft_the_server_chat_and_the_merged_model_say_the_same(exported: 
     from chatllama.inference.chat_model import ChatModel
 
     loaded = load_run(exported.run)
-    answerer = Answerer.of(loaded, "policy")
+    answerer = Answerer(loaded, "policy")
     ends = {"eos_token_id": 2, "pad_token_id": 0, "do_sample": False, "max_new_tokens": 12}
     base = AutoModelForCausalLM.from_pretrained(exported.base)
     peft: Any = PeftModel.from_pretrained(base, str(exported.out / "adapter"))

@@ -16,7 +16,7 @@ def next_tokens(
     logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling | list[Sampling]
 ) -> torch.Tensor:
     rows = sampling if isinstance(sampling, list) else [sampling]
-    return next_tokens_of_rows(logits, uniforms, RowSampling.of(rows))
+    return next_tokens_of_rows(logits, uniforms, RowSampling(rows))
 
 
 def grid_counts(logits: torch.Tensor, sampling: Sampling, rows: int = 6000) -> torch.Tensor:

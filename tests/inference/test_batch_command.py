@@ -149,7 +149,7 @@ def reward_of(run: RunFolder, ids: list[int]) -> list[float]:
 @pytest.mark.parametrize("combine", ["mean", "min"])
 def test_scores_are_the_ensembles(run: RunFolder, combine: str) -> None:
     cfg = load_config(run.config, [f"ppo.reward_ensemble={combine}"])
-    answerer = Answerer.of(load_run(run, cfg), "policy")
+    answerer = Answerer(load_run(run, cfg), "policy")
     uniforms = torch.stack([random_numbers(0, i, 0, NEW) for i in range(2)])
     sampling = generation_command_sampling()
     found = answerer.answer([p.messages for p in PROMPTS[:2]], uniforms, sampling, (), 2, False)

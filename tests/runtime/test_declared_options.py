@@ -49,7 +49,7 @@ def test_a_field_is_an_option() -> None:
 def test_help_shows_numbers_as_they_are_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     shown = " ".join(parser().format_help().split())
-    assert "--rows MOST_ROWS rows at a time (default: 1048576)" in shown
+    assert "--rows N rows at a time (default: 1048576)" in shown
     assert "--seconds S time (default: 0.5)" in shown and "--kind {a,b} which kind" in shown
     assert "--quick less" in shown and "--folder" not in shown
 

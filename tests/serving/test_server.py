@@ -64,7 +64,7 @@ def expected(
     settings = Sampling(count, **values)
     message: Message = {"role": "user", "content": text}
     numbers = random_numbers(7, 0, 0, count)[None]
-    return Answerer.of(loaded, role).answer([[message]], numbers, settings, [], 1, False)[0].ids
+    return Answerer(loaded, role).answer([[message]], numbers, settings, [], 1, False)[0].ids
 
 
 def text_of(loaded: LoadedRun, ids: list[int]) -> str:
@@ -130,7 +130,7 @@ def test_logprobs_are_those_of_the_training_forward_pass(client: OpenAI, loaded:
         max_tokens=10, extra_body={"return_token_ids": True},
     )  # fmt: skip
     choice: Any = answer.choices[0]
-    answerer = Answerer.of(loaded, "policy")
+    answerer = Answerer(loaded, "policy")
     prompt = answerer.render(ASK)
     assert choice.prompt_token_ids == prompt
     own = answerer.logprobs([prompt], [choice.token_ids], 0.7)[0]
@@ -279,7 +279,7 @@ def test_scores_and_log_ratios(url: str, loaded: LoadedRun) -> None:
     talk = [*ASK, {"role": "assistant", "content": "the queen"}]
     status, told = post(url, "/v1/score", {"conversations": [talk, [*talk[:1], talk[1]]]})
     assert status == 200
-    answerer = Answerer.of(loaded, "policy")
+    answerer = Answerer(loaded, "policy")
     prompt = answerer.render(ASK)
     from chatllama.text.chat_format import render
 
@@ -290,7 +290,7 @@ def test_scores_and_log_ratios(url: str, loaded: LoadedRun) -> None:
     assert status == 200 and told["reference"] == "sft"
     answer = whole[len(prompt) :]
     policy = answerer.logprobs([prompt], [answer], 1.0)[0]
-    sft = Answerer.of(loaded, "reference").logprobs([prompt], [answer], 1.0)[0]
+    sft = Answerer(loaded, "reference").logprobs([prompt], [answer], 1.0)[0]
     assert [t["kl"] for t in told["tokens"]] == pytest.approx(
         [p - q for p, q in zip(policy, sft, strict=True)], abs=1e-5
     )
