@@ -73,14 +73,15 @@ def explain(
     values: dict[Place, Any] = {}
     for each in unknown or findings:
         place = _real_place(each["loc"], content, each["type"])
-        reason = _reason(each["type"], each.get("ctx", {}), each["input"], each["msg"], place)
+        reason = _reason(each["type"], each.get("ctx", {}), each["msg"], place)
         reasons.setdefault(place, []).append(reason)
         values[place] = each["input"]
-    lines = [
-        f"{_dotted(place)}{_where(place, places)}: {' or '.join(dict.fromkeys(reason))}"
-        + _value_given(reason[0], values[place])
-        for place, reason in reasons.items()
-    ]
+    lines: list[str] = []
+    for place, given in reasons.items():
+        line = f"{_dotted(place)}{_where(place, places)}: {' or '.join(dict.fromkeys(given))}"
+        if given[0].startswith("must"):
+            line += f", not {_show(values[place])}{_nearest(values[place], place)}"
+        lines.append(line)
     return lines, list(reasons) if unknown else []
 
 
@@ -99,28 +100,19 @@ def _real_place(loc: Place, content: Any, kind: str) -> Place:
     return tuple(place)
 
 
-def _reason(kind: str, ctx: Mapping[str, Any], value: Any, message: str, place: Place) -> str:
-    """What is wrong, without the value given (see `_value_given`)."""
+def _reason(kind: str, ctx: Mapping[str, Any], message: str, place: Place) -> str:
+    """What is wrong, without the value given."""
     if kind == "extra_forbidden":
         return "unknown key" + _suggestion(place)
     if kind == "value_error":
         return str(ctx["error"])
     if kind == "literal_error":
-        section = _model_at(place[:-1])
-        assert section is not None, place
-        allowed = literal_values(section.model_fields[str(place[-1])].annotation)
+        allowed = _allowed(place)
         one_of = "one of " if len(allowed) > 1 else ""
-        return f"must be {one_of}{', '.join(map(_show, allowed))}" + _nearest(value, allowed)
+        return f"must be {one_of}{', '.join(map(_show, allowed))}"
     if kind in _REASONS:
         return _REASONS[kind].format(**ctx)
     return message.replace("Input should be", "must be")
-
-
-def _value_given(reason: str, value: Any) -> str:
-    """The value given, where the sentence can end with it."""
-    if "did you mean" in reason or not reason.startswith("must"):
-        return ""
-    return f", not {_show(value)}"
 
 
 def _suggestion(place: Place) -> str:
@@ -136,11 +128,18 @@ def _suggestion(place: Place) -> str:
     return f"; known here: {', '.join(siblings)}"
 
 
-def _nearest(value: Any, allowed: Sequence[Any]) -> str:
-    """`, not 'x'; did you mean 'y'?`, or nothing."""
-    texts = [each for each in allowed if isinstance(each, str)]
+def _nearest(value: Any, place: Place) -> str:
+    """`; did you mean 'y'?` if one of the values allowed at `place` is close to this one."""
+    texts = [each for each in _allowed(place) if isinstance(each, str)]
     close = difflib.get_close_matches(value, texts, n=1) if isinstance(value, str) else []
-    return f", not {_show(value)}; did you mean {_show(close[0])}?" if close else ""
+    return f"; did you mean {_show(close[0])}?" if close else ""
+
+
+def _allowed(place: Place) -> list[Any]:
+    """The values that the key at `place` may have, if its type lists them."""
+    section = _model_at(place[:-1])
+    field = section.model_fields.get(str(place[-1])) if section and place else None
+    return [] if field is None else literal_values(field.annotation)
 
 
 def schema_paths(section: type[BaseModel], above: Place = ()) -> list[Place]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from chatllama.config.sources import ColumnMapping, Format
@@ -41,10 +41,11 @@ TWO_ANSWERS = (
 VERDICTS = ("preference", "label", "winner", "better_response_id")
 # 0: the first answer is better, 1: the second, 0.5: a tie.
 WINNERS = {"model_a": 0.0, "a": 0.0, "model_b": 1.0, "b": 1.0, "tie": 0.5, "tie (bothbad)": 0.5}
+_MISSING = object()
 OPTIONAL = ("input", "system", "history", "margin", "ranks", "scores")
 
 
-def question_answer_keys(fields: Raw) -> tuple[str, str] | None:
+def _question_answer_keys(fields: Raw) -> tuple[str, str] | None:
     """The columns of question and answer, in any case; None if one is missing."""
     found = {str(key).strip().casefold(): str(key) for key in fields}
     question = next((found[key] for key in QUESTION_KEYS if key in found), None)
@@ -52,7 +53,7 @@ def question_answer_keys(fields: Raw) -> tuple[str, str] | None:
     return None if question is None or answer is None else (question, answer)
 
 
-def two_answer_keys(fields: Raw) -> tuple[str, str] | None:
+def _two_answer_keys(fields: Raw) -> tuple[str, str] | None:
     """The columns of two answers with a verdict; None if there are none."""
     if not any(key in fields for key in VERDICTS) and not _annotators(fields):
         return None
@@ -67,21 +68,19 @@ def apply_mapping(fields: Raw, columns: ColumnMapping, *, answers_optional: bool
     """
     renamed: dict[str, object] = {}
     for key, name in columns.model_dump(exclude_none=True).items():
-        found, value = _look_up(fields, name)
-        if found and value is not None:
+        value = _look_up(fields, name)
+        if value is not None and value is not _MISSING:
             renamed[key] = value
         elif key not in OPTIONAL and not (answers_optional and key in ("completion", "output")):
-            wrong = "is null" if found else "is missing"
-            raise Malformed(
-                f"column {name!r} (format.{key}) {wrong}; the record has {keys_of(fields)}"
-            )
+            wrong = f"column {name!r} (format.{key}) is {'null' if value is None else 'missing'}"
+            raise Malformed(f"{wrong}; the record has {keys_of(fields)}")
     return renamed
 
 
-def _look_up(fields: Raw, name: str) -> tuple[bool, object]:
-    """Whether there is a column `name`, and what it holds."""
+def _look_up(fields: Raw, name: str) -> object:
+    """The content of the column `name`, `_MISSING` if there is none."""
     if name in fields:
-        return True, fields[name]
+        return fields[name]
     here: object = fields
     for part in name.split("."):
         if isinstance(here, dict) and part in here:
@@ -89,8 +88,41 @@ def _look_up(fields: Raw, name: str) -> tuple[bool, object]:
         elif isinstance(here, list) and part.isdecimal() and int(part) < len(here):
             here = cast("list[object]", here)[int(part)]
         else:
-            return False, None
-    return True, here
+            return _MISSING
+    return here
+
+
+def fitting_formats(fields: Raw) -> list[Format]:
+    """Every format whose keys the object has."""
+    has = fields.keys()
+    if {"chosen", "rejected"} <= has:
+        transcript = isinstance(fields["chosen"], str) and not has & set(PROMPT_KEYS)
+        return ["hh" if transcript else "preference"]
+    is_tree = "message_tree_id" in has and isinstance(fields.get("prompt"), Mapping)
+    if is_tree or ({"message_id", "role", "text"} <= has and "prompt" not in has):
+        return ["oasst"]
+    if _two_answer_keys(fields):
+        return ["comparison"]
+    if isinstance(fields.get("answers"), list) or isinstance(fields.get("output"), list):
+        return ["ranked"]
+    tests: dict[Format, bool] = {
+        "self_instruct": isinstance(fields.get("instances"), list),
+        "messages": "messages" in has,
+        "sharegpt": "conversations" in has,
+        "utterances": isinstance(fields.get("utterances"), list),
+        "alpaca": "instruction" in has and "instances" not in has,
+        "prompt_completion": {"prompt", "completion"} <= has,
+        "prompts": "prompt" in has and "completion" not in has,
+        "text": "text" in has,
+        "turns": isinstance(fields.get("turns"), list),
+        "question_answer": _question_answer_keys(fields) is not None,
+        "translation": isinstance(fields.get("translation"), Mapping),
+    }
+    fitting: list[Format] = [format for format, fits in tests.items() if fits]
+    answered = set(fitting) & {"messages", "sharegpt", "alpaca", "prompt_completion"}
+    if answered and isinstance(fields.get("label"), bool):
+        return ["kto"]
+    return fitting
 
 
 def convert(fields: Raw, format: Format, kind: str) -> list[Converted]:
@@ -106,7 +138,7 @@ def convert(fields: Raw, format: Format, kind: str) -> list[Converted]:
         case "question_answer":
             return [("", _question_answer(fields), "prompt_completion")]
         case "utterances":
-            return [("", {**fields, "messages": _utterances(fields)}, "messages")]
+            return [("", _utterances(fields), "messages")]
         case "turns":
             return [("", {"prompt": _first_turn(fields)}, "prompts")]
         case "lines" if kind == "prompts":
@@ -140,16 +172,17 @@ def _instances(fields: Raw) -> list[Converted]:
 
 
 def _question_answer(fields: Raw) -> Raw:
-    keys = question_answer_keys(fields)
+    keys = _question_answer_keys(fields)
     if keys is None:
         known = f"one of {QUESTION_KEYS} and one of {ANSWER_KEYS}"
         raise Malformed(f"expected the columns {known}, got {keys_of(fields)}")
     return {**fields, "prompt": fields[keys[0]], "completion": fields[keys[1]]}
 
 
-def _utterances(fields: Raw) -> list[Raw]:
+def _utterances(fields: Raw) -> Raw:
     turns = objects(fields.get("utterances"), "utterances")
-    return [{"role": turn.get("name"), "content": turn.get("text")} for turn in turns]
+    messages = [{"role": turn.get("name"), "content": turn.get("text")} for turn in turns]
+    return {**fields, "messages": messages}
 
 
 def _first_turn(fields: Raw) -> object:
@@ -193,7 +226,7 @@ def label(fields: Raw) -> bool:
 
 def _comparison(fields: Raw) -> Raw:
     """`chosen` and `rejected` from two answers and the verdict on them."""
-    keys = two_answer_keys(fields)
+    keys = _two_answer_keys(fields)
     if keys is None:
         known = " or ".join(f"{a} and {b}" for a, b in TWO_ANSWERS)
         raise Malformed(f"expected {known}, with one of the keys {VERDICTS}")

@@ -44,10 +44,8 @@ def conversation(fields: Raw, format: Format, *, prompts_only: bool) -> list[Mes
         return _with_system(fields, _turns(fields.get("messages"), "messages"))
     if format == "sharegpt":
         return _with_system(fields, _turns(fields.get("conversations"), "conversations"))
-    question, answer = ("prompt", "completion")
-    if format == "alpaca":
-        question, answer = ("instruction", "output")
-    prompt = _prompt_under(fields, question)
+    answer = "output" if format == "alpaca" else "completion"
+    prompt = _prompt_under(fields, "instruction" if format == "alpaca" else "prompt")
     if format == "prompts" or (prompts_only and fields.get(answer) is None):
         return prompt
     if format == "alpaca":
@@ -121,13 +119,8 @@ def _part(part: object, name: str) -> str:
     return string(fields, "text" if "text" in fields else "value")
 
 
-def transcripts(fields: Raw) -> tuple[list[Message], list[Message]]:
-    """Both transcripts of an Anthropic HH pair."""
-    return _transcript(fields, "chosen"), _transcript(fields, "rejected")
-
-
 def _transcript(fields: Raw, key: str) -> list[Message]:
-    """Turns of a transcript, without the white space around them."""
+    """Turns of an Anthropic HH transcript, without the white space around them."""
     text = string(fields, key)
     if not text.startswith(HUMAN):
         raise Malformed(f"{key}: a transcript begins with {HUMAN!r}, got {shorten(text)}")
@@ -139,8 +132,10 @@ def _transcript(fields: Raw, key: str) -> list[Message]:
     return turns
 
 
-def pair(fields: Raw) -> tuple[list[Message], list[Message]]:
+def pair(fields: Raw, format: Format) -> tuple[list[Message], list[Message]]:
     """Both conversations of a pair; a bare answer is put after the prompt."""
+    if format == "hh":
+        return _transcript(fields, "chosen"), _transcript(fields, "rejected")
     prompt = _prompt(fields)
     return _side(fields, "chosen", prompt), _side(fields, "rejected", prompt)
 

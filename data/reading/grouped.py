@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import cast
 
 from data.reading.formats import Raw, RecordError, Unusable, shorten
-from data.reading.records import Kind, LabelledAnswer, Preference, Record, parse_records
+from data.reading.records import Kind, Labelled, Preference, Record, parse_records
 
 JOINED = "joined to the tree of its first message"
 ORPHAN = "the messages above it are not in the source"
@@ -74,9 +74,9 @@ class LabelledAnswers:
     """All labelled answers of a source, by prompt, in memory."""
 
     def __init__(self) -> None:
-        self._by_prompt: dict[str, list[tuple[int, str, LabelledAnswer]]] = {}
+        self._by_prompt: dict[str, list[tuple[int, str, Labelled]]] = {}
 
-    def add(self, number: int, where: str, answer: LabelledAnswer) -> None:
+    def add(self, number: int, where: str, answer: Labelled) -> None:
         """Adds an answer."""
         prompt = json.dumps(answer.messages[:-1])
         self._by_prompt.setdefault(prompt, []).append((number, where, answer))
@@ -94,7 +94,7 @@ class LabelledAnswers:
                 yield number, where, first if not i or isinstance(first, Unusable) else rest
 
 
-def _preference(group: Sequence[LabelledAnswer]) -> Preference | Unusable:
+def _preference(group: Sequence[Labelled]) -> Preference | Unusable:
     """All good answers to a prompt before all bad ones."""
     good = [answer.messages[-1]["content"] for answer in group if answer.good]
     bad = [answer.messages[-1]["content"] for answer in group if not answer.good]

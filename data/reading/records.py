@@ -17,29 +17,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
 from chatllama.config.sources import ColumnMapping, Format
-from data.reading.conversions import (
-    apply_mapping,
-    convert,
-    label,
-    question_answer_keys,
-    two_answer_keys,
-)
-from data.reading.formats import (
-    PROMPT_KEYS,
-    Malformed,
-    Raw,
-    RecordError,
-    Unusable,
-    conversation,
-    keys_of,
-    mapping,
-    margin,
-    pair,
-    ranking,
-    shorten,
-    string,
-    transcripts,
-)
+from data.reading import formats
+from data.reading.conversions import apply_mapping, convert, fitting_formats, label
+from data.reading.formats import Malformed, Raw, RecordError, Unusable, mapping, shorten
 
 if TYPE_CHECKING:  # importing it takes seconds
     from chatllama.text.chat_format import Message
@@ -70,7 +50,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class LabelledAnswer(Conversation):
+class Labelled(Conversation):
     """A conversation whose answer has a label; becomes a preference with others like it."""
 
     good: bool
@@ -141,8 +121,7 @@ def _named(raw: object, format: Format | ColumnMapping, kind: Kind) -> tuple[Raw
     fields = apply_mapping(fields, format, answers_optional=kind == "prompts")
     if format.label is not None:
         return fields, "kto"
-    name = _fitting_for(kind, fitting_formats(fields))
-    if name is None:
+    if (name := _fitting_for(kind, fitting_formats(fields))) is None:
         raise Malformed(f"the columns {sorted(fields)} make no record for {kind}")
     return fields, name
 
@@ -150,20 +129,20 @@ def _named(raw: object, format: Format | ColumnMapping, kind: Kind) -> tuple[Raw
 def _parse(fields: Raw, format: Format, kind: Kind) -> Record:
     """One record in a format of `formats.py`."""
     if format == "text":
-        return Text(_not_empty(string(fields, "text"), "text"))
+        return Text(_not_empty(formats.string(fields, "text"), "text"))
     if format in ("hh", "preference"):
-        chosen, rejected = transcripts(fields) if format == "hh" else pair(fields)
+        chosen, rejected = formats.pair(fields, format)
         if kind == "preferences":
-            return _preference(chosen, rejected, margin(fields))
+            return _preference(chosen, rejected, formats.margin(fields))
         return _serve(chosen, kind)
     if format == "ranked":
-        prompt, answers, ranks, ratings = ranking(fields)
+        prompt, answers, ranks, ratings = formats.ranking(fields)
         if kind == "preferences":
             return _ranked(prompt, answers, ranks, ratings)
         return _serve([*prompt, {"role": "assistant", "content": answers[0]}], kind)
-    turns = conversation(fields, format, prompts_only=kind == "prompts")
+    turns = formats.conversation(fields, format, prompts_only=kind == "prompts")
     if kind == "preferences":
-        return LabelledAnswer(_alternating(turns, "assistant"), label(fields))
+        return Labelled(_alternating(turns, "assistant"), label(fields))
     return _serve(turns, kind)
 
 
@@ -177,12 +156,12 @@ def detect_format(raw: object, kind: Kind, where: str) -> Format:
         raise RecordError(f"{where}: expected an object with keys, got {shorten(raw)}")
     fields = cast(Raw, raw)
     fitting = fitting_formats(fields)
-    found = _fitting_for(kind, fitting)
-    if found is not None:
+    if (found := _fitting_for(kind, fitting)) is not None:
         return found
+    keys = formats.keys_of(fields)
     looks = f" (it looks like {' or '.join(fitting)})" if fitting else ""
     raise RecordError(
-        f"{where}: no format for {kind} fits a record with the keys {keys_of(fields)}{looks}; "
+        f"{where}: no format for {kind} fits a record with the keys {keys}{looks}; "
         f"{_formats_for(kind)}; or say which column holds what, as in `format: {{prompt: "
         "question, completion: answer}`"
     )
@@ -210,39 +189,6 @@ def _formats_for(kind: Kind) -> str:
     return f"formats for {kind}: {', '.join(KIND_FORMATS[kind])}"
 
 
-def fitting_formats(fields: Raw) -> list[Format]:
-    """Every format whose keys the object has."""
-    has = fields.keys()
-    if {"chosen", "rejected"} <= has:
-        transcript = isinstance(fields["chosen"], str) and not has & set(PROMPT_KEYS)
-        return ["hh" if transcript else "preference"]
-    is_tree = "message_tree_id" in has and isinstance(fields.get("prompt"), Mapping)
-    if is_tree or ({"message_id", "role", "text"} <= has and "prompt" not in has):
-        return ["oasst"]
-    if two_answer_keys(fields):
-        return ["comparison"]
-    if isinstance(fields.get("answers"), list) or isinstance(fields.get("output"), list):
-        return ["ranked"]
-    tests: dict[Format, bool] = {
-        "self_instruct": isinstance(fields.get("instances"), list),
-        "messages": "messages" in has,
-        "sharegpt": "conversations" in has,
-        "utterances": isinstance(fields.get("utterances"), list),
-        "alpaca": "instruction" in has and "instances" not in has,
-        "prompt_completion": {"prompt", "completion"} <= has,
-        "prompts": "prompt" in has and "completion" not in has,
-        "text": "text" in has,
-        "turns": isinstance(fields.get("turns"), list),
-        "question_answer": question_answer_keys(fields) is not None,
-        "translation": isinstance(fields.get("translation"), Mapping),
-    }
-    fitting: list[Format] = [format for format, fits in tests.items() if fits]
-    answered = set(fitting) & {"messages", "sharegpt", "alpaca", "prompt_completion"}
-    if answered and isinstance(fields.get("label"), bool):
-        return ["kto"]
-    return fitting
-
-
 def _serve(turns: list[Message], kind: Kind) -> Record:
     """The conversation, or its prompt if `kind` is prompts."""
     if kind == "prompts":
@@ -256,10 +202,10 @@ def _preference(chosen: list[Message], rejected: list[Message], by: float) -> Pr
     _alternating(rejected, "assistant")
     if chosen[:-1] != rejected[:-1]:
         raise Unusable("chosen and rejected answer different prompts")
-    good, bad = chosen[-1]["content"], rejected[-1]["content"]
-    if good.strip() == bad.strip():
+    answers = [chosen[-1]["content"], rejected[-1]["content"]]
+    if answers[0].strip() == answers[1].strip():
         raise Unusable("chosen equals rejected")
-    return Preference(chosen[:-1], [good, bad], [0, 1], [by, 0.0])
+    return Preference(chosen[:-1], answers, [0, 1], [by, 0.0])
 
 
 def _ranked(

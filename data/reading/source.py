@@ -22,16 +22,9 @@ from chatllama.config.sources import ColumnMapping, DataSource, Format, language
 from data.caching import code_digest
 from data.reading.decode import decode
 from data.reading.files import DataFile, find_aligned, find_files
-from data.reading.formats import RecordError, Unusable
-from data.reading.grouped import JOINED, LabelledAnswers, MessageTrees, is_tree_message
-from data.reading.records import (
-    Kind,
-    LabelledAnswer,
-    Record,
-    detect_format,
-    parse_records,
-    record_key,
-)
+from data.reading.formats import RecordError
+from data.reading.grouped import JOINED, Found, LabelledAnswers, MessageTrees, is_tree_message
+from data.reading.records import Kind, Labelled, detect_format, parse_records, record_key
 
 MAX_LEFT_OUT = 0.5  # above this share, the format is probably not what the file holds
 MAX_MALFORMED = 10_000  # a file with more is not what the config says
@@ -150,7 +143,6 @@ def _open(source: DataSource) -> list[DataFile] | Dataset:
 
 
 def _load_hub(source: DataSource) -> Dataset:
-    """The split of a hub data set."""
     try:
         data = datasets.load_dataset(source.path, source.subset, split=source.split)
     except Exception as error:
@@ -210,30 +202,25 @@ def _rows(
             found = parse_records(raw, format, kind, where)
         except RecordError as error:
             num_malformed += 1
-            yield _row(kind, number, where, format, error)
+            yield _row(kind, (number, where, error), format)
             if num_malformed == MAX_MALFORMED:
                 end = f"{where}: reading stopped after {MAX_MALFORMED} malformed records"
-                yield _row(kind, number, where, format, RecordError(end))
+                yield _row(kind, (number, where, RecordError(end)), format)
                 return
             continue
         for place, record in found:
-            if isinstance(record, LabelledAnswer):
+            if isinstance(record, Labelled):
                 answers.add(number, place, record)
             else:
-                yield _row(kind, number, place, format, record)
-    for number, place, record in chain(answers.preferences(), trees.records(kind)):
-        yield _row(kind, number, place, format, record)
+                yield _row(kind, (number, place, record), format)
+    for grouped in chain(answers.preferences(), trees.records(kind)):
+        yield _row(kind, grouped, format)
     if number < 0:
         raise RecordError(f"{source.path}: no records")
 
 
-def _row(
-    kind: Kind,
-    number: int,
-    where: str,
-    format: Format | ColumnMapping | None,
-    record: Record | Unusable | RecordError,
-) -> dict[str, object]:
+def _row(kind: Kind, found: Found, format: Format | ColumnMapping | None) -> dict[str, object]:
+    number, where, record = found
     bad = isinstance(record, ValueError)
     fields: dict[str, Any] = dict.fromkeys(COLUMNS[kind])
     if not isinstance(record, ValueError):
