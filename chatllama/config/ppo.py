@@ -118,8 +118,7 @@ class PpoSection(StageSection):
     minibatch_size: Positive = 64
     """Responses per optimizer step on average, over all ranks (whole microbatches)."""
     microbatch_size: Positive = 8
-    """Responses per forward pass on average, on one rank. All microbatches of a rollout batch have
-    about equally many tokens, so that memory is even and ranks do not wait."""
+    """Responses per forward pass on average, on one rank; all have about equally many tokens."""
     learning_rate: PositiveFloat = 1e-5
     """Peak learning rate of the policy adapter."""
     value_learning_rate: PositiveFloat | None = None
@@ -197,8 +196,7 @@ class PpoSection(StageSection):
     ptx_microbatch_size: Positive = 4
     """Texts per microbatch of responses, on average: about equally many tokens."""
     ema_decay: Fraction | None = None
-    """Decay per optimizer step of a moving average of the policy's weights (InstructGPT: 0.992),
-    exported to ppo/policy-ema. null: none."""
+    """Decay per optimizer step of the average weights in ppo/policy-ema (InstructGPT: 0.992)."""
     eval_every: NonNegative = 0
     """Steps between evaluations of the policy on held-out prompts. 0: only at the end."""
     health: HealthSection = HealthSection()

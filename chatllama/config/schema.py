@@ -31,9 +31,8 @@ class DeepSpeedSection(Section):
     """Stage 3: parameters with fewer elements are not sharded."""
     gather_for_rollouts: bool | Literal["auto"] = "auto"
     """Stage 3: true gathers the whole model on every rank once per rollout batch (fast; each GPU
-    must hold it); false gathers one layer at a time for every token (slow, needs little memory).
-    auto: true if the model takes at most 80 % of every rank's free memory, else false with a
-    warning."""
+    must hold it), false one layer at a time for every token (slow, little memory). auto: true if
+    the model takes at most 80 % of every rank's free memory; else false, with a warning."""
 
     @model_validator(mode="after")
     def _check_offload(self) -> "DeepSpeedSection":

@@ -5,7 +5,7 @@ What the keys mean is in the schema.
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -24,9 +24,6 @@ _SCALARS = {
 class _Loader(yaml.SafeLoader):
     """SafeLoader with the scalars of the YAML 1.2 core schema."""
 
-    # A class variable in truth, which the type stubs do not say.
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
-
 
 class _Dumper(yaml.SafeDumper):
     """Writes text that _Loader and YAML 1.1 readers read alike (ambiguous text is quoted)."""
@@ -36,6 +33,7 @@ def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     return int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10))
 
 
+_Loader.yaml_implicit_resolvers = {}
 for _name, _pattern in _SCALARS.items():
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(_TAG + _name, re.compile(_pattern), [None])

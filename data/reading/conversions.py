@@ -277,17 +277,19 @@ def _tree(fields: Raw, kind: str) -> list[Converted]:
     root = mapping(fields.get("prompt"), "prompt")
     made: list[tuple[Raw, Format]] = []
     for path, replies in _nodes(root, only_best=kind != "preferences"):
-        asks = path[-1].get("role") != "assistant"
+        is_question = path[-1].get("role") != "assistant"
         turns = [{"role": node.get("role"), "content": node.get("text")} for node in path]
         ranked = [reply for reply in replies if _rank(reply) is not None]
-        if kind == "prompts" and asks:
+        if kind == "prompts" and is_question:
             made.append(({"messages": turns}, "prompts"))
-        elif kind == "preferences" and asks and len(ranked) > 1:
+        elif kind == "preferences" and is_question and len(ranked) > 1:
             ranked.sort(key=_order)
             answers = [reply.get("text") for reply in ranked]
             ranks = [_rank(reply) for reply in ranked]
             made.append(({"messages": turns, "answers": answers, "ranks": ranks}, "ranked"))
-        elif kind == "sft" and not asks and not any(reply.get("replies") for reply in replies):
+        elif (
+            kind == "sft" and not is_question and not any(reply.get("replies") for reply in replies)
+        ):
             made.append(({"messages": turns}, "messages"))
     if not made:
         wanted = {"preferences": "ranked answers", "sft": "answers", "prompts": "prompts"}

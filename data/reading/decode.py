@@ -38,9 +38,9 @@ def decode(
     The place of a line of a jsonl or csv file is `name:line`; of a record of a json array or a
     parquet file, its number from 1. A txt file has a document for each run of lines between blank
     ones, or, with the format `lines`, on each line, as `{"text": ...}`. A broken line is one
-    error, and the next is read; damage after which no record can be told from the next ends the
-    file. `columns` are the names of those of a table without a header; the formats `text` and
-    `lines` open a file of any name.
+    error, and the next is read; after damage that hides where records begin, nothing more is.
+    `columns` are the names of those of a table without a header; the formats `text` and `lines`
+    open a file of any name.
     """
     where = file.name
     try:

@@ -35,7 +35,7 @@ class Malformed(ValueError):
 
 
 class Unusable(ValueError):
-    """A well-formed record that cannot serve; the message is the reason to count."""
+    """A well-formed record that cannot be used; the message is the reason to count."""
 
 
 def conversation(fields: Raw, format: Format, *, prompts_only: bool) -> list[Message]:
@@ -255,7 +255,7 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {twice!r} is twice in one object")
     return made
 
 

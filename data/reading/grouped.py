@@ -10,6 +10,7 @@ from data.reading.records import Kind, Labelled, Preference, Record, parse_recor
 JOINED = "joined to the tree of its first message"
 ORPHAN = "the messages above it are not in the source"
 Found = tuple[int, str, Record | Unusable | RecordError]
+"""Number of the object, its place, and the record or why there is none."""
 
 
 def is_tree_message(raw: object) -> bool:
@@ -35,7 +36,7 @@ class MessageTrees:
             raise RecordError(f"{where}: message_id: expected a string, got {shorten(name)}")
         if name in self._messages:
             before = self._messages[name][1]
-            raise RecordError(f"{where}: message_id {name!r} stands at {before} too")
+            raise RecordError(f"{where}: message_id {name!r} is at {before} too")
         message = {key: fields.get(key) for key in ("role", "text", "rank", "parent_id")}
         self._messages[name] = number, where, {**message, "replies": []}
 

@@ -100,7 +100,7 @@ def parse_records(
     try:
         fields, name = _named(raw, format, kind)
         if name not in KIND_FORMATS[kind]:
-            raise Malformed(f"format {name} cannot serve as {kind}; {_formats_for(kind)}")
+            raise Malformed(f"format {name} cannot be used for {kind}; {_formats_for(kind)}")
         for place, converted, plain in convert(fields, name, kind):
             try:
                 found.append((where + place, _parse(converted, plain, kind)))
@@ -134,16 +134,16 @@ def _parse(fields: Raw, format: Format, kind: Kind) -> Record:
         chosen, rejected = formats.pair(fields, format)
         if kind == "preferences":
             return _preference(chosen, rejected, formats.margin(fields))
-        return _serve(chosen, kind)
+        return _for_kind(chosen, kind)
     if format == "ranked":
         prompt, answers, ranks, ratings = formats.ranking(fields)
         if kind == "preferences":
             return _ranked(prompt, answers, ranks, ratings)
-        return _serve([*prompt, {"role": "assistant", "content": answers[0]}], kind)
+        return _for_kind([*prompt, {"role": "assistant", "content": answers[0]}], kind)
     turns = formats.conversation(fields, format, prompts_only=kind == "prompts")
     if kind == "preferences":
         return Labelled(_alternating(turns, "assistant"), label(fields))
-    return _serve(turns, kind)
+    return _for_kind(turns, kind)
 
 
 def detect_format(raw: object, kind: Kind, where: str) -> Format:
@@ -189,7 +189,7 @@ def _formats_for(kind: Kind) -> str:
     return f"formats for {kind}: {', '.join(KIND_FORMATS[kind])}"
 
 
-def _serve(turns: list[Message], kind: Kind) -> Record:
+def _for_kind(turns: list[Message], kind: Kind) -> Record:
     """The conversation, or its prompt if `kind` is prompts."""
     if kind == "prompts":
         prompt = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns

@@ -255,8 +255,8 @@ def _keep_usable(
     num_joined = report.left_out.get(JOINED, 0)
     if len(bad) - num_joined > too_many * (len(rows) - num_joined) or not report.num_kept:
         raise RecordError(
-            f"more than {MAX_LEFT_OUT:.0%} of the records cannot serve as {kind}; is it the right "
-            f"format?\n{report.summary()}"
+            f"more than {MAX_LEFT_OUT:.0%} of the records cannot be used for {kind}; is the format "
+            f"right?\n{report.summary()}"
         )
     kept = [i for i, severity in enumerate(severities) if severity == GOOD]
     return rows.select(kept).remove_columns([*ROW_COLUMNS]), report

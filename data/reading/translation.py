@@ -18,7 +18,7 @@ TEMPLATES = (
     "Give the {target} for the following {source}.\n\n{text}",
     "Please write this in {target}. It is {source}.\n\n{text}",
 )
-"""Requests; the first is the one that `chatllama eval --translation` asks with."""
+"""Wordings of the prompt; `chatllama eval --translation` uses the first."""
 
 
 def request(text: str, languages: Sequence[str], template: str | None = None) -> str:

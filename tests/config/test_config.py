@@ -241,7 +241,7 @@ def test_override_text_with_a_colon_needs_no_quotes_only_if_yaml_agrees(tmp_path
         ("seed=[", "not valid YAML"),
     ],
 )
-def test_bad_overrides_are_told(tmp_path: Path, override: str, part: str) -> None:
+def test_bad_overrides_are_reported(tmp_path: Path, override: str, part: str) -> None:
     (found,) = problems(tmp_path, MINIMAL, override)
     assert repr(override) in found and part in found
 

@@ -136,7 +136,7 @@ def test_broken_lines_do_not_hide_the_next(tmp_path: Path) -> None:
     assert [str(each).split(": ")[0] for each in errors(found)] == [
         "a.jsonl:2", "a.jsonl:3", "a.jsonl:4",
     ]  # fmt: skip
-    assert "the key 'a' stands twice" in errors(found)[1]
+    assert "the key 'a' is twice" in errors(found)[1]
 
 
 def test_parquet(tmp_path: Path) -> None:

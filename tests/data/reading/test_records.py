@@ -198,7 +198,7 @@ MALFORMED: list[tuple[Any, Any, Any, str]] = [
      "f:7: scores: expected one number for each of 2 answers, got [1.0]"),
     ("ranked", "preferences", {"answers": ["a", "b"]}, "f:7: ranked answers need one of the keys"),
     ("alpaca", "preferences", {"instruction": "q", "output": "a"},
-     "f:7: format alpaca cannot serve as preferences; formats for preferences: hh, preference"),
+     "f:7: format alpaca cannot be used for preferences; formats for preferences: hh, preference"),
 ]  # fmt: skip
 
 

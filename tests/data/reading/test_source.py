@@ -234,7 +234,7 @@ def test_unusable_records_are_counted_and_most_of_them_stop(tmp_path: Path) -> N
         .endswith("2 of 4 records; left out: 2 empty assistant turn")
     )
     write(file, [good, empty, empty])
-    with pytest.raises(ValueError, match="more than 50% of the records cannot serve as sft"):
+    with pytest.raises(ValueError, match="more than 50% of the records cannot be used for sft"):
         read(file, "sft")
 
 

@@ -73,7 +73,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     (message("c1", "c", "answer"), ORPHAN),
     (message("c1", "c1", "answer"), ORPHAN),  # its own parent
     ({**message("c1", "c", "answer"), "parent_id": 7}, ORPHAN),
-    (message("a1", "b", "answer"), "a.jsonl:8: message_id 'a1' stands at a.jsonl:2 too"),
+    (message("a1", "b", "answer"), "a.jsonl:8: message_id 'a1' is at a.jsonl:2 too"),
     ({**message("", None, "q")}, "a.jsonl:8: message_id: expected a string, got ''"),
     ({**message("c", None, "q"), "message_id": 3}, "a.jsonl:8: message_id: expected a string"),
     ({**message("c", None, "q"), "text": 3}, "a.jsonl:8: messages[0].content: expected a string"),
