@@ -320,11 +320,3 @@ def test_ppo_is_warned_far_below_the_bayes_limit(tmp_path: Path):
     assert check_gate(gated(tmp_path, 0.8, 0.7, bayes_accuracy=0.84), RewardSection()) == []
     (warning,) = check_gate(gated(tmp_path, 0.8, 0.7, bayes_accuracy=0.9), RewardSection())
     assert "0.800" in warning and "0.900" in warning
-
-
-def test_members_of_an_ensemble_are_in_order(tmp_path: Path):
-    run = RunFolder(tmp_path)
-    for number in (10, 2, 1):
-        run.reward_member(number).mkdir(parents=True)
-    names = ["adapter", "adapter-1", "adapter-2", "adapter-10"]
-    assert [folder.name for folder in run.reward_members()] == names

@@ -27,7 +27,7 @@ from chatllama.runs.checkpoints import (
     verify,
 )
 from chatllama.runs.folder import RunFolder
-from chatllama.runtime import files as durable
+from chatllama.runtime import files
 
 LAYOUT = {"ranks": 1, "zero_stage": None, "microbatch_size": 8}
 
@@ -242,7 +242,7 @@ def test_every_file_is_on_the_disk_before_the_checkpoint_has_its_name(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ):
     unfinished, flushed = run.stage("ppo") / ".unfinished", set()
-    monkeypatch.setattr(durable, "flush", flushed.add)
+    monkeypatch.setattr(files, "flush", flushed.add)
     save(run, 3)
     paths = run.checkpoints("ppo").glob("step-3/**/*")
     names = [path.relative_to(run.checkpoints("ppo") / "step-3") for path in paths]
@@ -269,7 +269,7 @@ def test_a_failing_write_anywhere_keeps_the_old_checkpoint(
 
     with monkeypatch.context() as patch:
         if place == "flush":
-            patch.setattr(durable, "flush", full)
+            patch.setattr(files, "flush", full)
         elif place == "rename":
             patch.setattr(Path, "rename", full)
         elif place == "second rename":
