@@ -149,7 +149,7 @@ def save_step(
     layout: dict[str, Any],
     write: Callable[[Path], None],
 ) -> None:
-    """Writes the checkpoint of `step` beside the others and publishes it; every rank must call.
+    """Writes the checkpoint of `step` and removes all but the newest `limit`; every rank must call.
 
     Args:
         run: whose checkpoints.
@@ -157,30 +157,25 @@ def save_step(
         step: finished steps.
         limit: checkpoints kept.
         layout: of `layout_of`.
-        write: writes this rank's part into the folder it is given.
+        write: writes this rank's part into a folder, which replaces `step-N` once it is complete.
 
     Raises:
         ValueError: the disk is full or cannot be written; older checkpoints are as they were.
     """
     unfinished, folder = run.stage(stage) / ".unfinished", run.checkpoints(stage)
     if rank() == 0:
-        with explained(unfinished, folder, step):
+        with _explained(unfinished, folder, step):
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
     barrier()
-    with explained(unfinished, folder, step):
+    with _explained(unfinished, folder, step):
         write(unfinished)
-    publish(unfinished, folder, step, limit, layout)
-
-
-def publish(written: Path, folder: Path, step: int, limit: int, layout: dict[str, Any]) -> None:
-    """Makes the complete folder `written` the checkpoint of `step`; see `save_step`."""
     barrier()
     if rank() == 0:
-        with explained(written, folder, step):
+        with _explained(unfinished, folder, step):
             folder.mkdir(parents=True, exist_ok=True)
-            write_manifest(written, {"step": step, "layout": layout})
-            replace_folder(written, folder / f"{STEP}{step}")
+            write_manifest(unfinished, {"step": step, "layout": layout})
+            replace_folder(unfinished, folder / f"{STEP}{step}")
             for outdated in step_folders(folder)[:-limit]:
                 # Renamed first: what a kill leaves half removed is no checkpoint.
                 doomed = outdated.with_name(f".{outdated.name}{REMOVED}")
@@ -191,14 +186,8 @@ def publish(written: Path, folder: Path, step: int, limit: int, layout: dict[str
 
 
 @contextmanager
-def explained(unfinished: Path, folder: Path, step: int) -> Iterator[None]:
-    """Turns a failure to write into a ValueError that says what is left, and removes `unfinished`.
-
-    Args:
-        unfinished: where the checkpoint of `step` is being written.
-        folder: of the checkpoints.
-        step: N of `step-N`.
-    """
+def _explained(unfinished: Path, folder: Path, step: int) -> Iterator[None]:
+    """Removes `unfinished` after a failed write, and raises a ValueError that says what is left."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:

@@ -75,23 +75,12 @@ def restore_default_handlers() -> None:
 
 @contextlib.contextmanager
 def steps() -> Iterator[None]:
-    """Signals received inside wait for `stop_requested`."""
-    begin_steps()
+    """Makes signals wait for `stop_requested` inside; raises Interrupted where one still waits."""
+    _signals.in_steps = True
     try:
         yield
     finally:
         _signals.in_steps = False
-    end_steps()
-
-
-def begin_steps() -> None:
-    """Makes signals wait for `stop_requested`."""
-    _signals.in_steps = True
-
-
-def end_steps() -> None:
-    """Makes signals end the process at once; raises Interrupted where one is waiting."""
-    _signals.in_steps = False
     if _signals.received is not None:
         _signals.raise_outside_steps()
 

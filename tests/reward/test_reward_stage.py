@@ -113,10 +113,10 @@ def test_the_stage_learns_and_writes_what_it_found(
     assert result["accuracy"] > 0.8 and result["accuracy_low"] > 0.5
     assert result["num_eval_pairs"] > result["num_eval_prompts"]  # lists of three
     assert (result["steps"], result["ensemble"], result["loss"]) == (16, 1, losses[-1])
-    doctor = json.loads((run.root / "reward" / "doctor.json").read_text())
-    assert doctor["model"]["accuracy"]["value"] == pytest.approx(result["accuracy"])
-    assert doctor["model"]["padding"]["error"] < 1e-4
-    assert set(doctor["data"]["training"]["answers_per_prompt"]) == {"2", "3"}
+    diagnosis = json.loads(run.reward_diagnosis.read_text())
+    assert diagnosis["model"]["accuracy"]["value"] == pytest.approx(result["accuracy"])
+    assert diagnosis["model"]["padding"]["error"] < 1e-4
+    assert set(diagnosis["data"]["training"]["answers_per_prompt"]) == {"2", "3"}
     before, after = load_adapter(run.sft_adapter).state, load_adapter(run.reward_adapter).state
     assert before.keys() == after.keys()
     assert not any(torch.equal(before[name], after[name]) for name in before)
@@ -177,8 +177,8 @@ def test_an_ensemble_of_two(config_file: Path, tmp_path: Path, tiny_llama_dir: P
     assert all(torch.equal(alone[name], first[name]) for name in alone)
     assert not any(torch.equal(second[name], first[name]) for name in first)
     members = json.loads((run.checkpoints("reward") / "members.json").read_text())
-    doctor = json.loads((run.root / "reward" / "doctor.json").read_text())
-    assert len(doctor["model"]["members"]) == 2 and run.read_result("reward")["ensemble"] == 2
+    diagnosis = json.loads(run.reward_diagnosis.read_text())
+    assert len(diagnosis["model"]["members"]) == 2 and run.read_result("reward")["ensemble"] == 2
 
     # A process without this package gives member 1's scores of held-out answers.
     cfg, tokenizer = load_config(str(config_file)), load_tokenizer(tiny_llama_dir)

@@ -20,7 +20,6 @@ from chatllama.runs.checkpoints import (
     DamagedError,
     checkpoint_to_resume,
     newest_good,
-    publish,
     save_step,
     step_folders,
     step_of,
@@ -111,14 +110,6 @@ def test_other_names_are_not_taken_for_checkpoints(run: RunFolder):
     for name in ("step-", "step-x", ".step-4.tmp", "members.json", "7", "step-6.old"):
         (folder / name).mkdir(parents=True)
     assert step_folders(folder) == []
-
-
-def test_publishing_moves_the_folder(run: RunFolder, tmp_path: Path):
-    written = tmp_path / "written"
-    written.mkdir()
-    _write(written, "x")
-    publish(written, run.checkpoints("sft"), 8, 1, LAYOUT)
-    assert (run.checkpoints("sft") / "step-8" / "part").is_file() and not written.exists()
 
 
 # --- damage --------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from chatllama.config.model import BackboneSection, LoraSection
 from chatllama.config.schema import Config, TrackingSection
 from chatllama.config.stages import SftSection
 from chatllama.model.roles import RoleModel, adapter_state
-from chatllama.runs.checkpoints import layout_of, publish
+from chatllama.runs.checkpoints import layout_of, save_step
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.jsonl import read_lines
 from chatllama.runtime.libraries import quiet_libraries
@@ -283,11 +283,12 @@ def test_a_checkpoint_of_an_older_version_is_refused(
 
     cfg = sft_config(tiny_llama_dir, tmp_path, 8, lora=lora)
     run = RunFolder(tmp_path)
-    written = run.stage("sft") / ".unfinished"
-    written.mkdir(parents=True)
-    save_file({"step": torch.ones(1)}, written / "trained-0.safetensors")
-    (written / "trainer_state.json").write_text("{}")
-    publish(written, run.checkpoints("sft"), 1, 1, layout_of(cfg.deepspeed, 8))
+
+    def write(folder: Path) -> None:
+        save_file({"step": torch.ones(1)}, folder / "trained-0.safetensors")
+        (folder / "trainer_state.json").write_text("{}")
+
+    save_step(run, "sft", 1, 1, layout_of(cfg.deepspeed, 8), write)
     rows = arrange_rows(documents(), None, cfg.sft, max_length=32, packing=True, seed=0)
     engine = build_engine(cfg, build_policy(cfg, run), cfg.sft, cfg.deepspeed)
     tokenizer = load_tokenizer(str(cfg.backbone.path))

@@ -10,6 +10,7 @@ import gc
 import json
 import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -109,18 +110,11 @@ def train_member(
     engine = build_engine(cfg, model)
     total = optimizer_steps(section, len(data.train))
     collator = collator_for(cfg, pad_id)
+    score = partial(score_answers, model, data.held_out, collator, section.microbatch_size)
 
     def step_on_batch(step: int, factor: float) -> dict[str, float]:
         batch = batch_indices(len(data.train), section.batch_size, step, seed)
         return optimizer_step(cfg, engine, data.train, batch, collator, factor)
-
-    def held_out_scores() -> tuple[torch.Tensor, dict[str, float]]:
-        scores = score_answers(model, data.held_out, collator, section.microbatch_size)
-        held_out = measure(data.held_out, scores)
-        return scores, {
-            "reward/eval_accuracy": held_out.accuracy,
-            "reward/eval_loss": held_out.loss,
-        }
 
     title = f"reward, member {number + 1} of {section.ensemble}" if section.ensemble > 1 else None
     with Tracker(own_run, "reward", cfg.tracking, total, rank(), title) as tracker:
@@ -135,11 +129,11 @@ def train_member(
             seed=seed,
             resume=resume,
             optimizer_step=step_on_batch,
-            evaluate=lambda: held_out_scores()[1],
+            evaluate=lambda: evaluation_metrics(data.held_out, score()),
             interrupted=run,
         )
-        scores, metrics = held_out_scores()
-        tracker.log(total, metrics)
+        scores = score()
+        tracker.log(total, evaluation_metrics(data.held_out, scores))
     return Member(loss, scores.tolist(), padding_error(model, data.held_out, pad_id))
 
 
@@ -190,6 +184,12 @@ def optimizer_step(
         "reward/grad_norm": norm,
         "reward/lr": section.learning_rate * factor,
     }
+
+
+def evaluation_metrics(held_out: Dataset, scores: torch.Tensor) -> dict[str, float]:
+    """Metrics of the scores of held-out answers."""
+    found = measure(held_out, scores)
+    return {"reward/eval_accuracy": found.accuracy, "reward/eval_loss": found.loss}
 
 
 def closing_numbers(cfg: Config, data: Preferences, members: list[Member]) -> dict[str, float]:
