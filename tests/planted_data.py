@@ -1,4 +1,4 @@
-"""Clean records, and records with one defect each that the data doctor must find."""
+"""Clean records, and records with one defect each that the data check must find."""
 
 from typing import Any
 

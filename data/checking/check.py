@@ -1,10 +1,11 @@
-"""The data doctor: every source of a config, checked before a GPU is rented.
+"""The data check: every source of a config, examined before a GPU is rented.
 
-Reads what the stages will read, in the same way, but goes on behind bad records. Checks of single
-sources are in `doctor_records.py` and `doctor_tokens.py`; here are those between sources: the
-mixture, and what training and evaluation have in common.
+Reads what the stages will read, in the same way, but continues behind bad records. Checks of single
+sources are in `records.py` and `tokens.py`; here are those between sources: the mixture, and what
+training and evaluation have in common.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,10 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.schema import Config
 from chatllama.config.sources import DataSource
+from chatllama.config.stages import StageSection
 from data.checking.records import check_records, question
-from data.checking.report import DoctorReport, Findings, SourceHealth
+from data.checking.report import DataReport, Findings, SourceFigures
 from data.checking.tokens import check_tokens
-from data.decontaminate import EvaluationIndex, build_index, contamination
+from data.decontaminate import build_index, contamination
 from data.mixture import is_held_out, source_counts
 from data.reading.records import Kind
 from data.reading.source import read_rows
@@ -36,11 +38,11 @@ class StageSource:
 
 
 @dataclass
-class Checked:
+class CheckedSource:
     """A source that could be read."""
 
     part: StageSource
-    health: SourceHealth
+    figures: SourceFigures
     rows: Dataset
     """All records, from `read_rows`."""
     usable: list[int]
@@ -48,13 +50,30 @@ class Checked:
     failed: dict[int, str] = field(default_factory=dict)
     """Of those, the ones whose tokens are wrong, and why."""
 
+    @property
+    def good(self) -> Dataset:
+        """The usable rows."""
+        return self.rows.select(self.usable)
+
+    def questions(self) -> Iterator[tuple[str, str]]:
+        """Place and question of every usable record."""
+        for row in self.good:
+            row = cast(dict[str, Any], row)
+            yield row["where"], question(row)
+
 
 @dataclass(frozen=True)
 class Examination:
-    """The report, and the rows it was made from, which `cleaning.py` copies."""
+    """The report, and the rows that it was made from, which `clean.py` copies."""
 
-    report: DoctorReport
-    checked: list[Checked]
+    report: DataReport
+    checked: list[CheckedSource]
+
+
+def stage_section(cfg: Config, stage: str) -> StageSection:
+    """The section of sft, reward or ppo."""
+    sections: dict[str, StageSection] = {"sft": cfg.sft, "reward": cfg.reward, "ppo": cfg.ppo}
+    return sections[stage]
 
 
 def stage_sources(cfg: Config) -> list[StageSource]:
@@ -63,20 +82,21 @@ def stage_sources(cfg: Config) -> list[StageSource]:
     if cfg.backbone.from_scratch is not None:
         text = cfg.backbone.from_scratch.data
         found += [StageSource("pretraining", "data", each, "text", None) for each in text]
-    ptx = cfg.ppo.ptx_data
-    ptx_kind: Kind = "text" if any(each.format in ("text", "lines") for each in ptx) else "sft"
-    ptx_limit = cfg.ppo.ptx_max_length if ptx_kind == "sft" else None  # text is cut, not shortened
-    stages: list[tuple[str, str, list[DataSource], Kind, int | None]] = [
-        ("sft", "data", cfg.sft.data, "sft", cfg.sft.max_length),
-        ("sft", "eval_data", cfg.sft.eval_data, "sft", cfg.sft.max_length),
-        ("reward", "data", cfg.reward.data, "preferences", cfg.reward.max_length),
-        ("reward", "eval_data", cfg.reward.eval_data, "preferences", cfg.reward.max_length),
-        ("ppo", "data", cfg.ppo.data, "prompts", cfg.ppo.max_prompt_length),
-        ("ppo", "eval_data", cfg.ppo.eval_data, "prompts", cfg.ppo.max_prompt_length),
-        ("ppo", "ptx_data", ptx, ptx_kind, ptx_limit),
+    stages: list[tuple[str, Kind, int]] = [
+        ("sft", "sft", cfg.sft.max_length),
+        ("reward", "preferences", cfg.reward.max_length),
+        ("ppo", "prompts", cfg.ppo.max_prompt_length),
     ]
-    for stage, role, sources, kind, limit in stages:
-        found += [StageSource(stage, role, source, kind, limit) for source in sources]
+    for stage, kind, limit in stages:
+        section = stage_section(cfg, stage)
+        for role, sources in (("data", section.data), ("eval_data", section.eval_data)):
+            found += [StageSource(stage, role, source, kind, limit) for source in sources]
+    ptx = cfg.ppo.ptx_data
+    if any(each.format in ("text", "lines") for each in ptx):  # text is cut, not shortened
+        found += [StageSource("ppo", "ptx_data", each, "text", None) for each in ptx]
+    else:
+        limit = cfg.ppo.ptx_max_length
+        found += [StageSource("ppo", "ptx_data", each, "sft", limit) for each in ptx]
     return found
 
 
@@ -85,154 +105,121 @@ def examine(
     tokenizer: PreTrainedTokenizerFast | None,
     stages: tuple[str, ...] = ("pretraining", "sft", "reward", "ppo"),
 ) -> Examination:
-    """Everything that is wrong with a config's data.
+    """Everything that is wrong with the data of some stages of a config.
 
-    Args:
-        cfg: the run's.
-        tokenizer: the run's. None: what needs tokens is not checked, and a note says so.
-        stages: those whose sources are looked at.
+    Without a tokenizer, what needs tokens is not checked, and a note says so.
     """
     parts = [part for part in stage_sources(cfg) if part.stage in stages]
     findings = Findings()
-    checked: list[Checked] = []
+    checked: list[CheckedSource] = []
     lengths: dict[str, list[int]] = {}
     for part in parts:
         one = _check_source(part, findings)
         if one is None:
             continue
         checked.append(one)
-        if tokenizer is not None:
-            lengths[one.health.name] = _check_tokens(one, tokenizer, cfg, findings)
+        if tokenizer is not None and one.usable:
+            tokens = check_tokens(one.good, tokenizer, cfg.chat, one.figures, findings)
+            problems = zip(one.usable, tokens.problems, strict=True)
+            one.failed = {i: problem for i, problem in problems if problem}
+            lengths[one.figures.name] = tokens.lengths
     for stage in stages:
         if stage != "pretraining":
             own = [one for one in checked if one.part.stage == stage]
-            _check_stage(cfg, stage, own, findings)
+            _check_stage(stage_section(cfg, stage), stage, own, cfg.seed, findings)
     _check_between_stages(checked, findings)
     notes = []
     if tokenizer is None:
         notes.append("there is no tokenizer yet, so nothing that needs tokens was checked")
     if not parts:
         notes.append(f"the config names no data for {', '.join(stages)}")
-    report = DoctorReport([one.health for one in checked], findings.all(), lengths, notes)
+    report = DataReport([one.figures for one in checked], findings.all(), lengths, notes)
     return Examination(report, checked)
 
 
-def _check_source(part: StageSource, findings: Findings) -> Checked | None:
+def _check_source(part: StageSource, findings: Findings) -> CheckedSource | None:
     """The source and its records' defects; None where it cannot be read at all."""
-    health = SourceHealth(
+    figures = SourceFigures(
         part.stage, part.role, part.source.path, part.kind, max_length=part.max_length
     )
     try:
         rows = read_rows(part.source, part.kind)
     except ValueError as error:
-        findings.add("error", "unreadable", health.name, "cannot be read", str(error))
+        findings.add("unreadable", figures.name, str(error))
         return None
-    usable = check_records(rows, health, findings)
+    usable = check_records(rows, figures, findings)
     if not usable:
-        findings.add("error", "nothing_usable", health.name, "no record can serve")
-    return Checked(part, health, rows, usable)
+        findings.add("nothing_usable", figures.name)
+    return CheckedSource(part, figures, rows, usable)
 
 
-def _check_tokens(
-    one: Checked, tokenizer: PreTrainedTokenizerFast, cfg: Config, findings: Findings
-) -> list[int]:
-    """Tokens of every usable record; what is wrong with them goes into `one` and `findings`."""
-    if not one.usable:
-        return []
-    good = one.rows.select(one.usable)
-    found = check_tokens(good, tokenizer, cfg.chat, one.health, findings)
-    one.failed = {i: why for i, why in zip(one.usable, found.problems, strict=True) if why}
-    return found.lengths
-
-
-def _check_stage(cfg: Config, stage: str, own: list[Checked], findings: Findings) -> None:
+def _check_stage(
+    section: StageSection, stage: str, own: list[CheckedSource], seed: int, findings: Findings
+) -> None:
     """The mixture's proportions, and leaks from what evaluates the stage into its training."""
-    section = {"sft": cfg.sft, "reward": cfg.reward, "ppo": cfg.ppo}[stage]
     train = [one for one in own if one.part.role == "data"]
     held = [one for one in own if one.part.role == "eval_data"]
     if not train:
         return
+    places = _places(held)
+    sizes, sources = [len(one.usable) for one in train], [one.part.source for one in train]
     try:
-        counts = source_counts(
-            [len(one.usable) for one in train], [one.part.source for one in train]
-        )
+        counts = source_counts(sizes, sources)
     except ValueError as error:
-        findings.add("error", "mixture", f"{stage}.data", "no mixture", str(error))
+        findings.add("mixture", f"{stage}.data", str(error))
         counts = [0] * len(train)
     for one, count in zip(train, counts, strict=True):
-        one.health.share = count / sum(counts) if sum(counts) else None
-    asked_there = _questions(held)
-    for one in train:
-        for where, asked in _asked(one):
-            if other := asked_there.get(asked):
-                findings.add(
-                    "error", "leak", one.health.name, "asks what eval_data asks",
-                    f"{where} is {other}",
-                )  # fmt: skip
+        one.figures.share = count / sum(counts) if sum(counts) else None
+        _check_leaks(one, places, "leak", findings)
     if not held:
-        _check_split(train, cfg.seed, section.eval_fraction, findings)
+        _check_split(train, seed, section.eval_fraction, findings)
     if section.decontaminate:
         try:
             index = build_index(section.decontaminate)
         except ValueError as error:
-            findings.add(
-                "error", "unreadable", f"{stage}.decontaminate", "cannot be read", str(error)
-            )
+            findings.add("unreadable", f"{stage}.decontaminate", str(error))
             return
         for one in train:
-            _check_contamination(one, index, findings)
+            good = one.good
+            for where, path in zip(good["where"][:], contamination(good, index), strict=True):
+                if path:
+                    message = f"gives away {path}; training leaves it out"
+                    findings.add("contamination", one.figures.name, where, message)
 
 
-def _check_split(train: list[Checked], seed: int, share: float, findings: Findings) -> None:
+def _places(held: list[CheckedSource]) -> dict[str, str]:
+    """Place by question; questions without words are left out."""
+    return {asked: where for one in held for where, asked in one.questions() if asked}
+
+
+def _check_leaks(
+    one: CheckedSource, places: dict[str, str], check: str, findings: Findings
+) -> None:
+    """Records that ask what a held-out one asks."""
+    for where, asked in one.questions():
+        if other := places.get(asked):
+            findings.add(check, one.figures.name, f"{where} is {other}")
+
+
+def _check_split(
+    train: list[CheckedSource], seed: int, fraction: float, findings: Findings
+) -> None:
     """Questions on both sides of the split that differ in case, spacing or punctuation alone."""
     sides: dict[str, dict[bool, str]] = {}
     for one in train:
-        good = one.rows.select(one.usable)
-        keys: list[str] = good["key"][:]
-        for key, (where, asked) in zip(keys, _asked(one), strict=True):
+        keys: list[str] = one.good["key"][:]
+        for key, (where, asked) in zip(keys, one.questions(), strict=True):
             side = sides.setdefault(asked, {})
-            out = is_held_out(key, seed, share)
+            out = is_held_out(key, seed, fraction)
             side.setdefault(out, where)
             if len(side) == 2 and side[out] == where:
-                findings.add(
-                    "warning", "split_leak", one.health.name,
-                    "held-out and training questions that differ in form alone",
-                    f"{where} is like {side[not out]}",
-                )  # fmt: skip
+                findings.add("split_leak", one.figures.name, f"{where} is like {side[not out]}")
 
 
-def _check_contamination(one: Checked, index: EvaluationIndex, findings: Findings) -> None:
-    good = one.rows.select(one.usable)
-    for where, path in zip(good["where"][:], contamination(good, index), strict=True):
-        if path:
-            findings.add(
-                "warning", "contamination", one.health.name,
-                f"gives away {path}; training leaves it out", where,
-            )  # fmt: skip
-
-
-def _check_between_stages(checked: list[Checked], findings: Findings) -> None:
+def _check_between_stages(checked: list[CheckedSource], findings: Findings) -> None:
     """What one stage is evaluated with and another trains on."""
     held = [one for one in checked if one.part.role == "eval_data"]
     for one in checked:
-        if one.part.role == "eval_data" or one.part.kind == "text":
-            continue
-        others = _questions([each for each in held if each.part.stage != one.part.stage])
-        for where, asked in _asked(one):
-            if other := others.get(asked):
-                findings.add(
-                    "warning", "leak_between_stages", one.health.name,
-                    "asks what another stage's eval_data asks", f"{where} is {other}",
-                )  # fmt: skip
-
-
-def _asked(one: Checked) -> list[tuple[str, str]]:
-    """Place and question of every usable record."""
-    good = one.rows.select(one.usable)
-    rows = (cast(dict[str, Any], row) for row in good)
-    return [(row["where"], question(row)) for row in rows]
-
-
-def _questions(held: list[Checked]) -> dict[str, str]:
-    """Place by question; questions without words are left out."""
-    return {asked: where for one in held for where, asked in _asked(one) if asked}
+        if one.part.role != "eval_data" and one.part.kind != "text":
+            others = [each for each in held if each.part.stage != one.part.stage]
+            _check_leaks(one, _places(others), "leak_between_stages", findings)

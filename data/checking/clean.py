@@ -16,7 +16,7 @@ from typing import Any, cast
 import yaml
 
 from chatllama.config.schema import Config
-from data.checking.check import Checked, Examination
+from data.checking.check import CheckedSource, Examination, stage_section
 from data.checking.records import identity, question
 from data.decontaminate import build_index, contamination
 from data.reading.source import GOOD
@@ -41,56 +41,46 @@ def write_cleaned(
 
     Records keep their order and say under `source` where they come from. The new config extends
     the old one and replaces its lists of sources.
-
-    Args:
-        cfg: the run's.
-        config_file: where it was read from.
-        examination: of `cfg`.
-        folder: receives everything.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    log, num_kept, num_dropped = folder / "dropped.jsonl", 0, 0
+    log, config = folder / "dropped.jsonl", folder / "config.yaml"
+    num_kept, num_dropped = 0, 0
     lists: dict[tuple[str, str], list[dict[str, Any]]] = {}
     with log.open("w", encoding="utf-8") as dropped:
         for number, one in enumerate(examination.checked):
-            file = folder / f"{number:02}_{one.part.stage}_{one.part.role}_{_stem(one)}.jsonl"
+            part, source = one.part, one.part.source
+            file = folder / f"{number:02}_{part.stage}_{part.role}_{_stem(source.path)}.jsonl"
             reasons = drop_reasons(cfg, one, examination.checked)
             pairs = all(
                 len(row["answers"] or [0, 0]) == 2 for row in _rows(one) if "answers" in row
             )
             with file.open("w", encoding="utf-8") as kept:
                 for row, reason in zip(_rows(one), reasons, strict=True):
-                    if reason:
-                        entry = {"source": one.health.name, "where": row["where"], "reason": reason}
-                        dropped.write(json.dumps(entry, ensure_ascii=False) + "\n")
-                    else:
-                        kept.write(json.dumps(_record(row, one, pairs), ensure_ascii=False) + "\n")
+                    place = {"source": one.figures.name, "where": row["where"], "reason": reason}
+                    line = place if reason else _record(row, one, pairs)
+                    to = dropped if reason else kept
+                    to.write(json.dumps(line, ensure_ascii=False) + "\n")
             num_dropped += sum(map(bool, reasons))
             num_kept += sum(not reason for reason in reasons)
-            entry = {
-                "path": str(file.resolve()),
-                "weight": one.part.source.weight,
-                "epochs": one.part.source.epochs,
-            }
-            if one.part.kind == "text":
+            entry = {"path": str(file.resolve()), "weight": source.weight, "epochs": source.epochs}
+            if part.kind == "text":
                 entry["format"] = "text"
-            lists.setdefault((one.part.stage, one.part.role), []).append(entry)
-    config = folder / "config.yaml"
+            lists.setdefault((part.stage, part.role), []).append(entry)
     config.write_text(_config(config_file, lists), encoding="utf-8")
     return Cleaned(config, log, num_kept, num_dropped)
 
 
-def drop_reasons(cfg: Config, one: Checked, checked: list[Checked]) -> list[str]:
+def drop_reasons(cfg: Config, one: CheckedSource, checked: list[CheckedSource]) -> list[str]:
     """For every row of a source, why it is dropped, or ""."""
     leaks: set[str] = set()
     marks = [""] * len(one.rows)
     if one.part.role == "data" and one.part.stage != "pretraining":
-        section = {"sft": cfg.sft, "reward": cfg.reward, "ppo": cfg.ppo}[one.part.stage]
+        section = stage_section(cfg, one.part.stage)
         same_stage = [each for each in checked if each.part.stage == one.part.stage]
         held = [each for each in same_stage if each.part.role == "eval_data"]
         leaks = {question(each.rows[i]) for each in held for i in each.usable} - {""}
         if section.decontaminate and one.usable:
-            found = contamination(one.rows.select(one.usable), build_index(section.decontaminate))
+            found = contamination(one.good, build_index(section.decontaminate))
             for i, path in zip(one.usable, found, strict=True):
                 marks[i] = f"gives away {path}" if path else ""
     seen: dict[str, str] = {}
@@ -109,11 +99,11 @@ def drop_reasons(cfg: Config, one: Checked, checked: list[Checked]) -> list[str]
     return reasons
 
 
-def _rows(one: Checked) -> Iterator[dict[str, Any]]:
+def _rows(one: CheckedSource) -> Iterator[dict[str, Any]]:
     return cast(Iterator[dict[str, Any]], iter(one.rows))
 
 
-def _record(row: dict[str, Any], one: Checked, pairs: bool) -> dict[str, Any]:
+def _record(row: dict[str, Any], one: CheckedSource, pairs: bool) -> dict[str, Any]:
     """A record in the layout that reads back as the same; pairs where all of the file are."""
     source = {"source": row["where"]}
     match one.part.kind:
@@ -132,8 +122,8 @@ def _record(row: dict[str, Any], one: Checked, pairs: bool) -> dict[str, Any]:
             return {"messages": row["messages"], **source}
 
 
-def _stem(one: Checked) -> str:
-    return re.sub(r"[^\w-]+", "_", Path(one.part.source.path).name.split(".")[0])[:40] or "data"
+def _stem(path: str) -> str:
+    return re.sub(r"[^\w-]+", "_", Path(path).name.split(".")[0])[:40] or "data"
 
 
 def _config(old: Path, lists: dict[tuple[str, str], list[dict[str, Any]]]) -> str:

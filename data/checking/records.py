@@ -8,13 +8,13 @@ from typing import Any, cast
 
 from datasets import Dataset
 
-from data.checking.report import Findings, SourceHealth
+from data.checking.report import Findings, SourceFigures
 from data.decontaminate import record_texts
 from data.reading.grouped import JOINED
 from data.reading.source import GOOD, MALFORMED
 from data.similarity import near_duplicates, script, words
 
-# Reasons that belong to a layout: such records are passed over, and nothing is wrong with them.
+# Reasons that belong to a format: such records are passed over, and nothing is wrong with them.
 EXPECTED = (
     "labelled as a bad answer",
     "no answer with the other label to the same prompt",
@@ -37,30 +37,27 @@ _MARKS = re.compile(
 )
 
 
-def check_records(rows: Dataset, health: SourceHealth, findings: Findings) -> list[int]:
-    """Numbers of the rows that hold a usable record; the defects go into `findings`.
+def check_records(rows: Dataset, figures: SourceFigures, findings: Findings) -> list[int]:
+    """Numbers of the rows of `read_rows` that hold a usable record.
 
-    Args:
-        rows: from `read_rows`.
-        health: of the source; its figures are filled in.
-        findings: collects.
+    Fills in the source's figures; the defects go into `findings`.
     """
     severities: list[int] = rows["severity"][:]
     usable = [i for i, severity in enumerate(severities) if severity == GOOD]
     formats = {each for each in rows.unique("format") if each}
-    health.format = "/".join(sorted(formats))
-    health.num_records, health.num_usable = len(rows), len(usable)
+    figures.format = "/".join(sorted(formats))
+    figures.num_records, figures.num_usable = len(rows), len(usable)
     for i, severity in enumerate(severities):
         if severity != GOOD:
-            _unusable(rows[i], severity == MALFORMED, health.name, findings)
+            _unusable(rows[i], severity == MALFORMED, figures.name, findings)
     good = rows.select(usable)
     scripts: Counter[str] = Counter()
     for row in _iterate(good):
         texts = record_texts(row)
         scripts[script("\n".join(texts))] += 1
-        _check_texts(row["where"], texts, health.name, findings)
-    health.scripts = dict(scripts.most_common())
-    _duplicates(good, health, findings)
+        _check_texts(row["where"], texts, figures.name, findings)
+    figures.scripts = dict(scripts.most_common())
+    _duplicates(good, figures, findings)
     return usable
 
 
@@ -81,39 +78,28 @@ def question(row: dict[str, Any]) -> str:
 def _unusable(row: dict[str, Any], malformed: bool, source: str, findings: Findings) -> None:
     problem, where = row["problem"], row["where"]
     if malformed:
-        findings.add("error", "malformed", source, "malformed record", problem)
-        return
-    check = next((name for name, pattern in _REASONS if pattern.search(problem)), "unusable")
-    if problem in _PARTS:
-        return
-    if problem in EXPECTED:
-        findings.add("warning", "passed_over", source, problem, where)
-    else:
-        findings.add("error", check, source, problem, where)
+        findings.add("malformed", source, problem)
+    elif problem in EXPECTED:
+        findings.add("passed_over", source, where, problem)
+    elif problem not in _PARTS:
+        check = next((name for name, pattern in _REASONS if pattern.search(problem)), "unusable")
+        findings.add(check, source, where, problem)
 
 
 def _check_texts(where: str, texts: list[str], source: str, findings: Findings) -> None:
     text = "\n".join(texts)
     if "\ufffd" in text:
-        findings.add(
-            "warning", "broken_text", source, "U+FFFD: text was decoded wrongly before", where
-        )
+        findings.add("broken_text", source, where)
     if not text.isprintable():
         strange = {c for c in text if unicodedata.category(c) == "Cc" and c not in "\n\t\r\x85"}
         if strange:
             listed = ", ".join(sorted(f"U+{ord(c):04X}" for c in strange))
-            findings.add(
-                "warning", "control_characters", source, "control characters in the text",
-                f"{where}: {listed}",
-            )  # fmt: skip
+            findings.add("control_characters", source, f"{where}: {listed}")
     if mark := _MARKS.search(text):
-        findings.add(
-            "warning", "template_marks", source, "marks of a chat template in the text",
-            f"{where}: {mark.group()}",
-        )  # fmt: skip
+        findings.add("template_marks", source, f"{where}: {mark.group()}")
 
 
-def _duplicates(good: Dataset, health: SourceHealth, findings: Findings) -> None:
+def _duplicates(good: Dataset, figures: SourceFigures, findings: Findings) -> None:
     """Exact and near duplicates, and pairs that say the opposite of each other."""
     first: dict[str, int] = {}
     copies: set[int] = set()
@@ -123,17 +109,13 @@ def _duplicates(good: Dataset, health: SourceHealth, findings: Findings) -> None
         if own in first:
             copies.add(i)
             same = f"{row['where']} is {good[first[own]]['where']}"
-            findings.add("warning", "duplicate", health.name, "exact duplicate", same)
+            findings.add("duplicate", figures.name, same)
         first.setdefault(own, i)
-        if health.kind == "preferences":
-            asked = str(row["prompt"])
-            both = frozenset((asked, *row["answers"]))
+        if figures.kind == "preferences":
+            both = frozenset((str(row["prompt"]), *row["answers"]))
             before = verdicts.setdefault(both, row["answers"][0])
             if len(row["answers"]) == 2 and before != row["answers"][0]:
-                findings.add(
-                    "warning", "contradiction", health.name,
-                    "the same two answers are ranked the other way round elsewhere", row["where"],
-                )  # fmt: skip
+                findings.add("contradiction", figures.name, row["where"])
 
     def text(i: int) -> str:
         return "\n".join(record_texts(cast(dict[str, Any], good[i])))
@@ -141,7 +123,7 @@ def _duplicates(good: Dataset, health: SourceHealth, findings: Findings) -> None
     for earlier, later in near_duplicates(len(good), text):
         if later not in copies:
             near = f"{good[later]['where']} is like {good[earlier]['where']}"
-            findings.add("warning", "near_duplicate", health.name, "near duplicate", near)
+            findings.add("near_duplicate", figures.name, near)
 
 
 def _iterate(rows: Dataset) -> Iterator[dict[str, Any]]:

@@ -1,9 +1,9 @@
-"""What the data doctor found: findings, figures of every source, and how they are shown.
+"""What the data check found: defects, figures of every source, and how they are shown.
 
-The checks are in `doctor.py`, `doctor_records.py` and `doctor_tokens.py`.
+The checks are in `check.py`, `records.py` and `tokens.py`; here is how severe each is.
 """
 
-import json
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,9 +13,38 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
+from chatllama.runtime.files import write_json
+
 Severity = Literal["error", "warning"]
 NUM_EXAMPLES = 5
 PERCENTILES = (50, 90, 99, 100)
+_ERRORS = {
+    "unreadable": "cannot be read",
+    "nothing_usable": "no record can serve",
+    "mixture": "no mixture",
+    "malformed": "malformed record",
+    "cannot_be_rendered": "cannot be laid out",
+    "trains_nothing": "no token of the record is trained",
+    "trains_everything": "every token is trained, the prompt too",
+    "label_without_eos": "an answer does not end with the EOS, so that stopping is never learnt",
+    "double_bos": "two BOS in a row",
+    "prompt_is_no_prefix": "the prompt's tokens do not begin those of prompt and answer",
+    "leak": "asks what eval_data asks",
+}
+MESSAGES = _ERRORS | {
+    "broken_text": "U+FFFD: text was decoded wrongly before",
+    "control_characters": "control characters in the text",
+    "template_marks": "marks of a chat template in the text",
+    "duplicate": "exact duplicate",
+    "near_duplicate": "near duplicate",
+    "contradiction": "the same two answers are ranked the other way round elsewhere",
+    "dropped_character": "a character that the tokenizer drops",
+    "split_leak": "held-out and training questions that differ in form alone",
+    "leak_between_stages": "asks what another stage's eval_data asks",
+}
+"""The usual message of a check, by its name; others say what they found."""
+WARNINGS = MESSAGES.keys() - _ERRORS.keys() | {"passed_over", "truncated", "contamination"}
+"""Checks that are no errors."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +53,6 @@ class Finding:
 
     severity: Severity
     check: str
-    """Short fixed name, such as `duplicate`."""
     source: str
     """`stage.role: path`."""
     count: int
@@ -34,7 +62,7 @@ class Finding:
 
 
 @dataclass
-class SourceHealth:
+class SourceFigures:
     """Figures of one source."""
 
     stage: str
@@ -64,37 +92,34 @@ class SourceHealth:
 
 
 class Findings:
-    """Collects defects by severity, check and source, with a few examples each."""
+    """Collects defects by check, source and message, with a few examples each."""
 
     def __init__(self) -> None:
-        self._counts: dict[tuple[Severity, str, str, str], int] = {}
-        self._examples: dict[tuple[Severity, str, str, str], list[str]] = {}
+        self._counts: Counter[tuple[str, str, str]] = Counter()
+        self._examples: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
 
-    def add(
-        self, severity: Severity, check: str, source: str, message: str, example: str = ""
-    ) -> None:
-        """Counts one defect."""
-        key = (severity, check, source, message)
-        self._counts[key] = self._counts.get(key, 0) + 1
-        examples = self._examples.setdefault(key, [])
-        if example and len(examples) < NUM_EXAMPLES:
-            examples.append(example)
+    def add(self, check: str, source: str, example: str = "", message: str = "") -> None:
+        """Counts one defect; without a message, with that of MESSAGES."""
+        key = (check, source, message or MESSAGES[check])
+        self._counts[key] += 1
+        if example and len(self._examples[key]) < NUM_EXAMPLES:
+            self._examples[key].append(example)
 
     def all(self) -> list[Finding]:
         """Errors first, then in the order in which they were found."""
-        found = [
-            Finding(severity, check, source, count, message, self._examples[key])
-            for key, count in self._counts.items()
-            for severity, check, source, message in [key]
-        ]
+        found = []
+        for key, count in self._counts.items():
+            check, source, message = key
+            severity: Severity = "warning" if check in WARNINGS else "error"
+            found.append(Finding(severity, check, source, count, message, self._examples[key]))
         return sorted(found, key=lambda each: each.severity != "error")
 
 
 @dataclass(frozen=True)
-class DoctorReport:
+class DataReport:
     """Everything that was found."""
 
-    sources: list[SourceHealth]
+    sources: list[SourceFigures]
     findings: list[Finding]
     lengths: dict[str, list[int]]
     """Tokens of every usable record, by source."""
@@ -102,20 +127,22 @@ class DoctorReport:
     """What could not be checked, and why."""
 
     @property
+    def num_errors(self) -> int:
+        """Findings of severity error."""
+        return sum(finding.severity == "error" for finding in self.findings)
+
+    @property
     def exit_code(self) -> int:
-        """1 where there is a finding of severity error, else 0."""
-        return int(any(finding.severity == "error" for finding in self.findings))
+        """1 where there are errors, else 0."""
+        return int(self.num_errors > 0)
 
     def write(self, folder: Path) -> list[Path]:
         """Writes report.json and, where there are tokens, token_lengths.png; returns the files."""
         folder.mkdir(parents=True, exist_ok=True)
-        content = {
-            "sources": [asdict(source) for source in self.sources],
-            "findings": [asdict(finding) for finding in self.findings],
-            "notes": self.notes,
-        }
         files = [folder / "report.json"]
-        files[0].write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        content = asdict(self)
+        del content["lengths"]
+        write_json(files[0], content)
         if any(self.lengths.values()):
             files.append(folder / "token_lengths.png")
             _plot(self.sources, self.lengths, files[1])
@@ -135,8 +162,8 @@ class DoctorReport:
                 console.print(f"    {escape(example)}", style="dim")
         for note in self.notes:
             console.print(f"note: {escape(note)}")
-        errors = sum(finding.severity == "error" for finding in self.findings)
-        console.print(f"{errors} errors, {len(self.findings) - errors} warnings")
+        warnings = len(self.findings) - self.num_errors
+        console.print(f"{self.num_errors} errors, {warnings} warnings")
 
 
 def percentiles(lengths: Sequence[int]) -> dict[str, int]:
@@ -147,7 +174,7 @@ def percentiles(lengths: Sequence[int]) -> dict[str, int]:
     return {f"p{p}": int(value) for p, value in zip(PERCENTILES, values, strict=True)}
 
 
-def _lines(source: SourceHealth) -> list[str]:
+def _lines(source: SourceFigures) -> list[str]:
     """The figures of a source, in words."""
     share = "" if source.share is None else f", {source.share:.1%} of the mixture"
     lines = [f"{source.name} ({source.format or 'format unknown'}{share})"]
@@ -168,7 +195,7 @@ def _lines(source: SourceHealth) -> list[str]:
     return lines
 
 
-def _plot(sources: Sequence[SourceHealth], lengths: dict[str, list[int]], file: Path) -> None:
+def _plot(sources: Sequence[SourceFigures], lengths: dict[str, list[int]], file: Path) -> None:
     """A histogram of tokens for each source, with the stage's limit."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -13,6 +13,7 @@ from chatllama.config.schema import Config
 from chatllama.text.chat_format import render
 from chatllama.text.encoding import control_tokens, encode
 from data.checking.check import StageSource, stage_sources
+from data.checking.tokens import conversations
 from data.reading.source import read_source
 
 
@@ -22,7 +23,7 @@ class Shown:
 
     title: str
     """Where the record stands, and which of its sequences this is."""
-    pieces: list[tuple[str, bool, bool]]
+    tokens: list[tuple[str, bool, bool]]
     """Text of each token, whether it is trained (or scored), whether it is a control token."""
     over: int
     """Tokens over the stage's limit."""
@@ -30,19 +31,13 @@ class Shown:
     @property
     def num_trained(self) -> int:
         """Tokens that are trained."""
-        return sum(trained for _, trained, _ in self.pieces)
+        return sum(trained for _, trained, _ in self.tokens)
 
 
 def shown_records(
     cfg: Config, tokenizer: PreTrainedTokenizerFast, stage: str, num: int
 ) -> list[Shown]:
-    """The first records of each source of a stage, as tokens.
-
-    Args:
-        cfg: the run's.
-        tokenizer: the run's.
-        stage: sft, reward or ppo.
-        num: records of each source.
+    """The first `num` records of each source of a stage (sft, reward or ppo), as tokens.
 
     Raises:
         ValueError: the stage has no data, or a source cannot be read.
@@ -66,7 +61,7 @@ def print_records(shown: Sequence[Shown], console: Console) -> None:
     for one in shown:
         console.rule(Text(_heading(one)), align="left")
         line = Text()
-        for text, trained, control in one.pieces:
+        for text, trained, control in one.tokens:
             style = "bold magenta" if control else "" if trained else "dim"
             line.append(text, style=f"{style} on green" if trained else style)
         console.print(line)
@@ -77,7 +72,7 @@ def page(shown: Sequence[Shown]) -> str:
     parts = [_PAGE_BEGIN]
     for one in shown:
         parts.append(f"<h2>{html.escape(_heading(one))}</h2>\n<pre>")
-        for text, trained, control in one.pieces:
+        for text, trained, control in one.tokens:
             classes = f"{'t' if trained else 'u'}{' c' if control else ''}"
             parts.append(f'<span class="{classes}">{html.escape(text)}</span>')
         parts.append("</pre>\n")
@@ -99,7 +94,7 @@ span { border-right: 1px solid #8883; }
 
 def _heading(one: Shown) -> str:
     over = f", {one.over} over the limit" if one.over else ""
-    return f"{one.title} - {len(one.pieces)} tokens, {one.num_trained} trained{over}"
+    return f"{one.title} - {len(one.tokens)} tokens, {one.num_trained} trained{over}"
 
 
 def _sequences(
@@ -111,18 +106,12 @@ def _sequences(
         ids = [tokenizer.bos_token_id, *encode(tokenizer, row["text"]), tokenizer.eos_token_id]
         ids = [each for each in ids if isinstance(each, int)]
         yield _shown(place, ids, [True] * len(ids), part, tokenizer)
-    elif part.kind == "prompts":
-        rendered = render(tokenizer, cfg.chat, row["messages"], add_generation_prompt=True)
-        yield _shown(place, rendered.ids, rendered.mask, part, tokenizer)
-    elif part.kind == "sft":
-        rendered = render(tokenizer, cfg.chat, row["messages"])
-        yield _shown(place, rendered.ids, rendered.mask, part, tokenizer)
-    else:
-        prompt = row["prompt"]
-        for answer, rank in zip(row["answers"], row["ranks"], strict=True):
-            turns = [*prompt, {"role": "assistant", "content": answer}]
-            rendered = render(tokenizer, cfg.chat, turns)
-            yield _shown(f"{place}, rank {rank}", rendered.ids, rendered.mask, part, tokenizer)
+        return
+    ranks = [f", rank {rank}" for rank in row.get("ranks") or []] or [""]
+    opened = part.kind == "prompts"
+    for turns, rank in zip(conversations(row), ranks, strict=True):
+        rendered = render(tokenizer, cfg.chat, turns, add_generation_prompt=opened)
+        yield _shown(place + rank, rendered.ids, rendered.mask, part, tokenizer)
 
 
 def _shown(
@@ -133,17 +122,14 @@ def _shown(
     tokenizer: PreTrainedTokenizerFast,
 ) -> Shown:
     controls = set(control_tokens(tokenizer).values())
-    texts = _token_texts(ids, tokenizer)
-    pieces = [
-        (text, bool(trained), token in controls)
-        for text, token, trained in zip(texts, ids, mask, strict=True)
-    ]
+    rows = zip(_token_texts(ids, tokenizer), mask, ids, strict=True)
+    tokens = [(text, bool(trained), token in controls) for text, trained, token in rows]
     over = max(0, len(ids) - part.max_length) if part.max_length else 0
-    return Shown(title, pieces, over)
+    return Shown(title, tokens, over)
 
 
 def _token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """The text of each token; a byte inside a character as `<0xE2>`, as the vocabulary has it."""
-    pieces = cast(list[str], tokenizer.convert_ids_to_tokens(list(ids)))
-    whole = {f"<0x{code:02X}>": chr(code) for code in range(128)}
-    return [whole.get(piece, piece.replace("\u2581", " ")) for piece in pieces]
+    tokens = cast(list[str], tokenizer.convert_ids_to_tokens(list(ids)))
+    ascii = {f"<0x{code:02X}>": chr(code) for code in range(128)}
+    return [ascii.get(token, token.replace("\u2581", " ")) for token in tokens]

@@ -13,14 +13,14 @@ from chatllama.config.model import ChatSection
 from chatllama.text.chat_format import end_of_turn_ids, render
 from chatllama.text.encoding import decode, encode
 from data.caching import code_digest, num_workers
-from data.checking.report import Findings, SourceHealth, percentiles
+from data.checking.report import MESSAGES, Findings, SourceFigures, percentiles
 from data.decontaminate import record_texts
 from data.tokenize import fit, nothing_within
 
 
 @dataclass(frozen=True)
 class TokenRules:
-    """What the ids of a record are judged by."""
+    """Special ids that the checks of a record need."""
 
     bos_id: int | None
     end_ids: list[int]
@@ -36,7 +36,7 @@ def sequence_problems(
         ids: (T,) of the conversation.
         mask: (T,) True on the tokens that are trained.
         prompt_ids: of the same conversation without its last answer, open for it.
-        rules: what to judge by.
+        rules: the special ids.
     """
     problems: list[str] = []
     if not any(mask):
@@ -53,13 +53,11 @@ def sequence_problems(
     return problems
 
 
-MESSAGES = {
-    "trains_nothing": "no token of the record is trained",
-    "trains_everything": "every token is trained, the prompt too",
-    "label_without_eos": "an answer does not end with the EOS, so that stopping is never learnt",
-    "double_bos": "two BOS in a row",
-    "prompt_is_no_prefix": "the prompt's tokens do not begin those of prompt and answer",
-}
+_MEASURED = Features(
+    dict.fromkeys(("length", "tokens", "trained"), Value("int64"))
+    | dict.fromkeys(("cut", "where"), Value("string"))
+    | {"problems": List(Value("string"))}
+)
 
 
 @dataclass(frozen=True)
@@ -76,78 +74,53 @@ def check_tokens(
     good: Dataset,
     tokenizer: PreTrainedTokenizerFast,
     chat: ChatSection,
-    health: SourceHealth,
+    figures: SourceFigures,
     findings: Findings,
 ) -> CheckedTokens:
-    """Lengths and failed checks of every record; the defects go into `findings`.
+    """Lengths and failed checks of every usable row of `read_rows`.
 
-    Args:
-        good: usable rows of `read_rows`.
-        tokenizer: of the run.
-        chat: layout.
-        health: of the source, with its limit; its figures are filled in.
-        findings: collects.
+    Fills in the source's figures, which hold its limit; the defects go into `findings`.
     """
     bos = tokenizer.bos_token_id
     rules = TokenRules(bos if isinstance(bos, int) else None, end_of_turn_ids(tokenizer, chat))
     shown = good.map(
         _measure,
-        features=Features(
-            {
-                "length": Value("int64"),
-                "tokens": Value("int64"),
-                "trained": Value("int64"),
-                "problems": List(Value("string")),
-                "cut": Value("string"),
-                "where": Value("string"),
-            }
-        ),
+        features=_MEASURED,
         remove_columns=good.column_names,
-        fn_kwargs={
-            "tokenizer": tokenizer,
-            "chat": chat,
-            "rules": rules,
-            "limit": health.max_length,
-            "code": code_digest(),
-        },
+        fn_kwargs={"tokenizer": tokenizer, "chat": chat, "rules": rules}
+        | {"limit": figures.max_length, "code": code_digest()},
         num_proc=num_workers(len(good)),
     )
     lengths: list[int] = shown["length"][:]
-    health.num_tokens = sum(shown["tokens"][:])
-    health.num_trained_tokens = sum(shown["trained"][:])
-    health.lengths = percentiles(lengths)
+    figures.num_tokens = sum(shown["tokens"][:])
+    figures.num_trained_tokens = sum(shown["trained"][:])
+    figures.lengths = percentiles(lengths)
     first: list[str] = []
     for where, problems in zip(shown["where"][:], shown["problems"][:], strict=True):
         first.append("")
         for problem in problems:
             name, _, reason = problem.partition(": ")
-            message = MESSAGES.get(name, "cannot be laid out")
-            example = f"{where}: {reason}" if reason else where
-            findings.add("error", name, health.name, message, example)
-            first[-1] = first[-1] or message
+            findings.add(name, figures.name, f"{where}: {reason}" if reason else where)
+            first[-1] = first[-1] or MESSAGES[name]
     for where, length, cut in zip(shown["where"][:], lengths, shown["cut"][:], strict=True):
         if cut:
-            health.truncated += 1
-            message = f"over {health.max_length} tokens: {cut}"
-            findings.add("warning", "truncated", health.name, message, f"{where}: {length} tokens")
-    _check_characters(good, tokenizer, health, findings)
+            figures.truncated += 1
+            message = f"over {figures.max_length} tokens: {cut}"
+            findings.add("truncated", figures.name, f"{where}: {length} tokens", message)
+    _check_characters(good, tokenizer, figures, findings)
     return CheckedTokens(lengths, first)
 
 
 def _check_characters(
-    good: Dataset,
-    tokenizer: PreTrainedTokenizerFast,
-    health: SourceHealth,
-    findings: Findings,
+    good: Dataset, tokenizer: PreTrainedTokenizerFast, figures: SourceFigures, findings: Findings
 ) -> None:
     counts: Counter[str] = Counter()
     for row in good:
         counts.update("".join(record_texts(row)))  # pyright: ignore[reportArgumentType]
     dropped = {char: n for char, n in counts.items() if drops(tokenizer, char)}
     for char, count in sorted(dropped.items(), key=lambda item: -item[1]):
-        message = "a character that the tokenizer drops"
         example = f"{char!r} (U+{ord(char):04X}), {count} times"
-        findings.add("warning", "dropped_character", health.name, message, example)
+        findings.add("dropped_character", figures.name, example)
 
 
 def drops(tokenizer: PreTrainedTokenizerFast, char: str) -> bool:
@@ -175,7 +148,7 @@ def _measure(
         return {**figures, "problems": [], "cut": "", "where": row["where"]}
     lengths, trained, problems = [0], 0, list[str]()
     try:
-        for conversation in _conversations(row):
+        for conversation in conversations(row):
             asked = conversation[:-1] if conversation[-1]["role"] == "assistant" else conversation
             prompt = render(tokenizer, chat, asked, add_generation_prompt=True)
             if asked is conversation:
@@ -207,10 +180,9 @@ def _cut(
     return changed if any(mask) else f"left out, {nothing_within(limit)}"
 
 
-def _conversations(row: dict[str, Any]) -> list[list[Any]]:
-    """Every sequence that a row becomes."""
+def conversations(row: dict[str, Any]) -> list[list[Any]]:
+    """Every sequence that a row of messages or ranked answers becomes."""
     if row.get("answers"):
-        return [
-            [*row["prompt"], {"role": "assistant", "content": answer}] for answer in row["answers"]
-        ]
+        prompt = row["prompt"]
+        return [[*prompt, {"role": "assistant", "content": text}] for text in row["answers"]]
     return [row["messages"]]

@@ -1,4 +1,4 @@
-"""The data doctor finds every planted defect, and none in clean data."""
+"""The data check finds every planted defect, and none in clean data."""
 
 import json
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from chatllama.config.schema import Config
 from chatllama.text.tokenizer import load_tokenizer
 from data.checking.check import Examination, examine
 from data.checking.clean import write_cleaned
+from data.checking.report import MESSAGES
 from data.checking.show import page, shown_records
 from data.checking.tokens import TokenRules, drops, sequence_problems
 
@@ -174,9 +175,9 @@ def test_template_without_eos_is_found_in_every_record(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from chatllama.text.chat_format import Rendered
-    from data.checking import tokens as doctor_tokens
+    from data.checking import tokens as token_checks
 
-    original = doctor_tokens.render
+    original = token_checks.render
 
     def broken(*args: Any, **options: Any) -> Rendered:
         rendered = original(*args, **options)
@@ -184,7 +185,7 @@ def test_template_without_eos_is_found_in_every_record(
             return rendered
         return Rendered([BOS, *rendered.ids[:-1]], [False, *rendered.mask[:-1]])
 
-    monkeypatch.setattr(doctor_tokens, "render", broken)
+    monkeypatch.setattr(token_checks, "render", broken)
     checks = found(examine(config(sft={"data": SFT}), tokenizer))
     assert checks["label_without_eos"] == ("error", 12) and checks["double_bos"] == ("error", 12)
     assert checks["prompt_is_no_prefix"] == ("error", 12)
@@ -198,9 +199,9 @@ def test_fix_drops_what_breaks_a_rule_of_tokens(
 ) -> None:
     """The layout breaks a rule for six of the records, another one for each."""
     from chatllama.text.chat_format import Rendered
-    from data.checking import tokens as doctor_tokens
+    from data.checking import tokens as token_checks
 
-    original = doctor_tokens.render
+    original = token_checks.render
 
     def broken(tokenizer: Any, chat: Any, messages: Any, **options: Any) -> Rendered:
         rendered = original(tokenizer, chat, messages, **options)
@@ -219,7 +220,7 @@ def test_fix_drops_what_breaks_a_rule_of_tokens(
             return Rendered([*rendered.ids, 5], [*rendered.mask, False])
         return rendered
 
-    monkeypatch.setattr(doctor_tokens, "render", broken)
+    monkeypatch.setattr(token_checks, "render", broken)
     cfg = config(sft={"data": SFT})
     examination = examine(cfg, tokenizer)
     checks = (
@@ -230,8 +231,7 @@ def test_fix_drops_what_breaks_a_rule_of_tokens(
     cleaned = write_cleaned(cfg, tmp_path / "config.yaml", examination, tmp_path / "cleaned")
     assert (cleaned.num_kept, cleaned.num_dropped) == (6, 6)
     dropped = [json.loads(line) for line in cleaned.log.read_text().splitlines()]
-    messages = {"cannot_be_rendered": "cannot be laid out", **doctor_tokens.MESSAGES}
-    assert [entry["reason"] for entry in dropped] == [messages[check] for check in checks]
+    assert [entry["reason"] for entry in dropped] == [MESSAGES[check] for check in checks]
     assert examine(load_config(cleaned.config), tokenizer).report.exit_code == 0
 
 
@@ -255,14 +255,14 @@ def test_dropped_characters(
 ) -> None:
     tokenizer = load_tokenizer(tiny_tokenizer_dir)
     assert not drops(tokenizer, "\u6f22") and not drops(tokenizer, " ")  # byte fallback
-    from data.checking import tokens as doctor_tokens
+    from data.checking import tokens as token_checks
 
-    original = doctor_tokens.encode
+    original = token_checks.encode
 
     def without_bytes(given: Any, text: str) -> list[int]:
         return [given.unk_token_id] if text == "\u6f22" else original(given, text)
 
-    monkeypatch.setattr(doctor_tokens, "encode", without_bytes)
+    monkeypatch.setattr(token_checks, "encode", without_bytes)
     cfg = config(sft={"data": [*SFT, ask("What is \u6f22?", "A \u6f22.")]})
     (finding,) = examine(cfg, tokenizer).report.findings
     assert finding.check == "dropped_character"
@@ -342,11 +342,11 @@ def test_show_colours_what_is_trained(
     cfg = config(sft={"data": [ask("Is <b> & </s> bold?", "Yes, it is.")], "max_length": 9},
                  reward={"data": PAIRS}, ppo={"data": PROMPTS})  # fmt: skip
     (one,) = shown_records(cfg, tokenizer, "sft", 3)
-    trained = "".join(text for text, is_trained, _ in one.pieces if is_trained)
+    trained = "".join(text for text, is_trained, _ in one.tokens if is_trained)
     assert trained.strip() == "Yes, it is.</s>"
-    assert one.over == len(one.pieces) - 9
+    assert one.over == len(one.tokens) - 9
     # </s> in the user's text is no control token; the real one is.
-    controls = [text for text, _, control in one.pieces if control]
+    controls = [text for text, _, control in one.tokens if control]
     assert controls == ["<s>", "</s>"]
     text = page([one])
     assert "&lt;" in text and "<b>" not in text and 'class="t c"' in text
