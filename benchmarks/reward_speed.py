@@ -134,7 +134,7 @@ def run_trl(arguments: argparse.Namespace, examples: Dataset) -> None:
 
     torch.manual_seed(arguments.seed)  # the score head is drawn
     recorder = Recorder()
-    config = lora_config(LORA, "default")
+    config = lora_config(LORA)
     config.task_type = "SEQ_CLS"
     pairs = examples.map(
         lambda row: {"chosen_ids": row["answer_ids"][0], "rejected_ids": row["answer_ids"][1]},

@@ -134,7 +134,7 @@ def run_bare(arguments: argparse.Namespace, documents: Dataset) -> None:
     _, rows = our_rows(arguments, documents, True)
     llama = AutoModelForCausalLM.from_pretrained(arguments.work / "model", dtype=torch.float32)
     torch.manual_seed(arguments.seed)
-    model = get_peft_model(llama, lora_config(LORA, "policy"), adapter_name="policy")
+    model = get_peft_model(llama, lora_config(LORA), adapter_name="policy")
     counted = Counted(RowCollator(0))
     starts = range(0, (arguments.steps + 1) * ROWS, ROWS)
     batches = (counted([rows.train[i] for i in range(at, at + ROWS)]) for at in starts)
@@ -159,7 +159,7 @@ def run_trl(arguments: argparse.Namespace, documents: Dataset, packing: bool) ->
         ),
         train_dataset=documents.rename_column("mask", "completion_mask"),
         processing_class=load_tokenizer(arguments.work / "model"),
-        peft_config=lora_config(LORA, "default"),
+        peft_config=lora_config(LORA),
         callbacks=[recorder],
     )
     trainer.data_collator = counted = Counted(trainer.data_collator)

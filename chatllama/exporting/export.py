@@ -28,13 +28,7 @@ from chatllama.inference.load import load_run, reward_role
 from chatllama.inference.options import find_role
 from chatllama.model.adapters import SavedAdapter, load_adapter, save_adapter
 from chatllama.model.roles import Role
-from chatllama.model.weight_files import (
-    ModelFiles,
-    local_folder,
-    merged,
-    open_model,
-    write_model,
-)
+from chatllama.model.weight_files import ModelFiles, local_folder, merged, open_model, write_model
 from chatllama.runs.folder import INFO, RunFolder, base_path
 from chatllama.runtime.files import replace_folder, write_json
 from chatllama.text.chat_format import Message, end_of_turn_ids

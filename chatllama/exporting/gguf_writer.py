@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from chatllama.config.model import ChatSection
@@ -35,13 +36,9 @@ _LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_WHOLE = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-}
+_WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
-_Tensor = tuple[tuple[int, ...], torch.dtype, Callable[[], torch.Tensor]]
+_Tensor = tuple[tuple[int, ...], torch.dtype, Callable[[], Tensor]]
 """Shape, type as written, and what gives it."""
 # How LLaMA-3 parts text before its merges; llama.cpp knows it as `llama-bpe`.
 LLAMA3_SPLIT = (
@@ -154,7 +151,7 @@ def gguf_name(name: str) -> str:
     raise ValueError(f"GGUF: llama.cpp's llama has no tensor for {name}")
 
 
-def interleaved(rows: torch.Tensor, name: str, config: LlamaConfig) -> torch.Tensor:
+def interleaved(rows: Tensor, name: str, config: LlamaConfig) -> Tensor:
     """Query or key rows (H * C, ...) in Meta's order; other tensors as they are.
 
     The inverse of `meta.checkpoint.halves_together`.
@@ -166,14 +163,11 @@ def interleaved(rows: torch.Tensor, name: str, config: LlamaConfig) -> torch.Ten
     return rows.unflatten(0, (heads[part], 2, -1)).transpose(1, 2).reshape(rows.shape)
 
 
-def _getter(files: ModelFiles, name: str, config: LlamaConfig) -> Callable[[], torch.Tensor]:
+def _getter(files: ModelFiles, name: str, config: LlamaConfig) -> Callable[[], Tensor]:
     return lambda: interleaved(files.tensor(name), name, config)
 
 
-def _write(
-    writer: "GGUFWriter",
-    tensors: Mapping[str, _Tensor],
-) -> None:
+def _write(writer: "GGUFWriter", tensors: Mapping[str, _Tensor]) -> None:
     """Header, then one tensor after another: one is in memory at a time."""
     from gguf import GGMLQuantizationType
 
@@ -219,14 +213,14 @@ def _add_shape(writer: "GGUFWriter", config: LlamaConfig) -> None:
         writer.add_rope_scaling_factor(float(rope["factor"]))
 
 
-def _rope_factors(config: LlamaConfig) -> torch.Tensor | None:
+def _rope_factors(config: LlamaConfig) -> Tensor | None:
     """By how much LLaMA-3.1 slows each frequency: (C / 2,) float32; None without that scaling."""
     rope = cast(dict[str, Any], config.rope_parameters)
     if rope.get("rope_type") != "llama3":
         return None
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    scaled = cast(torch.Tensor, LlamaRotaryEmbedding(config).inv_freq)
+    scaled = cast(Tensor, LlamaRotaryEmbedding(config).inv_freq)
     steps = torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled))
     return float(rope["rope_theta"]) ** -steps / scaled
 

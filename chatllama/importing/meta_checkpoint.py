@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 import torch
+from torch import Tensor
 from torch.nn.functional import embedding
 from transformers import (
     GenerationConfig,
@@ -134,7 +135,7 @@ def hf_name(name: str) -> str:
     return f"model.layers.{layer}.{_NAMES[inner]}"
 
 
-def halves_together(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
+def halves_together(rows: Tensor, num_heads: int) -> Tensor:
     """Query or key matrix (H * C, D) with each head's even rows before its odd ones.
 
     Meta rotates channels 2i and 2i + 1 of a head, Hugging Face channels i and i + C / 2.
@@ -254,7 +255,7 @@ def _write(
         wanted = LlamaForCausalLM(config).state_dict()
     assert {name: tuple(tensor.shape) for name, tensor in wanted.items()} == shapes
 
-    def converted(name: str) -> torch.Tensor:
+    def converted(name: str) -> Tensor:
         meta = metas[name]
         tensor = shards.tensor(meta)
         if not torch.isfinite(tensor).all():
@@ -284,7 +285,7 @@ def _check(
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(shards.vocab_size, (count,), generator=generator)
 
-    def weight(name: str) -> torch.Tensor:
+    def weight(name: str) -> Tensor:
         return shards.tensor(name).to(dtype).float()
 
     expected = reference_logits(params, weight, tokens)
@@ -299,7 +300,7 @@ def _check(
 
 
 @torch.no_grad()
-def _written_logits(folder: Path, config: LlamaConfig, tokens: torch.Tensor) -> torch.Tensor:
+def _written_logits(folder: Path, config: LlamaConfig, tokens: Tensor) -> Tensor:
     """Logits (T, V) float32 of transformers' LLaMA, with one of its layers in memory at a time."""
     weight = open_model(folder).tensor
     single = copy.deepcopy(config)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import silu
 
 # Of the training job, not of the model.
@@ -35,7 +36,7 @@ KNOWN = (
     "use_scaled_rope",
 )
 ASSUMED_POSITIONS = 2048
-Weight = Callable[[str], torch.Tensor]
+Weight = Callable[[str], Tensor]
 """Name -> whole tensor in Meta's order, float32."""
 
 
@@ -147,7 +148,7 @@ def _number(file: Path, values: dict[str, Any], key: str) -> float:
 
 
 @torch.no_grad()
-def reference_logits(params: MetaParams, weight: Weight, tokens: torch.Tensor) -> torch.Tensor:
+def reference_logits(params: MetaParams, weight: Weight, tokens: Tensor) -> Tensor:
     """Logits after every token: (T, V) float32.
 
     Args:
@@ -168,12 +169,12 @@ def reference_logits(params: MetaParams, weight: Weight, tokens: torch.Tensor) -
     return rms_norm(hidden, weight("norm.weight"), params.norm_eps) @ weight("output.weight").T
 
 
-def rms_norm(hidden: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(hidden: Tensor, scale: Tensor, eps: float) -> Tensor:
     """`hidden` (T, D) with root mean square 1 along D, times `scale` (D,)."""
     return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps) * scale
 
 
-def rotations(params: MetaParams, length: int) -> torch.Tensor:
+def rotations(params: MetaParams, length: int) -> Tensor:
     """Unit complex numbers (T, C / 2): channel pair i turns by theta^(-2i / C) a position."""
     pairs = torch.arange(0, params.head_dim, 2, dtype=torch.float32)
     speeds = params.rope_theta ** -(pairs / params.head_dim)
@@ -181,15 +182,15 @@ def rotations(params: MetaParams, length: int) -> torch.Tensor:
     return torch.polar(torch.ones_like(angles), angles)
 
 
-def rotate(heads: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+def rotate(heads: Tensor, turns: Tensor) -> Tensor:
     """`heads` (T, H, C) with channels 2i and 2i + 1 turned as one complex number."""
     pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * turns[:, None]).flatten(-2)
 
 
 def attention(
-    params: MetaParams, weight: Weight, prefix: str, hidden: torch.Tensor, turns: torch.Tensor
-) -> torch.Tensor:
+    params: MetaParams, weight: Weight, prefix: str, hidden: Tensor, turns: Tensor
+) -> Tensor:
     """What causal attention adds to `hidden` (T, D)."""
     length, width = len(hidden), params.head_dim
     queries = (hidden @ weight(prefix + "wq.weight").T).view(length, params.n_heads, width)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from chatllama.importing.meta_model import MetaParams
 
@@ -81,7 +82,7 @@ class MetaShards:
                 f"{folder}: the tokenizer has {vocab_size} tokens, the model {self.vocab_size}"
             )
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str) -> Tensor:
         """The whole tensor, in the type of the files."""
         pieces, axis = [shard[name] for shard in self._shards], self.parts[name].axis
         if axis is None or len(pieces) == 1:
@@ -160,10 +161,10 @@ class MetaShards:
         for name, dtype in wrong.items():
             raise ValueError(f"{folder}: {name} is {dtype}; known: {', '.join(map(str, DTYPES))}")
 
-    def _used(self) -> dict[str, torch.Tensor]:
+    def _used(self) -> dict[str, Tensor]:
         return {f"{n} of {i}": s[n] for i, s in enumerate(self._shards) for n in self.parts}
 
-    def _check_rope(self, file: Path, found: torch.Tensor) -> None:
+    def _check_rope(self, file: Path, found: Tensor) -> None:
         """Nothing, where stored rotation frequencies are those of rope_theta."""
         theta, head_dim = self._params.rope_theta, self._params.head_dim
         expected = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
@@ -200,7 +201,7 @@ def shard_files(folder: Path) -> list[Path]:
     return list(found.values())
 
 
-def _open(file: Path) -> dict[str, torch.Tensor]:
+def _open(file: Path) -> dict[str, Tensor]:
     """Name -> tensor, mapped into memory; no code of the file is run."""
     try:
         content: Any = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
@@ -212,13 +213,13 @@ def _open(file: Path) -> dict[str, torch.Tensor]:
         first = (str(error).splitlines() or [repr(error)])[0]
         raise ValueError(f"{file}: cut off, damaged, or no torch file: {first}") from error
     if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):
         raise ValueError(f"{file}: expected named tensors")
     return content
 
 
-def _get(shard: dict[str, torch.Tensor], name: str, file: Path) -> torch.Tensor:
+def _get(shard: dict[str, Tensor], name: str, file: Path) -> Tensor:
     if name not in shard:
         raise ValueError(f"{file}: lacks {name}, which params.json asks for")
     if not shard[name].dim():

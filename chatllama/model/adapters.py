@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from chatllama.config.model import LoraSection
 from chatllama.runs.folder import INFO
@@ -29,20 +30,20 @@ class SavedAdapter:
     """An adapter read back from its folder."""
 
     lora: LoraSection
-    state: dict[str, torch.Tensor]
+    state: dict[str, Tensor]
     """PEFT names -> float32 tensors, without the head."""
-    head: dict[str, torch.Tensor]
+    head: dict[str, Tensor]
     """`weight` (1, H) and, for a value head, `bias` (1,); empty without a head."""
     info: dict[str, Any]
-    """What chatllama.json says: `contract`, `base`, `stage` ..."""
+    """Contents of chatllama.json: `contract`, `base`, `stage` ..."""
 
 
 def save_adapter(
     folder: Path,
-    state: Mapping[str, torch.Tensor],
+    state: Mapping[str, Tensor],
     lora: LoraSection,
     info: Mapping[str, Any],
-    head: Mapping[str, torch.Tensor] | None = None,
+    head: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Replaces `folder` by the adapter, complete and checked, or leaves it as it was.
 
@@ -51,18 +52,17 @@ def save_adapter(
     value head: with one the adapter is for this project's own use.
 
     Args:
-        folder: where PEFT's `from_pretrained` will read.
-        state: PEFT names -> tensors, as `roles.adapter_state` gives them, gathered.
+        folder: read by PEFT's `from_pretrained`.
+        state: PEFT names -> gathered tensors, as from `roles.adapter_state`.
         lora: the adapter's shape.
-        info: `base` (path or hub id) and whatever else travels with the adapter.
+        info: `base` (path or hub id) and the other contents of chatllama.json.
         head: `weight` and perhaps `bias` of a scalar head.
 
     Raises:
         ValueError: a tensor is empty, all zero or not finite, or does not read back equal.
     """
-    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
-    for name, tensor in (head or {}).items():
-        tensors[HEAD_PREFIX + name] = tensor.detach().float().cpu().contiguous()
+    given = {**state, **{HEAD_PREFIX + name: tensor for name, tensor in (head or {}).items()}}
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in given.items()}
     check_tensors(tensors, str(folder))
     config = LoraConfig(
         r=lora.r,
@@ -90,19 +90,15 @@ def save_adapter(
     replace_folder(beside, folder)
 
 
-def _target_modules(lora: LoraSection, state: Mapping[str, torch.Tensor]) -> list[str]:
+def _target_modules(lora: LoraSection, state: Mapping[str, Tensor]) -> list[str]:
     """Names by which PEFT finds the adapted layers in any model class, with a head or without."""
     if lora.target_modules != "all-linear":
         return sorted(lora.target_modules)
     return sorted({name.split(".")[-3] for name in state})
 
 
-def check_tensors(tensors: Mapping[str, torch.Tensor], where: str) -> None:
-    """Refuses what a broken gather or a dead training run writes.
-
-    Raises:
-        ValueError: names the tensor and what is wrong with it.
-    """
+def check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raises ValueError for a tensor that a broken gather or a dead training run writes."""
     if not tensors:
         raise ValueError(f"{where}: the adapter holds no tensors")
     for name, tensor in tensors.items():
@@ -128,20 +124,12 @@ def load_adapter(folder: Path) -> SavedAdapter:
         info = json.loads((folder / INFO).read_text(encoding="utf-8"))
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        lora = LoraSection(
-            r=config["r"],
-            alpha=float(config["lora_alpha"]),
-            dropout=float(config["lora_dropout"]),
-            target_modules=sorted(config["target_modules"]),
-        )
+        rank, alpha = config["r"], float(config["lora_alpha"])
+        dropout, targets = float(config["lora_dropout"]), sorted(config["target_modules"])
+        lora = LoraSection(r=rank, alpha=alpha, dropout=dropout, target_modules=targets)
     except Exception as error:
         raise ValueError(f"{folder}: damaged adapter: {error!r}") from error
     check_tensors(tensors, str(folder))
-    return SavedAdapter(
-        lora=lora,
-        state={n: t for n, t in tensors.items() if not n.startswith(HEAD_PREFIX)},
-        head={
-            n.removeprefix(HEAD_PREFIX): t for n, t in tensors.items() if n.startswith(HEAD_PREFIX)
-        },
-        info=info,
-    )
+    names = [name for name in tensors if name.startswith(HEAD_PREFIX)]
+    head = {name.removeprefix(HEAD_PREFIX): tensors.pop(name) for name in names}
+    return SavedAdapter(lora, tensors, head, info)

@@ -1,4 +1,4 @@
-"""Fingerprints of weights: which base an adapter was trained on, and whether it is in use."""
+"""Fingerprints of weights: on which base an adapter was trained, and whether it is in use."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from chatllama.runs.folder import RunFolder, backbone_path, base_path
 from chatllama.runtime.files import file_hash
 
 SAMPLE = 64
-"""Bytes of each end of a tensor that a fingerprint looks at."""
+"""Bytes of each end of a tensor that a fingerprint covers."""
 
 
 def folder_hash(folder: Path) -> str | None:
@@ -34,16 +34,13 @@ def base_record(cfg: Config, run: RunFolder) -> dict[str, str | None]:
 
 
 def check_base(cfg: Config, run: RunFolder, info: dict[str, Any], where: str) -> None:
-    """Nothing, where an adapter was trained on the base that is in use.
+    """Raises ValueError if an adapter was trained on other weights than the base in use.
 
     Args:
         cfg: names the base in use.
         run: holds it, if it was made there.
-        info: of the adapter; older ones know no fingerprint.
+        info: of the adapter; older ones hold no fingerprint.
         where: the adapter's folder, for the message.
-
-    Raises:
-        ValueError: the weights are others.
     """
     path = base_path(cfg, run)
     found, expected = model_fingerprint(cfg.backbone, path), info.get("base_fingerprint")
@@ -70,10 +67,10 @@ def model_fingerprint(section: BackboneSection, path: str) -> str | None:
 
 
 def fingerprint(folder: Path) -> str | None:
-    """A hash of a model's weights that does not depend on how they are split into files.
+    """A hash of a model's weights, whatever files they are split into; None if some are missing.
 
-    It sees names, types, shapes and both ends of every tensor: any training changes it, and a 70B
-    model takes a second. None: no safetensors there, or not all of them yet.
+    Of names, types, shapes and both ends of every tensor: any training changes it, and a 70B model
+    takes a second.
     """
     entries: dict[str, bytes] = {}
     for index in folder.glob("*.safetensors.index.json"):
@@ -92,11 +89,10 @@ def fingerprint(folder: Path) -> str | None:
                     continue
                 begin, end = (8 + length + offset for offset in entry["data_offsets"])
                 size = min(SAMPLE, end - begin)
-                file.seek(begin)
-                ends = file.read(size)
-                file.seek(end - size)
-                ends += file.read(size)
-                entries[name] = f"{entry['dtype']}{entry['shape']}".encode() + ends
+                entries[name] = f"{entry['dtype']}{entry['shape']}".encode()
+                for place in (begin, end - size):
+                    file.seek(place)
+                    entries[name] += file.read(size)
     if not entries:
         return None
     digest = hashlib.sha256()

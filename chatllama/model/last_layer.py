@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, rotate_half
@@ -19,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, rotate_h
 class Wanted:
     """Positions that are read, in rows laid end to end."""
 
-    places: torch.Tensor
+    places: Tensor
     """(N,) int64, rising."""
     counts: Sequence[int]
     """How many of each row; they sum to N."""
@@ -31,8 +32,8 @@ class LastLayer(LlamaDecoderLayer):
     """transformers' layer; with `wanted`, (B, T, H) -> (1, N, H)."""
 
     def forward(
-        self, hidden_states: torch.Tensor, *args: Any, wanted: Wanted | None = None, **kwargs: Any
-    ) -> torch.Tensor:
+        self, hidden_states: Tensor, *args: Any, wanted: Wanted | None = None, **kwargs: Any
+    ) -> Tensor:
         """What the layer makes of its input: everywhere, or where it is wanted."""
         if wanted is None:
             return super().forward(hidden_states, *args, **kwargs)
@@ -43,9 +44,7 @@ class LastLayer(LlamaDecoderLayer):
         states = hidden_states.flatten(0, 1)[wanted.places][None] + attended
         return states + self.mlp(self.post_attention_layernorm(states))
 
-    def _attended(
-        self, normed: torch.Tensor, wanted: Wanted, cosines: torch.Tensor, sines: torch.Tensor
-    ) -> torch.Tensor:
+    def _attended(self, normed: Tensor, wanted: Wanted, cosines: Tensor, sines: Tensor) -> Tensor:
         """What attention adds to the wanted positions: (1, N, H).
 
         Args:

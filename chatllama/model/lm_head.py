@@ -8,7 +8,7 @@ memory at a time, and backward needs one vector per token.
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
@@ -29,13 +29,13 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
         temperature: float,
         chunk: int,
         summed: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
         second = torch.empty_like(logprobs, dtype=torch.bool if summed else None)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
@@ -81,7 +81,7 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *gradients: torch.Tensor
+        ctx: Any, *gradients: Tensor
     ) -> Any:
         slopes, weight_slopes = ctx.saved_tensors
         if slopes is not None:
@@ -92,8 +92,8 @@ class _ChunkedHead(torch.autograd.Function):
 
 
 def token_logprobs(
-    head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the targets under softmax(logits / temperature), and entropies in nats.
 
     Both (N,) float32; the entropies carry no gradient. All happens inside the head's own call,
@@ -109,7 +109,7 @@ def token_logprobs(
     if type(head) is nn.Linear and not head.weight.requires_grad:
         weight = head.weight
 
-        def scores(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def scores(states: Tensor) -> tuple[Tensor, Tensor]:
             return _ChunkedHead.apply(states, weight, targets, temperature, CHUNK_ELEMENTS, False)
 
         return call_inside([head], scores, hidden)
@@ -123,17 +123,14 @@ def token_logprobs(
 class TokenLoss(NamedTuple):
     """Result of one forward pass for the tokens that train."""
 
-    loss_sum: torch.Tensor
+    loss_sum: Tensor
     """() float32, nats summed over the tokens."""
-    num_correct: torch.Tensor
+    num_correct: Tensor
     """() int64, tokens that were the likeliest of the vocabulary."""
 
 
 def token_loss(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    max_logits: int | None = None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, max_logits: int | None = None
 ) -> TokenLoss:
     """Cross-entropy of the targets, summed, without ever holding all their logits.
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from peft.tuners import lora
-from torch import nn
+from torch import Tensor, nn
 
 from chatllama.runtime.distributed import call_inside
 
@@ -19,19 +19,14 @@ class _MergedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        down: torch.Tensor,
-        up: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: float
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, down, up)
         ctx.scale = scale
         return x @ torch.addmm(weight, up, down, alpha=scale).T
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, down, up = ctx.saved_tensors
         slope = gradients[0].flatten(0, -2)
         inputs = x.flatten(0, -2)
@@ -50,7 +45,7 @@ class MergingLinear(lora.Linear):
 
     merges = False
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in) -> (..., out), as PEFT's layer but for rounding."""
         if not self.merges or args or kwargs or self.disable_adapters:
             return super().forward(x, *args, **kwargs)
@@ -62,7 +57,7 @@ class MergingLinear(lora.Linear):
             for module in (self.base_layer, self.lora_A[name], self.lora_B[name])
         )
 
-        def product(x: torch.Tensor) -> torch.Tensor:
+        def product(x: Tensor) -> Tensor:
             # Views, so that backward hands the two gradients on one after another. Both at once,
             # their order would be a matter of chance, and ZeRO-2 relies on ranks agreeing in it.
             views = (part.weight.view_as(part.weight) for part in (down, up))
@@ -72,7 +67,7 @@ class MergingLinear(lora.Linear):
         split = hasattr(base.weight, "ds_id")
         return call_inside([base, down, up] if split else [], product, x)
 
-    def _pays(self, x: torch.Tensor, name: str) -> bool:
+    def _pays(self, x: Tensor, name: str) -> bool:
         """Whether the shortcut is exact but for rounding, and not slower.
 
         Sums in bfloat16 would round the adapter away. Under ZeRO-3 all ranks must go the same way,

@@ -15,7 +15,7 @@ from itertools import accumulate
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -61,15 +61,15 @@ def packed_rows(attention: str | None, lengths: Sequence[int] | None) -> dict[st
 
 def attend(
     module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     row_lengths: Sequence[int] | None = None,
-    row_bounds: torch.Tensor | None = None,
+    row_bounds: Tensor | None = None,
     longest_row: int = 0,
     **settings: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """Attention (B, T, heads, D): transformers' `sdpa`, or within the rows of a packed batch.
 
     Args:
@@ -91,7 +91,7 @@ def attend(
         bounds = (row_bounds, row_bounds, longest_row, longest_row)
         causal = {"window_size": (-1, 0), "enable_gqa": True}
         output = varlen.varlen_attn(q, k, v, *bounds, scale=settings["scaling"], **causal)
-        return cast(torch.Tensor, output)[None], None
+        return cast(Tensor, output)[None], None
     if row_lengths is not None:
         rows = zip(*(x.split(list(row_lengths), dim=2) for x in (query, key, value)), strict=True)
         outputs = [sdpa_attention_forward(module, q, k, v, None, **settings)[0] for q, k, v in rows]

@@ -1,7 +1,7 @@
-"""Four roles on one backbone: which adapter and which head act.
+"""Four roles on one backbone: the active adapter and the scalar heads.
 
-The only module that knows PEFT adapter names. Everything else says `with acting_as(model, role):`
-or calls the functions of `scoring.py`. It never trains, samples or writes files.
+The only module with PEFT adapter names. Everything else says `with acting_as(model, role):` or
+calls the functions of `scoring.py`. Nothing here trains, samples or writes files.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from chatllama.config.model import LoraSection
@@ -27,10 +27,10 @@ Role = str
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a role starts from: an adapter's shape and, if it continues another, its tensors."""
+    """An adapter's shape and, if it continues another, its tensors."""
 
     lora: LoraSection
-    state: Mapping[str, torch.Tensor] | None = None
+    state: Mapping[str, Tensor] | None = None
     """PEFT names -> tensors; None: a new adapter, which changes nothing yet (B = 0)."""
     trainable: bool = False
 
@@ -40,8 +40,8 @@ class RoleModel(nn.Module):
 
     Args:
         backbone: the LLaMA; its weights are frozen here.
-        adapters: role -> adapter, in the order in which they are made. A role left out acts
-            without adapter (`base` always; `reference` after full fine-tuning).
+        adapters: role -> adapter, in the order in which they are made. A role left out has no
+            adapter (`base` always; `reference` after full fine-tuning).
         heads: roles that get a scalar head.
         shared: role -> role whose adapter it uses (value head on the policy's trunk).
         dropout: whether the adapters keep their dropout (SFT and reward training only).
@@ -63,7 +63,7 @@ class RoleModel(nn.Module):
         trim_last_layer(backbone)
         self.backbone: LlamaForCausalLM | PeftModel = backbone
         for role, adapter in adapters.items():
-            self._make_adapter(role, lora_config(adapter.lora, role, dropout))
+            self._make_adapter(role, lora_config(adapter.lora, dropout=dropout))
         self.heads = nn.ModuleDict(
             {role: ScalarHead(backbone.config.hidden_size, role == "value") for role in heads}
         )
@@ -71,6 +71,8 @@ class RoleModel(nn.Module):
             self.adapter_names[role] = self.adapter_names[source]
         self._lora_layers = _lora_layers(self.backbone)
         self.lora = {role: adapter.lora for role, adapter in adapters.items()}
+        self.acting: Role = "base"
+        """The role whose adapter is active."""
         self.trainable_roles = tuple(r for r, a in adapters.items() if a.trainable)
         for role, adapter in adapters.items():
             if adapter.state is not None:
@@ -80,26 +82,24 @@ class RoleModel(nn.Module):
         trains_head = {r: r in self.trainable_roles or r in (shared or {}) for r in heads}
         for role, head in self.heads.items():
             head.requires_grad_(trains_head[role])
-        self._acting: Role = "base"
         _activate(self, "base")
 
     def _make_adapter(self, role: Role, config: LoraConfig) -> None:
         if isinstance(self.backbone, PeftModel):
             self.backbone.add_adapter(role, config)
         else:
-            wrapped = get_peft_model(self.backbone, config, adapter_name=role)
-            self.backbone = cast(PeftModel, wrapped)
+            self.backbone = cast(PeftModel, get_peft_model(self.backbone, config, role))
         self.adapter_names[role] = role
 
     def add(self, role: Role, adapter: Adapter) -> None:
-        """One more role, frozen and for inference, while the model is in use.
+        """Adds a frozen role to a model that is in use.
 
         Raises:
             ValueError: the adapter does not fit the backbone; nothing has changed then.
         """
         assert role not in self.adapter_names and adapter.state is not None and not self.training
         try:
-            self._make_adapter(role, lora_config(adapter.lora, role))
+            self._make_adapter(role, lora_config(adapter.lora))
             self._lora_layers = _lora_layers(self.backbone)
             _load_state(self, role, adapter.state)
         except ValueError:
@@ -107,21 +107,21 @@ class RoleModel(nn.Module):
             raise
         self.lora[role] = adapter.lora
         self.eval().requires_grad_(False)
-        _activate(self, self._acting)
+        _activate(self, self.acting)
 
     def remove(self, role: Role) -> None:
-        """Forgets a role that `add` made; it must not be acting."""
-        assert role != self._acting
+        """Removes a role that `add` made; its adapter must not be active."""
+        assert role != self.acting
         self.adapter_names.pop(role, None)
         self.lora.pop(role, None)
         if role in self.peft_model.peft_config:
             self.peft_model.delete_adapter(role)
         self._lora_layers = _lora_layers(self.backbone)
-        _activate(self, self._acting)
+        _activate(self, self.acting)
 
     @property
     def peft_model(self) -> PeftModel:
-        """PEFT's own model, which holds the adapters; there must be one."""
+        """PEFT's model, which holds the adapters; there must be one."""
         assert isinstance(self.backbone, PeftModel)
         return self.backbone
 
@@ -132,16 +132,11 @@ class RoleModel(nn.Module):
             return cast(LlamaForCausalLM, self.backbone.get_base_model())
         return self.backbone
 
-    @property
-    def acting(self) -> Role:
-        """The role whose adapter is in force."""
-        return self._acting
-
     def enable_gradient_checkpointing(self) -> None:
         """Trades time for memory; the recomputation runs under the role of its forward pass."""
 
         def contexts() -> tuple:
-            return nullcontext(), acting_as(self, self._acting)
+            return nullcontext(), acting_as(self, self.acting)
 
         # The older of two names: transformers 5.20, the last for Python 3.10, has no other.
         self.llama.gradient_checkpointing_enable(
@@ -149,18 +144,13 @@ class RoleModel(nn.Module):
         )
 
     def forward(self, function: Callable[..., T], *args: object) -> T:
-        """Runs a function of `scoring.py` inside the training engine's forward pass.
-
-        Args:
-            function: takes the model first.
-            *args: its other arguments.
-        """
+        """Runs `function(model, *args)` of `scoring.py` inside the engine's forward pass."""
         return function(self, *args)
 
 
 @contextmanager
 def acting_as(model: RoleModel, role: Role) -> Iterator[None]:
-    """The model computes as `role` inside; the role before comes back at the end.
+    """Makes the role's adapter the active one inside; the one before comes back at the end.
 
     Only names switch: no parameter's requires_grad changes (that would break ZeRO).
 
@@ -187,15 +177,11 @@ def mergeable(model: RoleModel) -> bool:
 def merged_as(model: RoleModel, role: Role) -> Iterator[None]:
     """As `acting_as`, with the adapter's product inside the weights, for inference.
 
-    The sums stand beside the base, which is not written to: what comes back at the end is the very
-    memory that was there. Costs a second copy of the adapted matrices while it lasts.
-
-    Args:
-        model: holds the role; must be `mergeable`.
-        role: who acts.
+    The model must be `mergeable`. The base is not written to: the sums are a second copy of the
+    adapted matrices, and the weights are their old memory again at the end.
     """
     assert mergeable(model)
-    originals: list[tuple[nn.Parameter, torch.Tensor]] = []
+    originals: list[tuple[nn.Parameter, Tensor]] = []
     with acting_as(model, role):
         name = model.adapter_names[role]
         try:
@@ -225,11 +211,11 @@ def _activate(model: RoleModel, role: Role) -> None:
         layer._disable_adapters = name is None
         if name is not None:
             layer._active_adapter = [name]
-    model._acting = role
+    model.acting = role
 
 
-def lora_config(lora: LoraSection, role: Role, dropout: bool = False) -> LoraConfig:
-    """The PEFT configuration of a role's adapter, in memory: plain LoRA, no extras."""
+def lora_config(lora: LoraSection, *, dropout: bool = False) -> LoraConfig:
+    """The PEFT configuration of an adapter, in memory: plain LoRA, no extras."""
     config = LoraConfig(
         r=lora.r,
         lora_alpha=cast(int, lora.alpha),
@@ -238,28 +224,31 @@ def lora_config(lora: LoraSection, role: Role, dropout: bool = False) -> LoraCon
         task_type="CAUSAL_LM",
         bias="none",
     )
-    # An experimental name of PEFT's (pinned; tests/model/test_lora.py).
+    # An experimental name of PEFT's (pinned by tests/model/test_lora.py).
     config._register_custom_module(cast(Any, {nn.Linear: make_layer}))
     return config
 
 
 def adapter_parameters(model: RoleModel, role: Role) -> list[nn.Parameter]:
     """Parameters of the role's own adapter, without its head."""
-    marks = (f".lora_A.{role}.", f".lora_B.{role}.")
-    return [p for n, p in model.backbone.named_parameters() if any(m in n for m in marks)]
+    return list(_named_parameters(model, role).values())
 
 
-def adapter_state(model: RoleModel, role: Role) -> dict[str, torch.Tensor]:
+def adapter_state(model: RoleModel, role: Role) -> dict[str, Tensor]:
     """PEFT's names -> tensors of the role's adapter (not copied). Gather first under ZeRO-3."""
+    return {name: parameter.detach() for name, parameter in _named_parameters(model, role).items()}
+
+
+def _named_parameters(model: RoleModel, role: Role) -> dict[str, nn.Parameter]:
     marks = (f".lora_A.{role}.", f".lora_B.{role}.")
     return {
-        name.replace(f".{role}.weight", ".weight"): parameter.detach()
+        name.replace(f".{role}.weight", ".weight"): parameter
         for name, parameter in model.backbone.named_parameters()
         if any(mark in name for mark in marks)
     }
 
 
-def _load_state(model: RoleModel, role: Role, state: Mapping[str, torch.Tensor]) -> None:
+def _load_state(model: RoleModel, role: Role, state: Mapping[str, Tensor]) -> None:
     own = adapter_state(model, role)
     if own.keys() != state.keys():
         missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -277,14 +266,14 @@ def _load_state(model: RoleModel, role: Role, state: Mapping[str, torch.Tensor])
 
 
 def autocast(model: RoleModel) -> torch.autocast:
-    """Matrix products in the backbone's type: adapters and heads themselves stay float32."""
+    """Matrix products in the backbone's type; adapters and heads themselves stay float32."""
     kind = model.llama.dtype
     half = kind in (torch.bfloat16, torch.float16)
     return torch.autocast(model.llama.device.type, kind if half else torch.bfloat16, enabled=half)
 
 
 class ScalarHead(nn.Linear):
-    """One float32 number per position, whatever the type of the backbone.
+    """One float32 number per position, in any type of backbone.
 
     Weights start from N(0, 1 / sqrt(H + 1)) (Stiennon 2020; Huang 2024, arXiv 2403.17031). A
     reward head has no bias, so that it loads as the `score` of a classification model.
@@ -296,7 +285,7 @@ class ScalarHead(nn.Linear):
         if bias:
             nn.init.zeros_(self.bias)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Scores of hidden states: (..., H) any float -> (...) float32."""
         with torch.autocast(input.device.type, enabled=False):
             return super().forward(input.float()).squeeze(-1)

@@ -1,40 +1,36 @@
-"""What the roles say about sequences: log-probabilities, values and rewards.
+"""Log-probabilities, values and rewards of sequences, by role.
 
 Everything here runs the model once and returns numbers; nothing trains, samples or writes files.
 
 Shapes: B sequences, P prompt, R response, T = P + R, N real tokens, H hidden. Tokens are laid out
 as left-padded prompts followed by right-padded responses, so response token t stands in column
-P + t. Tokens and masks had best be on the CPU: where things stand is then known without waiting for
-the device, which receives real tokens only. Results are on the device.
+P + t. Pass tokens and masks on the CPU: indexing needs their values and would synchronise the GPU,
+which receives real tokens only. Results are on the device.
 """
 
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from chatllama.model.last_layer import Wanted
 from chatllama.model.lm_head import token_logprobs
 from chatllama.model.packed_attention import SDPA, VARLEN, packed_rows
-from chatllama.model.roles import (
-    Role,
-    RoleModel,
-    acting_as,
-    autocast,
-)
+from chatllama.model.roles import Role, RoleModel, acting_as, autocast
 from chatllama.runtime.distributed import to_device
 
 
 def hidden_states(
-    model: RoleModel, role: Role, tokens: torch.Tensor, mask: torch.Tensor, wanted: torch.Tensor
-) -> torch.Tensor:
+    model: RoleModel, role: Role, tokens: Tensor, mask: Tensor, wanted: Tensor
+) -> Tensor:
     """Last hidden states of `role` where wanted, row after row: (N, H) in the backbone's type.
 
     Padding is not computed: real tokens go through the layers end to end, and each row sees itself.
-    Nor is, with `sdpa`, what the last layer would make of the other tokens.
+    With `sdpa` the last layer computes the wanted positions only.
 
     Args:
         model: holds the role.
-        role: whose adapter computes.
+        role: whose adapter is active.
         tokens: (B, T) int64.
         mask: (B, T) bool, True at real tokens; padding may stand on either side.
         wanted: (B, T) bool, True at N of the real tokens.
@@ -58,27 +54,27 @@ def hidden_states(
     return states if attention == SDPA else states.index_select(0, places)
 
 
-def _places(mask: torch.Tensor) -> torch.Tensor:
-    """Where a flattened mask is True: int64, on the device."""
+def _places(mask: Tensor) -> Tensor:
+    """Indices at which a flattened mask is True: int64, on the device."""
     return to_device(mask.cpu().flatten().nonzero()[:, 0])
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What one pass says about the sampled tokens; zeros outside the response mask."""
+    """Scores of the sampled tokens from one pass; zeros outside the response mask."""
 
-    logprobs: torch.Tensor
+    logprobs: Tensor
     """(B, R) float32, of the sampled tokens."""
-    entropy: torch.Tensor
+    entropy: Tensor
     """(B, R) float32, nats, without gradient."""
 
 
 def response_logprobs(
     model: RoleModel,
     role: Role,
-    tokens: torch.Tensor,
-    mask: torch.Tensor,
-    response_mask: torch.Tensor,
+    tokens: Tensor,
+    mask: Tensor,
+    response_mask: Tensor,
     temperature: float,
 ) -> TokenScores:
     """Log-probabilities of the response tokens under softmax(logits / temperature).
@@ -98,20 +94,16 @@ def response_logprobs(
 
 
 def response_values(
-    model: RoleModel, tokens: torch.Tensor, mask: torch.Tensor, response_mask: torch.Tensor
-) -> torch.Tensor:
+    model: RoleModel, tokens: Tensor, mask: Tensor, response_mask: Tensor
+) -> Tensor:
     """Values of the states BEFORE each response token: (B, R) float32, 0 outside the mask."""
     states = _before_responses(model, "value", tokens, mask, response_mask)
     return _laid_out(model.heads["value"](states), response_mask)
 
 
 def policy_and_value(
-    model: RoleModel,
-    tokens: torch.Tensor,
-    mask: torch.Tensor,
-    response_mask: torch.Tensor,
-    temperature: float,
-) -> tuple[TokenScores, torch.Tensor | None]:
+    model: RoleModel, tokens: Tensor, mask: Tensor, response_mask: Tensor, temperature: float
+) -> tuple[TokenScores, Tensor | None]:
     """Policy log-probabilities and values: one pass where both have the same trunk, else two.
 
     Values are None where the model holds no value head (advantages without a critic).
@@ -131,15 +123,10 @@ def shares_trunk(model: RoleModel) -> bool:
 
 
 def _before_responses(
-    model: RoleModel,
-    role: Role,
-    tokens: torch.Tensor,
-    mask: torch.Tensor,
-    response_mask: torch.Tensor,
-) -> torch.Tensor:
+    model: RoleModel, role: Role, tokens: Tensor, mask: Tensor, response_mask: Tensor
+) -> Tensor:
     """Hidden states that predict the response tokens, row after row."""
-    # A row's last token predicts nothing that is asked for.
-    seen = mask[:, :-1] & mask[:, 1:]
+    seen = mask[:, :-1] & mask[:, 1:]  # a row's last token predicts nothing that is read
     predicts = torch.zeros_like(seen)
     predicts[:, -response_mask.shape[1] :] = response_mask
     return hidden_states(model, role, tokens[:, :-1], seen, predicts)
@@ -148,9 +135,9 @@ def _before_responses(
 def _scores(
     model: RoleModel,
     role: Role,
-    states: torch.Tensor,
-    tokens: torch.Tensor,
-    response_mask: torch.Tensor,
+    states: Tensor,
+    tokens: Tensor,
+    response_mask: Tensor,
     temperature: float,
 ) -> TokenScores:
     targets = to_device(tokens[:, -response_mask.shape[1] :][response_mask])
@@ -160,15 +147,15 @@ def _scores(
     return TokenScores(_laid_out(logprobs, response_mask), _laid_out(entropy, response_mask))
 
 
-def _laid_out(numbers: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
+def _laid_out(numbers: Tensor, response_mask: Tensor) -> Tensor:
     """Numbers of the response tokens, row after row, as (B, R); 0 elsewhere."""
     zeros = torch.zeros(response_mask.numel(), device=numbers.device)
     return zeros.index_copy(0, _places(response_mask), numbers).view(response_mask.shape)
 
 
 def score_sequences(
-    model: RoleModel, tokens: torch.Tensor, mask: torch.Tensor, role: Role = "reward"
-) -> torch.Tensor:
+    model: RoleModel, tokens: Tensor, mask: Tensor, role: Role = "reward"
+) -> Tensor:
     """Reward of whole sequences, read at the last real token: (B,) float32.
 
     Args:
@@ -181,10 +168,10 @@ def score_sequences(
     return model.heads[role](hidden_states(model, role, tokens, mask, last))
 
 
-def visible(prompts: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+def visible(prompts: Tensor, answers: Tensor) -> Tensor:
     """Which tokens see which: (B, 1, T, T) bool, True where row i's token sees column j's.
 
-    A token sees what stands before it (and itself) in its prompt and in its own answer, as if the
+    A token sees itself and what stands before it in its prompt and in its own answer, as if the
     prompt had been repeated for every answer.
 
     Args:
@@ -200,21 +187,21 @@ def visible(prompts: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
 
 def score_shared(
     model: RoleModel,
-    tokens: torch.Tensor,
-    positions: torch.Tensor,
-    prompts: torch.Tensor,
-    answers: torch.Tensor,
-    ends: torch.Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    prompts: Tensor,
+    answers: Tensor,
+    ends: Tensor,
     role: Role = "reward",
-) -> torch.Tensor:
+) -> Tensor:
     """Rewards of answers, each read at its last token: (N,) float32.
 
     Args:
-        model: holds the role and its head; not with flash attention, which knows no such masks.
+        model: holds the role and its head; not with flash attention, which takes no such masks.
         tokens: (B, T) int64.
         positions: (B, T) int64, of each token in its own sequence of prompt and answer.
-        prompts: (B, T) int64, as for `visible`.
-        answers: (B, T) int64, as for `visible`.
+        prompts: (B, T) int64, as for `visible`; `answers` too.
+        answers: see `prompts`.
         ends: (N,) int64, where answer n ends in the rows laid end to end.
         role: which reward model.
     """

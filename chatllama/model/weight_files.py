@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from chatllama.model.adapters import SavedAdapter
 from chatllama.runtime.files import write_json
@@ -25,12 +26,12 @@ _FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Names, shapes and types of a model's tensors, and how to get one."""
+    """A model's tensors: names, shapes, types and a function that reads one."""
 
     shapes: Mapping[str, tuple[int, ...]]
     """In the order of the files."""
     dtypes: Mapping[str, torch.dtype]
-    tensor: Callable[[str], torch.Tensor]
+    tensor: Callable[[str], Tensor]
 
 
 def local_folder(path: str, revision: str | None = None) -> Path:
@@ -41,11 +42,7 @@ def local_folder(path: str, revision: str | None = None) -> Path:
 
 
 def open_model(folder: Path) -> ModelFiles:
-    """The tensors in the folder's safetensors files.
-
-    Raises:
-        ValueError: there are none, or a file is cut off.
-    """
+    """The tensors in the folder's safetensors files; ValueError for none or a damaged file."""
     places: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
@@ -63,7 +60,7 @@ def open_model(folder: Path) -> ModelFiles:
     if not places:
         raise ValueError(f"{folder}: no safetensors files")
 
-    def tensor(name: str) -> torch.Tensor:
+    def tensor(name: str) -> Tensor:
         with safe_open(places[name], framework="pt") as opened:
             return opened.get_tensor(name)
 
@@ -71,12 +68,9 @@ def open_model(folder: Path) -> ModelFiles:
 
 
 def merged(base: ModelFiles, adapter: SavedAdapter | None, dtype: torch.dtype) -> ModelFiles:
-    """The base with the adapter's products added: W + alpha / r * B A, added up in float32.
+    """The unquantised base with the adapter's products: W + alpha / r * B A, summed in float32.
 
-    Args:
-        base: tensors of the unquantised base.
-        adapter: plain LoRA. None: only the type changes.
-        dtype: of the results.
+    Without an adapter only the type changes.
 
     Raises:
         ValueError: the adapter changes a tensor that the base does not have, or of another shape.
@@ -95,7 +89,7 @@ def merged(base: ModelFiles, adapter: SavedAdapter | None, dtype: torch.dtype) -
                 f"has {base.shapes.get(name, 'no such tensor')}"
             )
 
-    def tensor(name: str) -> torch.Tensor:
+    def tensor(name: str) -> Tensor:
         weight = base.tensor(name)
         if (key := changed.get(name)) is not None:
             a, b = adapter.state[key], adapter.state[key.replace(".lora_A.", ".lora_B.")]
@@ -105,12 +99,8 @@ def merged(base: ModelFiles, adapter: SavedAdapter | None, dtype: torch.dtype) -
     return ModelFiles(base.shapes, dict.fromkeys(base.shapes, dtype), tensor)
 
 
-def cast_to(weight: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """The weight in another type.
-
-    Raises:
-        ValueError: the type does not reach that far.
-    """
+def cast_to(weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The weight in another type; ValueError if a number is too large for it."""
     converted = weight.to(dtype)
     if not torch.isfinite(converted).all():
         raise ValueError(f"{name} is too large for {dtype}: choose another --dtype")
@@ -121,18 +111,16 @@ def write_model(
     folder: Path,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
-    tensor: Callable[[str], torch.Tensor],
+    tensor: Callable[[str], Tensor],
     max_bytes: int,
 ) -> list[Path]:
-    """The files that hold a model's tensors as `from_pretrained` finds them.
-
-    One model.safetensors, or several with an index.
+    """Writes a model's tensors for `from_pretrained`: one model.safetensors, or more with an index.
 
     Args:
-        folder: where they go.
+        folder: receives the files, which are returned.
         shapes: name -> shape, in the order in which they are written.
         dtype: of all tensors.
-        tensor: gives a tensor of that name and type.
+        tensor: returns a tensor of that name and type.
         max_bytes: of a file; a single larger tensor gets a file of its own.
     """
     groups: list[list[str]] = [[]]
@@ -163,7 +151,7 @@ def write_file(
     file: Path,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
-    tensor: Callable[[str], torch.Tensor],
+    tensor: Callable[[str], Tensor],
 ) -> None:
     """One safetensors file; arguments as for `write_model`."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

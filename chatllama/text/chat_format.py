@@ -1,7 +1,7 @@
 """A conversation as token ids and a loss mask: the one contract of SFT, reward, PPO and chat.
 
-`render` is the only way from messages to ids. How a layout looks is in `templates.py`; this module
-turns it into ids, checks messages, and names the contract so that a mismatch is refused.
+`render` is the only way from messages to ids. The layouts are in `chat_templates.py`; this module
+turns them into ids, checks messages, and hashes the contract so that a mismatch is refused.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from chatllama.config.model import ChatSection
 from chatllama.text import chat_templates as templates
 from chatllama.text.chat_templates import Segment
 from chatllama.text.encoding import control_tokens, encode
-from chatllama.text.tokenizer_template import own_template
+from chatllama.text.tokenizer_template import template_segments
 
 Role = Literal["system", "user", "assistant"]
 
@@ -30,7 +30,7 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as the model sees it."""
+    """A conversation as token ids."""
 
     ids: list[int]
     """(T,) token ids, BOS included."""
@@ -43,8 +43,8 @@ _CONTROLS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
 }
 _DEFAULT_SYSTEM = {"alpaca": templates.ALPACA_SYSTEM, "vicuna": templates.VICUNA_SYSTEM}
-# Rendered into the contract's hash: turns, spaces, line breaks, digits, bytes, special strings.
-_PROBES: tuple[list[Message], ...] = (
+# Conversations of the contract's hash: turns, spaces, line breaks, digits, bytes, special strings.
+_HASHED: tuple[list[Message], ...] = (
     [{"role": "user", "content": "Hello"}],
     [{"role": "user", "content": "Hi  there\n 1234"}, {"role": "assistant", "content": "Yes."}],
     [
@@ -57,10 +57,9 @@ _PROBES: tuple[list[Message], ...] = (
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Nothing, for a conversation in order: system at most once and first, then user, assistant...
+    """Raises ValueError at the first message that is out of order or not a message.
 
-    Raises:
-        ValueError: Names the first message that is out of order or not a message.
+    In order: at most one system message first, then user and assistant in turn.
     """
     if not messages:
         raise ValueError("a conversation needs at least one message")
@@ -89,16 +88,11 @@ def render(
     special token and an answer's tokens never merge with its prompt's. Blanks around a message are
     dropped (with `template: tokenizer`: as that template does). The system prompt is the
     conversation's, else `chat.system`, else the layout's own; "" means none.
-
-    Args:
-        tokenizer: From `load_tokenizer`.
-        chat: Layout and system prompt.
-        messages: In order, as `check_messages` wants them.
-        add_generation_prompt: Open the assistant's turn after a last user message.
+    `add_generation_prompt` opens the assistant's turn after a last user message.
 
     Raises:
-        ValueError: Messages out of order, a layout whose tokens the vocabulary lacks, or an open
-            assistant turn asked for after an assistant message.
+        ValueError: messages out of order (see `check_messages`), a layout whose tokens the
+            vocabulary lacks, or a generation prompt after an assistant message.
     """
     check_messages(messages)
     if add_generation_prompt and messages[-1]["role"] != "user":
@@ -120,22 +114,19 @@ def render(
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> list[int]:
-    """Ids that end an assistant's turn: the one that `render` writes first, then the EOS.
-
-    Sampling stops at any of them.
-    """
-    answered = render(tokenizer, chat, _PROBES[1])
+    """Stop tokens of an assistant's turn: the one that `render` writes first, then the EOS."""
+    answered = render(tokenizer, chat, _HASHED[1])
     return list(dict.fromkeys([answered.ids[-1], _eos_id(tokenizer)]))
 
 
 def contract_hash(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> str:
     """16 hex digits that change with the layout, the system prompt and the tokenizer."""
-    rendered = [render(tokenizer, chat, probe) for probe in _PROBES]
+    rendered = [render(tokenizer, chat, messages) for messages in _HASHED]
     return _digest(
         [
             chat.template,
             [[r.ids, r.mask] for r in rendered],
-            render(tokenizer, chat, _PROBES[0], add_generation_prompt=True).ids,
+            render(tokenizer, chat, _HASHED[0], add_generation_prompt=True).ids,
             _vocabulary_hash(tokenizer),
             [tokenizer.pad_token_id, end_of_turn_ids(tokenizer, chat)],
         ]
@@ -143,15 +134,14 @@ def contract_hash(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> str:
 
 
 def describe_contract(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> dict[str, Any]:
-    """The contract as JSON values, to be written beside every adapter."""
+    """The contract as JSON values, saved beside every adapter."""
+    own = chat.template == "tokenizer"
     return {
         "template": chat.template,
         "system": chat.system,
         "hash": contract_hash(tokenizer, chat),
         "vocabulary_hash": _vocabulary_hash(tokenizer),
-        "chat_template_hash": (
-            _digest(tokenizer.chat_template) if chat.template == "tokenizer" else None
-        ),
+        "chat_template_hash": _digest(tokenizer.chat_template) if own else None,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -162,16 +152,13 @@ def describe_contract(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> 
 def check_contract(
     expected: dict[str, Any], tokenizer: PreTrainedTokenizerFast, chat: ChatSection, where: str
 ) -> None:
-    """Nothing, where `expected` (of `describe_contract`) is what tokenizer and chat make now.
+    """Raises ValueError, naming every difference, if the contract in use is another.
 
     Args:
-        expected: The contract that an adapter was trained under.
-        tokenizer: The one in use.
-        chat: The configuration in use.
-        where: What carries `expected`, for the message: a path or a stage.
-
-    Raises:
-        ValueError: Names every part that differs.
+        expected: of `describe_contract`, when an adapter was trained.
+        tokenizer: the one in use.
+        chat: the configuration in use.
+        where: path or stage that holds `expected`, for the message.
     """
     found = describe_contract(tokenizer, chat)
     labels = {
@@ -203,7 +190,7 @@ def _segments(
     if chat.template == "tokenizer":
         if messages[0]["role"] != "system" and chat.system is not None:
             messages = [{"role": "system", "content": chat.system}, *messages]
-        return own_template(tokenizer, messages, prompt)
+        return template_segments(tokenizer, messages, prompt)
     for name in _CONTROLS.get(chat.template, ()):
         if name not in control_tokens(tokenizer):
             raise ValueError(
@@ -227,12 +214,12 @@ def _segments(
 
 
 def default_system(chat: ChatSection) -> str:
-    """System prompt of a conversation that brings none; "" for none."""
+    """System prompt of a conversation without one; "" for none."""
     return chat.system if chat.system is not None else _DEFAULT_SYSTEM.get(chat.template, "")
 
 
 def _turns(chat: ChatSection, messages: Sequence[Message]) -> tuple[list[templates.Turn], str]:
-    """Question and answer pairs without outer blanks, and the system prompt that holds."""
+    """Question and answer pairs without outer blanks, and the system prompt."""
     system = default_system(chat)
     texts = [message["content"].strip() for message in messages]
     if messages[0]["role"] == "system":

@@ -1,7 +1,7 @@
 """The layouts of a conversation, as segments of text and control tokens.
 
-Each layout is one generator that a person can read as the format itself. Turning segments into ids
-and a mask, and the checks on messages, are in `chat_format.py`.
+Each layout is one generator that reads as the format itself. `chat_format.py` turns segments into
+ids and a mask, and checks messages.
 """
 
 from collections.abc import Iterator
@@ -18,12 +18,12 @@ VICUNA_SYSTEM = (
 )
 
 Turn = tuple[str, str | None]
-"""A user's text and the assistant's answer to it; None where the answer is still to come."""
+"""A user's text and the assistant's answer, None if it is still to come."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of the conversation that is tokenised by itself."""
+    """Part of a conversation that is tokenised by itself."""
 
     text: str
     """Plain text, or the name of a control token."""
@@ -127,7 +127,7 @@ def chatml(turns: list[Turn], system: str, ends: Ends, prompt: bool) -> Iterator
 
 
 def _spaced_answer(answer: str, ends: Ends) -> Iterator[Segment]:
-    """An answer separated from its prompt by the space that its first token carries."""
+    """An answer whose first token carries the space after the prompt."""
     if answer:
         yield Segment(f" {answer}", answer=True, continues=True)
     yield Segment(ends.eos, control=True, answer=True)

@@ -1,6 +1,6 @@
 """The text of an answer while its tokens come: whole characters only, and nothing of a stop string.
 
-Works on a window of the newest tokens, so a long answer costs no more a token than a short one.
+Decodes a window of the newest tokens, so a long answer costs no more a token than a short one.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,64 +11,58 @@ from chatllama.text.encoding import control_tokens, decode
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 LONGEST_WINDOW = 64
-"""Tokens held back for the sake of a character that never comes."""
+"""Tokens after which an incomplete character is no longer waited for."""
 
 
-class PtxLoader:
+class IncrementalDetokenizer:
     """Text of token ids as soon as it is certain: characters made of several tokens come whole.
 
-    tokenizers' own DecodeStream raises on bytes that are no UTF-8, which a model may well sample;
-    here they come out as U+FFFD.
+    Bytes that are no UTF-8, on which tokenizers' own DecodeStream raises, become U+FFFD.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
         self._controls = frozenset(control_tokens(tokenizer).values())
         self._window: list[int] = []
-        self._known = 0  # tokens of the window whose text has been given
-        self._told = ""  # that text
+        self._emitted = 0  # tokens of the window whose text has been returned
+        self._emitted_text = ""
 
     def push(self, index: int) -> str:
-        """The text that is certain now and was not before; often the token's own, perhaps none."""
+        """The text that this token makes certain, which may be none."""
         if index in self._controls:
             return ""
         self._window.append(index)
         text = decode(self._tokenizer, self._window)
-        if text.endswith(REPLACEMENT) and len(self._window) - self._known < LONGEST_WINDOW:
+        if text.endswith(REPLACEMENT) and len(self._window) - self._emitted < LONGEST_WINDOW:
             return ""
-        return self._tell(text)
+        return self._emit(text)
 
     def flush(self) -> str:
         """Bytes that never became a character."""
-        return self._tell(decode(self._tokenizer, self._window))
+        return self._emit(decode(self._tokenizer, self._window))
 
-    def _tell(self, text: str) -> str:
-        new = text[len(self._told) :]
-        # The window goes on from the last piece, whose text a decoder may need beside the next.
-        self._window = self._window[self._known :]
-        self._known = len(self._window)
-        self._told = decode(self._tokenizer, self._window)
+    def _emit(self, text: str) -> str:
+        new = text[len(self._emitted_text) :]
+        # The newest tokens stay: a decoder may need them beside the next.
+        self._window = self._window[self._emitted :]
+        self._emitted = len(self._window)
+        self._emitted_text = decode(self._tokenizer, self._window)
         return new
 
 
 class AnswerText:
     """The text of one answer up to its stop string, as it comes.
 
-    The answer ends at the first token after which the text so far holds any of the strings, at
-    the place where the earliest of these begins; so it does not matter whether the string is a
-    token, a part of one, or spread over several.
-
-    Args:
-        tokenizer: reads the ids.
-        stops: strings that end the answer, none of them empty.
+    The answer ends at the first token after which the text holds any of the strings (none of them
+    empty), where the earliest begins: a string may be a token, a part of one, or span several.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stops: Sequence[str]) -> None:
-        self._stream = PtxLoader(tokenizer)
+        self._stream = IncrementalDetokenizer(tokenizer)
         self._stops = tuple(stops)
         self._held = ""
         self.stopped = False
-        """A stop string was found; nothing more comes."""
+        """A stop string was found: no more text follows."""
 
     def push(self, index: int) -> str:
         """New text that no stop string can begin in."""
@@ -104,28 +98,22 @@ def _overlap(text: str, stop: str) -> int:
 def stream_text(
     tokenizer: PreTrainedTokenizerFast, ids: Iterable[int], stops: Sequence[str] = ()
 ) -> Iterator[str]:
-    """Pieces of the text of `ids`, as soon as they are certain; no id is asked for beyond its end.
-
-    Args:
-        tokenizer: reads the ids.
-        ids: of one answer.
-        stops: strings that end it, none of them empty.
-    """
+    """Deltas of the text of an answer's `ids` until a stop string; no further id is consumed."""
     answer = AnswerText(tokenizer, stops)
     for index in ids:
-        if piece := answer.push(index):
-            yield piece
+        if delta := answer.push(index):
+            yield delta
         if answer.stopped:
             return
-    if piece := answer.finish():
-        yield piece
+    if delta := answer.finish():
+        yield delta
 
 
 SENTENCEPIECE_SPACE = "\u2581"
 
 
 def _byte_letters() -> dict[str, int]:
-    """The letter that byte-level BPE (GPT-2, LLaMA-3) writes for each byte, to the byte."""
+    """Letter -> byte of byte-level BPE (GPT-2, LLaMA-3)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
@@ -146,15 +134,13 @@ class TokenTexts:
         """Bytes of the longest token: a text has at least its length / this many tokens."""
 
     def bytes_of(self, index: int) -> bytes:
-        """What the token stands for; part of a character where one takes several tokens."""
+        """The token's bytes; part of a character where one takes several tokens."""
         piece = self._pieces.get(index, "")
         if index in self._controls:
             return piece.encode()
-        if self._letters is not None:
-            letters = self._letters
-            if all(letter in letters for letter in piece):
-                return bytes(letters[letter] for letter in piece)
-            return piece.encode()
+        if (letters := self._letters) is not None:
+            known = all(letter in letters for letter in piece)
+            return bytes(letters[letter] for letter in piece) if known else piece.encode()
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)])
         return piece.replace(SENTENCEPIECE_SPACE, " ").encode()

@@ -1,7 +1,7 @@
-"""Private `tokenizers` pipelines behind `tokenizer.encode`: text in, no special token out.
+"""Text to token ids and back through private `tokenizers` pipelines: no special token from text.
 
-The public functions are in `tokenizer.py`. transformers' own pipeline is not used for text: it
-turns `</s>` written by a user into the EOS id, and carries padding state between calls.
+transformers' own pipeline is not used for text: it turns `</s>` written by a user into the EOS id,
+and carries padding state between calls. Loading and saving tokenizers is in `tokenizer.py`.
 """
 
 import json
@@ -18,15 +18,15 @@ from transformers import PreTrainedTokenizerFast
 TURN_MARKERS = (
     "<|im_start|>",
     "<|im_end|>",
+    "<|eot_id|>",
     "<|start_header_id|>",
     "<|end_header_id|>",
-    "<|eot_id|>",
 )
 
 
 @dataclass(frozen=True)
 class TextEncoders:
-    """Private copies of the pipeline, safe under threads: transformers' own keeps padding state."""
+    """Private copies of a tokenizer's pipeline, safe under threads."""
 
     start: Tokenizer
     continuing: Tokenizer
@@ -63,14 +63,9 @@ def _build_encoders(tokenizer: PreTrainedTokenizerFast) -> TextEncoders:
         Tokenizer.from_str(json.dumps(parts)) for parts in (pipeline, pipeline | steps)
     )
     start.encode_special_tokens = continuing.encode_special_tokens = True
-    return TextEncoders(
-        start=start,
-        continuing=continuing,
-        controls=controls,
-        control_ids=frozenset(controls.values()),
-        prefixes_every_segment='"prepend_scheme": "first"'
-        not in json.dumps(pipeline["pre_tokenizer"]),
-    )
+    first_only = '"prepend_scheme": "first"' in json.dumps(pipeline["pre_tokenizer"])
+    ids = frozenset(controls.values())
+    return TextEncoders(start, continuing, controls, ids, prefixes_every_segment=not first_only)
 
 
 def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -92,14 +87,11 @@ def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
 def encode(tokenizer: PreTrainedTokenizerFast, text: str, *, continues: bool = False) -> list[int]:
     """Ids of plain text: no BOS or EOS, and `</s>` written in it stays text.
 
-    Args:
-        tokenizer: From `load_tokenizer`.
-        text: Any Unicode text.
-        continues: The text follows other text, so no space is put before it. Equal to encoding
-            both together where the boundary is not inside a token.
+    With `continues` the text follows other text, so no space is put before it: equal to encoding
+    both together where the boundary is not inside a token.
 
     Raises:
-        ValueError: The text holds half a surrogate pair.
+        ValueError: the text holds half a surrogate pair.
     """
     encoders = text_encoders(tokenizer)
     pipeline = encoders.continuing if continues else encoders.start

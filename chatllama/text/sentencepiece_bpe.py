@@ -1,8 +1,8 @@
 """A SentencePiece BPE model as a `tokenizers` pipeline that gives the same ids.
 
-Only the conversion is here; special tokens, padding and files are in `tokenizer.py`. It exists
-because transformers' own conversion gives other ids than sentencepiece for leading and repeated
-spaces, and a wrong id is silent.
+Only the conversion is here; special tokens, padding and files are in `tokenizer.py`.
+transformers' own conversion gives other ids than sentencepiece for leading and repeated spaces,
+and a wrong id is silent.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ sp_model: Any = sentencepiece_model_pb2  # its classes are made at import: no st
 _Piece = sp_model.ModelProto.SentencePiece
 
 # Texts on which a conversion has gone wrong somewhere, compared at every load.
-PROBES = (
+TEXTS = (
     "", " ", "   ", "a", " a", "  a  b   c ", "a ", "\n", "\n\n a\n", "\t\tx\t", "a\n  b\n    c",
     "Hello, world! 12345 3.14", "</s>", "<s> <unk>", "[INST] hi [/INST]", "a\0b", "\ufffd", "▁a▁ ▁",
     "日本語 と 한국어", "naïve café ﬁ Å e\u0301", "🙂👩\u200d👩\u200d👧", "<0x0A>",
@@ -49,18 +49,13 @@ def build_bpe(path: Path, model: Any) -> Tokenizer:
     Departure: pieces of type USER_DEFINED are special tokens here, so that text cannot become them.
 
     Raises:
-        ValueError: A probe text gets other ids than from sentencepiece; nothing is approximated.
+        ValueError: one of `TEXTS` gets other ids than from sentencepiece: nothing is approximated.
     """
     vocab = {piece.piece: index for index, piece in enumerate(model.pieces)}
     unk = next((p.piece for p in model.pieces if p.type == _Piece.UNKNOWN), None)
+    merges, fallback = _ranked_merges(model), model.trainer_spec.byte_fallback
     pipeline = Tokenizer(
-        models.BPE(
-            vocab=vocab,
-            merges=_ranked_merges(model),
-            unk_token=unk,
-            fuse_unk=True,
-            byte_fallback=model.trainer_spec.byte_fallback,
-        )
+        models.BPE(vocab=vocab, merges=merges, unk_token=unk, fuse_unk=True, byte_fallback=fallback)
     )
     pipeline.normalizer = _normalizer(model)
     pipeline.decoder = _decoder(model)
@@ -121,7 +116,7 @@ def _decoder(model: Any) -> decoders.Decoder:
 def _compare(pipeline: Tokenizer, path: Path) -> None:
     reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
     pipeline.encode_special_tokens = True
-    for text in PROBES:
+    for text in TEXTS:
         ids, expected = pipeline.encode(text, add_special_tokens=False).ids, reference.encode(text)
         if ids != expected:
             raise ValueError(

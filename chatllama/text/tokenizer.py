@@ -1,6 +1,6 @@
-"""Text to token ids and back, for any LLaMA, with one policy for BOS, EOS and padding.
+"""Tokenizers of any LLaMA: loaded, saved and trained, with one policy for BOS, EOS and padding.
 
-Conversations are in `chat_format.py`; how a SentencePiece model is converted exactly is in
+Conversations are in `chat_format.py`, the exact conversion of a SentencePiece model is in
 `sentencepiece_bpe.py`. The vocabulary never grows: adapters must fit the published backbone.
 """
 
@@ -24,20 +24,15 @@ from chatllama.runs.folder import RunFolder, backbone_path
 from chatllama.runtime.libraries import quiet_libraries
 from chatllama.text import sentencepiece_bpe
 
-# Our own files say so in tokenizer_config.json: their tokenizer.json is exact as it is.
+# Key of our own tokenizer_config.json: the tokenizer.json beside it is exact as it is.
 MARKER = "chatllama_exact"
 # LLaMA-3 keeps these for later use; no text and no template produces them.
-RESERVED_PADS = (
-    "<|finetune_right_pad_id|>",
-    "<|reserved_special_token_0|>",
-    "<|reserved_special_token_250|>",
+RESERVED_PADS = tuple(
+    f"<|{name}|>"
+    for name in ("finetune_right_pad_id", "reserved_special_token_0", "reserved_special_token_250")
 )
-_HUB_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "config.json",
+_HUB_FILES = ("tokenizer*", "chat_template*") + tuple(
+    f"{name}.json" for name in ("special_tokens_map", "added_tokens", "config")
 )
 
 
@@ -48,15 +43,11 @@ def load_tokenizer(
 
     A folder with a SentencePiece BPE `tokenizer.model` gets the exact conversion; one with only a
     tokenizer.json (LLaMA-3) is taken as it is. BOS is put in once by `add_special_tokens=True`,
-    EOS never; padding is on the left with a token that is not EOS.
-
-    Args:
-        path: Folder, or hub id such as `meta-llama/Llama-2-7b-hf`.
-        revision: Hub commit, tag or branch.
-        trust_remote_code: Allow a tokenizer that is Python code in the repository.
+    EOS never; padding is on the left with a token that is not EOS. `trust_remote_code` allows a
+    tokenizer that is Python code in the repository.
 
     Raises:
-        ValueError: Nothing loadable there, no EOS token, or no token to pad with.
+        ValueError: nothing loadable there, no EOS token, or no token to pad with.
     """
     folder = _local_folder(path, revision, trust_remote_code)
     config = _read_json(folder / "tokenizer_config.json")
@@ -85,9 +76,9 @@ def load_tokenizer(
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
-    """Write files that plain `AutoTokenizer.from_pretrained(folder)` reads back with equal ids.
+    """Writes files that plain `AutoTokenizer.from_pretrained(folder)` reads back with equal ids.
 
-    The SentencePiece model, where there is one, is kept beside them as tokenizer.model.
+    A SentencePiece model is kept beside them as tokenizer.model.
     """
     folder = Path(folder)
     tokenizer.backend_tokenizer.no_padding()
@@ -111,18 +102,19 @@ def train_tokenizer(
     """A SentencePiece BPE tokenizer with LLaMA's settings, trained on `texts`, saved in `folder`.
 
     Byte fallback, no normalisation, digits apart, spaces kept, unk 0, BOS 1, EOS 2; padding is unk.
-    The same texts in the same order give the same file.
-
-    Args:
-        texts: Plain texts, any length; line breaks inside them are kept as tokens' bytes.
-        vocab_size: Pieces, with 3 special and 256 byte pieces included.
-        folder: Where the files go; made if missing.
+    The same texts in the same order give the same file. `vocab_size` counts the 3 special and 256
+    byte pieces.
 
     Raises:
-        ValueError: No text, or a vocab_size that these texts cannot fill or that cannot hold them.
+        ValueError: no text, or a vocab_size that these texts cannot fill or that cannot hold them.
     """
-    # SentencePiece drops lines over 4192 bytes and cannot hold line breaks: feed it short lines.
-    lines = [part for text in texts for line in text.splitlines() for part in _chunks(line)]
+    # SentencePiece drops lines over 4192 bytes and cannot hold line breaks: it gets short lines.
+    lines = [
+        line[start : start + 1000]  # of at most 4 bytes each
+        for text in texts
+        for line in text.splitlines()
+        for start in range(0, len(line), 1000)
+    ]
     if not lines:
         raise ValueError("no text to train a tokenizer on")
     output = io.BytesIO()
@@ -136,11 +128,9 @@ def train_tokenizer(
         )  # fmt: skip
     except (RuntimeError, ValueError, OSError) as error:
         raise ValueError(_explain_vocab_size(vocab_size, str(error))) from error
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        model_file = Path(scratch) / "tokenizer.model"
-        model_file.write_bytes(output.getvalue())
+        (Path(scratch) / "tokenizer.model").write_bytes(output.getvalue())
         save_tokenizer(load_tokenizer(scratch), folder)
     return load_tokenizer(folder)
 
@@ -178,13 +168,11 @@ def _from_sentencepiece(
 
 def _published_additions(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
     """Tokens that the publisher added behind the SentencePiece vocabulary, by id."""
-    found: dict[int, dict[str, Any]] = {}
-    for content, index in _read_json(folder / "added_tokens.json").items():
-        found[index] = {"content": content, "special": True}
-    for token in _read_json(folder / "tokenizer.json").get("added_tokens", []):
-        found[token["id"]] = token
-    for index, token in config.get("added_tokens_decoder", {}).items():
-        found[int(index)] = token
+    added = _read_json(folder / "added_tokens.json").items()
+    found: dict[int, dict[str, Any]] = {i: {"content": c, "special": True} for c, i in added}
+    tokens = _read_json(folder / "tokenizer.json").get("added_tokens", [])
+    found |= {token["id"]: token for token in tokens}
+    found |= {int(index): token for index, token in config.get("added_tokens_decoder", {}).items()}
     keys = ("content", "special", "lstrip", "rstrip", "single_word")
     return {
         # Not normalized: found in the text as written, before spaces are escaped.
@@ -194,8 +182,7 @@ def _published_additions(folder: Path, config: dict[str, Any]) -> dict[int, Adde
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str] | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
+    if (file := folder / "chat_template.jinja").is_file():
         return file.read_text("utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):
@@ -248,13 +235,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
 
-def _chunks(line: str, size: int = 1000) -> list[str]:
-    """Pieces of at most `size` characters (4 bytes each at most), cut anywhere."""
-    return [line[i : i + size] for i in range(0, len(line), size)]
-
-
 def _explain_vocab_size(vocab_size: int, error: str) -> str:
-    """SentencePiece's complaint in the words of our configuration."""
+    """SentencePiece's error message, reworded for our configuration."""
     if limit := re.search(r"value <= (\d+)", error):
         return f"vocab_size {vocab_size} is too large for this text: at most {limit.group(1)}"
     if limit := re.search(r"smaller than required_chars\.?\s*\d+ vs (\d+)", error):
@@ -263,17 +245,13 @@ def _explain_vocab_size(vocab_size: int, error: str) -> str:
 
 
 def find_tokenizer(cfg: Config) -> PreTrainedTokenizerFast | None:
-    """The tokenizer of a config; None where the run would make it and has not yet.
-
-    Raises:
-        ValueError: `backbone.path` holds none that can be used.
-    """
+    """The tokenizer of a config; None where the run would make it and has not yet."""
     quiet_libraries()
     run = RunFolder(Path(cfg.run_dir))
     if cfg.backbone.path is None and not run.backbone.is_dir():
         return None
+    section = cfg.backbone
+    path = backbone_path(section, run)
     return load_tokenizer(
-        backbone_path(cfg.backbone, run),
-        revision=cfg.backbone.revision,
-        trust_remote_code=cfg.backbone.trust_remote_code,
+        path, revision=section.revision, trust_remote_code=section.trust_remote_code
     )

@@ -1,11 +1,12 @@
-"""The tokenizer's own Jinja chat template, cut into the same segments as our layouts.
+"""The tokenizer's chat template (Jinja), cut into the same segments as our layouts.
 
 The template only writes text. Where answers start and end is found by rendering prefixes of the
-conversation and checked, so the mask and the prompt are right by construction or refused.
+conversation, and checked: the mask and the prompt are right, or the template is refused.
 """
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,21 +19,17 @@ from chatllama.text.encoding import control_tokens, prefixes_every_segment
 _PRIVATE_USE = range(0xE000, 0xF900)
 
 
-def own_template(
+def template_segments(
     tokenizer: PreTrainedTokenizerFast, messages: Sequence[Any], prompt: bool
 ) -> list[Segment]:
-    """Segments of the text that the tokenizer's `chat_template` writes.
+    """Segments of the text that the tokenizer's `chat_template` writes for checked messages.
 
     Text after the last answer's end-of-turn token is left out, so that a finished conversation
-    ends there. `{% generation %}` tags are allowed and not needed.
-
-    Args:
-        tokenizer: One with a chat_template.
-        messages: Checked messages, a system message first if there is one.
-        prompt: Open an answer after the last user message.
+    ends there. `{% generation %}` tags are allowed and not needed. `prompt` opens an answer after
+    the last user message.
 
     Raises:
-        ValueError: No template; the template refuses the conversation, rewrites an answer, does
+        ValueError: no template; the template refuses the conversation, rewrites an answer, does
             not write prompts as prefixes of the whole, or ends an answer without a control token.
     """
     if not tokenizer.chat_template:
@@ -40,8 +37,9 @@ def own_template(
             "chat.template is 'tokenizer' but this tokenizer has no chat_template; choose "
             "llama2, llama3, alpaca, vicuna or chatml"
         )
-    controls = _control_pattern(tokenizer)
-    mark, escaped = _escape(messages, sorted(control_tokens(tokenizer), key=len, reverse=True))
+    names = sorted(control_tokens(tokenizer), key=len, reverse=True)
+    controls = _control_pattern(tokenizer, names)
+    mark, escaped = _escape(messages, names)
     text = _write(tokenizer, escaped, prompt)
     spans: list[tuple[int, int]] = []
     for index, message in enumerate(escaped):
@@ -50,17 +48,14 @@ def own_template(
             spans.append(_answer_span(text, opening, message["content"], index, controls))
     if spans and messages[-1]["role"] == "assistant":
         text = text[: spans[-1][1]]
-    names = sorted(control_tokens(tokenizer), key=len, reverse=True)
     bare = not prefixes_every_segment(tokenizer)
-    return [
-        Segment(
-            s.text if s.control else re.sub(f"{mark}(\\d+){mark}", _unescape(names), s.text),
-            control=s.control,
-            answer=s.answer,
-            continues=s.continues or (bare and position > 0),
-        )
-        for position, s in enumerate(_cut(text, spans, controls))
-    ]
+    escapes = re.compile(f"{mark}(\\d+){mark}")
+    segments = []
+    for position, s in enumerate(_cut(text, spans, controls)):
+        written = s.text if s.control else escapes.sub(lambda at: names[int(at[1])], s.text)
+        continues = s.continues or (bare and position > 0)
+        segments.append(replace(s, text=written, continues=continues))
+    return segments
 
 
 def _write(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Any], prompt: bool) -> str:
@@ -77,7 +72,7 @@ def _write(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Any], prompt: 
 def _answer_span(
     text: str, opening: str, answer: str, index: int, controls: re.Pattern[str]
 ) -> tuple[int, int]:
-    """Where the answer, its end-of-turn token included, stands in the whole text."""
+    """Start and end of the answer, its end-of-turn token included, in the whole text."""
     where = f"the tokenizer's chat template: message {index}"
     if not text.startswith(opening):
         raise ValueError(
@@ -112,36 +107,24 @@ def _cut(text: str, spans: list[tuple[int, int]], controls: re.Pattern[str]) -> 
             after_text = True
 
 
-def _control_pattern(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
-    """Finds control tokens as the tokenizer would, with the blanks that they swallow."""
+def _control_pattern(tokenizer: PreTrainedTokenizerFast, names: list[str]) -> re.Pattern[str]:
+    """Finds control tokens as the tokenizer does, with the blanks that it strips around them."""
     tokens = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
-    return re.compile(
-        "|".join(
-            (r"\s*" if tokens[name].lstrip else "")
-            + re.escape(name)
-            + (r"\s*" if tokens[name].rstrip else "")
-            for name in sorted(control_tokens(tokenizer), key=len, reverse=True)
-        )
-    )
+    before = {name: r"\s*" if tokens[name].lstrip else "" for name in names}
+    after = {name: r"\s*" if tokens[name].rstrip else "" for name in names}
+    return re.compile("|".join(before[name] + re.escape(name) + after[name] for name in names))
 
 
 def _escape(messages: Sequence[Any], names: list[str]) -> tuple[str, list[dict[str, str]]]:
-    """The messages with special tokens in their text replaced, and the mark around the numbers."""
+    """The mark around the numbers that replace special tokens in texts, and the messages so."""
     everything = "".join(message["content"] for message in messages)
     mark = next((chr(c) for c in _PRIVATE_USE if chr(c) not in everything), None)
     if mark is None:
         raise ValueError("the messages use every private-use character of Unicode")
     pattern = re.compile("|".join(re.escape(name) for name in names))
-    return mark, [
-        {
-            "role": message["role"],
-            "content": pattern.sub(
-                lambda found: f"{mark}{names.index(found.group())}{mark}", message["content"]
-            ),
-        }
+    escaped = [
+        pattern.sub(lambda found: f"{mark}{names.index(found.group())}{mark}", message["content"])
         for message in messages
     ]
-
-
-def _unescape(names: list[str]) -> Any:
-    return lambda found: names[int(found.group(1))]
+    roles = [message["role"] for message in messages]
+    return mark, [{"role": r, "content": text} for r, text in zip(roles, escaped, strict=True)]

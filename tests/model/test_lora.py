@@ -122,7 +122,7 @@ def test_other_kinds_of_matrices_keep_pefts_own_layer():
         """Stands for a quantised one."""
 
     model = nn.Sequential(Special(IN, OUT))
-    config = lora_config(LoraSection(r=2, target_modules=["0"]), "policy")
+    config = lora_config(LoraSection(r=2, target_modules=["0"]))
     config.task_type = None
     layer = cast(Any, get_peft_model(cast(Any, model), config)).base_model.model[0]
     assert type(layer) is lora.Linear

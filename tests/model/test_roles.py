@@ -118,8 +118,8 @@ def test_only_trainable_roles_and_their_heads_get_gradients(model: RoleModel):
 
 def test_dropout_only_where_it_is_asked_for():
     section = LoraSection(r=2, dropout=0.5)
-    assert lora_config(section, "policy").lora_dropout == 0.0
-    assert lora_config(section, "policy", dropout=True).lora_dropout == 0.5
+    assert lora_config(section).lora_dropout == 0.0
+    assert lora_config(section, dropout=True).lora_dropout == 0.5
     model = RoleModel(tiny_llama(), {"policy": Adapter(section, trainable=True)})
     assert not [m for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from chatllama.text import detokenizing as text_stream
+from chatllama.text import detokenizing
 from chatllama.text.detokenizing import AnswerText, stream_text
 from chatllama.text.encoding import decode, encode
 from chatllama.text.tokenizer import load_tokenizer
@@ -98,8 +98,8 @@ def cut(answer: AnswerText, ids: Sequence[int]) -> tuple[int, str, bool]:
 def test_stop_strings_across_tokens(
     monkeypatch: pytest.MonkeyPatch, ids: Any, stops: Any, expected: Any
 ) -> None:
-    monkeypatch.setattr(text_stream, "decode", lambda _, ids: "".join(PIECES[i] for i in ids))
-    monkeypatch.setattr(text_stream, "control_tokens", lambda _: {})
+    monkeypatch.setattr(detokenizing, "decode", lambda _, ids: "".join(PIECES[i] for i in ids))
+    monkeypatch.setattr(detokenizing, "control_tokens", lambda _: {})
     tokenizer: Any = None
     assert cut(AnswerText(tokenizer, stops), ids) == expected
 
