@@ -27,13 +27,12 @@ from chatllama.text import sentencepiece_bpe
 # Key of our own tokenizer_config.json: the tokenizer.json beside it is exact as it is.
 MARKER = "chatllama_exact"
 # LLaMA-3 keeps these for later use; no text and no template produces them.
-RESERVED_PADS = tuple(
-    f"<|{name}|>"
-    for name in ("finetune_right_pad_id", "reserved_special_token_0", "reserved_special_token_250")
+RESERVED_PADS = (
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_250|>",
 )
-_HUB_FILES = ("tokenizer*", "chat_template*") + tuple(
-    f"{name}.json" for name in ("special_tokens_map", "added_tokens", "config")
-)
+_FILES = ("tokenizer*", "chat_template*", "config.json", "added_tokens.json", "special_tokens_map*")
 
 
 def load_tokenizer(
@@ -222,7 +221,7 @@ def _local_folder(path: str | Path, revision: str | None, trust_remote_code: boo
     """The folder itself, or the tokenizer files of a hub repository as a cached folder."""
     if Path(path).is_dir():
         return Path(path)
-    patterns = [*_HUB_FILES, *(["*.py"] if trust_remote_code else [])]
+    patterns = [*_FILES, *(["*.py"] if trust_remote_code else [])]
     try:
         return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
