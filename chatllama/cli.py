@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from chatllama import __version__
-from chatllama.exporting.cli import add_export_arguments, export_options
+from chatllama.exporting.cli import ExportOptions, add_export_arguments
 from chatllama.inference.cli import add_chat_arguments, add_eval_arguments, add_generate_arguments
 from chatllama.inference.options import ChatOptions, GenerateOptions
 from chatllama.runtime.command_line import Command, add_command, add_config_arguments
@@ -170,7 +170,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from chatllama.exporting.export import export_run
 
-    export_run(Path(arguments.run), export_options(arguments), arguments.out)
+    export_run(Path(arguments.run), options_from(ExportOptions, arguments), arguments.out)
 
 
 def _serve(arguments: argparse.Namespace) -> None:

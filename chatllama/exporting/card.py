@@ -1,4 +1,4 @@
-"""README.md of an exported folder: what it is, where it comes from, how it is loaded."""
+"""README.md of an exported folder: its contents, origin and use."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,6 @@ from typing import Any, Literal
 from chatllama import __version__
 from chatllama.config.schema import Config
 from chatllama.config.sources import DataSource
-from chatllama.config.stages import OptimizerSection
 from chatllama.reporting.summary import read_summary, result_table
 from chatllama.runs.folder import RunFolder, Stage, read_lineage
 from chatllama.text.chat_format import default_system
@@ -20,6 +19,7 @@ TITLES: dict[Kind, str] = {
     "reward-merged": "reward model",
     "gguf": "GGUF files",
 }
+_SCORE = "The score of a conversation is read at its last token, the end of the assistant's turn."
 _LOADING: dict[Kind, str] = {
     "adapter": """\
 ```python
@@ -50,7 +50,8 @@ base = AutoModelForSequenceClassification.from_pretrained(
 model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 ```
 
-The score of a conversation is read at its last token, the end of the assistant's turn.""",
+"""
+    + _SCORE,
     "reward-merged": """\
 ```python
 from transformers import AutoModelForSequenceClassification
@@ -58,7 +59,8 @@ from transformers import AutoModelForSequenceClassification
 model = AutoModelForSequenceClassification.from_pretrained("THIS_FOLDER")
 ```
 
-The score of a conversation is read at its last token, the end of the assistant's turn.""",
+"""
+    + _SCORE,
     "gguf": """\
     llama-cli -m model.gguf --jinja
     ollama create NAME -f Modelfile
@@ -86,16 +88,16 @@ def model_card(
     """The page.
 
     Args:
-        kind: what the folder holds.
-        run: where metrics lie.
+        kind: of the folder.
+        run: holds metrics and lineage.
         cfg: of the run.
         role: sft, policy, ema or reward.
-        base: name of the base.
-        rank: of the adapter, where there is one.
+        base: its published name.
+        rank: of the adapter; None without one.
         pad_id: the padding token.
         checks: the export gate's numbers.
         example: a prompt as text.
-        notes: what the reader must know.
+        notes: one bullet each.
     """
     room = next((r for r in _VLLM_RANKS if rank and r >= rank), rank)
     library = "peft" if kind in ("adapter", "reward") else "transformers"
@@ -134,12 +136,8 @@ def _lineage(run: RunFolder, cfg: Config, base: str, rank: int | None) -> list[s
     if rank is not None:
         lora = cfg.adapter_lora
         lines.append(f"- adapter: LoRA rank {rank}, alpha {lora.alpha:g}, {lora.target_modules}")
-    stages: tuple[tuple[Stage, OptimizerSection | Any], ...] = (
-        ("sft", cfg.sft),
-        ("reward", cfg.reward),
-        ("ppo", cfg.ppo),
-    )
-    for stage, section in stages:
+    sections: dict[Stage, Any] = {"sft": cfg.sft, "reward": cfg.reward, "ppo": cfg.ppo}
+    for stage, section in sections.items():
         if not run.result(stage).is_file():
             continue
         record = records.get(stage, {})
@@ -151,10 +149,8 @@ def _lineage(run: RunFolder, cfg: Config, base: str, rank: int | None) -> list[s
             f"{section.learning_rate:g}{more}, data {sources or 'none named'}"
         )
         if record:
-            code = record["code"]
-            lines.append(
-                f"    - {record['begun'][:10]}, chatllama {code['version']} ({code['source']})"
-            )
+            code = "chatllama {version} ({source})".format(**record["code"])
+            lines.append(f"    - {record['begun'][:10]}, {code}")
         lines += [
             f"    - {portable(name)}: SHA-256 {entry['sha256']}"
             for name, entry in record.get("data", {}).items()
@@ -177,22 +173,12 @@ def _metrics(run: RunFolder) -> list[str]:
     heads, rows = result_table(read_summary(run))
     if not rows:
         return ["The run has no evaluation of answers."]
-    return [
-        "Held-out prompts of the run:",
-        "",
-        f"| {' | '.join(heads)} |",
-        f"|{'---|' * len(heads)}",
-        *(f"| {' | '.join(row)} |" for row in rows),
-    ]
+    table = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    return ["Held-out prompts of the run:", "", *table, *(f"| {' | '.join(r)} |" for r in rows)]
 
 
 def _chat(cfg: Config, example: str) -> list[str]:
     system = default_system(cfg.chat)
-    said = f"System prompt: {system!r}." if system else "No system prompt."
-    return [
-        f"Layout `{cfg.chat.template}`, in `chat_template.jinja`. {said} A prompt as text:",
-        "",
-        "```",
-        example,
-        "```",
-    ]
+    shown = f"System prompt: {system!r}." if system else "No system prompt."
+    about = f"Layout `{cfg.chat.template}`, in `chat_template.jinja`. {shown} A prompt as text:"
+    return [about, "", "```", example, "```"]

@@ -1,14 +1,14 @@
-"""`chatllama export`: what a run has learned, in the formats of other programs, checked.
+"""`chatllama export`: adapters and models of a run in the formats of other programs, checked.
 
 Every folder is written beside its place, reopened by the export gate in a fresh process, and moved
-there only if the gate lets it pass.
+there only if it passes.
 """
 
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,12 @@ from chatllama.exporting import gate
 from chatllama.exporting.card import Kind, model_card, portable
 from chatllama.exporting.cli import ExportOptions
 from chatllama.exporting.gguf_writer import write_adapter_gguf, write_model_gguf
-from chatllama.exporting.reference_outputs import CONVERSATIONS, Probe, measure
+from chatllama.exporting.reference_outputs import (
+    CONVERSATIONS,
+    ReferenceOutputs,
+    is_prompt,
+    reference_outputs,
+)
 from chatllama.exporting.templates import jinja_template, modelfile
 from chatllama.inference.load import load_run, reward_role
 from chatllama.inference.options import find_role
@@ -56,7 +61,7 @@ NO_TEMPLATE_NOTE = (
 
 @dataclass
 class Exporter:
-    """One run on its way out; `write_*` give the folder that passed the gate."""
+    """The export of one run; every folder that `write_*` leave in `out` has passed the gate."""
 
     run: RunFolder
     cfg: Config
@@ -67,134 +72,122 @@ class Exporter:
     base_name: str
     config: LlamaConfig
     tokenizer: PreTrainedTokenizerFast
-    probe: Probe
+    reference: ReferenceOutputs
     dtype: torch.dtype
     """Of merged weights."""
-    checked: dict[str, Mapping[str, float]]
-    """What the gate found, by folder."""
 
     def write_adapter(self) -> None:
         """The role's adapter in PEFT's format."""
         assert self.adapter is not None
-        adapter = self.adapter
-        probe = {"logprobs": self.probe.logprobs, "base_logprobs": self.probe.base_logprobs}
-
-        def write(folder: Path) -> None:
-            save_adapter(folder, adapter.state, adapter.lora, self._info("adapter", probe))
-
-        self._publish("adapter", "adapter", write, rank=adapter.lora.r)
+        state, lora = self.adapter.state, self.adapter.lora
+        outputs = {name: getattr(self.reference, name) for name in ("logprobs", "base_logprobs")}
+        info = self._info("adapter", **outputs)
+        write = partial(save_adapter, state=state, lora=lora, info=info)
+        self._publish("adapter", "adapter", write, rank=lora.r)
 
     def write_merged(self) -> None:
         """The model with the adapter added, as a plain Hugging Face folder."""
 
         def write(folder: Path) -> None:
-            self._write_model(folder, self._merged(self.adapter))
-            write_json(folder / INFO, self._info("merged", {"logprobs": self.probe.logprobs}))
+            files = self._merged(self.adapter)
+            self._write_model(folder, files.shapes, files.tensor, {})
+            section = self.cfg.generation
+            GenerationConfig(
+                bos_token_id=self.tokenizer.bos_token_id,
+                eos_token_id=end_of_turn_ids(self.tokenizer, self.cfg.chat),
+                pad_token_id=self.tokenizer.pad_token_id,
+                do_sample=True,
+                temperature=section.temperature,
+                top_k=section.top_k,
+                top_p=section.top_p,
+            ).save_pretrained(folder)
+            write_json(folder / INFO, self._info("merged", logprobs=self.reference.logprobs))
 
         self._publish("merged", "merged", write, against=self.adapter is not None)
 
-    def write_rewards(self, whole: bool) -> None:
-        """Every member of the reward model, and with `whole` merged classification models."""
+    def write_rewards(self, with_merged: bool) -> None:
+        """Every member of the reward model; with `with_merged` also as classification models."""
         for number, source in enumerate(self.run.reward_members()):
-            saved = load_adapter(source)
-            suffix = f"-{number}" if number else ""
-            probe = {"scores": self.probe.scores[number]}
-            info = self._info("reward", probe)
+            saved, suffix = load_adapter(source), f"-{number}" if number else ""
+            scores = self.reference.scores[number]
+            info = self._info("reward", scores=scores)
             write = partial(
                 save_adapter, state=saved.state, lora=saved.lora, info=info, head=saved.head
             )
             self._publish("reward", f"reward{suffix}", write, rank=saved.lora.r)
-            if whole:
-                write = partial(self._write_classifier, saved=saved, probe=probe)
+            if with_merged:
+                write = partial(self._write_classifier, saved=saved, scores=scores)
                 self._publish("reward-merged", f"reward-merged{suffix}", write)
 
     def write_gguf(self) -> None:
         """GGUF files of the merged model and of the adapter, and an Ollama Modelfile."""
         name = f"{self.run.root.resolve().name}-{self.role}"
+        tokenizer, chat, config = self.tokenizer, self.cfg.chat, self.config
 
         def write(folder: Path) -> None:
             folder.mkdir(parents=True)
-            write_model_gguf(
-                folder / "model.gguf",
-                self._merged(self.adapter),
-                self.config,
-                self.tokenizer,
-                self.cfg.chat,
-                jinja_template(self.tokenizer, self.cfg.chat),
-                name,
-            )
+            model, template = folder / "model.gguf", jinja_template(tokenizer, chat)
+            files = self._merged(self.adapter)
+            write_model_gguf(model, files, config, tokenizer, chat, template, name)
             if self.adapter is not None:
-                write_adapter_gguf(folder / "adapter.gguf", self.adapter, self.config, name)
-            if self.cfg.chat.template == "tokenizer":
+                write_adapter_gguf(folder / "adapter.gguf", self.adapter, config, name)
+            if chat.template == "tokenizer":
                 print("no Modelfile: Ollama cannot read the tokenizer's own chat template (Jinja)")
             else:
-                context = self.config.max_position_embeddings
-                chat, generation = self.cfg.chat, self.cfg.generation
-                text = modelfile(self.tokenizer, chat, generation, "model.gguf", context)
+                context = config.max_position_embeddings
+                text = modelfile(tokenizer, chat, self.cfg.generation, model.name, context)
                 (folder / "Modelfile").write_text(text, encoding="utf-8")
-            write_json(folder / INFO, self._info("gguf", {"logprobs": self.probe.logprobs}))
+            write_json(folder / INFO, self._info("gguf", logprobs=self.reference.logprobs))
 
         self._publish("gguf", "gguf", write, opened="model.gguf")
 
     def _merged(self, adapter: SavedAdapter | None) -> ModelFiles:
-        files = open_model(self.base)
-        return merged(files, adapter, self.dtype)
+        return merged(open_model(self.base), adapter, self.dtype)
 
-    def _write_model(self, folder: Path, files: ModelFiles) -> None:
-        folder.mkdir(parents=True)
-        write_model(folder, files.shapes, self.dtype, files.tensor, MAX_FILE_BYTES)
-        config = cast(LlamaConfig, LlamaConfig.from_dict(self.config.to_dict()))
-        config.dtype = self.dtype
-        config.save_pretrained(folder)
-        section = self.cfg.generation
-        GenerationConfig(
-            bos_token_id=self.tokenizer.bos_token_id,
-            eos_token_id=end_of_turn_ids(self.tokenizer, self.cfg.chat),
-            pad_token_id=self.tokenizer.pad_token_id,
-            do_sample=True,
-            temperature=section.temperature,
-            top_k=section.top_k,
-            top_p=section.top_p,
-        ).save_pretrained(folder)
-        save_tokenizer(self.tokenizer, folder)
-
-    def _write_classifier(self, folder: Path, saved: SavedAdapter, probe: dict[str, Any]) -> None:
-        files = self._merged(saved)
-        shapes = {n: s for n, s in files.shapes.items() if not n.startswith("lm_head.")}
-        shapes["score.weight"] = tuple(saved.head["weight"].shape)
-
-        def tensor(name: str) -> torch.Tensor:
-            own = saved.head["weight"].to(self.dtype)
-            return own if name == "score.weight" else files.tensor(name)
-
+    def _write_model(
+        self,
+        folder: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        tensor: Callable[[str], torch.Tensor],
+        changes: dict[str, Any],
+    ) -> None:
         folder.mkdir(parents=True)
         write_model(folder, shapes, self.dtype, tensor, MAX_FILE_BYTES)
+        changes |= {"dtype": self.dtype}
+        LlamaConfig.from_dict(self.config.to_dict() | changes).save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
+
+    def _write_classifier(self, folder: Path, saved: SavedAdapter, scores: list[float]) -> None:
+        files, head = self._merged(saved), saved.head["weight"].to(self.dtype)
+        shapes = {n: s for n, s in files.shapes.items() if not n.startswith("lm_head.")}
+        shapes["score.weight"] = tuple(head.shape)
         changes = {
             "architectures": ["LlamaForSequenceClassification"],
             "id2label": {0: "score"},
             "label2id": {"score": 0},
             "pad_token_id": self.tokenizer.pad_token_id,
-            "dtype": self.dtype,
         }
-        LlamaConfig.from_dict(self.config.to_dict() | changes).save_pretrained(folder)
-        save_tokenizer(self.tokenizer, folder)
-        write_json(folder / INFO, self._info("reward-merged", probe))
 
-    def _info(self, kind: Kind, probe: dict[str, Any]) -> dict[str, Any]:
-        whole = kind in ("merged", "reward-merged")
+        def tensor(name: str) -> torch.Tensor:
+            return head if name == "score.weight" else files.tensor(name)
+
+        self._write_model(folder, shapes, tensor, changes)
+        write_json(folder / INFO, self._info("reward-merged", scores=scores))
+
+    def _info(self, kind: Kind, **outputs: Any) -> dict[str, Any]:
+        merged_type = str(self.dtype).removeprefix("torch.")
+        dtype = merged_type if kind.endswith("merged") else self.cfg.backbone.dtype
         return {
             "base": self.base_name,
-            "contract": self.probe.contract,
+            "contract": self.reference.contract,
             "stage": "reward" if kind.startswith("reward") else self.role,
             "export": {
                 "kind": kind,
-                "dtype": self.cfg.backbone.dtype
-                if not whole
-                else str(self.dtype).removeprefix("torch."),
+                "dtype": dtype,
                 "base": {key: getattr(self.config, key) for key in BASE_KEYS},
                 "pad_token_id": self.tokenizer.pad_token_id,
-                "ids": self.probe.ids,
-                **probe,
+                "ids": self.reference.ids,
+                **outputs,
             },
         }
 
@@ -202,67 +195,70 @@ class Exporter:
         self,
         kind: Kind,
         name: str,
-        write: Any,
+        write: Callable[[Path], None],
         *,
         rank: int | None = None,
         against: bool = False,
         opened: str = "",
     ) -> None:
-        """Writes the folder, has the gate look at it, and moves it to its place."""
+        """Writes a folder, passes it (or `opened` in it) through the gate, moves it to its place.
+
+        `rank` is an adapter's; `against` has the gate compare with the base and the adapter.
+        """
         folder, beside = self.out / name, self.out / f".{name}.checked"
         shutil.rmtree(beside, ignore_errors=True)
         self.out.mkdir(parents=True, exist_ok=True)
         write(beside)
         template = jinja_template(self.tokenizer, self.cfg.chat)
         (beside / "chat_template.jinja").write_text(template, encoding="utf-8")
-        notes = self._add_conversations(beside, str(beside if rank is None else self.base))
-        example = as_text(self.tokenizer, CONVERSATIONS[0], template, True)
+        notes = self._add_conversations(beside, name, beside if rank is None else self.base)
+        example = as_text(self.tokenizer, CONVERSATIONS[0], template)
         card = partial(
             model_card, kind, self.run, self.cfg, role=self.role, base=self.base_name, rank=rank,
             pad_id=cast(int, self.tokenizer.pad_token_id), example=example, notes=notes,
         )  # fmt: skip
         (beside / "README.md").write_text(card(checks={}), encoding="utf-8")
         command: list[str | Path] = [beside / opened]
-        if rank is not None:
+        if rank is not None or against:
             command += ["--base", self.base]
-        elif against:
-            command += ["--base", self.base, "--adapter", self.out / "adapter"]
-        self.checked[name] = run_gate(command)
-        (beside / "README.md").write_text(card(checks=self.checked[name]), encoding="utf-8")
+        if against:
+            command += ["--adapter", self.out / "adapter"]
+        checks = run_gate(command)
+        (beside / "README.md").write_text(card(checks=checks), encoding="utf-8")
         replace_folder(beside, folder)
-        numbers = ", ".join(f"{n.replace('_', ' ')} {v:.2g}" for n, v in self.checked[name].items())
+        numbers = ", ".join(f"{n.replace('_', ' ')} {v:.2g}" for n, v in checks.items())
         print(f"{folder}: checked: {numbers}", flush=True)
 
-    def _add_conversations(self, folder: Path, tokenizer_folder: str) -> list[str]:
-        """Notes; the record gets the conversations that plain transformers tokenises as we do."""
+    def _add_conversations(self, folder: Path, name: str, tokenizer_folder: Path) -> list[str]:
+        """Records the conversations that plain transformers tokenises as we do; returns notes."""
         info = json.loads((folder / INFO).read_text(encoding="utf-8"))
-        info["export"]["conversations"], notes = [], []
+        kept: list[dict[str, Any]] = []
+        notes = []
         if info["export"]["kind"] != "gguf":
             plain = AutoTokenizer.from_pretrained(tokenizer_folder)
             template = jinja_template(self.tokenizer, self.cfg.chat)
-            for messages, ids in zip(CONVERSATIONS, self.probe.rendered, strict=True):
-                asks = messages[-1]["role"] == "user"
-                text = as_text(plain, messages, template, asks)
+            for messages, ids in zip(CONVERSATIONS, self.reference.rendered, strict=True):
+                text = as_text(plain, messages, template)
                 if plain(text, add_special_tokens=False)["input_ids"] == ids:
-                    info["export"]["conversations"].append({"messages": messages, "ids": ids})
-            kept = info["export"]["conversations"]
+                    kept.append({"messages": messages, "ids": ids})
             if not kept or kept[0]["messages"] != CONVERSATIONS[0]:
                 notes.append(NO_TEMPLATE_NOTE)
             elif len(kept) < len(CONVERSATIONS):
                 notes.append(MULTI_TURN_NOTE.format(self.cfg.chat.template))
+        info["export"]["conversations"] = kept
         write_json(folder / INFO, info)
         for note in notes:
-            print(f"{folder.name.strip('.').removesuffix('.checked')}: {note}")
+            print(f"{name}: {note}")
         return notes
 
 
 def export_run(run_dir: Path, options: ExportOptions, out: Path | None = None) -> Path:
-    """The folder below which everything asked for was written and checked.
+    """Writes and checks the folders that the options name; returns the one that holds them.
 
     Args:
         run_dir: the run's folder.
         options: what to write.
-        out: where. None: RUN/export.
+        out: None: RUN/export.
 
     Raises:
         ValueError: the run has no such role, an option does not fit it, or the gate refused.
@@ -280,29 +276,21 @@ def export_run(run_dir: Path, options: ExportOptions, out: Path | None = None) -
         )
     if options.reward and not run.reward_adapter.is_dir():
         raise ValueError(f"--reward: {run.root} has no reward model")
-    acting: Role = "reference" if role == "sft" else role
+    active: Role = "reference" if role == "sft" else role
     members = len(run.reward_members()) if options.reward else 0
-    loaded = load_run(run, cfg, [acting, *(reward_role(number) for number in range(members))])
-    probe = measure(loaded, acting)
-    config = loaded.model.llama.config
-    tokenizer = loaded.tokenizer
+    loaded = load_run(run, cfg, [active, *(reward_role(number) for number in range(members))])
+    reference = reference_outputs(loaded, active)
+    config, tokenizer = cast(LlamaConfig, loaded.model.llama.config), loaded.tokenizer
     del loaded
-    base = local_folder(base_path(cfg, run), cfg.backbone.revision)
+    path = base_path(cfg, run)
+    base = local_folder(path, cfg.backbone.revision)
+    adapter = load_adapter(adapter_folder) if adapter_folder is not None else None
+    name, dtype = options.base_name or portable(path), _dtype(open_model(base), options.dtype)
+    out = out or run.root / "export"
     exporter = Exporter(
-        run,
-        cfg,
-        out or run.root / "export",
-        role,
-        load_adapter(adapter_folder) if adapter_folder is not None else None,
-        base,
-        options.base_name or portable(base_path(cfg, run)),
-        cast(LlamaConfig, config),
-        tokenizer,
-        probe,
-        _dtype(open_model(base), options.dtype),
-        {},
+        run, cfg, out, role, adapter, base, name, config, tokenizer, reference, dtype
     )
-    if exporter.adapter is not None:
+    if adapter is not None:
         exporter.write_adapter()
     if options.merged:
         exporter.write_merged()
@@ -310,13 +298,14 @@ def export_run(run_dir: Path, options: ExportOptions, out: Path | None = None) -
         exporter.write_rewards(options.merged)
     if options.gguf:
         exporter.write_gguf()
-    return exporter.out
+    return out
 
 
-def as_text(tokenizer: Any, messages: list[Message], template: str, asks: bool) -> str:
-    """What a Jinja chat template makes of a conversation."""
+def as_text(tokenizer: Any, messages: list[Message], template: str) -> str:
+    """A conversation as text by a Jinja chat template."""
+    opens = is_prompt(messages)
     return tokenizer.apply_chat_template(
-        messages, tokenize=False, chat_template=template, add_generation_prompt=asks
+        messages, tokenize=False, chat_template=template, add_generation_prompt=opens
     )
 
 
@@ -331,11 +320,7 @@ def _dtype(base: ModelFiles, wanted: str) -> torch.dtype:
 
 
 def run_gate(arguments: list[str | Path]) -> dict[str, float]:
-    """What the export gate measures, in a process of its own.
-
-    Raises:
-        ValueError: it refused; says why.
-    """
+    """The export gate's numbers, from a process of its own; ValueError says why it refused."""
     command = [sys.executable, "-I", gate.__file__, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

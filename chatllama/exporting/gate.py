@@ -1,8 +1,8 @@
 """The export gate: reopens an export with plain transformers and peft, and refuses what differs.
 
-Runs alone in a fresh process (`python gate.py FOLDER --base BASE`) and imports nothing of
-this package, as the program of whoever receives the folder will not. What is expected stands in
-the folder's chatllama.json: token ids of a few conversations, their log-probabilities, scores.
+Runs alone in a fresh process (`python gate.py FOLDER --base BASE`) and imports nothing of this
+package, as the programs of others will not. The folder's chatllama.json holds what is expected:
+token ids of a few conversations, their log-probabilities, scores.
 """
 
 import argparse
@@ -35,7 +35,7 @@ class Refused(Exception):
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What the folder should compute."""
+    """The reference outputs beside the export."""
     for name in (INFO, "README.md"):
         if not (folder / name).is_file():
             raise Refused(f"{folder}: no {name}: not a complete export")
@@ -46,22 +46,16 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def check_config(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """The adapter's configuration, if every program that should read it can."""
+    """The adapter's configuration, if PEFT, vLLM and llama.cpp can all read it."""
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise Refused(f"{folder}: no adapter_config.json")
     if (folder / "config.json").exists():
         raise Refused(f"{folder}: a config.json: transformers would take it for a whole model")
     config = json.loads(path.read_text(encoding="utf-8"))
-    for key, plain in (
-        ("use_dora", False),
-        ("use_rslora", False),
-        ("alpha_pattern", {}),
-        ("rank_pattern", {}),
-        ("lora_bias", False),
-        ("bias", "none"),
-        ("fan_in_fan_out", False),
-    ):
+    off = dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out"), False)
+    plain_config = off | {"alpha_pattern": {}, "rank_pattern": {}, "bias": "none"}
+    for key, plain in plain_config.items():
         if config.get(key, plain) != plain:
             raise Refused(
                 f"{path}: {key} is {config[key]!r}: vLLM or llama.cpp would refuse or ignore it"
@@ -78,22 +72,14 @@ def check_config(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
         )
     if strange := sorted({m.split(".")[-1] for m in config["target_modules"]} - LAYERS):
         raise Refused(f"{path}: adapts {', '.join(strange)}, which vLLM does not for a LLaMA")
-    if Path(str(config["base_model_name_or_path"])).is_absolute():
-        raise Refused(
-            f"{path}: base_model_name_or_path {config['base_model_name_or_path']!r} is a path of "
-            "the machine that trained"
-        )
+    base = str(config["base_model_name_or_path"])
+    if Path(base).is_absolute():
+        raise Refused(f"{path}: base_model_name_or_path {base!r} is a path of the training machine")
     return config
 
 
 def check_tensors(folder: Path, config: dict[str, Any] | None, layers: int) -> None:
-    """Every tensor is there, finite and not all zero.
-
-    Args:
-        folder: adapter or model.
-        config: the adapter's; None for a model.
-        layers: of the base.
-    """
+    """Checks that every tensor is there, finite and not all zero; `config` is an adapter's."""
     found: dict[str, torch.Size] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
@@ -127,20 +113,19 @@ def check_tensors(folder: Path, config: dict[str, Any] | None, layers: int) -> N
 
 
 def check_template(folder: Path, tokenizer_folder: str, record: dict[str, Any]) -> None:
-    """The chat template gives the token ids that the model was trained on."""
+    """Checks that the chat template gives the token ids that the model was trained on."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     file = folder / "chat_template.jinja"
     if not file.is_file():
         raise Refused(f"{folder}: no chat_template.jinja")
     template = file.read_text(encoding="utf-8")
-    for probe in record["conversations"]:
+    for conversation in record["conversations"]:
+        messages = conversation["messages"]
+        opens = messages[-1]["role"] == "user"
         text = tokenizer.apply_chat_template(
-            probe["messages"],
-            tokenize=False,
-            chat_template=template,
-            add_generation_prompt=probe["messages"][-1]["role"] == "user",
+            messages, tokenize=False, chat_template=template, add_generation_prompt=opens
         )
-        if tokenizer(text, add_special_tokens=False)["input_ids"] != probe["ids"]:
+        if tokenizer(text, add_special_tokens=False)["input_ids"] != conversation["ids"]:
             raise Refused(
                 f"{file}: with the tokenizer of {tokenizer_folder} the template gives other "
                 f"token ids than the model was trained on: {text!r}"
@@ -149,7 +134,7 @@ def check_template(folder: Path, tokenizer_folder: str, record: dict[str, Any]) 
 
 @torch.no_grad()
 def logits_of(model: Any, record: dict[str, Any]) -> list[torch.Tensor]:
-    """Logits (T, V) float32 of every probe."""
+    """Logits (T, V) float32 of every conversation."""
     return [model(input_ids=torch.tensor([ids])).logits[0].float() for ids in record["ids"]]
 
 
@@ -181,7 +166,7 @@ def load(kind: Any, path: str, record: dict[str, Any], **options: Any) -> Any:
 
 
 def check_base(base: str, record: dict[str, Any]) -> None:
-    """The base has the shape of the one that the adapter was trained on."""
+    """Checks that the base has the shape of the one that the adapter was trained on."""
     config = AutoConfig.from_pretrained(base)
     for key, expected in record["base"].items():
         if getattr(config, key) != expected:
@@ -244,11 +229,8 @@ def check_merged(folder: Path, base: str | None, adapter: Path | None) -> dict[s
     if record["kind"] == "reward-merged":
         return check_reward(folder, None, record)
     found = logits_of(load(AutoModelForCausalLM, str(folder), record), record)
-    numbers = {
-        "logprob_difference": compare_logprobs(
-            found, record["logprobs"], record, f"{folder}: changed"
-        )
-    }
+    difference = compare_logprobs(found, record["logprobs"], record, f"{folder}: changed")
+    numbers = {"logprob_difference": difference}
     if base is not None and adapter is not None:
         model = PeftModel.from_pretrained(load(AutoModelForCausalLM, base, record), str(adapter))
         pairs = list(zip(logits_of(model, record), found, strict=True))
@@ -259,9 +241,8 @@ def check_merged(folder: Path, base: str | None, adapter: Path | None) -> dict[s
 
 def check_gguf(file: Path) -> dict[str, float]:
     """Difference of a GGUF model, read by transformers, from what the run computed."""
-    record = read_record(file.parent)
-    options = {"gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+    record, options = read_record(file.parent), {"gguf_file": file.name, "dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(file.parent, **options)
     found = logits_of(model.eval(), record)
     difference = compare_logprobs(found, record["logprobs"], record, f"{file}: changed")
     return {"logprob_difference": difference}
@@ -272,9 +253,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="checks what `chatllama export` wrote")
     parser.add_argument("folder", type=Path, help="exported folder, or a .gguf file")
     parser.add_argument("--base", help="the base, for an adapter: folder or hub id")
-    parser.add_argument(
-        "--adapter", type=Path, help="for a merged model: compare with this on BASE"
-    )
+    about = "for a merged model: compare with this on BASE"
+    parser.add_argument("--adapter", type=Path, help=about)
     arguments = parser.parse_args(argv)
     folder: Path = arguments.folder
     logging.disable_progress_bar()

@@ -8,6 +8,7 @@ Needs the extra `gguf`.
 import json
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -39,8 +40,8 @@ _LAYER = {
 _WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 _Tensor = tuple[tuple[int, ...], torch.dtype, Callable[[], Tensor]]
-"""Shape, type as written, and what gives it."""
-# How LLaMA-3 parts text before its merges; llama.cpp knows it as `llama-bpe`.
+"""Shape, type as written, and a function that reads it."""
+# How LLaMA-3 splits text before its merges; `llama-bpe` in llama.cpp.
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -56,24 +57,12 @@ def write_model_gguf(
     template: str,
     name: str,
 ) -> None:
-    """One file with weights (norms in float32), tokenizer and chat template.
-
-    Args:
-        path: of the new file.
-        files: the merged model's tensors.
-        config: of the model.
-        tokenizer: of the model.
-        chat: says which tokens end a turn.
-        template: Jinja chat template.
-        name: shown by programs.
+    """Writes a merged model: weights (norms in float32), tokenizer and Jinja chat template.
 
     Raises:
-        ValueError: the extra is missing, or something that llama.cpp does not know.
+        ValueError: the extra is missing, or llama.cpp does not support the model.
     """
-    gguf = import_gguf()
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_type("model")
-    writer.add_name(name)
+    gguf, writer = _open(path, "model", name)
     _add_shape(writer, config)
     _add_tokenizer(writer, tokenizer, config.vocab_size)
     writer.add_chat_template(template)
@@ -86,7 +75,8 @@ def write_model_gguf(
         if own.endswith("rotary_emb.inv_freq"):
             continue
         dtype = torch.float32 if len(shape) == 1 else files.dtypes[own]
-        tensors[gguf_name(own)] = (shape, dtype, _getter(files, own, config))
+        read = partial(_read, files, own, config)
+        tensors[gguf_name(own)] = (shape, dtype, read)
     if config.tie_word_embeddings:
         tensors.pop("output.weight", None)
     if (factors := _rope_factors(config)) is not None:
@@ -101,15 +91,8 @@ def write_model_gguf(
 
 
 def write_adapter_gguf(path: Path, adapter: SavedAdapter, config: LlamaConfig, name: str) -> None:
-    """A LoRA adapter that llama.cpp adds to a GGUF of the base when it starts.
-
-    Raises:
-        ValueError: the extra is missing.
-    """
-    gguf = import_gguf()
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_type("adapter")
-    writer.add_name(name)
+    """Writes a LoRA adapter that llama.cpp adds to a GGUF of the base when it starts."""
+    gguf, writer = _open(path, "adapter", name)
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", adapter.lora.alpha)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
@@ -122,25 +105,24 @@ def write_adapter_gguf(path: Path, adapter: SavedAdapter, config: LlamaConfig, n
     _write(writer, tensors)
 
 
-def import_gguf() -> Any:
-    """The `gguf` package.
-
-    Raises:
-        ValueError: it is not installed.
-    """
+def _open(path: Path, kind: str, name: str) -> tuple[Any, "GGUFWriter"]:
+    """The `gguf` package and a new file; `name` is shown by programs."""
     try:
         import gguf
     except ImportError as error:
         raise ValueError("GGUF files need the extra: pip install 'chatllama[gguf]'") from error
-    return gguf
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type(kind)
+    writer.add_name(name)
+    return gguf, writer
+
+
+def _read(files: ModelFiles, name: str, config: LlamaConfig) -> Tensor:
+    return interleaved(files.tensor(name), name, config)
 
 
 def gguf_name(name: str) -> str:
-    """llama.cpp's name of a tensor.
-
-    Raises:
-        ValueError: it has none.
-    """
+    """The name of a tensor in llama.cpp; ValueError if it has none."""
     stem, _, kind = name.rpartition(".")
     if stem in _WHOLE:
         return f"{_WHOLE[stem]}.{kind}"
@@ -154,17 +136,13 @@ def gguf_name(name: str) -> str:
 def interleaved(rows: Tensor, name: str, config: LlamaConfig) -> Tensor:
     """Query or key rows (H * C, ...) in Meta's order; other tensors as they are.
 
-    The inverse of `meta.checkpoint.halves_together`.
+    The inverse of `halves_together` of an import.
     """
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     part = next((key for key in heads if f"self_attn.{key}" in name), None)
     if part is None:
         return rows
     return rows.unflatten(0, (heads[part], 2, -1)).transpose(1, 2).reshape(rows.shape)
-
-
-def _getter(files: ModelFiles, name: str, config: LlamaConfig) -> Callable[[], Tensor]:
-    return lambda: interleaved(files.tensor(name), name, config)
 
 
 def _write(writer: "GGUFWriter", tensors: Mapping[str, _Tensor]) -> None:
@@ -214,7 +192,7 @@ def _add_shape(writer: "GGUFWriter", config: LlamaConfig) -> None:
 
 
 def _rope_factors(config: LlamaConfig) -> Tensor | None:
-    """By how much LLaMA-3.1 slows each frequency: (C / 2,) float32; None without that scaling."""
+    """LLaMA-3.1's divisor of each frequency: (C / 2,) float32; None without that scaling."""
     rope = cast(dict[str, Any], config.rope_parameters)
     if rope.get("rope_type") != "llama3":
         return None
@@ -227,7 +205,6 @@ def _rope_factors(config: LlamaConfig) -> Tensor | None:
 
 def _add_tokenizer(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerFast, num_rows: int) -> None:
     """Pieces with scores and types, as SentencePiece or as LLaMA-3's byte-level BPE."""
-    added = tokenizer.added_tokens_decoder
     model_file = vars(tokenizer).get("vocab_file")
     model = read_model(Path(model_file)) if model_file else None
     tokens: list[str] = [f"[PAD{index}]" for index in range(num_rows)]
@@ -252,7 +229,7 @@ def _add_tokenizer(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerFast, num
             tokens[index], kinds[index] = token, 1
         merges = pipeline["model"]["merges"]
         writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
-    for index, token in added.items():
+    for index, token in tokenizer.added_tokens_decoder.items():
         if index < num_rows and (model is None or index >= len(model.pieces)):
             tokens[index] = token.content
             kinds[index] = _CONTROL if token.special else _USER_DEFINED

@@ -1,5 +1,6 @@
-"""What a run computes on a few conversations: what an export of it must compute, too."""
+"""A run's outputs on a few conversations, which an export of it must reproduce."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ CONVERSATIONS: tuple[list[Message], ...] = (
 
 
 @dataclass(frozen=True)
-class Probe:
+class ReferenceOutputs:
     """Token ids of conversations and the run's numbers for them."""
 
     contract: dict[str, Any]
@@ -44,40 +45,31 @@ class Probe:
     """Of each member of the reward model: one a conversation."""
 
 
+def is_prompt(messages: Sequence[Message]) -> bool:
+    """Whether an answer comes next."""
+    return messages[-1]["role"] == "user"
+
+
 @torch.no_grad()
-def measure(loaded: LoadedRun, acting: Role) -> Probe:
+def reference_outputs(loaded: LoadedRun, role: Role) -> ReferenceOutputs:
     """The numbers of one role, of the base and of the loaded reward models."""
-    rendered = []
-    for messages in CONVERSATIONS:
-        asks = messages[-1]["role"] == "user"
-        parts = render(loaded.tokenizer, loaded.chat, messages, add_generation_prompt=asks)
-        rendered.append(parts.ids)
-    longest = loaded.model.llama.config.max_position_embeddings
-    ids = [row[:longest] for row in rendered]
+    model, tokenizer, chat = loaded.model, loaded.tokenizer, loaded.chat
+    rendered = [
+        render(tokenizer, chat, messages, add_generation_prompt=is_prompt(messages)).ids
+        for messages in CONVERSATIONS
+    ]
+    ids = [row[: model.llama.config.max_position_embeddings] for row in rendered]
+    rows = [torch.tensor([row]) for row in ids]
+    masks = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+    pairs = list(zip(rows, masks, strict=True))
 
     def logprobs(role: Role) -> list[list[float]]:
-        found = []
-        for row in ids:
-            tokens = torch.tensor([row])
-            mask = torch.ones_like(tokens, dtype=torch.bool)
-            scores = response_logprobs(loaded.model, role, tokens, mask, mask[:, 1:], 1.0)
-            found.append(scores.logprobs[0].tolist())
-        return found
+        passes = [response_logprobs(model, role, *pair, pair[1][:, 1:], 1.0) for pair in pairs]
+        return [scores.logprobs[0].tolist() for scores in passes]
 
-    scores = []
-    for role in loaded.reward_roles:
-        rows = [torch.tensor([row]) for row in ids]
-        masks = [torch.ones_like(row, dtype=torch.bool) for row in rows]
-        found = [
-            score_sequences(loaded.model, row, mask, role)
-            for row, mask in zip(rows, masks, strict=True)
-        ]
-        scores.append(torch.cat(found).tolist())
-    return Probe(
-        describe_contract(loaded.tokenizer, loaded.chat),
-        rendered,
-        ids,
-        logprobs(acting),
-        logprobs("base"),
-        scores,
-    )
+    scores = [
+        torch.cat([score_sequences(model, *pair, member) for pair in pairs]).tolist()
+        for member in loaded.reward_roles
+    ]
+    contract = describe_contract(tokenizer, chat)
+    return ReferenceOutputs(contract, rendered, ids, logprobs(role), logprobs("base"), scores)

@@ -1,6 +1,6 @@
 """The chat layouts in Jinja (transformers, vLLM, llama.cpp) and in Go's templates (Ollama).
 
-Each gives the text whose tokens are those of `chat_format.render`; tests compare them.
+Each writes the text whose tokens are those of `chat_format.render`.
 """
 
 import json
@@ -142,7 +142,7 @@ _GO = {
 
 
 def jinja_template(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> str:
-    """The layout as a chat template for transformers, vLLM and llama.cpp."""
+    """The layout as a Jinja chat template."""
     system = json.dumps(default_system(chat), ensure_ascii=False)
     if chat.template == "tokenizer":
         own = tokenizer.chat_template
@@ -166,18 +166,11 @@ def modelfile(
     gguf: str,
     context: int,
 ) -> str:
-    """An Ollama Modelfile.
-
-    Args:
-        tokenizer: of the model.
-        chat: layout and system prompt.
-        generation: how the model was sampled in training.
-        gguf: the model's file, beside the Modelfile.
-        context: longest text, in tokens.
+    """An Ollama Modelfile for the file `gguf` beside it, with `context` tokens at most.
 
     Raises:
-        ValueError: the layout is a Jinja template of the tokenizer's, or a text holds what
-            Ollama would take for the end of it.
+        ValueError: the layout is the tokenizer's own Jinja template, or the system prompt holds
+            the three quotes that would end it.
     """
     if chat.template == "tokenizer":
         raise ValueError(
@@ -195,12 +188,7 @@ def modelfile(
     for index in end_of_turn_ids(tokenizer, chat):
         stop = tokenizer.convert_ids_to_tokens(index)
         lines.append(f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}")
-    lines += [
-        f"PARAMETER temperature {generation.temperature}",
-        f"PARAMETER top_k {generation.top_k}",
-        f"PARAMETER top_p {generation.top_p}",
-        "PARAMETER min_p 0",
-        "PARAMETER repeat_penalty 1",
-        f"PARAMETER num_ctx {context}",
-    ]
+    sampling = {name: getattr(generation, name) for name in ("temperature", "top_k", "top_p")}
+    others = {"min_p": 0, "repeat_penalty": 1, "num_ctx": context}
+    lines += [f"PARAMETER {name} {value}" for name, value in (sampling | others).items()]
     return "\n".join(lines) + "\n"
