@@ -1,8 +1,8 @@
 """`chatllama import`: Meta's original checkpoint as a plain Hugging Face folder.
 
 Tensor by tensor, so that a few copies of the largest tensor are in memory, never a model. The
-result is checked against a forward pass of Meta's own architecture (`model.py`), through
-all layers, one at a time, and appears under its name only when it is complete.
+result is checked against a forward pass of Meta's own architecture (`meta_model.py`), layer by
+layer, and appears under its name only when it is complete.
 """
 
 import copy
@@ -26,14 +26,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from chatllama.importing.meta_model import (
-    ASSUMED_POSITIONS,
-    MetaParams,
-    read_params,
-    reference_logits,
-)
+from chatllama.importing.meta_model import ASSUMED_POSITIONS, read_params, reference_logits
 from chatllama.importing.meta_shards import MetaShards
-from chatllama.model.weight_files import open_model, write_model
+from chatllama.model.weight_files import cast_to, open_model, write_model
 from chatllama.runs.folder import INFO
 from chatllama.runtime.files import replace_folder, write_json
 from chatllama.runtime.libraries import quiet_libraries
@@ -70,18 +65,18 @@ def import_meta(
     max_positions: int | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Path:
-    """The new Hugging Face folder, complete and checked, with its origin in chatllama.json.
+    """Writes and returns the Hugging Face folder, checked, with its origin in chatllama.json.
 
     Args:
         folder: params.json, consolidated.NN.pth and, there or one above, tokenizer.model.
         out: the new folder. None: `folder` with `-hf` behind its name.
         dtype: of the weights; `keep` needs files of one type.
-        max_positions: longest text in tokens. None: what params.json says, else 2048.
+        max_positions: longest text in tokens. None: that of params.json, else 2048.
         max_file_bytes: of each safetensors file.
 
     Raises:
         ValueError: a file is missing, cut off or changed, files do not fit each other, `out`
-            exists, or the imported model computes something else than Meta's.
+            exists, or the imported model's logits are not those of Meta's architecture.
     """
     quiet_libraries()
     if not folder.is_dir():
@@ -106,22 +101,17 @@ def import_meta(
         positions = max_positions or params.max_seq_len or ASSUMED_POSITIONS
         if max_positions is None and params.max_seq_len is None:
             print(f"longest text: {positions} tokens assumed (LLaMA-2: --max-positions 4096)")
-        config = _config(params, shards, tokenizer, positions, chosen)
-        _write(beside, config, params, shards, chosen, max_file_bytes)
-        difference = _check(beside, config, params, shards, chosen)
-        info = {
-            "stage": "import",
-            "source": folder.name,
-            "sha256": hashes,
-            "params": asdict(params),
-            "dtype": str(chosen).removeprefix("torch."),
-            "logit_difference": difference,
-            "num_checked_tokens": NUM_CHECKED_TOKENS,
-        }
+        config = _config(shards, tokenizer, positions, chosen)
+        _write(beside, config, shards, max_file_bytes)
+        difference = _check(beside, config, shards)
+        kind = str(chosen).removeprefix("torch.")
+        info = {"stage": "import", "source": folder.name, "sha256": hashes}
+        info |= {"params": asdict(params), "dtype": kind, "logit_difference": difference}
+        info["num_checked_tokens"] = NUM_CHECKED_TOKENS
         write_json(beside / INFO, info)
         replace_folder(beside, out)
     print(
-        f"{out}: {params.n_layers} layers, {', '.join(shards.dtypes)} -> {info['dtype']}; logits "
+        f"{out}: {params.n_layers} layers, {', '.join(shards.dtypes)} -> {kind}; logits "
         f"differ from Meta's architecture by at most {difference:.1e} of their deviation"
     )
     return out
@@ -159,8 +149,7 @@ def _beside(out: Path) -> Iterator[Path]:
 def _tokenizer_file(folder: Path) -> Path:
     """Meta's SentencePiece model: in the folder, or above it as its download script puts it."""
     for place in (folder, folder.parent):
-        file = place / "tokenizer.model"
-        if file.is_file():
+        if (file := place / "tokenizer.model").is_file():
             if read_model(file) is None:
                 raise ValueError(
                     f"{file}: cut off, or no SentencePiece model; for LLaMA-3 and later take the "
@@ -181,7 +170,7 @@ def _choose_dtype(folder: Path, shards: MetaShards, dtype: Dtype) -> torch.dtype
 
 
 def _check_room(beside: Path, shards: MetaShards, dtype: torch.dtype) -> None:
-    """Nothing, where the disk has room for the new files."""
+    """Raises ValueError unless the disk has room for the new files."""
     needed = sum(math.prod(part.shape) for part in shards.parts.values()) * dtype.itemsize
     free = shutil.disk_usage(beside).free
     if needed > free:
@@ -191,11 +180,7 @@ def _check_room(beside: Path, shards: MetaShards, dtype: torch.dtype) -> None:
 
 
 def _checked_hash(file: Path) -> str:
-    """SHA-256 of a file, whose MD5 is that of Meta's checklist.chk where this lies beside it.
-
-    Raises:
-        ValueError: the file is another than Meta's.
-    """
+    """SHA-256 of a file; ValueError if its MD5 is not that of Meta's checklist.chk beside it."""
     sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
     with file.open("rb") as stream:
         while block := stream.read(1 << 22):
@@ -213,12 +198,9 @@ def _checked_hash(file: Path) -> str:
 
 
 def _config(
-    params: MetaParams,
-    shards: MetaShards,
-    tokenizer: PreTrainedTokenizerFast,
-    positions: int,
-    dtype: torch.dtype,
+    shards: MetaShards, tokenizer: PreTrainedTokenizerFast, positions: int, dtype: torch.dtype
 ) -> LlamaConfig:
+    params = shards.params
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=shards.vocab_size,
@@ -238,15 +220,9 @@ def _config(
     )
 
 
-def _write(
-    beside: Path,
-    config: LlamaConfig,
-    params: MetaParams,
-    shards: MetaShards,
-    dtype: torch.dtype,
-    max_file_bytes: int,
-) -> None:
-    """Config and weights; the names and shapes are those that transformers' model has."""
+def _write(beside: Path, config: LlamaConfig, shards: MetaShards, max_file_bytes: int) -> None:
+    """Writes config and weights, with the names and shapes of transformers' model."""
+    params, dtype = shards.params, cast(torch.dtype, config.dtype)
     config.save_pretrained(beside)
     GenerationConfig.from_model_config(config).save_pretrained(beside)
     metas = {hf_name(name): name for name in shards.parts}
@@ -263,32 +239,25 @@ def _write(
         if meta.endswith(("wq.weight", "wk.weight")):
             heads = params.n_heads if meta.endswith("wq.weight") else params.n_kv_heads
             tensor = halves_together(tensor, heads)
-        tensor = tensor.to(dtype)
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{meta} is too large for {dtype}: choose --dtype bfloat16")
-        return tensor
+        return cast_to(tensor, dtype, meta)
 
     write_model(beside, shapes, dtype, converted, max_file_bytes)
 
 
-def _check(
-    beside: Path, config: LlamaConfig, params: MetaParams, shards: MetaShards, dtype: torch.dtype
-) -> float:
+def _check(beside: Path, config: LlamaConfig, shards: MetaShards) -> float:
     """Largest difference of the written model's logits from Meta's, in their deviations.
 
-    In float32 on both sides, from weights of the written type, on a few tokens.
-
-    Raises:
-        ValueError: it is too large.
+    In float32 on both sides, from weights of the written type, on a few tokens. ValueError if it
+    is too large.
     """
     count = min(NUM_CHECKED_TOKENS, config.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(shards.vocab_size, (count,), generator=generator)
 
     def weight(name: str) -> Tensor:
-        return shards.tensor(name).to(dtype).float()
+        return shards.tensor(name).to(cast(torch.dtype, config.dtype)).float()
 
-    expected = reference_logits(params, weight, tokens)
+    expected = reference_logits(shards.params, weight, tokens)
     found = _written_logits(beside, config, tokens)
     difference = float((found - expected).abs().max() / expected.std())
     if not difference <= MAX_DIFFERENCE:  # NaN, too

@@ -1,9 +1,8 @@
-"""A LLaMA in Meta's words: what its params.json says, checked, and its arithmetic written anew.
+"""Meta's LLaMA: its params.json, checked, and its arithmetic in plain float32 torch.
 
-The arithmetic is what an import is checked against, in plain float32 torch, reading one tensor at a
-time and keeping none. Rotations are complex numbers on neighbouring channels, as Meta trained them;
-Hugging Face rotates halves, which is why an import reorders rows. Files of tensors are read in
-`shards.py`.
+An import is checked against the arithmetic, which reads one tensor at a time and keeps none.
+Rotations are complex numbers on neighbouring channels, as Meta trained them; Hugging Face rotates
+halves, so an import reorders rows. Files of tensors are read in `meta_shards.py`.
 
 Sources: LLaMA (arXiv 2302.13971), LLaMA-2 (arXiv 2307.09288), RoPE (arXiv 2104.09864). T tokens,
 D channels, H heads, K key-value heads, C channels a head, V vocabulary.
@@ -12,7 +11,8 @@ D channels, H heads, K key-value heads, C channels a head, V vocabulary.
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-# Of the training job, not of the model.
-IGNORED = ("max_batch_size",)
-KNOWN = (
-    "dim",
-    "n_layers",
-    "n_heads",
-    "n_kv_heads",
-    "vocab_size",
-    "multiple_of",
-    "ffn_dim_multiplier",
-    "norm_eps",
-    "rope_theta",
-    "max_seq_len",
-    "use_scaled_rope",
-)
+IGNORED = "max_batch_size"
+"""Key of the training job, not of the model."""
 ASSUMED_POSITIONS = 2048
 Weight = Callable[[str], Tensor]
 """Name -> whole tensor in Meta's order, float32."""
@@ -42,20 +29,20 @@ Weight = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class MetaParams:
-    """A LLaMA in Meta's words."""
+    """The keys of params.json."""
 
     dim: int
     n_layers: int
     n_heads: int
     n_kv_heads: int
-    """`n_heads` where the file does not say."""
+    """Default: `n_heads`."""
     norm_eps: float
     rope_theta: float
-    """10000 where the file does not say."""
+    """Default: 10000."""
     vocab_size: int | None
-    """None where the file says -1: as many as the tokenizer has."""
+    """None for -1: the tokenizer's."""
     max_seq_len: int | None
-    """Longest text in tokens; Meta's own files do not say."""
+    """Longest text in tokens; not in Meta's own files."""
     multiple_of: int | None
     ffn_dim_multiplier: float | None
 
@@ -65,7 +52,7 @@ class MetaParams:
         return self.dim // self.n_heads
 
     def ffn_dim(self) -> int | None:
-        """Width of the feed-forward layer; None where the file does not say.
+        """Width of the feed-forward layer; None without `multiple_of`.
 
         Two thirds of 4 `dim`, scaled, rounded up to `multiple_of` (LLaMA-2, model.py).
         """
@@ -78,12 +65,7 @@ class MetaParams:
 
 
 def read_params(file: Path) -> MetaParams:
-    """The parameters in params.json.
-
-    Raises:
-        ValueError: no such file, no JSON, a key that is missing, unknown or of another type, or
-            values that do not fit each other.
-    """
+    """The parameters in params.json; ValueError names the file and the key that is wrong."""
     if not file.is_file():
         raise ValueError(f"{file.parent}: no {file.name}; is this a folder of Meta's checkpoint?")
     try:
@@ -92,70 +74,58 @@ def read_params(file: Path) -> MetaParams:
         raise ValueError(f"{file}: not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file}: expected an object")
-    unknown = sorted(set(values) - {*KNOWN, *IGNORED})
-    if unknown:
+    known = [each.name for each in fields(MetaParams)]
+    if unknown := sorted(set(values) - {*known, "use_scaled_rope", IGNORED}):
         raise ValueError(
             f"{file}: unknown keys {', '.join(unknown)}; LLaMA-1 and LLaMA-2 have "
-            f"{', '.join(KNOWN[:-1])}. For newer models take the Hugging Face folder"
+            f"{', '.join(known)}. For newer models take the Hugging Face folder"
         )
     if values.get("use_scaled_rope"):
         raise ValueError(
             f"{file}: use_scaled_rope (LLaMA-3.1 and later) is not imported; take the Hugging "
             "Face folder of this model"
         )
-    heads = _whole(file, values, "n_heads")
-    vocabulary, scale = values.get("vocab_size", -1), values.get("ffn_dim_multiplier")
+    whole = partial(_number, file, values)
+    number = partial(whole, whole=False)
+    heads = whole("n_heads")
     params = MetaParams(
-        dim=_whole(file, values, "dim"),
-        n_layers=_whole(file, values, "n_layers"),
+        dim=whole("dim"),
+        n_layers=whole("n_layers"),
         n_heads=heads,
-        n_kv_heads=_optional(file, values, "n_kv_heads") or heads,
-        norm_eps=_number(file, values, "norm_eps"),
-        rope_theta=_number(file, {"rope_theta": 10000.0, **values}, "rope_theta"),
-        vocab_size=None if vocabulary == -1 else _whole(file, values, "vocab_size"),
-        max_seq_len=_optional(file, values, "max_seq_len"),
-        multiple_of=_optional(file, values, "multiple_of"),
-        ffn_dim_multiplier=None if scale is None else _number(file, values, "ffn_dim_multiplier"),
+        n_kv_heads=whole("n_kv_heads", optional=True) or heads,
+        norm_eps=number("norm_eps"),
+        rope_theta=number("rope_theta") if "rope_theta" in values else 10000.0,
+        vocab_size=None if values.get("vocab_size", -1) == -1 else whole("vocab_size"),
+        max_seq_len=whole("max_seq_len", optional=True),
+        multiple_of=whole("multiple_of", optional=True),
+        ffn_dim_multiplier=number("ffn_dim_multiplier", optional=True),
     )
     if params.dim % (2 * heads):
         raise ValueError(f"{file}: dim {params.dim} is not an even multiple of n_heads {heads}")
-    if heads % params.n_kv_heads:
-        raise ValueError(
-            f"{file}: n_heads {heads} is not a multiple of n_kv_heads {params.n_kv_heads}"
-        )
+    if heads % (groups := params.n_kv_heads):
+        raise ValueError(f"{file}: n_heads {heads} is not a multiple of n_kv_heads {groups}")
     return params
 
 
-def _optional(file: Path, values: dict[str, Any], key: str) -> int | None:
-    """The whole number of a key that may be missing or null."""
-    return None if values.get(key) is None else _whole(file, values, key)
-
-
-def _whole(file: Path, values: dict[str, Any], key: str) -> int:
-    value = _number(file, values, key)
-    if value != int(value):
-        raise ValueError(f"{file}: {key} must be a whole number, not {value}")
-    return int(value)
-
-
-def _number(file: Path, values: dict[str, Any], key: str) -> float:
+def _number(
+    file: Path, values: dict[str, Any], key: str, *, whole: bool = True, optional: bool = False
+) -> Any:
+    """The number above 0 at a key; None where it is `optional` and missing or null."""
+    value = values.get(key)
+    if optional and value is None:
+        return None
     if key not in values:
         raise ValueError(f"{file}: no {key}")
-    value = values[key]
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"{file}: {key} must be a number above 0, not {value!r}")
-    return value
+    if whole and value != int(value):
+        raise ValueError(f"{file}: {key} must be a whole number, not {value}")
+    return int(value) if whole else value
 
 
 @torch.no_grad()
 def reference_logits(params: MetaParams, weight: Weight, tokens: Tensor) -> Tensor:
-    """Logits after every token: (T, V) float32.
-
-    Args:
-        params: the model's sizes.
-        weight: gives each tensor when it is needed.
-        tokens: (T,) int64.
-    """
+    """Logits (T, V) float32 after every one of the `tokens` (T,) int64."""
     turns = rotations(params, len(tokens))
     hidden = weight("tok_embeddings.weight")[tokens]
     for layer in range(params.n_layers):
@@ -193,9 +163,9 @@ def attention(
 ) -> Tensor:
     """What causal attention adds to `hidden` (T, D)."""
     length, width = len(hidden), params.head_dim
-    queries = (hidden @ weight(prefix + "wq.weight").T).view(length, params.n_heads, width)
-    keys = (hidden @ weight(prefix + "wk.weight").T).view(length, params.n_kv_heads, width)
-    values = (hidden @ weight(prefix + "wv.weight").T).view(length, params.n_kv_heads, width)
+    queries, keys, values = (
+        (hidden @ weight(f"{prefix}w{part}.weight").T).view(length, -1, width) for part in "qkv"
+    )
     shared = params.n_heads // params.n_kv_heads
     queries, keys = rotate(queries, turns), rotate(keys, turns).repeat_interleave(shared, dim=1)
     scores = torch.einsum("qhc,khc->hqk", queries, keys) / math.sqrt(width)

@@ -1,7 +1,6 @@
 """Meta's consolidated.NN.pth files, opened without reading them, and their tensors put together.
 
-Every tensor is as Meta stores it: the order of rows that Hugging Face wants is made in
-`checkpoint.py`.
+Every tensor is as Meta stores it; `meta_checkpoint.py` reorders rows for Hugging Face.
 """
 
 import pickle
@@ -36,8 +35,8 @@ _EMBEDDING = "tok_embeddings.weight"
 
 
 @dataclass(frozen=True)
-class Part:
-    """How a tensor lies in the files."""
+class Layout:
+    """How a tensor is split over the files."""
 
     shape: tuple[int, ...]
     """Of the whole."""
@@ -48,29 +47,24 @@ class Part:
         """Shape in each file; None where it cannot be split into so many."""
         if self.axis is None:
             return self.shape
-        if self.shape[self.axis] % num_shards:
-            return None
-        return tuple(
-            size // num_shards if i == self.axis else size for i, size in enumerate(self.shape)
-        )
+        whole, rest = divmod(self.shape[self.axis], num_shards)
+        local = (*self.shape[: self.axis], whole, *self.shape[self.axis + 1 :])
+        return None if rest else local
 
 
 class MetaShards:
-    """The tensors of a checkpoint, read when they are asked for.
+    """The tensors of a checkpoint with consolidated.00.pth and so on, read one at a time.
 
-    Args:
-        folder: with consolidated.00.pth and so on.
-        params: of its params.json.
-        vocab_size: tokens of its tokenizer.
+    `vocab_size` is that of its tokenizer.
 
     Raises:
-        ValueError: a file is missing, cut off, or holds other things than params.json says.
+        ValueError: a file is missing, cut off, or does not fit params.json.
     """
 
     def __init__(self, folder: Path, params: MetaParams, vocab_size: int) -> None:
         self.files = shard_files(folder)
         self._shards = [_open(file) for file in self.files]
-        self._params = params
+        self.params = params
         self._check_count()
         self.ffn_dim = params.ffn_dim() or self._rows("layers.0.feed_forward.w1.weight")
         self.vocab_size = params.vocab_size or vocab_size
@@ -85,17 +79,15 @@ class MetaShards:
     def tensor(self, name: str) -> Tensor:
         """The whole tensor, in the type of the files."""
         pieces, axis = [shard[name] for shard in self._shards], self.parts[name].axis
-        if axis is None or len(pieces) == 1:
-            return pieces[0]
-        return torch.cat(pieces, dim=axis)
+        return pieces[0] if axis is None or len(pieces) == 1 else torch.cat(pieces, dim=axis)
 
     def _rows(self, name: str) -> int:
         """Rows of a column-parallel matrix over all files."""
         return sum(_get(s, name, f).shape[0] for s, f in zip(self._shards, self.files, strict=True))
 
     def _check_count(self) -> None:
-        """Nothing, where the files are as many as the checkpoint was split into."""
-        folder, first, dim = self.files[0].parent, self.files[0], self._params.dim
+        """Raises ValueError unless all files of the checkpoint are there."""
+        folder, first, dim = self.files[0].parent, self.files[0], self.params.dim
         channels = _get(self._shards[0], "norm.weight", first).shape[0]
         if channels != dim:
             raise ValueError(
@@ -110,9 +102,9 @@ class MetaShards:
                 f"consolidated.{dim // own - 1:02d}.pth are needed"
             )
 
-    def _expected(self) -> dict[str, Part]:
-        """Name -> part of every tensor that a model of these parameters has."""
-        params = self._params
+    def _expected(self) -> dict[str, Layout]:
+        """Name -> layout of every tensor that a model of these parameters has."""
+        params = self.params
         dim, kv_dim, ffn = params.dim, params.n_kv_heads * params.head_dim, self.ffn_dim
         shapes = {
             "attention.wk.weight": (kv_dim, dim),
@@ -125,22 +117,22 @@ class MetaShards:
         }
         # LLaMA-1 and LLaMA-2 split the embedding by channels, LLaMA-3 by tokens.
         by_channels = _get(self._shards[0], _EMBEDDING, self.files[0]).shape[-1] < dim
-        parts = {_EMBEDDING: Part((self.vocab_size, dim), COLUMNS if by_channels else ROWS)}
+        parts = {_EMBEDDING: Layout((self.vocab_size, dim), COLUMNS if by_channels else ROWS)}
         for layer in range(params.n_layers):
             for name, axis in _LAYER_AXES.items():
-                parts[f"layers.{layer}.{name}"] = Part(shapes.get(name, (dim, dim)), axis)
-        parts["norm.weight"] = Part((dim,), None)
-        parts["output.weight"] = Part((self.vocab_size, dim), ROWS)
+                parts[f"layers.{layer}.{name}"] = Layout(shapes.get(name, (dim, dim)), axis)
+        parts["norm.weight"] = Layout((dim,), None)
+        parts["output.weight"] = Layout((self.vocab_size, dim), ROWS)
         return parts
 
     def _check_tensors(self, folder: Path) -> None:
-        """Nothing, where every file holds its share of every tensor, and nothing else."""
+        """Raises ValueError unless every file holds its part of every tensor, and nothing else."""
         for file, shard in zip(self.files, self._shards, strict=True):
             extra = [n for n in shard if n not in self.parts and not n.endswith(ROPE_SUFFIX)]
             if extra:
                 raise ValueError(
                     f"{file}: {len(extra)} tensors that params.json (n_layers "
-                    f"{self._params.n_layers}) has no place for, such as {extra[0]}"
+                    f"{self.params.n_layers}) has no place for, such as {extra[0]}"
                 )
             for name, part in self.parts.items():
                 found, local = tuple(_get(shard, name, file).shape), part.local(len(self.files))
@@ -157,16 +149,17 @@ class MetaShards:
             for name in shard:
                 if name.endswith(ROPE_SUFFIX):
                     self._check_rope(file, shard[name])
-        wrong = {n: t.dtype for n, t in self._used().items() if t.dtype not in DTYPES}
-        for name, dtype in wrong.items():
-            raise ValueError(f"{folder}: {name} is {dtype}; known: {', '.join(map(str, DTYPES))}")
+        for name, tensor in self._used().items():
+            if tensor.dtype not in DTYPES:
+                known = ", ".join(map(str, DTYPES))
+                raise ValueError(f"{folder}: {name} is {tensor.dtype}; known: {known}")
 
     def _used(self) -> dict[str, Tensor]:
         return {f"{n} of {i}": s[n] for i, s in enumerate(self._shards) for n in self.parts}
 
     def _check_rope(self, file: Path, found: Tensor) -> None:
-        """Nothing, where stored rotation frequencies are those of rope_theta."""
-        theta, head_dim = self._params.rope_theta, self._params.head_dim
+        """Raises ValueError unless stored rotation frequencies are those of rope_theta."""
+        theta, head_dim = self.params.rope_theta, self.params.head_dim
         expected = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
         fits = found.shape == expected.shape and torch.allclose(
             found.double(), expected, rtol=ROPE_TOLERANCE, atol=1e-6
@@ -179,11 +172,7 @@ class MetaShards:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The consolidated files, in order.
-
-    Raises:
-        ValueError: there is none, one is missing between others, or there are too many.
-    """
+    """The consolidated files, in order; ValueError for none, a gap, or too many."""
     found = {
         int(match[1]): path
         for path in sorted(folder.iterdir())
@@ -202,7 +191,7 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def _open(file: Path) -> dict[str, Tensor]:
-    """Name -> tensor, mapped into memory; no code of the file is run."""
+    """Name -> tensor, memory-mapped; no code of the file is run."""
     try:
         content: Any = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
