@@ -209,7 +209,7 @@ def use_liger(llama: LlamaForCausalLM) -> None:
     names.LlamaRMSNorm, names.LlamaMLP = norm, mlp  # for LLaMAs that are built later
     attention = attention_with(rotary)
     for layer in llama.model.layers:
-        layer.self_attn.__class__ = attention
+        cast(Any, layer.self_attn).__class__ = attention
 
 
 def attention_with(rotary: Callable[..., Any]) -> type[LlamaAttention]:
