@@ -61,7 +61,7 @@ class _Layer(RowLayer):
         values[rows, :, cache.end : end] = value_states
         return keys[rows, :, cache.low : end], values[rows, :, cache.low : end]
 
-    def forget(self) -> None:
+    def free(self) -> None:
         self.keys = self.values = None
         self.is_initialized = False
 
@@ -125,7 +125,7 @@ class KVCache:
         if not self.starts and (self.capacity > 2 * longest or self.allocated > 2 * rows):
             self.allocated = self.capacity = 0
             for layer in self._layers:
-                layer.forget()
+                layer.free()
         allocated = self.allocated
         if rows > allocated:
             allocated = min(max(rows, 2 * allocated), self.max_rows)

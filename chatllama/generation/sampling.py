@@ -139,10 +139,10 @@ def _truncated(
         best = _largest(weights, count)
         cumulative = best.cumsum(-1)
         among = cumulative.gather(1, limit.clamp(max=count) - 1)
-        wanted = top_p * torch.where(limit <= count, among, whole)
-        reached = (cumulative[:, -1:] >= wanted) | (limit <= count)
+        mass = top_p * torch.where(limit <= count, among, whole)
+        reached = (cumulative[:, -1:] >= mass) | (limit <= count)
         if count == vocabulary or bool(reached.all()):
-            return _by_rank(weights, best, cumulative, limit, wanted, uniforms)
+            return _by_rank(weights, best, cumulative, limit, mass, uniforms)
     raise AssertionError
 
 
@@ -151,12 +151,12 @@ def _by_rank(
     best: torch.Tensor,
     cumulative: torch.Tensor,
     limit: torch.Tensor,
-    wanted: torch.Tensor,
+    mass: torch.Tensor,
     uniforms: torch.Tensor,
 ) -> torch.Tensor:
     """Tokens at which the cumulative weight of the kept ones reaches (1 - u) of its total."""
-    # Tokens are kept until their total reaches `wanted`; the first always.
-    kept = torch.minimum(torch.searchsorted(cumulative, wanted) + 1, limit.clamp(max=best.shape[1]))
+    # Tokens are kept until their total reaches `mass`; the first always.
+    kept = torch.minimum(torch.searchsorted(cumulative, mass) + 1, limit.clamp(max=best.shape[1]))
     target = (1 - uniforms[:, None]) * cumulative.gather(1, kept - 1)
     rank = torch.searchsorted(cumulative, target)
     weight = best.gather(1, rank)

@@ -53,8 +53,8 @@ class _Layer(RowLayer):
             return
         old = self.tensors
         self.lazy_initialization(*old)
-        for new, held in zip(self.tensors, old, strict=True):
-            new[: len(held), :, : held.shape[2]] = held
+        for new, before in zip(self.tensors, old, strict=True):
+            new[: len(before), :, : before.shape[2]] = before
 
     # Prompts attend to themselves only. A step passes its own mask and does not call these.
 
@@ -106,7 +106,7 @@ class StaticKVCache:
         self._stepped = False
 
     def clear(self) -> None:
-        """Forgets all rows."""
+        """Removes all rows."""
         self.prompts, self._lengths = None, []
 
     def reserve(self, rows: int, longest: int) -> None:

@@ -7,7 +7,6 @@ and answered in `answerer.py`.
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,26 +28,6 @@ from chatllama.runtime.jsonl import append_lines, resume
 if TYPE_CHECKING:  # importing them takes seconds
     from chatllama.config.schema import Config
     from chatllama.inference.answerer import Answer, Answerer
-
-
-@dataclass
-class Totals:
-    """Sums over the answers written so far, those of earlier calls included."""
-
-    lengths: list[int] = field(default_factory=list)
-    finished: int = 0
-    scores: list[float] = field(default_factory=list)
-    candidate_scores: list[float] = field(default_factory=list)
-    """Mean score of each prompt's samples, with best-of-n."""
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Adds a line of the file."""
-        self.lengths.append(line["num_tokens"])
-        self.finished += line["finished"]
-        if "score" in line:
-            self.scores.append(line["score"])
-        if "mean_candidate_score" in line:
-            self.candidate_scores.append(line["mean_candidate_score"])
 
 
 def generate_command(
@@ -73,17 +52,17 @@ def generate_command(
     cfg = load_config(config)
     settings = complete(run, cfg, options)
     keys = [(prompt.id, sample) for prompt in prompts for sample in range(settings.kept)]
-    totals, done = Totals(), 0
+    done: list[dict[str, Any]] = []
     if out is not None:
-        for line in _answers_in(out, settings.saved(run, prompts), keys):
-            totals.add(line)
-            done += 1
-    old_tokens, seconds = sum(totals.lengths), 0.0
-    if done < len(keys):
+        done += map(_summarised, _answers_in(out, settings.saved(run, prompts), keys))
+    new: list[dict[str, Any]] = []
+    seconds = 0.0
+    if len(done) < len(keys):
         if done:
-            tell(f"{out}: going on after {done} of {len(keys)} answers")
-        seconds = _answer_all(run, cfg, settings, prompts, done, totals, out)
-    tell("\n".join(summary(settings, totals, sum(totals.lengths) - old_tokens, seconds)))
+            tell(f"{out}: going on after {len(done)} of {len(keys)} answers")
+        new, seconds = _answer_all(run, cfg, settings, prompts, len(done), out)
+    new_tokens = sum(line["num_tokens"] for line in new)
+    tell("\n".join(summary(settings, [*done, *new], new_tokens, seconds)))
 
 
 def _answer_all(
@@ -92,12 +71,12 @@ def _answer_all(
     settings: Settings,
     prompts: Sequence[Prompt],
     done: int,
-    totals: Totals,
     out: Path | None,
-) -> float:
-    """Answers the prompts from line `done` on, batch by batch; returns seconds without loading.
+) -> tuple[list[dict[str, Any]], float]:
+    """Answers the prompts from line `done` on; every batch is written, or printed, at once.
 
-    Every batch is written, or printed, as soon as it is done.
+    Returns:
+        What the summary needs of each new line; seconds without loading.
     """
     from chatllama.inference.answerer import Answerer
     from chatllama.inference.load import load_run, reward_role
@@ -116,6 +95,7 @@ def _answer_all(
     first = done // settings.kept // per_batch * per_batch
     skipped = done - first * settings.kept
     total = len(prompts) * settings.kept
+    answered: list[dict[str, Any]] = []
     started = time.monotonic()
     with answer_progress(total, done, out is not None or not sys.stdout.isatty()) as advance:
         for start in range(first, len(prompts), per_batch):
@@ -125,11 +105,11 @@ def _answer_all(
             if out is not None:
                 append_lines(out, lines)
             for line in lines:
-                totals.add(line)
+                answered.append(_summarised(line))
                 if out is None:
                     _show(line, alone=total == 1)
             advance(len(lines))
-    return time.monotonic() - started
+    return answered, time.monotonic() - started
 
 
 def _answer_batch(
@@ -180,23 +160,34 @@ def _line(
     return line
 
 
-def summary(settings: Settings, totals: Totals, new_tokens: int, seconds: float) -> list[str]:
+def _summarised(line: dict[str, Any]) -> dict[str, Any]:
+    """What `summary` needs of a line."""
+    names = ("num_tokens", "finished", "score", "mean_candidate_score")
+    return {name: line[name] for name in names if name in line}
+
+
+def summary(
+    settings: Settings, answers: Sequence[dict[str, Any]], new_tokens: int, seconds: float
+) -> list[str]:
     """The closing lines; `new_tokens` and `seconds` are those of this call only."""
-    count = len(totals.lengths)
-    length, _ = mean_and_error(totals.lengths)
+    finished = sum(line["finished"] for line in answers) / len(answers)
+    length, _ = mean_and_error([line["num_tokens"] for line in answers])
+    scores, candidate_scores = (
+        [line[key] for line in answers if key in line] for key in ("score", "mean_candidate_score")
+    )
     lines = [
-        f"{count} answers by {settings.role}: {totals.finished / count:.1%} finished, "
+        f"{len(answers)} answers by {settings.role}: {finished:.1%} finished, "
         f"{length:.1f} tokens on average"
     ]
     if new_tokens:
         rate = new_tokens / max(seconds, 1e-9)
         lines.append(f"{duration(seconds)}, {rate:.0f} tokens of answers a second")
-    if totals.scores:
-        lines.append(f"score {_with_error(totals.scores)}")
-    if totals.candidate_scores:
+    if scores:
+        lines.append(f"score {_with_error(scores)}")
+    if candidate_scores:
         drawn = settings.drawn
         lines.append(
-            f"best of {drawn}: score of all samples {_with_error(totals.candidate_scores)}; "
+            f"best of {drawn}: score of all samples {_with_error(candidate_scores)}; "
             f"KL to {settings.role} at most {best_of_kl(drawn):.3f} nats (log n - (n - 1)/n)"
         )
     return lines

@@ -108,11 +108,11 @@ def mean_kl(
     """
     tokens = torch.tensor([[*prompt, *response[:-1]]])
     mask = torch.ones_like(tokens, dtype=torch.bool)
-    wanted = mask.clone()
-    wanted[:, : len(prompt) - 1] = False
+    positions = mask.clone()
+    positions[:, : len(prompt) - 1] = False
     logprobs = []
     for each in (role, other):
-        hidden = hidden_states(model, each, tokens, mask, wanted)
+        hidden = hidden_states(model, each, tokens, mask, positions)
         with acting_as(model, each), autocast(model):
             logprobs.append(model.llama.lm_head(hidden).float().log_softmax(-1))
     own, reference = logprobs

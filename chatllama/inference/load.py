@@ -70,19 +70,19 @@ def load_run(
     if not folders and not run.full_model.is_dir():
         raise ValueError(f"{run.root} holds no adapter yet: has train_sft.py finished?")
     bare = ("base",) if cfg.lora is not None else ("base", "reference")
-    wanted = list(folders) if roles is None else [role for role in roles if role not in bare]
-    if missing := [role for role in wanted if role not in folders]:
+    names = list(folders) if roles is None else [role for role in roles if role not in bare]
+    if missing := [role for role in names if role not in folders]:
         raise ValueError(f"{run.root} has no adapter for {missing[0]}; there: {sorted(folders)}")
     tokenizer = load_tokenizer(
         backbone_path(cfg.backbone, run),
         revision=cfg.backbone.revision,
         trust_remote_code=cfg.backbone.trust_remote_code,
     )
-    saved = {role: load_adapter(folders[role]) for role in wanted}
+    saved = {role: load_adapter(folders[role]) for role in names}
     for role, adapter in saved.items():
         check_contract(adapter.info["contract"], tokenizer, cfg.chat, str(folders[role]))
         check_base(cfg, run, adapter.info, str(folders[role]))
-    rewards = [role for role in wanted if role.startswith("reward")]
+    rewards = [role for role in names if role.startswith("reward")]
     model = RoleModel(
         load_backbone(without_training_kernels(cfg.backbone), base_path(cfg, run)),
         {role: Adapter(adapter.lora, adapter.state) for role, adapter in saved.items()},

@@ -55,7 +55,7 @@ def evaluate_translation(
     stem = ".".join([*parts, *(form for form, usual in forms if form != usual)])
     out = run.root / "translation" / f"{stem}.jsonl"
     out.parent.mkdir(exist_ok=True)
-    prompts = [Prompt(i, ask, where) for i, (where, ask, _) in enumerate(translations.requests)]
+    prompts = [Prompt(i, text, where) for i, (where, text, _) in enumerate(translations.requests)]
     generate_command(run_dir, prompts, options, out)
     answers = read_lines(out)
     found = [answer["response"] for answer in answers]

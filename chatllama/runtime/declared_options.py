@@ -41,7 +41,7 @@ def option(
     """A field of a keyword-only dataclass that is an option of a command as well.
 
     Args:
-        default: a number is added to the help; None leaves the value to a config.
+        default: shown in the help if it is a number.
         help: for `--help`, and the field's documentation.
         limit: checked by `check_limits`, unless the value is None.
         metavar: the value's name in `--help`. None: by its type.
@@ -53,9 +53,7 @@ def option(
 
 def add_options(parser: argparse.ArgumentParser, cls: type, only: Collection[str] = ()) -> None:
     """Declares the options of a dataclass, or only those named."""
-    for each in _declared(cls):
-        if only and each.name not in only:
-            continue
+    for each in (each for each in _declared(cls) if not only or each.name in only):
         kind, choices = _kind(each.type)
         help, default = each.metadata["help"], each.default
         keywords: dict[str, Any] = {"default": default, "dest": each.name}
