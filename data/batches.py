@@ -15,11 +15,7 @@ from chatllama.text.padding import pad_right
 
 
 def ordered_pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
-    """Every pair (better, worse) of a list of answers; ties make none.
-
-    Args:
-        ranks: of the answers, 0 for the best.
-    """
+    """Every pair (better, worse) of answers with these ranks, 0 for the best; ties make none."""
     numbers = range(len(ranks))
     return [(i, j) for i in numbers for j in numbers if ranks[i] < ranks[j]]
 
@@ -41,18 +37,14 @@ class AnswerPairs:
 
 
 def answer_pairs(examples: Iterable[Mapping[str, Any]]) -> AnswerPairs:
-    """All pairs among the answers of `examples`, prompt by prompt.
-
-    Args:
-        examples: with `ranks` and `ratings`, one of each for every answer.
-    """
+    """All pairs among the answers of examples of `_preference`, prompt by prompt."""
     rows: list[tuple[int, int, float, float, int]] = []
     first = 0
     for number, example in enumerate(examples):
         pairs, ratings = ordered_pairs(example["ranks"]), example["ratings"]
         for i, j in pairs:
-            by = ratings[i] - ratings[j]
-            rows.append((first + i, first + j, by, 1 / len(pairs), number))
+            margin = ratings[i] - ratings[j]
+            rows.append((first + i, first + j, margin, 1 / len(pairs), number))
         first += len(ratings)
     better, worse, margin, weight, prompt = zip(*rows, strict=True)
     return AnswerPairs(
@@ -66,9 +58,9 @@ def answer_pairs(examples: Iterable[Mapping[str, Any]]) -> AnswerPairs:
 
 @dataclass(frozen=True)
 class PreferenceCollator:
-    """Examples of `tokenize_preferences` as one batch: every answer with its prompt; their pairs.
+    """Preference examples as one batch: every answer with its prompt; their pairs.
 
-    For attention that only knows whole sequences; else `answer_rows.py` spares the repetition.
+    For attention that takes whole sequences only; else `SharedPromptCollator` spares repetition.
     """
 
     pad_id: int
@@ -76,12 +68,7 @@ class PreferenceCollator:
     def __call__(
         self, examples: Sequence[dict[str, Any]]
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], AnswerPairs]:
-        """The batch.
-
-        Returns:
-            (N, T) int64 ids of all answers with their prompts, padded on the right, and (N, T)
-            bool mask, True on tokens; the pairs.
-        """
+        """Ids (N, T) int64 of all answers, padded on the right, and mask (N, T) bool; the pairs."""
         rows = [ids for example in examples for ids in example["answer_ids"]]
         return pad_right(rows, self.pad_id), answer_pairs(examples)
 
@@ -91,17 +78,11 @@ class PreferenceCollator:
 
 
 def batch_indices(num_examples: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """The examples of step `step`, over all ranks; rank r takes its slice.
+    """The `batch_size` examples of step `step` (from 0), over all ranks; rank r takes its slice.
 
     Epochs follow each other without a gap, each in its own random order, so that every batch is
     full and every example comes up once before any comes up twice. Depends on the arguments
-    alone: a run resumed at any step, on any number of ranks, sees the same batches.
-
-    Args:
-        num_examples: size of the training set.
-        batch_size: examples a step, over all ranks.
-        step: from 0.
-        seed: of the order.
+    alone: a run resumed at any step, on any number of ranks, has the same batches.
 
     Raises:
         ValueError: there are no examples.
@@ -114,26 +95,17 @@ def batch_indices(num_examples: int, batch_size: int, step: int, seed: int) -> l
 
 
 def bucket_by_length(lengths: Sequence[int], group: int) -> list[int]:
-    """An order in which the rows of every group go from short to long; groups keep their place.
+    """An order in which every `group` rows go from short to long; groups keep their place.
 
     With an optimizer step's batch as the group, its microbatches hold rows of like length and need
-    less padding, while the step sees the same rows: its gradient stays what it was.
-
-    Args:
-        lengths: tokens of each row.
-        group: rows of a group.
+    less padding, while the step has the same rows: its gradient stays what it was.
     """
     groups = (range(i, min(i + group, len(lengths))) for i in range(0, len(lengths), group))
     return [i for rows in groups for i in sorted(rows, key=lambda i: lengths[i])]
 
 
 def fill_rate(lengths: Sequence[int], microbatch_size: int) -> float:
-    """Share of the positions that the model computes which hold tokens, not padding.
-
-    Args:
-        lengths: tokens of each row, in training order.
-        microbatch_size: rows that are padded to one length.
-    """
+    """Fraction of computed positions that hold tokens, with rows of `lengths` in training order."""
     starts = range(0, len(lengths), microbatch_size)
     batches = [lengths[start : start + microbatch_size] for start in starts]
     return sum(lengths) / sum(len(batch) * max(batch) for batch in batches)
@@ -156,10 +128,7 @@ def passes(num_rows: int, num_examples: int, seed: int) -> list[int]:
     return order[:num_examples].tolist()
 
 
-PROMPT = -1
-
-
-PADDING = -1
+PROMPT = PADDING = -1
 
 
 class AnswerRows(NamedTuple):
@@ -191,7 +160,7 @@ class _Tree:
 
 @dataclass(frozen=True)
 class SharedPromptCollator:
-    """Examples of `tokenize_preferences` as one batch: every prompt and answer once, their pairs.
+    """Preference examples as one batch: every prompt and answer once; their pairs.
 
     An example that would make a row longer than `max_length` is split: each of its answers gets a
     copy of the prompt.

@@ -1,12 +1,14 @@
-"""What names cached results, and how many processes make them."""
+"""Cached results of `Dataset.map`: what names them, and how many processes make them."""
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features
 
 RECORDS_PER_WORKER = 5000  # fewer are done before a second process has started
-
-
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 # The packages that make records and tokens: a change of any line of them makes caches stale.
 CODE_OF_TOKENS = ("data", "chatllama/text")
@@ -19,6 +21,39 @@ def code_digest() -> str:
         for file in sorted((PROJECT_ROOT / package).rglob("*.py")):
             digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def cached_map(
+    data: Dataset,
+    function: Callable[..., dict[str, Any]],
+    features: dict[str, Any],
+    *arguments: Any,
+    batched: bool = False,
+) -> Dataset:
+    """What `function` makes of every row, cached under the data, the arguments and the code.
+
+    Args:
+        data: its columns are replaced.
+        function: from a row, or a batch of them as columns, and `arguments` to columns.
+        features: of the result.
+        *arguments: passed on.
+        batched: give the function batches, which cost far less than rows.
+    """
+    return data.map(
+        _call,
+        batched=batched,
+        features=Features(features),
+        remove_columns=data.column_names,
+        fn_kwargs={"function": function, "arguments": arguments, "code": code_digest()},
+        num_proc=num_workers(len(data)),
+    )
+
+
+def _call(
+    row: dict[str, Any], function: Callable[..., dict[str, Any]], arguments: tuple, code: str
+) -> dict[str, Any]:
+    """`code` only names the cache entry."""
+    return function(row, *arguments)
 
 
 def num_workers(num_records: int) -> int | None:

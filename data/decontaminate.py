@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Value
 
 from chatllama.config.sources import DataSource
-from data.caching import code_digest, num_workers
+from data.caching import cached_map
 from data.reading.source import read_source
 from data.similarity import words
 
@@ -31,7 +31,6 @@ class EvaluationIndex:
     """Runs of 8 to 13 words, joined by blanks."""
     whole: dict[str, str]
     """Prompts of fewer words."""
-
     sizes: list[int]
     """Lengths of the runs, in words."""
 
@@ -74,14 +73,7 @@ def contamination(data: Dataset, index: EvaluationIndex) -> list[str]:
     """For each record, the evaluation set that it gives away, or ""."""
     if not index.runs and not index.whole:
         return [""] * len(data)
-    found = data.map(
-        _mark,
-        features=Features({"set": Value("string")}),
-        remove_columns=data.column_names,
-        fn_kwargs={"index": index, "code": code_digest()},
-        num_proc=num_workers(len(data)),
-    )
-    return found["set"][:]
+    return cached_map(data, _mark, {"set": Value("string")}, index)["set"][:]
 
 
 def record_texts(record: dict[str, Any]) -> list[str]:
@@ -91,8 +83,7 @@ def record_texts(record: dict[str, Any]) -> list[str]:
     return [*texts, *(record.get("answers") or []), *([record["text"]] if "text" in record else [])]
 
 
-def _mark(record: dict[str, Any], index: EvaluationIndex, code: str) -> dict[str, str]:
-    """One row; `code` only names the cache entry."""
+def _mark(record: dict[str, Any], index: EvaluationIndex) -> dict[str, str]:
     return {"set": index.source_of(record_texts(record))}
 
 

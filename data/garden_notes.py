@@ -17,7 +17,6 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
 
 # fmt: off
 NAMES = [
@@ -75,12 +74,8 @@ def gold(prompt: str, response: str) -> float:
     signature at the end; -0.3 for each sentence of unknown form or in a wrong place; -1.5 for an
     end that is not the end of a sentence.
 
-    Args:
-        prompt: Names one of NAMES and one of TOPICS; further text around them is allowed.
-        response: The answer, as text without special tokens.
-
     Raises:
-        ValueError: The prompt names no known person or no known topic.
+        ValueError: the prompt has none of NAMES or none of TOPICS.
     """
     name, topic = _find(prompt, NAMES), _find(prompt, TOPICS)
     segments = _segments(response)
@@ -101,19 +96,6 @@ def gold(prompt: str, response: str) -> float:
     return score
 
 
-def bayes_limit(gold_differences: Iterable[float], label_scale: float = LABEL_SCALE) -> float:
-    """The expected accuracy of the best possible judge on noisy labels, from 0.5 to 1.
-
-    That judge knows `gold` and picks the better answer; the label agrees with it with
-    probability sigmoid(label_scale * |difference|).
-
-    Args:
-        gold_differences: gold(chosen) - gold(rejected) of each pair; signs do not matter.
-        label_scale: nats per unit of gold.
-    """
-    return fmean(_sigmoid(label_scale * abs(difference)) for difference in gold_differences)
-
-
 def split_pairs() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """The (name, topic) pairs of training, and those that only held-out prompts ask for."""
     pairs = [(name, topic) for name in NAMES for topic in TOPICS]
@@ -124,11 +106,7 @@ def split_pairs() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
 def sloppy_note(rng: random.Random, name: str, topic: str, *, max_sentences: int = 3) -> str:
     """A note whose writer often errs: name, topic and signature are right or there 6 times in 10.
 
-    Args:
-        rng: The source of randomness.
-        name: Whom the note was asked for.
-        topic: What it was asked to be about.
-        max_sentences: Between one and so many sentences stand in the middle.
+    Between one and `max_sentences` sentences stand in the middle.
     """
     greeted = name if rng.random() < 0.6 else rng.choice(NAMES)
     sentences = [
@@ -205,13 +183,7 @@ def demonstrations(rng: random.Random, count: int) -> list[dict[str, str]]:
 def preferences(
     rng: random.Random, count: int, pairs: Sequence[tuple[str, str]]
 ) -> list[dict[str, str]]:
-    """Records `{prompt, chosen, rejected}` with labels drawn from sigmoid(LABEL_SCALE * gold).
-
-    Args:
-        rng: The source of randomness.
-        count: Number of records.
-        pairs: The (name, topic) pairs that prompts may ask for.
-    """
+    """Records `{prompt, chosen, rejected}` with labels drawn from sigmoid(LABEL_SCALE * gold)."""
     records = []
     while len(records) < count:
         name, topic = rng.choice(pairs)
@@ -254,11 +226,7 @@ def sample_files() -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Writes the sample files.
-
-    Args:
-        argv: Command-line arguments; None: those of the process.
-    """
+    """Writes the sample files."""
     parser = argparse.ArgumentParser(description="Write the sample files of the garden notes.")
     parser.add_argument("--out", type=Path, default=_SAMPLES, help="folder to write to")
     folder = parser.parse_args(argv).out

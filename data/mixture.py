@@ -75,9 +75,9 @@ def load_mixture(
     """The stage's training and held-out records.
 
     Args:
-        sources: what to train on, mixed as `source_counts` says and shuffled.
-        eval_sources: what to hold out. Empty: a part of `sources`.
-        eval_fraction: share of the prompts of `sources` held out when there are no eval_sources.
+        sources: to train on, mixed as `source_counts` says and shuffled.
+        eval_sources: to hold out. Empty: a part of `sources`.
+        eval_fraction: of the prompts of `sources`, held out when there are no eval_sources.
         seed: decides what is held out, drawn and in which order.
         kind: what the records are for.
         decontaminate: evaluation sets that no training record may give away.
@@ -148,12 +148,7 @@ def load_examples(
 ) -> Examples:
     """A stage's examples, read, mixed, split and tokenised; rank 0 prints what was left out.
 
-    Args:
-        section: of the stage.
-        kind: what the stage trains on.
-        max_length: tokens of an example.
-        cfg: gives the seed and the chat layout.
-        tokenizer: the backbone's.
+    The config gives the seed and the layout of a conversation.
 
     Raises:
         ValueError: a source cannot be read, or nothing is left to train on.
@@ -184,10 +179,6 @@ def source_counts(sizes: Sequence[int], sources: Sequence[DataSource]) -> list[i
     Without weights: size * epochs, rounded to the nearest. With weights: shares in proportion to
     the weights, in the longest mixture for which no source is passed over more than its `epochs`;
     remainders go to the largest fractions.
-
-    Args:
-        sizes: training records of each source.
-        sources: their `weight` and `epochs`.
 
     Raises:
         ValueError: some sources have a weight and some have none.

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.model import ChatSection
 from chatllama.text.chat_format import Message, render
 from chatllama.text.encoding import encode
-from data.caching import code_digest, num_workers
+from data.caching import cached_map
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def tokenize(
         records: of the kind, from `load_mixture`.
         kind: decides the columns: see `_conversation`, `_preference` and `_prompt`.
         tokenizer: from `load_tokenizer`.
-        chat: the layout.
+        chat: layout of a conversation.
         max_length: tokens of an example.
 
     Raises:
@@ -73,13 +73,9 @@ def tokenize(
         "preferences": (_preference, _PREFERENCE),
         "prompts": (_prompt, {"input_ids": List(Value("int32")), "text": Value("string")}),
     }[kind]
-    rows = records.map(
-        _by_record,
-        batched=True,
-        features=Features({**features, "changed": Value("string"), "left_out": Value("string")}),
-        remove_columns=records.column_names,
-        fn_kwargs={"make": make, "arguments": (tokenizer, chat, max_length), "code": code_digest()},
-        num_proc=num_workers(len(records)),
+    features = features | {"changed": Value("string"), "left_out": Value("string")}
+    rows = cached_map(
+        records, _by_record, features, make, (tokenizer, chat, max_length), batched=True
     )
     reasons: list[str] = rows["left_out"][:]
     kept = [i for i, reason in enumerate(reasons) if not reason]
@@ -96,19 +92,15 @@ def tokenize(
 
 
 def _by_record(
-    records: dict[str, list[Any]],
-    make: Callable[..., dict[str, Any]],
-    arguments: tuple[Any, ...],
-    code: str,
+    records: dict[str, list[Any]], make: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]
 ) -> dict[str, list[Any]]:
-    """What `make` gives for each record of a batch, which costs `datasets` far less than records.
+    """What `make` gives for each record of a batch.
 
     Args:
         records: columns of the batch.
         make: from a record and `arguments` to the columns of an example, `changed` (what was done
             to it, or "") and `left_out` (why it cannot be used, or "").
         arguments: after the record.
-        code: only names the cache entry.
     """
     made = [
         make(dict(zip(records, values, strict=True)), *arguments)
@@ -122,30 +114,18 @@ def tokenize_text(
 ) -> tuple[Dataset, TokenReport]:
     """Column `input_ids`: BOS, the text, EOS, and how many more examples cutting gave.
 
-    Args:
-        dataset: records of kind `text`.
-        tokenizer: from `load_tokenizer`.
-        max_length: longer texts are cut into examples of at most this many tokens, and nothing is
-            lost; only the first begins with BOS and only the last ends with EOS. None: no limit.
+    Texts over `max_length` are cut into examples of at most so many tokens, and nothing is lost;
+    only the first begins with BOS and only the last ends with EOS.
     """
-    examples = dataset.map(
-        _texts,
-        batched=True,
-        features=Features({"input_ids": List(Value("int32"))}),
-        remove_columns=dataset.column_names,
-        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length, "code": code_digest()},
-        num_proc=num_workers(len(dataset)),
-    )
+    features = {"input_ids": List(Value("int32"))}
+    examples = cached_map(dataset, _texts, features, tokenizer, max_length, batched=True)
     extra = len(examples) - len(dataset)
     changed = {"more examples by cutting long texts": extra} if extra else {}
     return examples, TokenReport(len(dataset), len(dataset), changed, {})
 
 
 def fit(
-    messages: list[Message],
-    tokenizer: PreTrainedTokenizerFast,
-    chat: ChatSection,
-    max_length: int,
+    messages: list[Message], tokenizer: PreTrainedTokenizerFast, chat: ChatSection, max_length: int
 ) -> tuple[list[int], list[int], str]:
     """Ids and mask of a conversation within `max_length` tokens, and what was cut ("": nothing)."""
     rendered, changed = render(tokenizer, chat, messages), ""
@@ -179,12 +159,9 @@ def _conversation(
 
 
 def _texts(
-    records: dict[str, list[Any]],
-    tokenizer: PreTrainedTokenizerFast,
-    max_length: int | None,
-    code: str,
+    records: dict[str, list[Any]], tokenizer: PreTrainedTokenizerFast, max_length: int | None
 ) -> dict[str, list[list[int]]]:
-    """Examples of a batch of texts; `code` only names the cache entry."""
+    """Examples of a batch of texts."""
     opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     examples: list[list[int]] = []
     for text in records["text"]:

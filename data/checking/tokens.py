@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.model import ChatSection
 from chatllama.text.chat_format import end_of_turn_ids, render
 from chatllama.text.encoding import decode, encode
-from data.caching import code_digest, num_workers
+from data.caching import cached_map
 from data.checking.report import MESSAGES, Findings, SourceFigures, percentiles
 from data.decontaminate import record_texts
 from data.tokenize import fit, nothing_within
@@ -53,7 +53,7 @@ def sequence_problems(
     return problems
 
 
-_MEASURED = Features(
+_MEASURED = (
     dict.fromkeys(("length", "tokens", "trained"), Value("int64"))
     | dict.fromkeys(("cut", "where"), Value("string"))
     | {"problems": List(Value("string"))}
@@ -83,14 +83,7 @@ def check_tokens(
     """
     bos = tokenizer.bos_token_id
     rules = TokenRules(bos if isinstance(bos, int) else None, end_of_turn_ids(tokenizer, chat))
-    shown = good.map(
-        _measure,
-        features=_MEASURED,
-        remove_columns=good.column_names,
-        fn_kwargs={"tokenizer": tokenizer, "chat": chat, "rules": rules}
-        | {"limit": figures.max_length, "code": code_digest()},
-        num_proc=num_workers(len(good)),
-    )
+    shown = cached_map(good, _measure, _MEASURED, tokenizer, chat, rules, figures.max_length)
     lengths: list[int] = shown["length"][:]
     figures.num_tokens = sum(shown["tokens"][:])
     figures.num_trained_tokens = sum(shown["trained"][:])
@@ -137,9 +130,8 @@ def _measure(
     chat: ChatSection,
     rules: TokenRules,
     limit: int | None,
-    code: str,
 ) -> dict[str, Any]:
-    """Figures and failed checks of one row; `code` only names the cache entry."""
+    """Figures and failed checks of one row."""
     if "text" in row:
         ids = encode(tokenizer, row["text"])
         # BOS and EOS are put around it; every token is trained.

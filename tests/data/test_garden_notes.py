@@ -1,5 +1,6 @@
 import gzip
 import json
+import math
 import random
 import re
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from chatllama.config.loader import load_config
 from data import garden_notes
-from data.garden_notes import bayes_limit, gold, split_pairs
+from data.garden_notes import gold, split_pairs
 
 PROJECT = Path(__file__).resolve().parents[2]
 SAMPLES = PROJECT / "data" / "samples" / "garden_notes"
@@ -77,12 +78,6 @@ def test_gold_refuses_a_prompt_without_a_known_name_or_topic() -> None:
         gold("Write to Rosa about the weather.", BEST)
 
 
-def test_bayes_limit_is_the_expected_agreement_with_the_labels() -> None:
-    # sigmoid(2 * 1) = 0.880797, sigmoid(0) = 0.5, sigmoid(2 * 0.5) = 0.731059
-    assert bayes_limit([1.0, -1.0, 0.0, -0.5]) == pytest.approx(0.748163, abs=1e-6)
-    assert bayes_limit([1.0], label_scale=1.0) == pytest.approx(0.731059, abs=1e-6)
-
-
 def test_a_judge_who_knows_gold_reaches_the_bayes_limit() -> None:
     training, _ = split_pairs()
     records = garden_notes.preferences(random.Random(5), 4_000, training)
@@ -91,7 +86,9 @@ def test_a_judge_who_knows_gold_reaches_the_bayes_limit() -> None:
         for record in records
     ]
     accuracy = sum((d > 0) + 0.5 * (d == 0) for d in differences) / len(differences)
-    assert accuracy == pytest.approx(bayes_limit(differences), abs=0.02)
+    # The label agrees with gold with probability sigmoid(2 |difference|).
+    limit = sum(1 / (1 + math.exp(-2 * abs(d))) for d in differences) / len(differences)
+    assert accuracy == pytest.approx(limit, abs=0.02)
     assert 0.8 < accuracy < 0.95
 
 

@@ -43,7 +43,7 @@ def test_several_processes_give_the_same_tokens(
     results = []
     for name, number in (("one", None), ("two", 2)):
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / name)
-        monkeypatch.setattr("data.tokenize.num_workers", lambda _, number=number: number)
+        monkeypatch.setattr("data.caching.num_workers", lambda _, number=number: number)
         data = load_mixture([DataSource(path=str(file))], [], 0.0, 0, "sft").train
         examples, report = tokenize(data, "sft", tokenizer, chat, 200)
         results.append((examples["input_ids"][:], examples["mask"][:], report))
