@@ -139,11 +139,7 @@ FAULTS: dict[str, tuple[Fault, int, Fault]] = {
         setting("ppo/score_std", lambda s: 0.0 if s % 3 else 0.5, 12),
     ),
     # Best at step 30: about 2.8; then 2.5, 2.2: two below 2.8 - 3 * 0.085.
-    "reward_hacking": (
-        gold_falls,
-        50,
-        setting("ppo/eval_gold_mean", lambda _: 2.6, 40),
-    ),
+    "reward_hacking": (gold_falls, 50, setting("ppo/eval_gold_mean", lambda _: 2.6, 40)),
     "eos_rate_falling": (
         setting("ppo/eos_rate", lambda s: 0.9 - 0.04 * (s - 20), 20),
         27,  # means of 5 steps, 0.9 at first: 0.71 at step 26, 0.70 at 27 (baseline .885..)
@@ -326,22 +322,6 @@ def test_state_stays_small() -> None:
     assert sizes[-1] < 1.1 * sizes[99] < 15_000
 
 
-def test_what_cannot_be_judged_is_said() -> None:
-    monitor = HealthMonitor(HealthSection(ignore=["negative_kl"]))
-    assert monitor.not_judged(healthy(EVAL_EVERY)) == {}
-    metrics = {k: v for k, v in healthy(1).items() if "ensemble" not in k}
-    del metrics["ppo/kl_sequence_se"], metrics["ppo/explained_variance"]
-    assert monitor.not_judged(metrics) == {
-        "critic_explained_variance_negative": ["ppo/explained_variance"],
-        "reward_hacking": [
-            "ppo/eval_gold_mean",
-            "ppo/eval_gold_se",
-            "ppo/eval_score_mean",
-            "ppo/ensemble_disagreement",
-        ],
-    }
-
-
 def test_a_diagnosis_is_readable() -> None:
     (found, *_) = watch(setting("ppo/kl_token", lambda _: 3.0, 9))
     assert str(found) == (
@@ -350,5 +330,5 @@ def test_a_diagnosis_is_readable() -> None:
         "the reward model can be trusted.\n"
         "  Likely causes: KL penalty too weak for the scores; learning rate too high; reward "
         "hacking.\n"
-        "  Turn: ppo.kl_coef (higher), ppo.learning_rate (lower), ppo.kl_controller (adaptive)."
+        "  Change: ppo.kl_coef (higher), ppo.learning_rate (lower), ppo.kl_controller (adaptive)."
     )

@@ -19,23 +19,13 @@ from tiny_models import tiny_llama
 from chatllama.config.model import LoraSection
 from chatllama.config.ppo import DiagnosisName, HealthSection
 from chatllama.config.schema import Config
-from chatllama.model.roles import (
-    Adapter,
-    Role,
-    RoleModel,
-    adapter_parameters,
-)
+from chatllama.model.roles import Adapter, Role, RoleModel, adapter_parameters
 from chatllama.runs.folder import RunFolder
 from trainers.ppo import model as ppo_setup
 from trainers.ppo import rollout
 from trainers.ppo import train as ppo
 from trainers.ppo.data import Prompts
-from trainers.ppo.health.monitor import (
-    Diagnosis,
-    HealthMonitor,
-    decide,
-    dump_batch,
-)
+from trainers.ppo.health.monitor import Diagnosis, HealthMonitor, decide, dump_batch
 from trainers.ppo.ppo_math import masked
 from trainers.ppo.rewards import Scorer
 

@@ -1,7 +1,7 @@
-"""Judgements over the metrics of past PPO steps: each says what is wrong, or nothing.
+"""Checks over the metrics of past PPO steps; each returns a finding or None.
 
 Pure functions of (history, thresholds, this step's metrics). Their names, causes and remedies are
-in `health_rules.py`, the thresholds in `chatllama/config/ppo.py`.
+in `rules.py`, the thresholds in `chatllama/config/ppo.py`.
 """
 
 import math
@@ -15,29 +15,28 @@ GRAD_NORM_STEPS, GRAD_NORM_LEAST = 20, 5
 DEAD_STEPS = 3
 CRITIC_STEPS, CRITIC_RISE = 10, 0.1
 SURPRISE_FLOOR = 0.01
-"""Nats per token that may come from sampling and scoring in different kernels."""
+"""Nats per token that different kernels in sampling and scoring may cause."""
 KL_FLOOR = 0.02
 """Nats per response by which an estimate below 0 is rounding."""
-
 
 Metrics = Mapping[str, float]
 
 
 @dataclass
 class History:
-    """The metrics that the rules look back at: of the first steps and of the last ones."""
+    """The metrics that the checks look back at: of the first steps and of the last ones."""
 
     first: dict[str, list[float]] = field(default_factory=dict)
     """Metric -> values of the first `baseline_steps` steps."""
     last: dict[str, list[float]] = field(default_factory=dict)
-    """Metric -> newest values, the newest at the end."""
+    """Metric -> last values, the newest at the end."""
     best: dict[str, float] = field(default_factory=dict)
-    """The evaluation before the last one with the highest gold score: its metrics."""
+    """Metrics of the evaluation with the highest gold score before the last one."""
     steps: int = 0
-    """Steps done, the one that is judged included."""
+    """Steps done, the checked one included."""
 
     def add(self, name: str, value: float, section: HealthSection) -> None:
-        """Appends a finite value, forgetting what no rule can ask for any more."""
+        """Appends a finite value and drops those that no check needs any more."""
         first = self.first.setdefault(name, [])
         if len(first) < section.baseline_steps:
             first.append(value)
@@ -59,7 +58,7 @@ class History:
 
 @dataclass(frozen=True)
 class Finding:
-    """A rule's judgement that something is wrong."""
+    """What a check found wrong."""
 
     figure: float
     threshold: float
@@ -70,12 +69,23 @@ def _mean(values: list[float]) -> float:
     return math.fsum(values) / len(values)
 
 
+def _error_of_mean(errors: list[float]) -> float:
+    """Standard error of the mean of independent numbers with the given standard errors."""
+    return math.sqrt(math.fsum(e * e for e in errors)) / len(errors)
+
+
+def _above(figure: float, threshold: float, meaning: str) -> Finding | None:
+    return Finding(figure, threshold, meaning) if figure > threshold else None
+
+
+def _below(figure: float, threshold: float, meaning: str) -> Finding | None:
+    return Finding(figure, threshold, meaning) if figure < threshold else None
+
+
 def check_initial_kl(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
-    """Before the first update policy and reference are the same model."""
-    figure = metrics["ppo/kl_abs_max"]
-    if history.steps > 1 or figure <= section.max_initial_kl:
-        return None
-    return Finding(
+    """Policy and reference are the same model before the first update."""
+    figure = metrics["ppo/kl_abs_max"] if history.steps <= 1 else 0.0
+    return _above(
         figure,
         section.max_initial_kl,
         f"Before step 1 policy and reference differ by up to {figure:.3g} nats a token: the KL "
@@ -84,11 +94,9 @@ def check_initial_kl(history: History, section: HealthSection, metrics: Metrics)
 
 
 def check_first_ratio(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
-    """More than noise between rollout and first minibatch, which score the same weights."""
+    """Rollout and first minibatch score the same weights alike."""
     figure = metrics["ppo/first_log_ratio"]
-    if figure <= section.max_first_log_ratio:
-        return None
-    return Finding(
+    return _above(
         figure,
         section.max_first_log_ratio,
         "Before any update of this step the log-probability of a token differs by up to "
@@ -97,11 +105,11 @@ def check_first_ratio(history: History, section: HealthSection, metrics: Metrics
 
 
 def check_ratio(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
-    """A token whose probability an update multiplied, two steps in a row."""
+    """No update multiplies a token's probability too much, two steps in a row."""
     last = history.recent("ppo/ratio_max", 2)
-    if last is None or min(last) <= section.max_ratio:
+    if last is None:
         return None
-    return Finding(
+    return _above(
         min(last),
         section.max_ratio,
         f"In two steps running an update made a token {min(last):.3g} times as likely or more: "
@@ -110,11 +118,9 @@ def check_ratio(history: History, section: HealthSection, metrics: Metrics) -> F
 
 
 def check_approx_kl(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
-    """Ratios that are far from 1 on the whole."""
+    """Ratios stay near 1 on the whole."""
     figure = metrics["ppo/approx_kl"]
-    if figure <= section.max_approx_kl:
-        return None
-    return Finding(
+    return _above(
         figure,
         section.max_approx_kl,
         f"An update made the sampled tokens {math.exp(math.sqrt(2 * figure)):.3g} times as likely "
@@ -123,15 +129,13 @@ def check_approx_kl(history: History, section: HealthSection, metrics: Metrics) 
 
 
 def check_grad_norm(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
-    """A gradient norm far above what was usual, two steps in a row."""
+    """The gradient norm stays near its median, two steps in a row."""
     values = history.last["ppo/grad_norm"]
     before, last = values[:-2][-GRAD_NORM_STEPS:], values[-2:]
     if len(before) < GRAD_NORM_LEAST:
         return None
     usual = median(before)
-    if min(last) <= section.max_grad_norm_factor * usual:
-        return None
-    return Finding(
+    return _above(
         min(last),
         section.max_grad_norm_factor * usual,
         f"The gradient norm was {last[0]:.3g} and {last[1]:.3g} in two steps running; its median "
@@ -140,11 +144,11 @@ def check_grad_norm(history: History, section: HealthSection, metrics: Metrics) 
 
 
 def check_kl(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
-    """A policy far from the reference, two steps in a row."""
+    """The policy stays near the reference, two steps in a row."""
     last = history.recent("ppo/kl_token", 2)
-    if last is None or min(last) <= section.max_kl_token:
+    if last is None:
         return None
-    return Finding(
+    return _above(
         min(last),
         section.max_kl_token,
         f"The policy is {min(last):.3g} nats a token away from the reference: far outside the "
@@ -153,15 +157,13 @@ def check_kl(history: History, section: HealthSection, metrics: Metrics) -> Find
 
 
 def check_sampling(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
-    """Tokens that do not come from the distributions that score them.
+    """Tokens come from the distributions that score them.
 
     For y drawn from p the mean of -log p(y) is p's entropy, and the deviations of successive tokens
     are uncorrelated, whatever was drawn before.
     """
-    gaps = history.last["ppo/surprise_gap"][-section.window :]
-    errors = history.last["ppo/surprise_gap_se"][-section.window :]
-    figure = _mean(gaps)
-    error = math.sqrt(math.fsum(e * e for e in errors)) / len(errors)
+    figure = _mean(history.last["ppo/surprise_gap"][-section.window :])
+    error = _error_of_mean(history.last["ppo/surprise_gap_se"][-section.window :])
     threshold = math.copysign(max(section.max_surprise_errors * error, SURPRISE_FLOOR), figure)
     if abs(figure) <= abs(threshold):
         return None
@@ -176,19 +178,15 @@ def check_sampling(history: History, section: HealthSection, metrics: Metrics) -
 
 
 def check_negative_kl(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
-    """A KL is never negative; its k1 estimate may be, within its standard error."""
+    """The KL is not negative; its k1 estimate may be, within its standard error."""
     kl = history.recent("ppo/kl_sequence", section.window)
     errors = history.recent("ppo/kl_sequence_se", section.window)
     if kl is None or errors is None:
         return None
-    figure = _mean(kl)
-    error = math.sqrt(math.fsum(e * e for e in errors)) / len(errors)
-    threshold = -max(section.min_kl_errors * error, KL_FLOOR)
-    if figure >= threshold:
-        return None
-    return Finding(
+    figure, error = _mean(kl), _error_of_mean(errors)
+    return _below(
         figure,
-        threshold,
+        -max(section.min_kl_errors * error, KL_FLOOR),
         f"The estimated KL per response is {figure:.3g} nats (standard error {error:.2g}), and no "
         "KL is below 0: responses do not come from the distribution that is scored.",
     )
@@ -197,22 +195,22 @@ def check_negative_kl(history: History, section: HealthSection, metrics: Metrics
 def check_clip_fraction(
     history: History, section: HealthSection, metrics: Metrics
 ) -> Finding | None:
-    """Many tokens outside the clip range."""
+    """Few tokens are outside the clip range."""
     last = history.recent("ppo/clip_fraction", section.window)
-    if last is None or _mean(last) <= section.max_clip_fraction:
+    if last is None:
         return None
-    return Finding(
+    return _above(
         _mean(last),
         section.max_clip_fraction,
-        f"{_mean(last):.0%} of the tokens leave the clip range within a step and then teach "
-        "nothing: the updates are too large for the batch.",
+        f"{_mean(last):.0%} of the tokens leave the clip range within a step and then have no "
+        "gradient: the updates are too large for the batch.",
     )
 
 
 def check_dead_rewards(
     history: History, section: HealthSection, metrics: Metrics
 ) -> Finding | None:
-    """Scores that do not tell responses apart."""
+    """Scores differ between responses."""
     last = history.recent("ppo/score_std", DEAD_STEPS)
     if last is None or max(last) > section.min_score_std:
         return None
@@ -225,7 +223,7 @@ def check_dead_rewards(
 
 
 def check_gold_falls(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
-    """Gold below its best in two evaluations while the reward model sees no harm."""
+    """Gold does not fall, in two evaluations, while the reward model's score rises."""
     gold = history.recent("ppo/eval_gold_mean", 2)
     errors = history.recent("ppo/eval_gold_se", 2)
     if gold is None or errors is None or not history.best:
@@ -249,15 +247,13 @@ def check_gold_falls(history: History, section: HealthSection, metrics: Metrics)
 def check_disagreement(
     history: History, section: HealthSection, metrics: Metrics
 ) -> Finding | None:
-    """An ensemble that no longer agrees on what it pays for."""
+    """The reward models of an ensemble agree as much as at first, or the score does not rise."""
     spread = history.change("ppo/ensemble_disagreement", section)
     score = history.change("ppo/score_mean", section)
     if spread is None or score is None or spread[0] <= 0 or score[1] <= score[0]:
         return None
     figure = spread[1] / spread[0]
-    if figure <= section.max_disagreement_factor:
-        return None
-    return Finding(
+    return _above(
         figure,
         section.max_disagreement_factor,
         f"The reward models disagree {figure:.3g} times as much as at first while the score rose "
@@ -266,11 +262,11 @@ def check_disagreement(
 
 
 def check_eos(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
-    """Fewer responses that end by themselves than at first."""
+    """About as many responses end with a stop token as at first."""
     change = history.change("ppo/eos_rate", section)
-    if change is None or change[1] >= change[0] - section.max_eos_drop:
+    if change is None:
         return None
-    return Finding(
+    return _below(
         change[1],
         change[0] - section.max_eos_drop,
         f"{change[1]:.0%} of the responses end by themselves, {change[0]:.0%} did at first.",
@@ -278,7 +274,7 @@ def check_eos(history: History, section: HealthSection, metrics: Metrics) -> Fin
 
 
 def check_length(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
-    """Responses much longer or shorter than at first."""
+    """Responses are about as long as at first."""
     change = history.change("ppo/response_length", section)
     if change is None:
         return None
@@ -294,15 +290,12 @@ def check_length(history: History, section: HealthSection, metrics: Metrics) -> 
 
 
 def check_entropy(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
-    """Responses that hardly vary."""
+    """Responses vary."""
     change = history.change("ppo/entropy", section)
     if change is None or change[0] <= 0:
         return None
-    figure = change[1] / change[0]
-    if figure >= section.min_entropy_fraction:
-        return None
-    return Finding(
-        figure,
+    return _below(
+        change[1] / change[0],
         section.min_entropy_fraction,
         f"The entropy is {change[1]:.3g} nats a token, {change[0]:.3g} at first: responses hardly "
         "vary any more, and PPO has nothing left to choose from.",
@@ -310,15 +303,14 @@ def check_entropy(history: History, section: HealthSection, metrics: Metrics) ->
 
 
 def check_critic(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
-    """A critic worse than a constant that is not getting better."""
+    """The critic beats a constant, or improves."""
     last = history.recent("ppo/explained_variance", CRITIC_STEPS)
     if last is None or history.steps < section.critic_patience + CRITIC_STEPS:
         return None
     figure, half = _mean(last), CRITIC_STEPS // 2
-    rises = _mean(last[half:]) > _mean(last[:half]) + CRITIC_RISE
-    if figure >= section.min_explained_variance or rises:
+    if _mean(last[half:]) > _mean(last[:half]) + CRITIC_RISE:
         return None
-    return Finding(
+    return _below(
         figure,
         section.min_explained_variance,
         f"The critic's explained variance is {figure:.3g} over {CRITIC_STEPS} steps: a constant "
@@ -327,7 +319,7 @@ def check_critic(history: History, section: HealthSection, metrics: Metrics) -> 
 
 
 def check_not_finite(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
-    """NaN or infinity in any metric."""
+    """No metric is NaN or infinite."""
     bad = {name: value for name, value in metrics.items() if not math.isfinite(value)}
     if not bad:
         return None

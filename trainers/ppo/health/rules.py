@@ -1,45 +1,48 @@
-"""What can be wrong with a PPO run: each diagnosis with its judge, likely causes and the knob.
+"""The rules of the health monitor: each check with its name, likely causes and remedy.
 
-The judges' arithmetic is in `health_judges.py`, the thresholds in `chatllama/config/ppo.py`,
-what follows from a diagnosis in `health.py`; docs/health.md is the table.
+The checks are in `checks.py`, the thresholds in `chatllama/config/ppo.py`, what follows from a
+diagnosis in `monitor.py`; docs/health.md is the table.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from chatllama.config.ppo import DiagnosisName, HealthSection
-from trainers.ppo.health import checks as health_judges
+from trainers.ppo.health import checks
 from trainers.ppo.health.checks import Finding, History, Metrics
-
-Judge = Callable[[History, HealthSection, Metrics], Finding | None]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One way to fall ill."""
+    """One way in which a run fails."""
 
     name: DiagnosisName
     needs: tuple[str, ...]
-    """Metrics without which a step is not judged."""
-    judge: Judge
+    """Metrics without which a step is not checked."""
+    check: Callable[[History, HealthSection, Metrics], Finding | None]
     causes: tuple[str, ...]
     """Likeliest first."""
     knob: str
-    """Which keys to turn, and which way."""
+    """Config keys to change, and how."""
     fatal: bool = False
-    """Going on is pointless, whatever `action` says."""
+    """Training cannot go on, whatever `action` says."""
     rollback_helps: bool = True
     """A lower learning rate from an earlier checkpoint may avoid it."""
 
 
 RATE_DOWN = "ppo.learning_rate (lower)"
 KL_UP = "ppo.kl_coef (higher)"
+FRESH_PAIRS = f"{KL_UP}, ppo.steps (fewer), reward.data (fresh pairs of the policy's answers)"
+NO_FILTERS = "generation.top_p (1), generation.top_k (0)"
+FILTERS = "sampling filters: tokens are drawn with top_p or top_k, log-probabilities without"
+TEMPERATURES = "a temperature that sampling and scoring do not share"
+LARGE_UPDATES = ("learning rate too high", "too many updates on one batch", "minibatches too small")
 
 RULES: tuple[Rule, ...] = (
     Rule(
         "not_finite",
         (),
-        health_judges.check_not_finite,
+        checks.check_not_finite,
         (
             "an update that was too large",
             "overflow in a 16-bit backbone",
@@ -51,7 +54,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "initial_kl_not_zero",
         ("ppo/kl_abs_max",),
-        health_judges.check_initial_kl,
+        checks.check_initial_kl,
         (
             "RUN/sft/adapter or the base is not what the policy started from",
             "the reference is the bare base",
@@ -64,7 +67,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "first_ratio_not_one",
         ("ppo/first_log_ratio",),
-        health_judges.check_first_ratio,
+        checks.check_first_ratio,
         (
             "dropout is on",
             "rollout and update score at different temperatures or in different batches",
@@ -77,67 +80,63 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "ratio_explosion",
         ("ppo/ratio_max",),
-        health_judges.check_ratio,
-        ("learning rate too high", "too many updates on one batch", "minibatches too small"),
+        checks.check_ratio,
+        LARGE_UPDATES,
         f"{RATE_DOWN}, ppo.epochs (lower), ppo.minibatch_size (higher)",
     ),
     Rule(
         "ratio_explosion",
         ("ppo/approx_kl",),
-        health_judges.check_approx_kl,
-        ("learning rate too high", "too many updates on one batch", "minibatches too small"),
+        checks.check_approx_kl,
+        LARGE_UPDATES,
         f"{RATE_DOWN}, ppo.target_kl (set it), ppo.epochs (lower), ppo.minibatch_size (higher)",
     ),
     Rule(
         "grad_norm_explosion",
         ("ppo/grad_norm",),
-        health_judges.check_grad_norm,
+        checks.check_grad_norm,
         ("learning rate too high", "an outlier among the scores", "returns that jumped"),
         f"{RATE_DOWN}, ppo.score_clip (set it), ppo.max_grad_norm (lower)",
     ),
     Rule(
         "kl_explosion",
         ("ppo/kl_token",),
-        health_judges.check_kl,
+        checks.check_kl,
         ("KL penalty too weak for the scores", "learning rate too high", "reward hacking"),
         f"{KL_UP}, {RATE_DOWN}, ppo.kl_controller (adaptive)",
     ),
     Rule(
         "sampling_mismatch",
         ("ppo/surprise_gap", "ppo/surprise_gap_se"),
-        health_judges.check_sampling,
+        checks.check_sampling,
         (
-            "sampling filters: tokens are drawn with top_p or top_k, log-probabilities without",
-            "a temperature that sampling and scoring do not share",
+            FILTERS,
+            TEMPERATURES,
             "banned tokens or a minimum length",
-            "the sampler runs other weights than are scored",
+            "the sampler uses other weights than the scorer",
         ),
-        "generation.top_p (1), generation.top_k (0)",
+        NO_FILTERS,
         rollback_helps=False,
     ),
     Rule(
         "negative_kl",
         ("ppo/kl_sequence", "ppo/kl_sequence_se"),
-        health_judges.check_negative_kl,
-        (
-            "the sampler runs older weights than are scored",
-            "sampling filters: tokens are drawn with top_p or top_k, log-probabilities without",
-            "a temperature that sampling and scoring do not share",
-        ),
-        "generation.top_p (1), generation.top_k (0)",
+        checks.check_negative_kl,
+        ("the sampler uses older weights than the scorer", FILTERS, TEMPERATURES),
+        NO_FILTERS,
         rollback_helps=False,
     ),
     Rule(
         "clip_fraction_high",
         ("ppo/clip_fraction",),
-        health_judges.check_clip_fraction,
+        checks.check_clip_fraction,
         ("learning rate too high", "too many updates on one batch", "clip range too narrow"),
         f"{RATE_DOWN}, ppo.epochs (lower), ppo.clip_range (wider)",
     ),
     Rule(
         "dead_rewards",
         ("ppo/score_std",),
-        health_judges.check_dead_rewards,
+        checks.check_dead_rewards,
         (
             "the reward model has learnt nothing, or its head was not loaded",
             "scores clipped to one value",
@@ -148,31 +147,31 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "reward_hacking",
         ("ppo/eval_gold_mean", "ppo/eval_gold_se", "ppo/eval_score_mean"),
-        health_judges.check_gold_falls,
+        checks.check_gold_falls,
         (
             "KL penalty too weak for this reward model",
             "a reward model too weak or trained on other text",
             "too many steps",
         ),
-        f"{KL_UP}, ppo.steps (fewer), reward.data (fresh pairs of the policy's answers)",
+        FRESH_PAIRS,
     ),
     Rule(
         "reward_hacking",
         ("ppo/ensemble_disagreement", "ppo/score_mean"),
-        health_judges.check_disagreement,
+        checks.check_disagreement,
         (
             "KL penalty too weak for these reward models",
             "reward models trained on other text than the policy now writes",
         ),
-        f"{KL_UP}, ppo.steps (fewer), reward.data (fresh pairs of the policy's answers)",
+        FRESH_PAIRS,
     ),
     Rule(
         "eos_rate_falling",
         ("ppo/eos_rate",),
-        health_judges.check_eos,
+        checks.check_eos,
         (
             "the reward pays for length",
-            "cut responses are not punished",
+            "cut responses are not penalised",
             "generation.max_new_tokens is too small for what the policy learns to write",
         ),
         "ppo.missing_eos_penalty (higher), generation.max_new_tokens (higher), "
@@ -181,21 +180,21 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "length_drift",
         ("ppo/response_length",),
-        health_judges.check_length,
+        checks.check_length,
         ("the reward model prefers long (or short) answers", "KL penalty too weak"),
         f"ppo.length_penalty (set it), {KL_UP}; look at the reward model's length correlation",
     ),
     Rule(
         "entropy_collapse",
         ("ppo/entropy",),
-        health_judges.check_entropy,
+        checks.check_entropy,
         ("KL penalty too weak", "learning rate too high", "one pattern that always scores high"),
         f"{KL_UP}, {RATE_DOWN}",
     ),
     Rule(
         "critic_explained_variance_negative",
         ("ppo/explained_variance",),
-        health_judges.check_critic,
+        checks.check_critic,
         (
             "the critic learns too slowly or diverges",
             "value updates clipped too hard",
