@@ -1,7 +1,7 @@
 """A client of one server that samples token ids: `chatllama serve`, or vLLM with runtime LoRA.
 
-Speaks vLLM's documented requests, which our own server follows. Retries and pools are elsewhere
-(`trainers/ppo/servers/pool.py`).
+The requests are vLLM's documented ones, which our own server follows. Retries and the pool are in
+`pool.py`.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 from chatllama.generation.sampling import Sampling
 from chatllama.runtime.http_client import HttpClient, HttpError
 
-# 404: the server was started anew and has lost its adapters; the next phase loads another.
+# 404: a restarted server has lost its adapters; the next phase loads another.
 RETRIED_STATUS = (404, 408, 409, 425, 429, 500, 502, 503, 504)
 
 
@@ -21,21 +21,21 @@ class ServerLost(Exception):
 
 
 class ServerRefused(ValueError):
-    """The server does not do what it is asked: trying again does not help."""
+    """The server refuses the request or answers it wrongly: trying again does not help."""
 
 
 @dataclass(frozen=True)
 class ServedResponse:
-    """One sampled response, as the server tells it."""
+    """One sampled response of a server."""
 
     ids: list[int]
     """Its stop token included."""
     logprobs: list[float]
-    """Of `ids`, as the server computes them."""
+    """Of `ids`, computed by the server."""
 
 
 class SamplingServer:
-    """One server.
+    """One server. Every request raises ServerLost without an answer, ServerRefused on a refusal.
 
     Args:
         url: `http://HOST:PORT`, with or without a final `/v1`.
@@ -48,12 +48,7 @@ class SamplingServer:
         self._http = HttpClient(self.url, key, timeout)
 
     def base_model(self) -> str:
-        """The name under which the server answers without adapter.
-
-        Raises:
-            ServerLost: no answer.
-            ServerRefused: it lists no base model.
-        """
+        """The name of the server's model without adapter."""
         listed = self._json("GET", "/v1/models", None)
         for model in listed.get("data", []):
             if model.get("parent") is None:
@@ -61,21 +56,11 @@ class SamplingServer:
         raise ServerRefused(f"{self.url}/v1/models lists no model without adapter")
 
     def load(self, name: str, folder: str) -> None:
-        """The server answers as `name` with the adapter in `folder`, a path that it sees.
-
-        Raises:
-            ServerLost: no answer.
-            ServerRefused: it cannot load the adapter.
-        """
+        """Loads the adapter in `folder`, a path that the server sees, under a name."""
         self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder})
 
     def unload(self, name: str) -> None:
-        """The server forgets an adapter.
-
-        Raises:
-            ServerLost: no answer.
-            ServerRefused: it has no such adapter.
-        """
+        """Unloads an adapter."""
         self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
     def sample(
@@ -86,11 +71,9 @@ class SamplingServer:
         stop_ids: Collection[int],
         seed: int,
     ) -> ServedResponse:
-        """One response to a prompt of token ids, checked.
+        """One response to a prompt of token ids.
 
-        Raises:
-            ServerLost: no answer.
-            ServerRefused: the answer lacks what training needs, or contradicts the request.
+        Refused is also one that lacks what training needs, or contradicts the request.
         """
         body = {
             "model": model,
@@ -117,8 +100,7 @@ class SamplingServer:
         max_new_tokens: int,
         stop_ids: Collection[int],
     ) -> ServedResponse:
-        choices = answer.get("choices") or [{}]
-        choice = choices[0]
+        choice = (answer.get("choices") or [{}])[0]
         ids = choice.get("token_ids")
         if not ids:
             raise ServerRefused(
@@ -146,12 +128,12 @@ class SamplingServer:
     def _json(self, method: str, path: str, body: Mapping[str, object] | None) -> Mapping[str, Any]:
         content = self._call(method, path, body)
         try:
-            told = json.loads(content)
+            answer = json.loads(content)
         except ValueError:
-            told = None
-        if not isinstance(told, dict):
+            answer = None
+        if not isinstance(answer, dict):
             raise ServerRefused(f"{self.url}{path} does not answer in JSON: is it such a server?")
-        return told
+        return answer
 
     def _call(self, method: str, path: str, body: Mapping[str, object] | None) -> bytes:
         """The body of the answer."""

@@ -1,7 +1,8 @@
-"""Rollouts from several servers: adapters written, loaded and unloaded, prompts dealt out.
+"""Rollouts from several servers: adapters written, loaded and unloaded, prompts distributed.
 
-A server that fails is tried again, then dropped; its prompts go to the others. Rank 0 talks, the
-other ranks are told. Log-probabilities are compared with the trainer's own after every phase.
+A server that fails is tried again, then dropped; its prompts go to the others. Rank 0 sends all
+requests and broadcasts the responses. Log-probabilities are compared with the trainer's own after
+every phase.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from chatllama.generation.sampling import Sampling
 from chatllama.model.adapters import save_adapter
 from chatllama.model.roles import Role, RoleModel, adapter_parameters, adapter_state
 from chatllama.runs.folder import RunFolder
-from chatllama.runtime.distributed import all_gather_objects, rank
+from chatllama.runtime.distributed import from_rank_zero, rank
 from trainers.engine.engine import gathered
 from trainers.ppo.data import StopTokens
 from trainers.ppo.rollout import Rollout
@@ -44,7 +45,7 @@ class NoServerLeft(ValueError):
 
 @dataclass
 class _Member:
-    """A server and how it does."""
+    """A server and its failures."""
 
     server: SamplingServer
     failures: int = 0
@@ -52,12 +53,8 @@ class _Member:
     failed_at: float = 0.0
     """`time.monotonic()` of the last one counted."""
     resume_at: float = 0.0
-    """It is left alone until then."""
+    """No request is sent before then."""
     lost: bool = False
-
-    def pause(self) -> None:
-        """Waits until the server may be asked again."""
-        time.sleep(max(0.0, self.resume_at - time.monotonic()))
 
 
 class ServerPool:
@@ -66,10 +63,9 @@ class ServerPool:
     Args:
         section: addresses and limits.
         generation: how to sample.
-        model: whose adapters are sent; every rank calls with its own.
-        info: what travels with an adapter (`base`, `contract` ...).
+        model: whose adapters are sent; every rank passes its own.
+        info: saved with an adapter (`base`, `contract` ...).
         folder: adapters are written below it.
-        stop_ids: ids that end a response.
     """
 
     def __init__(
@@ -92,45 +88,38 @@ class ServerPool:
 
     @property
     def live(self) -> list[str]:
-        """Addresses of the servers that have not been dropped (rank 0 knows)."""
+        """Addresses of the servers that have not been dropped; on rank 0."""
         return [member.server.url for member in self._members if not member.lost]
 
     def sample(
         self, role: Role, prompts: Sequence[Sequence[int]], seed: Sequence[int]
     ) -> list[ServedResponse]:
-        """Responses of `role` to all prompts, on every rank alike.
+        """Responses of `role` to all prompts, on every rank.
 
         Raises:
             NoServerLeft: every server was dropped.
-            ValueError: a server refuses what it is asked.
+            ValueError: a server refuses a request.
         """
-        told: Any = None  # the adapter's name, then the responses, or what went wrong
+        result: Any = None  # the adapter's name, then the responses, or what went wrong
         bare = self._model.adapter_names[role] is None
         with gathered([] if bare else adapter_parameters(self._model, role)):
             if rank() == 0 and not bare:
-                try:
-                    told = self._publish(role)
-                except (NoServerLeft, ServerRefused) as error:
-                    told = error
-        if rank() == 0 and not isinstance(told, Exception):
-            try:
-                told = self._ask_all(told, prompts, seed)
-            except (NoServerLeft, ServerRefused) as error:
-                told = error
-        told = all_gather_objects(told)[0]
-        if isinstance(told, Exception):
-            raise told
-        assert isinstance(told, list)
-        return told
+                result = _result_or_error(self._publish, role)
+        if rank() == 0 and not isinstance(result, Exception):
+            result = _result_or_error(self._sample_all, result, prompts, seed)
+        result = from_rank_zero(result)
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def close(self) -> None:
-        """Takes the last adapter back from the servers; what cannot be reached is left alone."""
+        """Unloads the last adapter from the servers that can be reached."""
         if rank() == 0:
             self._unpublish(self._served)
             self._served = None
 
     def _publish(self, role: Role) -> str | None:
-        """Writes the role's adapter and loads it everywhere under a new name, which it gives.
+        """Writes the role's adapter and loads it everywhere under a new name, which it returns.
 
         None for an adapter that changes nothing yet: the base model answers the same.
         """
@@ -142,7 +131,9 @@ class ServerPool:
         folder = self._folder / name
         save_adapter(folder, state, self._model.lora[role], self._info)
         path = str(folder.resolve())
-        self._everywhere(lambda server: server.load(name, path))
+        for member in self._members:
+            self._try(member, lambda member=member: member.server.load(name, path))
+        self._check_some_left()
         old, self._served = self._served, name
         self._unpublish(old)
         return name
@@ -159,16 +150,10 @@ class ServerPool:
                     print(f"could not unload {name}: {error}", file=sys.stderr, flush=True)
         shutil.rmtree(self._folder / name, ignore_errors=True)
 
-    def _everywhere(self, work: Callable[[SamplingServer], None]) -> None:
-        """Does the same at every live server; drops those that cannot be reached."""
-        for member in self._members:
-            self._try(member, lambda member=member: work(member.server))
-        self._check_some_left()
-
     def _try(self, member: _Member, work: Callable[[], Result]) -> Result | None:
-        """The result of the work, tried until it succeeds; None where the server was dropped."""
+        """The result of `work`, repeated until it succeeds; None once the server is dropped."""
         while not member.lost:
-            member.pause()
+            time.sleep(max(0.0, member.resume_at - time.monotonic()))
             started = time.monotonic()
             try:
                 result = work()
@@ -182,10 +167,10 @@ class ServerPool:
         return None
 
     def _failed(self, member: _Member, started: float, error: ServerLost) -> None:
-        """Counts a failure and asks for a pause; drops the server after too many in a row."""
+        """Counts a failure and sets a pause; drops the server after too many in a row."""
         with self._lock:
             if member.lost or started < member.failed_at:
-                return  # asked before the last failure was known: the same trouble
+                return  # began before the last failure: the same one
             now = time.monotonic()
             member.failures += 1
             member.failed_at = now
@@ -205,10 +190,10 @@ class ServerPool:
                 f"none of the sampling servers answers any more: {', '.join(self.section.urls)}"
             )
 
-    def _ask_all(
+    def _sample_all(
         self, name: str | None, prompts: Sequence[Sequence[int]], seed: Sequence[int]
     ) -> list[ServedResponse]:
-        """Deals the prompts out to the live servers; each takes the next as it gets free."""
+        """One response to each prompt; every live server takes the next prompt as it gets free."""
         self._check_some_left()
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
         for i in range(len(prompts)):
@@ -218,11 +203,9 @@ class ServerPool:
         finished = threading.Event()
         sampling = Sampling.of(self._generation)
 
-        def ask(member: _Member, model: str, i: int) -> None:
-            server, own_seed = member.server, prompt_seed(seed, i)
-            response = self._try(
-                member, lambda: server.sample(model, prompts[i], sampling, self._stop_ids, own_seed)
-            )
+        def sample_one(member: _Member, model: str, i: int) -> None:
+            options = (sampling, self._stop_ids, prompt_seed(seed, i))
+            response = self._try(member, lambda: member.server.sample(model, prompts[i], *options))
             if response is None:
                 waiting.put(i)
                 return
@@ -235,7 +218,7 @@ class ServerPool:
                 with contextlib.suppress(queue.Empty):
                     i = waiting.get(timeout=0.1)
                     try:
-                        ask(member, model, i)
+                        sample_one(member, model, i)
                     except ServerRefused as error:
                         refused.append(error)
                         finished.set()
@@ -259,14 +242,21 @@ class ServerPool:
         return [found[i] for i in range(len(prompts))]
 
 
-def open_pool(cfg: Config, run: RunFolder, model: RoleModel, ends: StopTokens) -> ServerPool | None:
-    """The servers that the config names; None where rollouts are sampled here."""
+def _result_or_error(work: Callable[..., Any], *arguments: object) -> Any:
+    try:
+        return work(*arguments)
+    except (NoServerLeft, ServerRefused) as error:
+        return error
+
+
+def open_pool(cfg: Config, run: RunFolder, model: RoleModel, stop: StopTokens) -> ServerPool | None:
+    """The servers that the config names; None where rollouts are sampled locally."""
     section = cfg.generation.servers
     if section is None:
         return None
-    info = adapter_info(cfg, run, ends.tokenizer, "ppo")
+    info = adapter_info(cfg, run, stop.tokenizer, "ppo")
     folder = run.stage("ppo") / "served"
-    return ServerPool(section, cfg.generation, model, info, folder, ends.stop_ids)
+    return ServerPool(section, cfg.generation, model, info, folder, stop.stop_ids)
 
 
 def prompt_seed(seed: Sequence[int], prompt: int) -> int:
@@ -277,12 +267,11 @@ def prompt_seed(seed: Sequence[int], prompt: int) -> int:
 def compare(
     role: Role, responses: Sequence[ServedResponse], rollout: Rollout, limit: float
 ) -> dict[str, float]:
-    """How far the servers' log-probabilities are from the trainer's: the metrics of a phase.
+    """Mean and largest difference between the servers' log-probabilities and the trainer's.
 
     Args:
         role: who answered; `reference` is compared with the reference's, others with the policy's.
-        responses: of the servers.
-        rollout: the same, scored by the trainer.
+        rollout: the same responses, scored by the trainer.
         limit: nats, of the mean.
 
     Raises:
