@@ -1,7 +1,7 @@
-"""PPO, trained for real, against the best policy there is: pi* = pi_ref exp(r / beta) / Z.
+"""PPO compared with the best possible policy pi* = pi_ref exp(r / beta) / Z.
 
-Real are the trainer and its loop, the sampler, the four LoRA roles, the critic that learns, the
-optimiser. Known by enumeration are J of every policy and J* = beta log Z.
+Trainer, sampler, the four LoRA roles, critic and optimizer are the real ones. J of every policy and
+J* = beta log Z are known by enumeration.
 """
 
 import time
@@ -42,9 +42,9 @@ class Progress:
     kl_to_best: float
     """KL(pi || pi*), nats."""
     episodes: int
-    """Sampled responses so far."""
+    """Responses sampled so far."""
     seconds: float
-    """Of training, wall clock."""
+    """Training time so far, wall clock."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,10 @@ class Convergence:
 def converge(
     world: World, section: dict[str, Any] | None = None, measurements: int = 4
 ) -> Convergence:
-    """Trains PPO in `world`, measuring the policy exactly on the way.
+    """Trains PPO in `world` and measures the policy exactly `measurements` times on the way.
 
     Args:
-        world: made with the seed of the run.
         section: keys of `ppo` that replace those of `SECTION`.
-        measurements: how often.
     """
     cfg = world.config(SECTION | (section or {}))
     steps, beta = cfg.ppo.steps, cfg.ppo.kl_coef

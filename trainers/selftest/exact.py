@@ -1,7 +1,7 @@
-"""The truth about a small world, by enumeration: nothing of the toolkit's arithmetic is used.
+"""Exact values of a small world, by enumeration and without the toolkit's arithmetic.
 
-A role is one dense LLaMA in float64, its adapter multiplied into the weights by hand; every prompt
-with a response stands in its own row without padding. (RMSNorm computes in float32 all the same.)
+A role is one dense LLaMA in float64 with its adapter multiplied into the weights; every prompt with
+a response is its own row without padding. (RMSNorm computes in float32 all the same.)
 """
 
 from collections.abc import Iterable
@@ -32,7 +32,6 @@ class DenseRole:
     """A role's weights as one dense LLaMA, differentiable with respect to its adapter.
 
     Args:
-        world: whose base it is.
         adapter: PEFT names -> tensors, with or without the role's name in them; None: the base.
         head: weight and bias of a scalar head.
     """
@@ -51,14 +50,14 @@ class DenseRole:
 
     @classmethod
     def saved(cls, world: World, folder: Path) -> "DenseRole":
-        """What an earlier stage wrote to `folder`."""
+        """The adapter in `folder`."""
         tensors = load_file(folder / "adapter_model.safetensors")
         adapter = [(name, t) for name, t in tensors.items() if ".lora_" in name]
         return cls(world, adapter, tuple(t for name, t in tensors.items() if ".lora_" not in name))
 
     @classmethod
     def of(cls, world: World, model: RoleModel, role: str) -> "DenseRole":
-        """What `model` holds under the name of `role`."""
+        """The adapter and head of `role` in `model`."""
         marks = (f".lora_A.{role}.", f".lora_B.{role}.")
         named = [(n, p) for n, p in model.named_parameters() if any(m in n for m in marks)]
         heads = [(n, p) for n, p in model.named_parameters() if n.startswith(f"heads.{role}.")]
@@ -66,7 +65,7 @@ class DenseRole:
 
     @property
     def parameters(self) -> list[torch.Tensor]:
-        """Adapter tensors in the order in which they came, then the head's weight and bias."""
+        """Adapter tensors in the given order, then the head's weight and bias."""
         return [*self.adapter.values(), *self.head]
 
     def gradient(self, loss: torch.Tensor) -> torch.Tensor:
@@ -100,9 +99,9 @@ class DenseRole:
 
 @dataclass(frozen=True)
 class Enumeration:
-    """All responses to all prompts; rows are those of one prompt after those of the other.
+    """All responses to all prompts, grouped by prompt.
 
-    Shapes: N rows, L longest response. What stands after a response's end is 0 or False.
+    Shapes: N rows, L longest response. Positions after a response's end hold 0 or False.
     """
 
     world: World
@@ -172,12 +171,7 @@ class Enumeration:
         return logprobs.sum(1).exp() / len(self.prompts)
 
     def state_values(self, logprobs: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
-        """V^pi of the state before each token, by its definition: (N, L) float64.
-
-        Args:
-            logprobs: (N, L) float64, of the policy.
-            rewards: (N, L) float64, per token.
-        """
+        """V^pi of the state before each token, by its definition; all (N, L) float64."""
         weights, values = logprobs.sum(1).exp(), torch.zeros_like(rewards)
         for t in range(self.max_new_tokens):
             states: dict[tuple, list[int]] = {}
@@ -202,11 +196,7 @@ class Optimum:
     num_prompts: int
 
     def objective(self, logprobs: torch.Tensor) -> torch.Tensor:
-        """J = E[r - beta log(pi / pi_ref)], the mean over prompts.
-
-        Args:
-            logprobs: (N,) float64, log pi of each response.
-        """
+        """J = E[r - beta log(pi / pi_ref)], the mean over prompts, from log pi (N,) float64."""
         gain = self.scores - self.beta * (logprobs - self.reference)
         return (logprobs.exp() * gain).sum() / self.num_prompts
 
@@ -222,7 +212,7 @@ class Optimum:
         return float(self.beta * self.log_normalizers.mean())
 
     def kl_to_best(self, logprobs: torch.Tensor) -> float:
-        """KL(pi || pi*), nats, the mean over prompts; (J* - J) / beta by another way."""
+        """KL(pi || pi*), nats, the mean over prompts; equals (J* - J) / beta."""
         best = (self.reference + self.scores / self.beta).view(self.num_prompts, -1)
         best = (best - self.log_normalizers[:, None]).flatten()
         return float((logprobs.exp() * (logprobs - best)).sum() / self.num_prompts)

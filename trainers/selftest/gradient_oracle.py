@@ -1,29 +1,28 @@
-"""The gradient of one real PPO step against the gradient that it should have.
+"""The gradient of one real PPO step compared with the exact one.
 
-The step is `PpoTrainer.advance` with everything in it: rollout layout, scoring by the four roles,
-rewards, advantages, losses, microbatches, the engine's backward pass. Only the sampler is replaced:
-every response comes up once, and its advantages are multiplied by its probability (and by the
-loss' own normaliser, the number of tokens), so that the sum is an expectation. It must be the
-gradient of J = E[score] - beta KL, which float64 autograd gives by enumeration (`exact.py`).
+The step is `PpoTrainer.advance`: rollout layout, scoring by the four roles, rewards, advantages,
+losses, microbatches, the engine's backward pass. Only the sampler is replaced: every response comes
+once, and its advantages are multiplied by its probability (and by the loss' own normaliser, the
+number of tokens), so that the sum is an expectation. It must be the gradient of
+J = E[score] - beta KL, which float64 autograd computes by enumeration (`exact.py`).
 """
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from unittest.mock import patch
 
 import torch
 from datasets import Dataset
 from torch import nn
 
-from chatllama.model.roles import RoleModel, adapter_parameters
-from trainers.ppo import rollout as rollout_module
+from chatllama.model.roles import Role, RoleModel, adapter_parameters
 from trainers.ppo.data import Prompts
 from trainers.ppo.model import build_engine, build_roles
 from trainers.ppo.rewards import Statistics
 from trainers.ppo.rollout import Rollout
-from trainers.ppo.train import PpoState, PpoTrainer
+from trainers.ppo.state import PpoState
+from trainers.ppo.train import PpoTrainer
 from trainers.ppo.update import Targets
 from trainers.selftest.exact import DenseRole, Enumeration, Optimum
 from trainers.selftest.world import PROMPTS, World, relative_error
@@ -78,44 +77,11 @@ class Outcome:
     """Largest difference of the reference's log-probabilities from SFT's, nats."""
 
 
-class EnumeratingTrainer(PpoTrainer):
-    """A trainer whose rollout batch is a given list of responses; set the attributes first."""
-
-    weights: torch.Tensor
-    """(B,) float64, by which advantages are multiplied, in the list's order, like the next two."""
-    values: torch.Tensor | None
-    """(B, R) from which advantages are made, instead of the value model's."""
-    noise: torch.Tensor | None
-    """(2, B, R) added to the old log-probabilities and values before the update."""
-    order: list[int]
-    """Filled by the step: the place in the list of each row of the rollout."""
-    seen: Rollout
-    """Filled by the step: the rollout as it was scored."""
-
-    def _targets(self, rollout: Rollout, state: PpoState) -> tuple[Targets, dict[str, float]]:
-        self.seen = rollout
-        if self.values is not None:
-            # What stands behind a response's end must not matter.
-            own = self.values[self.order].float()
-            rollout = replace(rollout, values=torch.where(rollout.response_mask, own, 7.0))
-        targets, metrics = super()._targets(rollout, state)
-        weights = self.weights[self.order].float()[:, None]
-        return replace(targets, advantages=targets.advantages * weights), metrics
-
-    def _update(self, rollout: Rollout, targets: Targets, state: PpoState) -> dict[str, float]:
-        if self.noise is not None:
-            logprobs, values = self.noise[:, self.order].float()
-            rollout = replace(
-                rollout, logprobs=rollout.logprobs + logprobs, values=rollout.values + values
-            )
-        return super()._update(rollout, targets, state)
-
-
 @dataclass(frozen=True)
 class Listing:
-    """The responses that make up a rollout batch, in groups that stand together.
+    """The responses of a rollout batch, in groups of one row or an ordered pair of one prompt.
 
-    Rows are numbered as in `every`; a group is one row, or an ordered pair of rows of one prompt.
+    Rows are numbered as in `every`.
     """
 
     every: Enumeration
@@ -139,7 +105,7 @@ class Listing:
     def weights(self, logprobs: torch.Tensor) -> torch.Tensor:
         """(B,) float64: probability of a row's group and prompt, over the group's size.
 
-        Times the number of tokens, by which the loss divides.
+        Times the number of tokens, because the loss divides by it.
         """
         own = logprobs.detach().sum(1).exp()
         joint = own[torch.tensor(self.groups)].prod(1)
@@ -155,14 +121,55 @@ class Listing:
         return Prompts(data, data.select([]))
 
 
+class EnumeratingTrainer(PpoTrainer):
+    """A trainer whose rollout batch is a given list of responses; set the attributes first."""
+
+    listing: Listing
+    weights: torch.Tensor
+    """(B,) float64, factors of the advantages, in the listing's order like the next two."""
+    values: torch.Tensor | None
+    """(B, R) from which advantages are made, instead of the value model's."""
+    noise: torch.Tensor | None
+    """(2, B, R) added to the old log-probabilities and values before the update."""
+    order: list[int]
+    """Set by the step: the place in the listing of each row of the rollout."""
+    seen: Rollout
+    """Set by the step: the rollout as it was scored."""
+
+    def _collect(
+        self, role: Role, records: list[dict], seed: tuple[int, ...]
+    ) -> tuple[Rollout, list[str]]:
+        waiting: dict[tuple[int, ...], list[int]] = {}
+        listed = [self.listing.every.rows[row] for row in self.listing.rows]
+        for place, (prompt, _) in reversed(list(enumerate(listed))):
+            waiting.setdefault(prompt, []).append(place)
+        self.order = [waiting[tuple(record["input_ids"])].pop() for record in records]
+        responses = [list(listed[place][1]) for place in self.order]
+        return self.collector.collect(role, records, seed, responses=responses)
+
+    def _targets(self, rollout: Rollout, state: PpoState) -> tuple[Targets, dict[str, float]]:
+        self.seen = rollout
+        if self.values is not None:
+            # Values after a response's end must not matter.
+            own = self.values[self.order].float()
+            rollout = replace(rollout, values=torch.where(rollout.response_mask, own, 7.0))
+        targets, metrics = super()._targets(rollout, state)
+        weights = self.weights[self.order].float()[:, None]
+        return replace(targets, advantages=targets.advantages * weights), metrics
+
+    def _update(self, rollout: Rollout, targets: Targets, state: PpoState) -> dict[str, float]:
+        if self.noise is not None:
+            logprobs, values = self.noise[:, self.order].float()
+            rollout = replace(
+                rollout, logprobs=rollout.logprobs + logprobs, values=rollout.values + values
+            )
+        return super()._update(rollout, targets, state)
+
+
 class Truth:
     """Losses of the step by their definitions, on dense float64 roles.
 
-    Args:
-        listing: what the step sees.
-        setting: how it is made.
-        model: policy and value as they are there; reference and reward come from the files that
-            the earlier stages wrote.
+    Policy and value are those of `model`; reference and reward come from their adapter files.
     """
 
     def __init__(self, listing: Listing, setting: Setting, model: RoleModel) -> None:
@@ -194,7 +201,7 @@ class Truth:
         return Optimum(self.reference.sum(1), self.scores, BETA, prompts)
 
     def policy_loss(self) -> torch.Tensor:
-        """() whose gradient the policy's adapter must get: -J unless the setting says more."""
+        """() whose gradient the policy's adapter must get: -J, with the setting's other terms."""
         setting, mask = self.setting, self.listing.every.mask
         if setting.old_policy:
             return self._clipped_loss()
@@ -208,7 +215,7 @@ class Truth:
         return loss
 
     def _clipped_loss(self) -> torch.Tensor:
-        """-E[min(A r, clip(r) A)], the expectation over the present policy's responses."""
+        """-E[min(A r, clip(r) A)] over the current policy's responses."""
         every = self.listing.every
         advantages = self._rewards_to_go() - self.values.detach()
         ratio = (self.logprobs - self.logprobs.detach() - self.noise[0]).exp()
@@ -241,7 +248,7 @@ class Truth:
 
 
 def check_gradient(world: World, setting: Setting) -> Outcome:
-    """The real step's gradients against the exact ones, in one setting."""
+    """The real step's gradients compared with the exact ones, in one setting."""
     if setting.estimator == "gae":
         listing = Listing(Enumeration(world), 1)
     else:
@@ -253,7 +260,7 @@ def check_gradient(world: World, setting: Setting) -> Outcome:
     trainer.weights = listing.weights(truth.logprobs)
     trainer.values = truth.state_values()[rows] if setting.exact_values else None
     trainer.noise = truth.noise[:, rows] if setting.old_policy else None
-    gradients, metrics = _step(trainer, listing)
+    gradients, metrics = _step(trainer)
 
     def found(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
         return torch.cat([gradients[id(p)].flatten() for p in parameters])
@@ -306,14 +313,13 @@ def _trainer(world: World, setting: Setting, listing: Listing) -> EnumeratingTra
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     engine = build_engine(cfg, roles.model)
-    return EnumeratingTrainer(
-        cfg, world.run, engine, roles.scorer, listing.prompts(), world.stop_tokens
-    )
+    prompts, stop = listing.prompts(), world.stop_tokens
+    trainer = EnumeratingTrainer(cfg, world.run, engine, roles.scorer, prompts, stop)
+    trainer.listing = listing
+    return trainer
 
 
-def _step(
-    trainer: EnumeratingTrainer, listing: Listing
-) -> tuple[dict[int, torch.Tensor], dict[str, float]]:
+def _step(trainer: EnumeratingTrainer) -> tuple[dict[int, torch.Tensor], dict[str, float]]:
     """Gradients by the parameters' identity, and metrics, of one step over all responses."""
     gradients: dict[int, torch.Tensor] = {}
 
@@ -321,18 +327,6 @@ def _step(
         for group in optimizer.param_groups:
             gradients.update({id(p): p.grad.clone() for p in group["params"]})
 
-    everything = listing.every.rows
-    waiting: dict[tuple[int, ...], list[int]] = {}
-    for place, row in reversed(list(enumerate(listing.rows))):
-        waiting.setdefault(everything[row][0], []).append(place)
-    trainer.order = []
-
-    def deal(_engine: object, _role: str, prompts: Sequence[Sequence[int]], *_: object) -> list:
-        trainer.order = [waiting[tuple(prompt)].pop() for prompt in prompts]
-        return [list(everything[listing.rows[place]][1]) for place in trainer.order]
-
     trainer.engine.optimizer.register_step_pre_hook(keep)
     state = PpoState(step=1, kl_coef=BETA, statistics=Statistics())
-    with patch.object(rollout_module, "sample_responses", deal):
-        _, _, _, metrics = trainer.advance(state)
-    return gradients, metrics
+    return gradients, trainer.advance(state)[-1]

@@ -1,4 +1,4 @@
-"""Small truths that PPO rests on, each checked against its definition."""
+"""Identities that PPO rests on, each compared with its definition."""
 
 from typing import Literal
 
@@ -9,7 +9,7 @@ from chatllama.model.scoring import score_sequences
 from chatllama.runtime.distributed import device
 from trainers.ppo.model import build_engine, build_roles
 from trainers.ppo.ppo_math import gae, kl_loss, masked, policy_loss
-from trainers.ppo.rollout import arrange, sample_responses, score
+from trainers.ppo.rollout import Rollout, arrange, sample_responses, score
 from trainers.reward.loss import pairwise_loss
 from trainers.selftest.exact import DenseRole, Enumeration
 from trainers.selftest.world import LORA, PROMPTS, STOP, World, reward
@@ -48,11 +48,16 @@ def reinforce_error() -> float:
     return float((gradient + masked(advantages, mask) / count).abs().max())
 
 
-def kl_errors(world: World) -> dict[str, float]:
-    """Relative errors of expected KL estimates of two real roles against the sum over states.
+def _scored(every: Enumeration, model: RoleModel, temperature: float) -> Rollout:
+    prompts, responses = zip(*every.rows, strict=True)
+    return score(model, arrange(prompts, responses, [STOP], STOP), temperature, 64, [])
 
-    Policy and reference are SFT's adapter and that of the reward model. k1 and k3 must give the
-    KL itself; k2 must give its own expectation, which is another number.
+
+def kl_errors(world: World) -> dict[str, float]:
+    """Relative errors of expected KL estimates of two real roles, against the sum over states.
+
+    Policy and reference are the adapters of the reward model and of SFT. k1 and k3 must give the KL
+    itself, k2 its own expectation, which is another number.
     """
     cfg, every = world.config({"microbatch_size": 64}), Enumeration(world)
     model = build_roles(cfg, world.run, world.tokenizer).model
@@ -60,8 +65,7 @@ def kl_errors(world: World) -> dict[str, float]:
         pairs = zip(adapter_parameters(model, to), adapter_parameters(model, source), strict=True)
         for own, other in pairs:
             own.data.copy_(other)
-    prompts, responses = zip(*every.rows, strict=True)
-    rollout = score(model, arrange(prompts, responses, [STOP], STOP), 1.0, 64, [])
+    rollout = _scored(every, model, 1.0)
     with torch.no_grad():
         folders = world.run.reward_adapter, world.run.sft_adapter
         policy, reference = (every.logprobs(DenseRole.saved(world, f), 1.0) for f in folders)
@@ -76,12 +80,9 @@ def kl_errors(world: World) -> dict[str, float]:
     k1 = float(weights @ masked(rollout.kl, rollout.response_mask).sum(1))
 
     def expected(estimator: Literal["k2", "k3"]) -> float:
-        rows = [slice(i, i + 1) for i in range(len(weights))]
-        each = [
-            kl_loss(r.logprobs[s], r.ref_logprobs[s], r.response_mask[s], estimator, 1.0)
-            for r, s in ((rollout, s) for s in rows)
-        ]
-        return float(weights @ torch.stack(each))
+        names = ("logprobs", "ref_logprobs", "response_mask")
+        rows = zip(*(vars(rollout)[name].split(1) for name in names), strict=True)
+        return float(weights @ torch.stack([kl_loss(*row, estimator, 1.0) for row in rows]))
 
     found = {"k1": k1, "k2": expected("k2"), "k3": expected("k3")}
     truth = {"k1": exact, "k2": squares, "k3": exact}
@@ -99,9 +100,7 @@ def sampler_distance(world: World, num_samples: int = 16_000) -> float:
     prompts = [list(prompt) for prompt in PROMPTS] * (num_samples // len(PROMPTS))
     seed = (world.seed, 1)
     sampled = sample_responses(engine, "policy", prompts, cfg.generation, [STOP], seed)
-    asked, given = zip(*every.rows, strict=True)
-    rollout = score(roles.model, arrange(asked, given, [STOP], STOP), 0.7, 64, [])
-    scored = rollout.logprobs.sum(1).exp() / len(every.prompts)
+    scored = _scored(every, roles.model, 0.7).logprobs.sum(1).exp() / len(every.prompts)
     place = {row: i for i, row in enumerate(every.rows)}
     counts = torch.zeros(len(scored))
     for prompt, response in zip(prompts, sampled, strict=True):
@@ -119,8 +118,7 @@ def start_errors(world: World) -> dict[str, float]:
     """
     cfg, every = world.config(), Enumeration(world)
     model = build_roles(cfg, world.run, world.tokenizer).model
-    asked, given = zip(*every.rows, strict=True)
-    rollout = score(model, arrange(asked, given, [STOP], STOP), 1.0, 64, [])
+    rollout = _scored(every, model, 1.0)
     with torch.no_grad():
         sft = every.logprobs(DenseRole.saved(world, world.run.sft_adapter), 1.0)
         base = every.logprobs(DenseRole(world, None), 1.0)
@@ -134,10 +132,10 @@ def start_errors(world: World) -> dict[str, float]:
 def bradley_terry(world: World, steps: int = 300, answers: int = 32) -> dict[str, float]:
     """How well a reward adapter recovers known scores from noisy preferences.
 
-    In each step `answers` responses to every prompt, all pairs of them labelled with probability
-    sigmoid(2 (r_1 - r_2)) of the known reward r. Returned are `lost`: the Bayes limit's expected
+    Each step draws `answers` responses to every prompt; all their pairs are labelled with
+    probability sigmoid(2 (r_1 - r_2)) of the known reward r. `lost` is the Bayes limit's expected
     accuracy less the model's, over all pairs of responses to a prompt; `correlation` and `slope`
-    of its score differences with the true ones.
+    are those of its score differences with the true ones.
     """
     every, scale, peak = Enumeration(world), 2.0, 1e-2
     count, num_prompts = len(every.rows) // len(every.prompts), len(every.prompts)

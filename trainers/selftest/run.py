@@ -30,13 +30,13 @@ GRPO_LIMIT = 1e-4
 LOGPROB_LIMIT = 1e-4
 """Nats."""
 GAP_LIMIT = 0.95
-"""Share of the gap from J(pi_ref) to J* that training closes."""
+"""Least share of the gap from J(pi_ref) to J* that training closes."""
 KL_LIMIT = 1e-5
 SAMPLER_LIMIT = 1.3
 BAYES_LIMIT = 0.01
 CORRELATION_LIMIT = 0.97
 WORLD_SEED = 1
-"""Of the world of all checks but convergence, which makes one for each of its seeds."""
+"""Of the world of all checks but convergence, which makes a world per seed."""
 
 
 @dataclass(frozen=True)
@@ -54,25 +54,21 @@ def selftest(seeds: Sequence[int], quick: bool = False) -> bool:
     """True when every check passes; prints what each found.
 
     Args:
-        seeds: of the training runs, one each.
-        quick: leave the training runs out.
+        seeds: one training run each; `quick` leaves them out.
     """
     quiet_libraries()
     torch.set_num_threads(1)  # the models are too small for more
     console, started = Console(), time.perf_counter()
     console.print("PPO against the closed form: every response of a tiny LLaMA is enumerated.")
-    checks: list[Check] = []
     runs: list[Convergence] = []
     with tempfile.TemporaryDirectory(prefix="chatllama-selftest-") as folder, console.status(""):
         world = World.make(Path(folder) / "world", WORLD_SEED)
-        checks += identities(world)
-        for setting in SETTINGS:
-            checks.append(gradient(world, setting))
+        checks = identities(world) + [gradient(world, setting) for setting in SETTINGS]
         console.print(_table(checks))
         for seed in () if quick else seeds:
             runs.append(converge(World.make(Path(folder) / f"seed-{seed}", seed)))
-        if runs:
-            console.print(_convergence_table(runs))
+    if runs:
+        console.print(_convergence_table(runs))
     failed = [check.name for check in checks if not check.passed]
     failed += [f"training, seed {run.seed}" for run in runs if not converged(run)]
     verdict = f"[bold red]FAILED: {'; '.join(failed)}[/]" if failed else "[green]all pass[/]"
@@ -85,6 +81,7 @@ def gradient(world: World, setting: Setting) -> Check:
     """The gradient oracle in one setting."""
     started = time.perf_counter()
     outcome = check_gradient(world, setting)
+    seconds = time.perf_counter() - started
     limit = GRPO_LIMIT if setting.estimator == "grpo" else GRADIENT_LIMIT
     found = f"{outcome.policy_error:.1e}"
     if outcome.value_error is not None:
@@ -96,7 +93,6 @@ def gradient(world: World, setting: Setting) -> Check:
         and not outcome.first_log_ratio
         and outcome.reference_error <= LOGPROB_LIMIT
     )
-    seconds = time.perf_counter() - started
     return Check(f"gradient: {setting.name}", passed, found, f"{limit:g}", seconds)
 
 
@@ -106,12 +102,7 @@ def converged(run: Convergence) -> bool:
 
 
 def identities(world: World, only: int | None = None) -> list[Check]:
-    """The small truths.
-
-    Args:
-        world: of those that need a model.
-        only: number of a single one.
-    """
+    """The identities of `identities.py`; `only` is the number of a single one."""
     checks: list[tuple[str, Callable[[], tuple[bool, str, str]]]] = [
         ("GAE is its O(T^2) sum", _gae),
         ("ratio 1 gives REINFORCE", _reinforce),
@@ -120,14 +111,11 @@ def identities(world: World, only: int | None = None) -> list[Check]:
         ("sampled as scored, T 0.7", lambda: _sampler(world)),
         ("Bradley-Terry", lambda: _bradley_terry(world)),
     ]
-    chosen = checks if only is None else [checks[only]]
-    return [_timed(name, check) for name, check in chosen]
-
-
-def _timed(name: str, check: Callable[[], tuple[bool, str, str]]) -> Check:
-    started = time.perf_counter()
-    passed, found, allowed = check()
-    return Check(name, passed, found, allowed, time.perf_counter() - started)
+    found = []
+    for name, check in checks if only is None else [checks[only]]:
+        started = time.perf_counter()
+        found.append(Check(name, *check(), time.perf_counter() - started))
+    return found
 
 
 def _gae() -> tuple[bool, str, str]:
@@ -180,17 +168,10 @@ def _convergence_table(runs: Sequence[Convergence]) -> Table:
     for run in runs:
         for progress in run.progress:
             last = progress is run.progress[-1]
-            table.add_row(
-                str(run.seed),
-                f"{run.start:.3f}",
-                f"{run.best:.3f}",
-                f"{progress.share_closed:.1%}",
-                f"{progress.kl_to_best:.3f}",
-                str(progress.episodes),
-                f"{progress.seconds:.0f}",
-                _verdict(converged(run)) if last else "",
-                end_section=last,
-            )
+            row = (f"{run.seed}", f"{run.start:.3f}", f"{run.best:.3f}")
+            row += (f"{progress.share_closed:.1%}", f"{progress.kl_to_best:.3f}")
+            row += (f"{progress.episodes}", f"{progress.seconds:.0f}")
+            table.add_row(*row, _verdict(converged(run)) if last else "", end_section=last)
     return table
 
 

@@ -1,8 +1,8 @@
-"""A world small enough to be known exactly: every response to every prompt can be listed.
+"""A problem small enough to list every response to every prompt.
 
 Six tokens (the end of turn and five words), four prompts of one to four words, responses of one to
-three tokens: 156 of them per prompt. Padding uses the end of turn's own id, so whoever finds
-padding by its id instead of its place goes wrong here. Nothing here computes anything of PPO.
+three tokens: 156 of them per prompt. The pad id is that of the end of turn, so that code which
+finds padding by its id goes wrong here. Nothing of PPO is computed in this file.
 """
 
 import itertools
@@ -38,10 +38,10 @@ ADAPTER_WEIGHT = 0.3
 
 
 def reward(prompt: str, response: str) -> float:
-    """A known reward: words of the prompt please, repeats do not, each prompt wants its own length.
+    """A known reward: for words of the prompt, against repeats, with a best length per prompt.
 
-    The length bonus is essential: without it the best responses hardly ever end early, and
-    mistakes about the end of a response stay invisible.
+    Without the length term the best responses hardly ever end early, and mistakes about the end of
+    a response stay invisible.
     """
     asked, said = prompt.split(), response.split()
     known = sum(0.6 if word in asked else -0.2 for word in said)
@@ -51,7 +51,7 @@ def reward(prompt: str, response: str) -> float:
 
 @dataclass(frozen=True)
 class World:
-    """A run folder whose first two stages are there, with random weights, ready for PPO."""
+    """A run folder ready for PPO: SFT's and the reward model's adapters have random weights."""
 
     root: Path
     seed: int
@@ -71,14 +71,10 @@ class World:
                     parameter.data.normal_(std=0.1)
         contract = describe_contract(world.tokenizer, cfg.chat)
         info = {"base": str(root / "base"), "contract": contract}
-        save_adapter(run.sft_adapter, adapter_state(model, "sft"), LORA, {**info, "stage": "sft"})
-        save_adapter(
-            run.reward_adapter,
-            adapter_state(model, "reward"),
-            LORA,
-            {**info, "stage": "reward"},
-            dict(model.heads["reward"].named_parameters()),
-        )
+        head = dict(model.heads["reward"].named_parameters())
+        for role, folder in (("sft", run.sft_adapter), ("reward", run.reward_adapter)):
+            state, head_of = adapter_state(model, role), head if role == "reward" else None
+            save_adapter(folder, state, LORA, {**info, "stage": role}, head_of)
         return world
 
     @property
@@ -145,13 +141,7 @@ class World:
         temperature: float = 1.0,
         max_new_tokens: int = MAX_NEW_TOKENS,
     ) -> Config:
-        """The project's own configuration of a run in this world.
-
-        Args:
-            ppo: keys of the section that replace the usual ones.
-            temperature: of sampling.
-            max_new_tokens: longest response.
-        """
+        """The config of a run in this world; keys of `ppo` replace the usual ones."""
         rewards = [{"function": f"{__name__}:reward"}, {"adapter": "run", "weight": ADAPTER_WEIGHT}]
         usual = {
             "rewards": rewards,
