@@ -38,8 +38,15 @@ def pytest_configure() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips the gpu tier where there is no CUDA; asks torch only when such a test was chosen."""
+    """Puts tests on real data into the slow tier; skips the gpu tier where there is no CUDA.
+
+    Asks torch for CUDA only when such a test was chosen.
+    """
+    for item in items:
+        if "testdata" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
     if config.getoption("collectonly") or "not gpu" in str(config.getoption("markexpr")):
         return
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]

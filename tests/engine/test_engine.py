@@ -101,6 +101,7 @@ def test_it_is_adamw_with_clipping_on_two_groups(base: str):
     assert_weights_equal(weights(engine, trained=True), own, 1e-6)
 
 
+@pytest.mark.slow
 def test_resume_is_bit_exact_and_frozen_weights_stay(base: str, tmp_path: Path):
     out = run(base, tmp_path, stage=0)
     assert out["assigned"] == pytest.approx(0.7)

@@ -28,7 +28,7 @@ def without_rewards(run: RunFolder, tmp_path: Path) -> RunFolder:
 
 
 @pytest.mark.parametrize("options", [{"num_samples": 3}, {"best_of": 3}, {}])
-@pytest.mark.parametrize("kept_lines", [0, 1, 5])
+@pytest.mark.parametrize("kept_lines", [0, 5, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_interrupted_file_is_continued_to_the_same_bytes(
     run: RunFolder, tmp_path: Path, options: dict[str, Any], kept_lines: int
 ) -> None:

@@ -165,6 +165,7 @@ def test_win_rate_by_hand():
     assert found["win_rate_low"] < 0.375 < found["win_rate_high"]
 
 
+@pytest.mark.slow
 def test_the_policy_trains_on_as_before(tiny: TinyRun):
     """Measuring consumes no random numbers of training and leaves no trace in the models."""
     plain, measured = tiny.trainer(), tiny.trainer(ppo={"eval_every": 1})

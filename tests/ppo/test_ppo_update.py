@@ -71,6 +71,10 @@ CASES: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
 }
 
 
+QUICK = ("plain", "clip_range", "kl_loss k3", "ptx", "trunk", "no critic")
+"""Those that run in the unit tier."""
+
+
 @pytest.fixture(scope="module")
 def plain(tiny: TinyRun, shifted: Rollout, targets: Targets) -> dict[str, torch.Tensor]:
     """Weights after two steps without options."""
@@ -80,7 +84,9 @@ def plain(tiny: TinyRun, shifted: Rollout, targets: Targets) -> dict[str, torch.
     return weights(trainer.engine.model)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
 def test_two_steps_are_what_the_oracle_does(
     tiny: TinyRun, shifted: Rollout, targets: Targets, plain: dict[str, torch.Tensor], case: str
 ):

@@ -213,6 +213,7 @@ def train(cfg: Config) -> tuple[RoleModel, dict[str, float], list[dict[str, floa
     return model, numbers, read_lines(run.metrics("sft"))
 
 
+@pytest.mark.slow
 def test_microbatches_change_neither_losses_nor_weights(tiny_llama_dir: Path, tmp_path: Path):
     results = []
     for size in (8, 4, 1):
