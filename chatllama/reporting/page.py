@@ -56,7 +56,6 @@ def write_report(run: RunFolder) -> Path:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        keep_trailing_newline=True,
     )
     environment.filters |= {"place": _place, "duration": duration}
     replace_text(run.report, environment.get_template("report.html.jinja").render(_content(run)))
@@ -69,13 +68,11 @@ def _content(run: RunFolder) -> dict[str, Any]:
     heads, rows = result_table(summary)
     reward = {name: number(summary, f"reward.{name}") for name in REWARD_NUMBERS}
     wall = {label: number(summary, f"wall_seconds.{key}") for key, label in WALL_ROWS.items()}
-    finished: list[Stage] = [stage for stage in STAGES if run.result(stage).is_file()]
     ppo_lines = read_lines(run.metrics("ppo"))
     pretraining = RunFolder(run.root / "pretraining").metrics("sft")
     return {
         "name": run.root.resolve().name,
         "titles": STAGE_TITLES,
-        "finished": [STAGE_TITLES[stage] for stage in finished],
         "findings": findings(summary),
         # One column per model: four columns fit a phone.
         "columns": list(zip(heads, *rows, strict=True)),
@@ -95,7 +92,8 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "total_seconds": number(summary, "wall_seconds.total"),
         "results": {
             stage: json.dumps(run.read_result(stage), indent=2, ensure_ascii=False)
-            for stage in finished
+            for stage in STAGES
+            if run.result(stage).is_file()
         },
         "config": run.config.read_text(encoding="utf-8") if run.config.is_file() else None,
         "version": __version__,

@@ -18,14 +18,7 @@ from chatllama.runs.folder import Stage
 # Placeholders that `themed` turns into CSS variables of the page.
 INK, FAINT, LIMIT = "#010203", "#040506", "#0a0b0c"
 LINES = ("#111213", "#141516", "#171819")
-_VARIABLES = {
-    INK: "var(--muted)",
-    FAINT: "var(--line)",
-    LIMIT: "var(--limit)",
-    LINES[0]: "var(--curve1)",
-    LINES[1]: "var(--curve2)",
-    LINES[2]: "var(--curve3)",
-}
+VARIABLES = ("muted", "line", "limit", "curve1", "curve2", "curve3")
 SMOOTH_FROM = 30
 
 
@@ -187,8 +180,8 @@ def themed(figure: Figure, title: str, words: str) -> str:
     svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
     prefix = re.sub(r"[^a-z]+", "-", title.lower())
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}.", svg)
-    for placeholder, variable in _VARIABLES.items():
-        svg = svg.replace(placeholder, variable)
+    for placeholder, variable in zip((INK, FAINT, LIMIT, *LINES), VARIABLES, strict=True):
+        svg = svg.replace(placeholder, f"var(--{variable})")
     head, rest = svg.split(">", 1)
     box = re.search(r'viewBox="[^"]*"', head)
     assert box is not None, head

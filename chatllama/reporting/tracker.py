@@ -25,9 +25,8 @@ def check_trackers(report_to: list[str]) -> None:
     """Raises ValueError if a tracker is unknown or its package is missing."""
     for name in report_to:
         if name not in TRACKERS:
-            raise ValueError(
-                f"tracking.report_to: {name!r} is unknown; allowed: {', '.join(TRACKERS)}"
-            )
+            allowed = ", ".join(TRACKERS)
+            raise ValueError(f"tracking.report_to: {name!r} is unknown; allowed: {allowed}")
         if find_spec(name) is None:
             raise ValueError(
                 f"tracking.report_to: {name!r} needs the package of that name: "
@@ -75,13 +74,8 @@ class _Wandb:
 class Tracker:
     """Metrics and progress of one stage; use as `with Tracker(...) as tracker:`.
 
-    Args:
-        run: where the files are written.
-        stage: the stage that runs.
-        tracking: the config's section.
-        total_steps: steps of the whole stage, finished ones included.
-        rank: of this process; ranks other than 0 do nothing.
-        title: of the display; the stage's name by default.
+    Ranks other than 0 do nothing. `total_steps` includes finished steps; `title` is that of the
+    display, the stage's name by default.
 
     Raises:
         ValueError: `tracking.report_to` cannot be honoured (on every rank alike).
@@ -97,10 +91,9 @@ class Tracker:
         title: str | None = None,
     ) -> None:
         check_trackers(tracking.report_to)
-        self._run, self._tracking = run, tracking
+        self._run, self._tracking, self._total = run, tracking, total_steps
         self._stage: Stage = stage
         self._title = title or stage
-        self._total = total_steps
         self._is_main = rank == 0
         self._resumed_step = 0
         self._seconds_before = 0.0
@@ -125,10 +118,8 @@ class Tracker:
     def resume_from(self, step: int) -> None:
         """Continues the files of an interrupted stage: lines of later steps are cut away.
 
-        Call before the first `log`; without it the stage's files start anew.
-
-        Args:
-            step: the last step whose effect the restored state holds.
+        `step` is the last one in the restored state. Call before the first `log`; without it the
+        stage's files start anew.
         """
         assert self._writers is None, "resume_from comes before the first log"
         if not self._is_main:
@@ -156,7 +147,7 @@ class Tracker:
 
         Args:
             step: optimizer steps (SFT, reward) or rollout batches (PPO) done, from 1.
-            metrics: name -> value, named like `ppo/kl_sequence`.
+            metrics: values by names like `ppo/kl_sequence`.
         """
         if not self._is_main:
             return
@@ -179,13 +170,9 @@ class Tracker:
             writer.write(step, finite)
 
     def sample(self, step: int, prompt: str, response: str, score: float) -> None:
-        """Prints one answer every `tracking.sample_every` steps and keeps it in samples.jsonl.
+        """Prints an answer every `tracking.sample_every` steps and adds it to samples.jsonl.
 
-        Args:
-            step: rollout batches done, from 1.
-            prompt: as text.
-            response: the policy's answer.
-            score: of the reward model.
+        A step is a rollout batch; `score` is the reward model's.
         """
         every = self._tracking.sample_every
         if not self._is_main or every == 0 or (step % every and step not in (1, self._total)):
@@ -219,9 +206,8 @@ class Tracker:
         for name, value in metrics.items():
             if not math.isfinite(value) and name not in self._named_not_finite:
                 self._named_not_finite.add(name)
-                warnings.warn(
-                    f"{name} is {value} at step {step}; metrics.jsonl holds null", stacklevel=3
-                )
+                text = f"{name} is {value} at step {step}; metrics.jsonl holds null"
+                warnings.warn(text, stacklevel=3)
 
 
 def logged_metrics(run: RunFolder, stage: Stage, step: int) -> dict[str, float]:

@@ -16,12 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from chatllama.runs.folder import RunFolder
 
 Holder = Literal["run", "stage"]
-HOLDERS: tuple[Holder, ...] = ("run", "stage")
 SAME_START_SECONDS = 5.0
 """Tolerance of a process's start time, since clocks are corrected."""
 
@@ -94,7 +93,7 @@ def acquire(run: RunFolder, holder: Holder, token: str | None = None) -> str:
     run.root.mkdir(parents=True, exist_ok=True)
     path = lock_path(run, holder)
     with _alone(run.root):
-        for each in HOLDERS:
+        for each in get_args(Holder):
             _check(run, lock_path(run, each), token)
         me = _this_process(token)
         path.unlink(missing_ok=True)

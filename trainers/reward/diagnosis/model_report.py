@@ -73,6 +73,7 @@ def examine_model(
     mean = each.mean(0)
     gaps, member_gaps = mean[better] - mean[worse], each[:, better] - each[:, worse]
     bins = reliability(gaps, weights)
+    distribution = {"mean": float(gaps.mean()), "sd": float(gaps.std())}
     edges, shares = histogram(gaps, weights)
     differing = (np.sign(member_gaps) != np.sign(member_gaps[0])).any(0)
     return {
@@ -86,12 +87,7 @@ def examine_model(
             "is_probability": section.margin_coef == 0 and section.label_smoothing == 0,
             "bins": [asdict(each_bin) for each_bin in bins],
         },
-        "gaps": {
-            "mean": float(gaps.mean()),
-            "sd": float(gaps.std()),
-            "edges": edges,
-            "shares": shares,
-        },
+        "gaps": {**distribution, "edges": edges, "shares": shares},
         "length": _about_length(answer_lengths(rows), mean, better, worse, gaps, weights),
         "flips": doubtful_labels(rows, gaps, weights),
         "sources": _by_source(rows, pairs.prompt.numpy(), gaps, weights),
