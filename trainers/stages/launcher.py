@@ -1,6 +1,6 @@
 """A stage's processes: on how many ranks and machines, by which command line and environment.
 
-Knows nothing of stages' results: `pipeline.py` decides what is run, `process_group.py` runs it.
+Knows nothing of stages' results: `pipeline.py` decides what is run, `processes.py` runs it.
 """
 
 import os
