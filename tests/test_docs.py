@@ -154,7 +154,8 @@ def test_what_does_not_exist_is_found(text: str, fault: str) -> None:
 def test_what_exists_is_not() -> None:
     text = (
         "`ppo_math.py::gae`, `ppo/train.py::PpoTrainer.advance`, `trainers.ppo.ppo_math.gae`, "
-        "`data.reading`, `data/reading/`, `chatllama.json`, `data.md`, train_*.py, `chatllama.__version__`"
+        "`data.reading`, `data/reading/`, `chatllama.json`, `data.md`, train_*.py, "
+        "`chatllama.__version__`"
     )
     assert list(faults(PROJECT / "docs" / "x.md", text)) == []
 
