@@ -63,5 +63,5 @@ def num_workers(num_records: int) -> int | None:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    wanted = min((cores or 1) // ranks, num_records // RECORDS_PER_WORKER)
-    return wanted if wanted > 1 else None
+    workers = min((cores or 1) // ranks, num_records // RECORDS_PER_WORKER)
+    return workers if workers > 1 else None

@@ -1,4 +1,4 @@
-"""The `chatllama data` commands, and the pairs for `eval`.
+"""The `chatllama data` commands, and the sentence pairs for `eval`.
 
 What reads and shows data is imported inside the functions, so that `--help` answers at once.
 """

@@ -1,4 +1,4 @@
-"""Decontamination: training records that give away an evaluation set are found by n-grams.
+"""Decontamination: finds training records that give away an evaluation set, by n-grams.
 
 Runs of 13 words, as for GPT-3 (Brown 2020, arXiv 2005.14165, appendix C): lower case, without
 punctuation. Departures from it: a prompt of 8 to 12 words counts as a whole (GPT-3's N goes down to

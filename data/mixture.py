@@ -1,6 +1,6 @@
 """Mixtures: several sources as one training set and one held-out set, both decided by the seed.
 
-Whether a record is held out depends on the seed and on what the record asks, and on nothing else:
+Whether a record is held out depends on the seed and on the record's prompt, and on nothing else:
 adding a source, reordering a file or training another stage moves none across.
 """
 
@@ -92,8 +92,7 @@ def load_mixture(
     trains, held_outs = [], [data for data, _ in eval_reads]
     for data, _ in reads:
         keys: list[str] = data["key"][:]
-        share = 0.0 if eval_sources else eval_fraction
-        held = [is_held_out(key, seed, share) for key in keys]
+        held = [is_held_out(key, seed, 0.0 if eval_sources else eval_fraction) for key in keys]
         trains.append(data.select([i for i, out in enumerate(held) if not out]))
         if not eval_sources:
             held_outs.append(data.select([i for i, out in enumerate(held) if out]))
@@ -202,10 +201,10 @@ def source_counts(sizes: Sequence[int], sources: Sequence[DataSource]) -> list[i
     return counts
 
 
-def is_held_out(key: str, seed: int, share: float) -> bool:
+def is_held_out(key: str, seed: int, fraction: float) -> bool:
     """Whether the records of this key are held out; see `record_key`."""
     digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < share * 2**64
+    return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 def _draw(trains: Sequence[Dataset], counts: Sequence[int], seed: int) -> Dataset:

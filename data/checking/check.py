@@ -119,10 +119,9 @@ def examine(
             continue
         checked.append(one)
         if tokenizer is not None and one.usable:
-            tokens = check_tokens(one.good, tokenizer, cfg.chat, one.figures, findings)
-            problems = zip(one.usable, tokens.problems, strict=True)
-            one.failed = {i: problem for i, problem in problems if problem}
-            lengths[one.figures.name] = tokens.lengths
+            found = check_tokens(one.good, tokenizer, cfg.chat, one.figures, findings)
+            lengths[one.figures.name], problems = found
+            one.failed = {i: why for i, why in zip(one.usable, problems, strict=True) if why}
     for stage in stages:
         if stage != "pretraining":
             own = [one for one in checked if one.part.stage == stage]
@@ -189,15 +188,15 @@ def _check_stage(
 
 def _places(held: list[CheckedSource]) -> dict[str, str]:
     """Place by question; questions without words are left out."""
-    return {asked: where for one in held for where, asked in one.questions() if asked}
+    return {words: where for one in held for where, words in one.questions() if words}
 
 
 def _check_leaks(
     one: CheckedSource, places: dict[str, str], check: str, findings: Findings
 ) -> None:
-    """Records that ask what a held-out one asks."""
-    for where, asked in one.questions():
-        if other := places.get(asked):
+    """Records with the question of a held-out one."""
+    for where, words in one.questions():
+        if other := places.get(words):
             findings.add(check, one.figures.name, f"{where} is {other}")
 
 
@@ -208,8 +207,8 @@ def _check_split(
     sides: dict[str, dict[bool, str]] = {}
     for one in train:
         keys: list[str] = one.good["key"][:]
-        for key, (where, asked) in zip(keys, one.questions(), strict=True):
-            side = sides.setdefault(asked, {})
+        for key, (where, words) in zip(keys, one.questions(), strict=True):
+            side = sides.setdefault(words, {})
             out = is_held_out(key, seed, fraction)
             side.setdefault(out, where)
             if len(side) == 2 and side[out] == where:

@@ -1,9 +1,9 @@
 """Cleaned copies of a config's sources, and a log of every record that is not in them.
 
 What is dropped: records that cannot be decoded or cannot serve, those whose tokens break a rule,
-later exact copies, training records that ask what the stage's eval_data asks, and those that give
-away an evaluation set. So nothing of severity error is left, but for what no record can cure.
-Near duplicates and long records stay: they are a judgement, not a defect.
+later exact copies, training records with a question of the stage's eval_data, and those that give
+away an evaluation set. So no error is left but those that are not in a record. Near duplicates and
+long records stay: they need a judgement.
 """
 
 import json
@@ -18,6 +18,7 @@ import yaml
 from chatllama.config.schema import Config
 from data.checking.check import CheckedSource, Examination, stage_section
 from data.checking.records import identity, question
+from data.checking.report import MESSAGES
 from data.decontaminate import build_index, contamination
 from data.reading.source import GOOD
 
@@ -39,7 +40,7 @@ def write_cleaned(
 ) -> Cleaned:
     """Writes one jsonl file for every source that could be read, the log, and a config.
 
-    Records keep their order and say under `source` where they come from. The new config extends
+    Records keep their order and name their place under `source`. The new config extends
     the old one and replaces its lists of sources.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +94,7 @@ def drop_reasons(cfg: Config, one: CheckedSource, checked: list[CheckedSource]) 
         if before != row["where"]:
             reasons.append(f"exact copy of {before}")
         elif leaks and question(row) in leaks:
-            reasons.append("asks what eval_data asks")
+            reasons.append(MESSAGES["leak"])
         else:
             reasons.append(marks[i])
     return reasons

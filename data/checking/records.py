@@ -23,7 +23,7 @@ EXPECTED = (
     "the annotators disagree",
     "no ranked answers in the tree",
 )
-# Nothing is lost: the record is a part of one that stands elsewhere.
+# Nothing is lost: the record is a part of another one.
 _PARTS = ("joined with the other answers to its prompt", JOINED)
 _REASONS = (
     ("empty_side", re.compile(r"^empty |^no turns|^no instances|^no answers")),
@@ -67,12 +67,12 @@ def identity(row: dict[str, Any]) -> str:
 
 
 def question(row: dict[str, Any]) -> str:
-    """The words that a record asks, to compare across sources: of its last user turn, or all."""
+    """The words of a record's user turns, or of its text: compared across sources."""
     turns = row.get("messages") or row.get("prompt")
     if not turns:
         return " ".join(words(row["text"]))
-    asked = [turn["content"] for turn in turns if turn["role"] == "user"]
-    return " ".join(words("\n".join(asked)))
+    texts = [turn["content"] for turn in turns if turn["role"] == "user"]
+    return " ".join(words("\n".join(texts)))
 
 
 def _unusable(row: dict[str, Any], malformed: bool, source: str, findings: Findings) -> None:

@@ -29,7 +29,7 @@ _ERRORS = {
     "label_without_eos": "an answer does not end with the EOS, so that stopping is never learnt",
     "double_bos": "two BOS in a row",
     "prompt_is_no_prefix": "the prompt's tokens do not begin those of prompt and answer",
-    "leak": "asks what eval_data asks",
+    "leak": "a question of eval_data",
 }
 MESSAGES = _ERRORS | {
     "broken_text": "U+FFFD: text was decoded wrongly before",
@@ -40,7 +40,7 @@ MESSAGES = _ERRORS | {
     "contradiction": "the same two answers are ranked the other way round elsewhere",
     "dropped_character": "a character that the tokenizer drops",
     "split_leak": "held-out and training questions that differ in form alone",
-    "leak_between_stages": "asks what another stage's eval_data asks",
+    "leak_between_stages": "a question of another stage's eval_data",
 }
 """The usual message of a check, by its name; others say what they found."""
 WARNINGS = MESSAGES.keys() - _ERRORS.keys() | {"passed_over", "truncated", "contamination"}

@@ -1,4 +1,4 @@
-"""Records as the model sees them: tokens coloured by loss mask, in the terminal and as a page."""
+"""Records as tokens, coloured by loss mask: in the terminal and as a page."""
 
 import html
 from collections.abc import Iterator, Sequence
@@ -19,10 +19,10 @@ from data.reading.source import read_source
 
 @dataclass(frozen=True)
 class Shown:
-    """One sequence of tokens to look at."""
+    """One sequence of tokens."""
 
     title: str
-    """Where the record stands, and which of its sequences this is."""
+    """Place of the record, and which of its sequences this is."""
     tokens: list[tuple[str, bool, bool]]
     """Text of each token, whether it is trained (or scored), whether it is a control token."""
     over: int

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -18,17 +17,12 @@ from data.decontaminate import record_texts
 from data.tokenize import fit, nothing_within
 
 
-@dataclass(frozen=True)
-class TokenRules:
-    """Special ids that the checks of a record need."""
-
-    bos_id: int | None
-    end_ids: list[int]
-    """Ids that end an assistant's turn."""
-
-
 def sequence_problems(
-    ids: Sequence[int], mask: Sequence[bool], prompt_ids: Sequence[int], rules: TokenRules
+    ids: Sequence[int],
+    mask: Sequence[bool],
+    prompt_ids: Sequence[int],
+    bos_id: int | None,
+    end_ids: Sequence[int],
 ) -> list[str]:
     """Names of the checks that a conversation fails.
 
@@ -36,7 +30,8 @@ def sequence_problems(
         ids: (T,) of the conversation.
         mask: (T,) True on the tokens that are trained.
         prompt_ids: of the same conversation without its last answer, open for it.
-        rules: the special ids.
+        bos_id: None where the tokenizer has none.
+        end_ids: that end an assistant's turn.
     """
     problems: list[str] = []
     if not any(mask):
@@ -44,9 +39,9 @@ def sequence_problems(
     elif all(mask):
         problems.append("trains_everything")
     ends = [i for i in range(len(ids)) if mask[i] and (i + 1 == len(ids) or not mask[i + 1])]
-    if any(ids[end] not in rules.end_ids for end in ends):
+    if any(ids[end] not in end_ids for end in ends):
         problems.append("label_without_eos")
-    if rules.bos_id is not None and any(a == b == rules.bos_id for a, b in pairwise(ids)):
+    if bos_id is not None and any(a == b == bos_id for a, b in pairwise(ids)):
         problems.append("double_bos")
     if list(ids[: len(prompt_ids)]) != list(prompt_ids):
         problems.append("prompt_is_no_prefix")
@@ -60,30 +55,18 @@ _MEASURED = (
 )
 
 
-@dataclass(frozen=True)
-class CheckedTokens:
-    """What is known of each usable record of a source, in order."""
-
-    lengths: list[int]
-    """Tokens, of the longest of its sequences."""
-    problems: list[str]
-    """The first check of its tokens that fails, in words, or ""."""
-
-
 def check_tokens(
     good: Dataset,
     tokenizer: PreTrainedTokenizerFast,
     chat: ChatSection,
     figures: SourceFigures,
     findings: Findings,
-) -> CheckedTokens:
-    """Lengths and failed checks of every usable row of `read_rows`.
+) -> tuple[list[int], list[str]]:
+    """Of every usable row of `read_rows`: tokens of its longest sequence; its first problem or "".
 
     Fills in the source's figures, which hold its limit; the defects go into `findings`.
     """
-    bos = tokenizer.bos_token_id
-    rules = TokenRules(bos if isinstance(bos, int) else None, end_of_turn_ids(tokenizer, chat))
-    shown = cached_map(good, _measure, _MEASURED, tokenizer, chat, rules, figures.max_length)
+    shown = cached_map(good, _measure, _MEASURED, tokenizer, chat, figures.max_length)
     lengths: list[int] = shown["length"][:]
     figures.num_tokens = sum(shown["tokens"][:])
     figures.num_trained_tokens = sum(shown["trained"][:])
@@ -101,7 +84,7 @@ def check_tokens(
             message = f"over {figures.max_length} tokens: {cut}"
             findings.add("truncated", figures.name, f"{where}: {length} tokens", message)
     _check_characters(good, tokenizer, figures, findings)
-    return CheckedTokens(lengths, first)
+    return lengths, first
 
 
 def _check_characters(
@@ -128,7 +111,6 @@ def _measure(
     row: dict[str, Any],
     tokenizer: PreTrainedTokenizerFast,
     chat: ChatSection,
-    rules: TokenRules,
     limit: int | None,
 ) -> dict[str, Any]:
     """Figures and failed checks of one row."""
@@ -138,18 +120,21 @@ def _measure(
         num = len(ids) + 1 + (tokenizer.bos_token_id is not None)
         figures = {"length": num, "tokens": num, "trained": num}
         return {**figures, "problems": [], "cut": "", "where": row["where"]}
+    bos = tokenizer.bos_token_id
+    bos_id, end_ids = bos if isinstance(bos, int) else None, end_of_turn_ids(tokenizer, chat)
     lengths, trained, problems = [0], 0, list[str]()
     try:
         for conversation in conversations(row):
-            asked = conversation[:-1] if conversation[-1]["role"] == "assistant" else conversation
-            prompt = render(tokenizer, chat, asked, add_generation_prompt=True)
-            if asked is conversation:
+            answered = conversation[-1]["role"] == "assistant"
+            turns = conversation[:-1] if answered else conversation
+            prompt = render(tokenizer, chat, turns, add_generation_prompt=True)
+            if not answered:
                 lengths.append(len(prompt.ids))
                 continue
             whole = render(tokenizer, chat, conversation)
             lengths.append(len(whole.ids))
             trained += sum(whole.mask)
-            problems += sequence_problems(whole.ids, whole.mask, prompt.ids, rules)
+            problems += sequence_problems(whole.ids, whole.mask, prompt.ids, bos_id, end_ids)
     except ValueError as error:
         problems.append(f"cannot_be_rendered: {error}")
     return {

@@ -18,7 +18,7 @@ from data.checking.check import Examination, examine
 from data.checking.clean import write_cleaned
 from data.checking.report import MESSAGES
 from data.checking.show import page, shown_records
-from data.checking.tokens import TokenRules, drops, sequence_problems
+from data.checking.tokens import drops, sequence_problems
 
 pytestmark = pytest.mark.usefixtures("data_cache")
 
@@ -147,7 +147,6 @@ def test_unreadable_sources_and_bad_mixtures_do_not_stop_the_rest(
 
 
 BOS, EOS = 1, 2
-RULES = TokenRules(BOS, [EOS])
 TOKENS: list[tuple[list[int], list[int], list[int], list[str]]] = [
     ([1, 5, 6, 2], [0, 0, 1, 1], [1, 5], []),
     ([1, 5, 6, 2, 1, 5, 7, 2], [0, 0, 1, 1, 0, 0, 1, 1], [1, 5, 6, 2, 1, 5], []),
@@ -166,7 +165,7 @@ TOKENS: list[tuple[list[int], list[int], list[int], list[str]]] = [
 def test_rules_of_tokens(
     ids: list[int], mask: list[int], prompt: list[int], expected: list[str]
 ) -> None:
-    assert sequence_problems(ids, [bool(each) for each in mask], prompt, RULES) == expected
+    assert sequence_problems(ids, [bool(each) for each in mask], prompt, BOS, [EOS]) == expected
 
 
 def test_template_without_eos_is_found_in_every_record(
