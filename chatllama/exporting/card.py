@@ -85,20 +85,7 @@ def model_card(
     example: str,
     notes: list[str],
 ) -> str:
-    """The page.
-
-    Args:
-        kind: of the folder.
-        run: holds metrics and lineage.
-        cfg: of the run.
-        role: sft, policy, ema or reward.
-        base: its published name.
-        rank: of the adapter; None without one.
-        pad_id: the padding token.
-        checks: the export gate's numbers.
-        example: a prompt as text.
-        notes: one bullet each.
-    """
+    """The page. `rank` is an adapter's, `checks` are the gate's numbers, `example` is a prompt."""
     room = next((r for r in _VLLM_RANKS if rank and r >= rank), rank)
     library = "peft" if kind in ("adapter", "reward") else "transformers"
     front = [f"library_name: {library}", "tags: [chatllama, llama, rlhf, lora]"]

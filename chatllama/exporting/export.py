@@ -33,7 +33,15 @@ from chatllama.inference.load import load_run, reward_role
 from chatllama.inference.options import find_role
 from chatllama.model.adapters import SavedAdapter, load_adapter, save_adapter
 from chatllama.model.roles import Role
-from chatllama.model.weight_files import ModelFiles, local_folder, merged, open_model, write_model
+from chatllama.model.weight_files import (
+    ModelFiles,
+    chosen_dtype,
+    dtype_name,
+    local_folder,
+    merged,
+    open_model,
+    write_model,
+)
 from chatllama.runs.folder import INFO, RunFolder, base_path
 from chatllama.runtime.files import replace_folder, write_json
 from chatllama.text.chat_format import Message, end_of_turn_ids
@@ -175,15 +183,14 @@ class Exporter:
         write_json(folder / INFO, self._info("reward-merged", scores=scores))
 
     def _info(self, kind: Kind, **outputs: Any) -> dict[str, Any]:
-        merged_type = str(self.dtype).removeprefix("torch.")
-        dtype = merged_type if kind.endswith("merged") else self.cfg.backbone.dtype
+        is_merged = kind.endswith("merged")
         return {
             "base": self.base_name,
             "contract": self.reference.contract,
             "stage": "reward" if kind.startswith("reward") else self.role,
             "export": {
                 "kind": kind,
-                "dtype": dtype,
+                "dtype": dtype_name(self.dtype) if is_merged else self.cfg.backbone.dtype,
                 "base": {key: getattr(self.config, key) for key in BASE_KEYS},
                 "pad_token_id": self.tokenizer.pad_token_id,
                 "ids": self.reference.ids,
@@ -253,12 +260,7 @@ class Exporter:
 
 
 def export_run(run_dir: Path, options: ExportOptions, out: Path | None = None) -> Path:
-    """Writes and checks the folders that the options name; returns the one that holds them.
-
-    Args:
-        run_dir: the run's folder.
-        options: what to write.
-        out: None: RUN/export.
+    """Writes and checks the folders that the options name below `out` (default: RUN/export).
 
     Raises:
         ValueError: the run has no such role, an option does not fit it, or the gate refused.
@@ -285,7 +287,10 @@ def export_run(run_dir: Path, options: ExportOptions, out: Path | None = None) -
     path = base_path(cfg, run)
     base = local_folder(path, cfg.backbone.revision)
     adapter = load_adapter(adapter_folder) if adapter_folder is not None else None
-    name, dtype = options.base_name or portable(path), _dtype(open_model(base), options.dtype)
+    name, dtype = (
+        options.base_name or portable(path),
+        chosen_dtype(options.dtype, open_model(base).dtypes.values(), f"{base}"),
+    )
     out = out or run.root / "export"
     exporter = Exporter(
         run, cfg, out, role, adapter, base, name, config, tokenizer, reference, dtype
@@ -307,16 +312,6 @@ def as_text(tokenizer: Any, messages: list[Message], template: str) -> str:
     return tokenizer.apply_chat_template(
         messages, tokenize=False, chat_template=template, add_generation_prompt=opens
     )
-
-
-def _dtype(base: ModelFiles, wanted: str) -> torch.dtype:
-    if wanted != "keep":
-        return getattr(torch, wanted)
-    found = set(base.dtypes.values())
-    if len(found) > 1:
-        names = sorted(str(dtype).removeprefix("torch.") for dtype in found)
-        raise ValueError(f"the base's tensors are {' and '.join(names)}: choose one with --dtype")
-    return found.pop()
 
 
 def run_gate(arguments: list[str | Path]) -> dict[str, float]:

@@ -1,8 +1,7 @@
-"""A LLaMA and its adapter as GGUF files, for llama.cpp and Ollama.
+"""A LLaMA and its adapter as GGUF files, for llama.cpp and Ollama. Needs the extra `gguf`.
 
-Names and metadata are those of llama.cpp's `llama` architecture. Rows of queries and keys are put
-in Meta's order (channels 2i and 2i + 1 of a head rotate together), which llama.cpp computes with.
-Needs the extra `gguf`.
+Names and metadata are those of llama.cpp's `llama` architecture. Rows of queries and keys are in
+Meta's order, which llama.cpp expects: channels 2i and 2i + 1 of a head rotate together.
 """
 
 import json
@@ -19,25 +18,14 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from chatllama.config.model import ChatSection
 from chatllama.model.adapters import SavedAdapter
-from chatllama.model.weight_files import ModelFiles, cast_to
+from chatllama.model.weight_files import ModelFiles, cast_to, dtype_name
 from chatllama.text.chat_format import end_of_turn_ids
 from chatllama.text.sentencepiece_bpe import read_model
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
+    from gguf.tensor_mapping import TensorNameMap
 
-_LAYER = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 _Tensor = tuple[tuple[int, ...], torch.dtype, Callable[[], Tensor]]
 """Shape, type as written, and a function that reads it."""
@@ -62,7 +50,7 @@ def write_model_gguf(
     Raises:
         ValueError: the extra is missing, or llama.cpp does not support the model.
     """
-    gguf, writer = _open(path, "model", name)
+    gguf, writer, names = _open(path, "model", name, config)
     _add_shape(writer, config)
     _add_tokenizer(writer, tokenizer, config.vocab_size)
     writer.add_chat_template(template)
@@ -76,7 +64,7 @@ def write_model_gguf(
             continue
         dtype = torch.float32 if len(shape) == 1 else files.dtypes[own]
         read = partial(_read, files, own, config)
-        tensors[gguf_name(own)] = (shape, dtype, read)
+        tensors[gguf_name(names, own)] = (shape, dtype, read)
     if config.tie_word_embeddings:
         tensors.pop("output.weight", None)
     if (factors := _rope_factors(config)) is not None:
@@ -92,21 +80,23 @@ def write_model_gguf(
 
 def write_adapter_gguf(path: Path, adapter: SavedAdapter, config: LlamaConfig, name: str) -> None:
     """Writes a LoRA adapter that llama.cpp adds to a GGUF of the base when it starts."""
-    gguf, writer = _open(path, "adapter", name)
+    gguf, writer, names = _open(path, "adapter", name, config)
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", adapter.lora.alpha)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     tensors: dict[str, _Tensor] = {}
     for own, tensor in adapter.state.items():
         place, _, part = own.removeprefix("base_model.model.").rpartition(".lora_")
-        target = f"{gguf_name(f'{place}.weight')}.lora_{part[0].lower()}"
+        target = f"{gguf_name(names, f'{place}.weight')}.lora_{part[0].lower()}"
         value = interleaved(tensor, place, config) if part.startswith("B") else tensor
         tensors[target] = (tuple(value.shape), torch.float32, lambda value=value: value)
     _write(writer, tensors)
 
 
-def _open(path: Path, kind: str, name: str) -> tuple[Any, "GGUFWriter"]:
-    """The `gguf` package and a new file; `name` is shown by programs."""
+def _open(
+    path: Path, kind: str, name: str, config: LlamaConfig
+) -> tuple[Any, "GGUFWriter", "TensorNameMap"]:
+    """The `gguf` package, a new file whose `name` programs show, and llama.cpp's tensor names."""
     try:
         import gguf
     except ImportError as error:
@@ -114,23 +104,20 @@ def _open(path: Path, kind: str, name: str) -> tuple[Any, "GGUFWriter"]:
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_type(kind)
     writer.add_name(name)
-    return gguf, writer
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    return gguf, writer, names
 
 
 def _read(files: ModelFiles, name: str, config: LlamaConfig) -> Tensor:
     return interleaved(files.tensor(name), name, config)
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(names: "TensorNameMap", name: str) -> str:
     """The name of a tensor in llama.cpp; ValueError if it has none."""
-    stem, _, kind = name.rpartition(".")
-    if stem in _WHOLE:
-        return f"{_WHOLE[stem]}.{kind}"
-    if stem.startswith("model.layers."):
-        _, _, layer, inner = stem.split(".", 3)
-        if inner in _LAYER:
-            return f"blk.{layer}.{_LAYER[inner]}.{kind}"
-    raise ValueError(f"GGUF: llama.cpp's llama has no tensor for {name}")
+    found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    if found is None:
+        raise ValueError(f"GGUF: llama.cpp's llama has no tensor for {name}")
+    return found
 
 
 def interleaved(rows: Tensor, name: str, config: LlamaConfig) -> Tensor:
@@ -154,7 +141,7 @@ def _write(writer: "GGUFWriter", tensors: Mapping[str, _Tensor]) -> None:
         if dtype == torch.bfloat16:
             kind, raw = np.dtype(np.int16), GGMLQuantizationType.BF16
         else:
-            kind, raw = np.dtype(str(dtype).removeprefix("torch.")), None
+            kind, raw = np.dtype(dtype_name(dtype)), None
         writer.add_tensor_info(name, shape, kind, count, raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -28,7 +28,7 @@ from transformers import (
 
 from chatllama.importing.meta_model import ASSUMED_POSITIONS, read_params, reference_logits
 from chatllama.importing.meta_shards import MetaShards
-from chatllama.model.weight_files import cast_to, open_model, write_model
+from chatllama.model.weight_files import cast_to, chosen_dtype, dtype_name, open_model, write_model
 from chatllama.runs.folder import INFO
 from chatllama.runtime.files import replace_folder, write_json
 from chatllama.runtime.libraries import quiet_libraries
@@ -94,7 +94,7 @@ def import_meta(
         tokenizer = load_tokenizer(beside)
         save_tokenizer(tokenizer, beside)
         shards = MetaShards(folder, params, len(tokenizer))
-        chosen = _choose_dtype(folder, shards, dtype)
+        chosen = chosen_dtype(dtype, shards.dtypes, f"{folder}")
         _check_room(beside, shards, chosen)
         inputs = [folder / "params.json", tokenizer_file, *shards.files]
         hashes = {file.name: _checked_hash(file) for file in inputs}
@@ -104,14 +104,20 @@ def import_meta(
         config = _config(shards, tokenizer, positions, chosen)
         _write(beside, config, shards, max_file_bytes)
         difference = _check(beside, config, shards)
-        kind = str(chosen).removeprefix("torch.")
-        info = {"stage": "import", "source": folder.name, "sha256": hashes}
-        info |= {"params": asdict(params), "dtype": kind, "logit_difference": difference}
-        info["num_checked_tokens"] = NUM_CHECKED_TOKENS
+        info = {
+            "stage": "import",
+            "source": folder.name,
+            "sha256": hashes,
+            "params": asdict(params),
+            "dtype": dtype_name(chosen),
+            "logit_difference": difference,
+            "num_checked_tokens": NUM_CHECKED_TOKENS,
+        }
         write_json(beside / INFO, info)
         replace_folder(beside, out)
+    kinds = ", ".join(sorted(map(dtype_name, shards.dtypes)))
     print(
-        f"{out}: {params.n_layers} layers, {', '.join(shards.dtypes)} -> {kind}; logits "
+        f"{out}: {params.n_layers} layers, {kinds} -> {info['dtype']}; logits "
         f"differ from Meta's architecture by at most {difference:.1e} of their deviation"
     )
     return out
@@ -157,16 +163,6 @@ def _tokenizer_file(folder: Path) -> Path:
                 )
             return file
     raise ValueError(f"{folder}: no tokenizer.model there or in {folder.parent}")
-
-
-def _choose_dtype(folder: Path, shards: MetaShards, dtype: Dtype) -> torch.dtype:
-    if dtype != "keep":
-        return getattr(torch, dtype)
-    if len(shards.dtypes) > 1:
-        raise ValueError(
-            f"{folder}: tensors of the types {', '.join(shards.dtypes)}; choose one with --dtype"
-        )
-    return getattr(torch, shards.dtypes[0])
 
 
 def _check_room(beside: Path, shards: MetaShards, dtype: torch.dtype) -> None:

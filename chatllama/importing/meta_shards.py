@@ -6,6 +6,7 @@ Every tensor is as Meta stores it; `meta_checkpoint.py` reorders rows for Huggin
 import pickle
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROPE_SUFFIX, ROPE_TOLERANCE = "rope.freqs", 0.02
 # fairscale: a column-parallel layer holds rows of its matrix, a row-parallel one columns.
 ROWS, COLUMNS = 0, 1
-_LAYER_AXES = {
-    "attention.wq.weight": ROWS,
-    "attention.wk.weight": ROWS,
-    "attention.wv.weight": ROWS,
-    "attention.wo.weight": COLUMNS,
-    "feed_forward.w1.weight": ROWS,
-    "feed_forward.w2.weight": COLUMNS,
-    "feed_forward.w3.weight": ROWS,
-    "attention_norm.weight": None,
-    "ffn_norm.weight": None,
-}
 _EMBEDDING = "tok_embeddings.weight"
 
 
@@ -70,7 +60,7 @@ class MetaShards:
         self.vocab_size = params.vocab_size or vocab_size
         self.parts = self._expected()
         self._check_tensors(folder)
-        self.dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in self._used().values()})
+        self.dtypes = {tensor.dtype for tensor in self._used().values()}
         if vocab_size > self.vocab_size:
             raise ValueError(
                 f"{folder}: the tokenizer has {vocab_size} tokens, the model {self.vocab_size}"
@@ -104,23 +94,24 @@ class MetaShards:
 
     def _expected(self) -> dict[str, Layout]:
         """Name -> layout of every tensor that a model of these parameters has."""
-        params = self.params
-        dim, kv_dim, ffn = params.dim, params.n_kv_heads * params.head_dim, self.ffn_dim
-        shapes = {
-            "attention.wk.weight": (kv_dim, dim),
-            "attention.wv.weight": (kv_dim, dim),
-            "feed_forward.w1.weight": (ffn, dim),
-            "feed_forward.w2.weight": (dim, ffn),
-            "feed_forward.w3.weight": (ffn, dim),
-            "attention_norm.weight": (dim,),
-            "ffn_norm.weight": (dim,),
+        params, ffn = self.params, self.ffn_dim
+        dim, kv_dim = params.dim, params.n_kv_heads * params.head_dim
+        layer = {
+            "attention.wq.weight": Layout((dim, dim), ROWS),
+            "attention.wk.weight": Layout((kv_dim, dim), ROWS),
+            "attention.wv.weight": Layout((kv_dim, dim), ROWS),
+            "attention.wo.weight": Layout((dim, dim), COLUMNS),
+            "feed_forward.w1.weight": Layout((ffn, dim), ROWS),
+            "feed_forward.w2.weight": Layout((dim, ffn), COLUMNS),
+            "feed_forward.w3.weight": Layout((ffn, dim), ROWS),
+            "attention_norm.weight": Layout((dim,), None),
+            "ffn_norm.weight": Layout((dim,), None),
         }
         # LLaMA-1 and LLaMA-2 split the embedding by channels, LLaMA-3 by tokens.
         by_channels = _get(self._shards[0], _EMBEDDING, self.files[0]).shape[-1] < dim
         parts = {_EMBEDDING: Layout((self.vocab_size, dim), COLUMNS if by_channels else ROWS)}
-        for layer in range(params.n_layers):
-            for name, axis in _LAYER_AXES.items():
-                parts[f"layers.{layer}.{name}"] = Layout(shapes.get(name, (dim, dim)), axis)
+        for number in range(params.n_layers):
+            parts |= {f"layers.{number}.{name}": layout for name, layout in layer.items()}
         parts["norm.weight"] = Layout((dim,), None)
         parts["output.weight"] = Layout((self.vocab_size, dim), ROWS)
         return parts
@@ -128,8 +119,8 @@ class MetaShards:
     def _check_tensors(self, folder: Path) -> None:
         """Raises ValueError unless every file holds its part of every tensor, and nothing else."""
         for file, shard in zip(self.files, self._shards, strict=True):
-            extra = [n for n in shard if n not in self.parts and not n.endswith(ROPE_SUFFIX)]
-            if extra:
+            ropes = [name for name in shard if name.endswith(ROPE_SUFFIX)]
+            if extra := [name for name in shard if name not in self.parts and name not in ropes]:
                 raise ValueError(
                     f"{file}: {len(extra)} tensors that params.json (n_layers "
                     f"{self.params.n_layers}) has no place for, such as {extra[0]}"
@@ -146,9 +137,8 @@ class MetaShards:
                         f"{file}: {name} differs from that of {self.files[0].name}; are these "
                         "files of one checkpoint?"
                     )
-            for name in shard:
-                if name.endswith(ROPE_SUFFIX):
-                    self._check_rope(file, shard[name])
+            for name in ropes:
+                self._check_rope(file, shard[name])
         for name, tensor in self._used().items():
             if tensor.dtype not in DTYPES:
                 known = ", ".join(map(str, DTYPES))
@@ -161,10 +151,8 @@ class MetaShards:
         """Raises ValueError unless stored rotation frequencies are those of rope_theta."""
         theta, head_dim = self.params.rope_theta, self.params.head_dim
         expected = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        fits = found.shape == expected.shape and torch.allclose(
-            found.double(), expected, rtol=ROPE_TOLERANCE, atol=1e-6
-        )
-        if not fits:
+        near = partial(torch.allclose, rtol=ROPE_TOLERANCE, atol=1e-6)
+        if found.shape != expected.shape or not near(found.double(), expected):
             raise ValueError(
                 f"{file}: its {ROPE_SUFFIX} are not those of rope_theta {theta:g} and head size "
                 f"{head_dim} in params.json"
@@ -180,8 +168,7 @@ def shard_files(folder: Path) -> list[Path]:
     }
     if not found:
         raise ValueError(f"{folder}: no consolidated.00.pth; is this Meta's checkpoint?")
-    missing = [n for n in range(max(found) + 1) if n not in found]
-    if missing:
+    if missing := [n for n in range(max(found) + 1) if n not in found]:
         names = ", ".join(f"consolidated.{n:02d}.pth" for n in missing)
         there = ", ".join(path.name for path in found.values())
         raise ValueError(f"{folder}: {names} missing; there: {there}")
@@ -195,9 +182,8 @@ def _open(file: Path) -> dict[str, Tensor]:
     try:
         content: Any = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file}: holds other things than tensors and is not opened: {error}"
-        ) from error
+        about = "holds other things than tensors and is not opened"
+        raise ValueError(f"{file}: {about}: {error}") from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         first = (str(error).splitlines() or [repr(error)])[0]
         raise ValueError(f"{file}: cut off, damaged, or no torch file: {first}") from error

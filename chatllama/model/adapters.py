@@ -47,9 +47,9 @@ def save_adapter(
 ) -> None:
     """Replaces `folder` by the adapter, complete and checked, or leaves it as it was.
 
-    With a head of a weight alone, as reward models have, the adapter loads through
-    AutoModelForSequenceClassification(num_labels=1). That class has no place for the bias of a
-    value head: with one the adapter is for this project's own use.
+    With a reward model's head, a weight alone, the adapter loads through
+    AutoModelForSequenceClassification(num_labels=1). That class has no bias, which a value head
+    has: such an adapter is for this project's own use.
 
     Args:
         folder: read by PEFT's `from_pretrained`.

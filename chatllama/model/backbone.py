@@ -1,7 +1,7 @@
-"""The LLaMA that all roles share: where it comes from and how it is loaded.
+"""Loads the LLaMA that all roles share, with its kernels and quantisation.
 
-Safe loading only: safetensors, no pickles, no remote code unless the user allows it. Building one
-from text (`backbone.from_scratch`) is training, so it lives in trainers/sft/pretrain.py.
+Safe loading only: safetensors, no pickles, no remote code unless the user allows it. Training one
+from text (`backbone.from_scratch`) is in trainers/sft/pretrain.py.
 """
 
 import inspect
@@ -38,10 +38,7 @@ def load_backbone(
 ) -> LlamaForCausalLM:
     """The causal LLaMA at `path`, frozen, in eval mode, on the CPU or partitioned under ZeRO-3.
 
-    Args:
-        section: type, kernels, revision, remote code.
-        path: local folder or hub id (`backbone_path` or `base_path`).
-        dtype: overrides `section.dtype` (full fine-tuning trains float32 weights).
+    `dtype` overrides that of the section: full fine-tuning trains float32 weights.
 
     Raises:
         ValueError: not a LLaMA, no safetensors weights, or some of them missing, or a kernel that
@@ -108,11 +105,7 @@ def load_backbone(
 def _quantized(
     section: BackboneSection, llama: LlamaConfig, dtype: torch.dtype | None
 ) -> dict[str, Any]:
-    """What `from_pretrained` must be told to quantise while it loads.
-
-    Raises:
-        ValueError: the extra is missing, or cannot quantise such a model here.
-    """
+    """Arguments with which `from_pretrained` quantises while it loads; ValueError if it cannot."""
     if section.quantization == "none":
         return {}
     if find_spec("bitsandbytes") is None:
@@ -129,20 +122,17 @@ def _quantized(
     if section.quantization == "int8":
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype or getattr(torch, section.dtype),
-        )
+        compute = {"bnb_4bit_compute_dtype": dtype or getattr(torch, section.dtype)}
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        config = BitsAndBytesConfig(load_in_4bit=True, **nf4, **compute)
     return {"quantization_config": config, "device_map": {"": device()}}
 
 
 def _keep_4bit_layout(model: nn.Module) -> None:
     """Keeps bitsandbytes from repacking 4-bit weights for the CPU's AVX512-BF16 when they sample.
 
-    The repacked layers round their scales and cut the gradient: what is trained would neither be
-    what was sampled nor learn below them.
+    The repacked layers round their scales and cut the gradient: training would differ from
+    sampling, and layers below them would not learn.
     """
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":

@@ -34,13 +34,9 @@ def base_record(cfg: Config, run: RunFolder) -> dict[str, str | None]:
 
 
 def check_base(cfg: Config, run: RunFolder, info: dict[str, Any], where: str) -> None:
-    """Raises ValueError if an adapter was trained on other weights than the base in use.
+    """Raises ValueError if the adapter of `info` was trained on other weights than the base in use.
 
-    Args:
-        cfg: names the base in use.
-        run: holds it, if it was made there.
-        info: of the adapter; older ones hold no fingerprint.
-        where: the adapter's folder, for the message.
+    Older adapters hold no fingerprint. `where` names the adapter in the message.
     """
     path = base_path(cfg, run)
     found, expected = model_fingerprint(cfg.backbone, path), info.get("base_fingerprint")

@@ -1,8 +1,8 @@
-"""A last decoder layer that computes only the positions that somebody reads.
+"""A last decoder layer that computes only the positions whose state is read.
 
-Of a prompt's tokens nobody wants the last hidden state: they act on a response through their keys
-and values alone. With few layers, or long prompts, leaving out their queries and feed-forward part
-is a sizeable share of the work; a reward reads a single position.
+A prompt's tokens act on a response through their keys and values alone, and a reward reads a single
+position. With few layers, or long prompts, the other queries and feed-forward passes are a sizeable
+share of the work.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class LastLayer(LlamaDecoderLayer):
     def forward(
         self, hidden_states: Tensor, *args: Any, wanted: Wanted | None = None, **kwargs: Any
     ) -> Tensor:
-        """What the layer makes of its input: everywhere, or where it is wanted."""
+        """The layer's output, everywhere or where it is wanted."""
         if wanted is None:
             return super().forward(hidden_states, *args, **kwargs)
         cosines, sines = (x.flatten(0, 1) for x in kwargs["position_embeddings"])
@@ -50,8 +50,8 @@ class LastLayer(LlamaDecoderLayer):
         Args:
             normed: (B * T, H).
             wanted: the positions.
-            cosines: (B * T, D) of the rotary embedding.
-            sines: (B * T, D).
+            cosines: (B * T, D) of the rotary embedding, as `sines`.
+            sines: see `cosines`.
         """
         layer, places = self.self_attn, wanted.places
         width = layer.head_dim
@@ -62,14 +62,10 @@ class LastLayer(LlamaDecoderLayer):
         query = query * cosines[places] + rotate_half(query) * sines[places]
         key = key * cosines + rotate_half(key) * sines
         outputs, start = [query.new_empty(1, 0, *query.shape[1::2])], 0
-        rows = zip(
-            query.split(list(wanted.counts), dim=2),
-            key.split(list(wanted.lengths), dim=2),
-            value.split(list(wanted.lengths), dim=2),
-            places.split(list(wanted.counts)),
-            strict=True,
-        )
-        for q, k, v, own in rows:
+        counts, lengths = list(wanted.counts), list(wanted.lengths)
+        queries, own_places = query.split(counts, dim=2), places.split(counts)
+        keys, values = (x.split(lengths, dim=2) for x in (key, value))
+        for q, k, v, own in zip(queries, keys, values, own_places, strict=True):
             columns = torch.arange(start, start + k.shape[2], device=own.device)
             start += k.shape[2]
             if len(own):
@@ -80,5 +76,5 @@ class LastLayer(LlamaDecoderLayer):
 
 
 def trim_last_layer(llama: LlamaForCausalLM) -> None:
-    """From now on the model takes `wanted` (with the `sdpa` kernel only)."""
+    """Makes a model take `wanted` (with the `sdpa` kernel only)."""
     llama.model.layers[-1].__class__ = LastLayer

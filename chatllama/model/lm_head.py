@@ -101,7 +101,7 @@ def token_logprobs(
     logits at once.
 
     Args:
-        head: the LM head, without bias.
+        head: without bias.
         hidden: (N, H) float.
         targets: (N,) int64.
         temperature: above 0.

@@ -1,8 +1,8 @@
 """LoRA layers that multiply once where that is cheaper: the adapter is added to the weight first.
 
 PEFT computes x W' + (x A') B' scale: two thin products and three passes over the output beside the
-large product, and as much again backward. Over many tokens W + scale B A is made faster than that.
-It lives for one product only (backward makes it anew), so no second copy of the weights is held.
+large product, and as much again backward. Over many tokens W + scale B A is cheaper. It lives for
+one product only (backward makes it again), so no second copy of the weights is held.
 """
 
 from typing import Any, cast
@@ -41,7 +41,7 @@ class _MergedProduct(torch.autograd.Function):
 
 
 class MergingLinear(lora.Linear):
-    """PEFT's layer; once told to, with the other order of products where many float32 rows come."""
+    """PEFT's layer; with `merges`, the other order of products for many float32 rows."""
 
     merges = False
 
@@ -52,14 +52,12 @@ class MergingLinear(lora.Linear):
         name = self._active_adapter[0]
         if name not in self.lora_A or not self._pays(x, name):
             return super().forward(x)
-        base, down, up = (
-            cast(nn.Linear, module)
-            for module in (self.base_layer, self.lora_A[name], self.lora_B[name])
-        )
+        modules = (self.base_layer, self.lora_A[name], self.lora_B[name])
+        base, down, up = cast(tuple[nn.Linear, nn.Linear, nn.Linear], modules)
 
         def product(x: Tensor) -> Tensor:
-            # Views, so that backward hands the two gradients on one after another. Both at once,
-            # their order would be a matter of chance, and ZeRO-2 relies on ranks agreeing in it.
+            # Views give the two gradients a fixed order in backward, on which ZeRO-2 relies: it
+            # must be the same on all ranks.
             views = (part.weight.view_as(part.weight) for part in (down, up))
             result = _MergedProduct.apply(x, base.weight, *views, self.scaling[name])
             return result if base.bias is None else result + base.bias
@@ -70,13 +68,12 @@ class MergingLinear(lora.Linear):
     def _pays(self, x: Tensor, name: str) -> bool:
         """Whether the shortcut is exact but for rounding, and not slower.
 
-        Sums in bfloat16 would round the adapter away. Under ZeRO-3 all ranks must go the same way,
+        Sums in bfloat16 would round the adapter away. Under ZeRO-3 all ranks must decide alike,
         whatever the number of their rows.
         """
         base = cast(nn.Linear, self.base_layer)
-        if not base.weight.dtype == x.dtype == torch.float32:
-            return False
-        if torch.is_autocast_enabled(x.device.type):
+        exact = base.weight.dtype == x.dtype == torch.float32
+        if not exact or torch.is_autocast_enabled(x.device.type):
             return False
         if not isinstance(self.lora_dropout[name], nn.Identity):
             return False
@@ -87,7 +84,7 @@ class MergingLinear(lora.Linear):
 
 
 def merge_products(model: nn.Module) -> None:
-    """For training: its layers may round otherwise than PEFT's from now on, and are faster."""
+    """Makes a model's layers faster for training; they may round otherwise than PEFT's."""
     for layer in model.modules():
         if isinstance(layer, MergingLinear):
             layer.merges = True
@@ -95,6 +92,4 @@ def merge_products(model: nn.Module) -> None:
 
 def make_layer(target: nn.Module, adapter_name: str, **settings: Any) -> nn.Module | None:
     """For PEFT: the layer of a plain matrix's first adapter; quantised ones keep PEFT's own."""
-    if type(target) is not nn.Linear:
-        return None
-    return MergingLinear(target, adapter_name, **settings)
+    return MergingLinear(target, adapter_name, **settings) if type(target) is nn.Linear else None

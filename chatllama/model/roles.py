@@ -39,7 +39,7 @@ class RoleModel(nn.Module):
     """A frozen LLaMA, one LoRA adapter per role and the scalar heads.
 
     Args:
-        backbone: the LLaMA; its weights are frozen here.
+        backbone: is frozen here.
         adapters: role -> adapter, in the order in which they are made. A role left out has no
             adapter (`base` always; `reference` after full fine-tuning).
         heads: roles that get a scalar head.

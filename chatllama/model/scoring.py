@@ -2,10 +2,17 @@
 
 Everything here runs the model once and returns numbers; nothing trains, samples or writes files.
 
-Shapes: B sequences, P prompt, R response, T = P + R, N real tokens, H hidden. Tokens are laid out
-as left-padded prompts followed by right-padded responses, so response token t stands in column
-P + t. Pass tokens and masks on the CPU: indexing needs their values and would synchronise the GPU,
-which receives real tokens only. Results are on the device.
+Shapes: B sequences, P prompt, R response, T = P + R, N real tokens, H hidden. Arguments of one name
+are the same everywhere:
+
+    tokens         (B, T) int64; with responses, left-padded prompts and then right-padded
+                   responses, so that response token t stands in column P + t
+    mask           (B, T) bool, True at real tokens; padding may stand on either side
+    response_mask  (B, R) bool, True up to and including the first EOS
+    role           whose adapter is active; the model holds it
+
+Pass tokens and masks on the CPU: indexing needs their values and would synchronise the GPU, which
+receives real tokens only. Results are on the device.
 """
 
 from dataclasses import dataclass
@@ -23,17 +30,10 @@ from chatllama.runtime.distributed import to_device
 def hidden_states(
     model: RoleModel, role: Role, tokens: Tensor, mask: Tensor, wanted: Tensor
 ) -> Tensor:
-    """Last hidden states of `role` where wanted, row after row: (N, H) in the backbone's type.
+    """Last hidden states where `wanted`, row after row: (N, H) in the backbone's type.
 
     Padding is not computed: real tokens go through the layers end to end, and each row sees itself.
-    With `sdpa` the last layer computes the wanted positions only.
-
-    Args:
-        model: holds the role.
-        role: whose adapter is active.
-        tokens: (B, T) int64.
-        mask: (B, T) bool, True at real tokens; padding may stand on either side.
-        wanted: (B, T) bool, True at N of the real tokens.
+    With `sdpa` the last layer computes only what is `wanted`: (B, T) bool, True at N real tokens.
     """
     tokens, mask, wanted = tokens.cpu(), mask.cpu(), wanted.cpu()
     llama, lengths = model.llama.model, mask.sum(1).tolist()
@@ -80,14 +80,6 @@ def response_logprobs(
     """Log-probabilities of the response tokens under softmax(logits / temperature).
 
     Only response positions go through the LM head, since it is most of a small model's work.
-
-    Args:
-        model: holds the role.
-        role: whose distribution scores.
-        tokens: (B, T) int64.
-        mask: (B, T) bool, real tokens.
-        response_mask: (B, R) bool, True up to and including the first EOS.
-        temperature: the sampling temperature.
     """
     states = _before_responses(model, role, tokens, mask, response_mask)
     return _scores(model, role, states, tokens, response_mask, temperature)
@@ -156,14 +148,7 @@ def _laid_out(numbers: Tensor, response_mask: Tensor) -> Tensor:
 def score_sequences(
     model: RoleModel, tokens: Tensor, mask: Tensor, role: Role = "reward"
 ) -> Tensor:
-    """Reward of whole sequences, read at the last real token: (B,) float32.
-
-    Args:
-        model: holds the role and its head.
-        tokens: (B, T) int64, prompt and answer with its end-of-turn.
-        mask: (B, T) bool, real tokens, at least one in every row; padding on either side.
-        role: which reward model.
-    """
+    """Reward of prompts and answers, read at the last real token of each row: (B,) float32."""
     last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
     return model.heads[role](hidden_states(model, role, tokens, mask, last))
 
@@ -197,13 +182,12 @@ def score_shared(
     """Rewards of answers, each read at its last token: (N,) float32.
 
     Args:
-        model: holds the role and its head; not with flash attention, which takes no such masks.
-        tokens: (B, T) int64.
+        model: not with flash attention, which takes no such masks.
+        tokens: (B, T) int64, several answers in a row.
         positions: (B, T) int64, of each token in its own sequence of prompt and answer.
         prompts: (B, T) int64, as for `visible`; `answers` too.
         answers: see `prompts`.
         ends: (N,) int64, where answer n ends in the rows laid end to end.
-        role: which reward model.
     """
     inputs = (tokens, positions, prompts, answers, ends)
     tokens, positions, prompts, answers, ends = map(to_device, inputs)

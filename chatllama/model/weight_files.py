@@ -6,7 +6,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +97,22 @@ def merged(base: ModelFiles, adapter: SavedAdapter | None, dtype: torch.dtype) -
         return cast_to(weight, dtype, name)
 
     return ModelFiles(base.shapes, dict.fromkeys(base.shapes, dtype), tensor)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` and so on, as in configs."""
+    return str(dtype).removeprefix("torch.")
+
+
+def chosen_dtype(wanted: str, found: Iterable[torch.dtype], where: str) -> torch.dtype:
+    """The type that `--dtype` names; for `keep` that of the tensors, if all have one."""
+    if wanted != "keep":
+        return getattr(torch, wanted)
+    first, *others = sorted(set(found), key=str)
+    if others:
+        names = ", ".join(map(dtype_name, (first, *others)))
+        raise ValueError(f"{where}: tensors of the types {names}; choose one with --dtype")
+    return first
 
 
 def cast_to(weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:

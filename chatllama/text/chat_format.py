@@ -152,13 +152,9 @@ def describe_contract(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> 
 def check_contract(
     expected: dict[str, Any], tokenizer: PreTrainedTokenizerFast, chat: ChatSection, where: str
 ) -> None:
-    """Raises ValueError, naming every difference, if the contract in use is another.
+    """Raises ValueError, naming every difference, if tokenizer and chat have another contract.
 
-    Args:
-        expected: of `describe_contract`, when an adapter was trained.
-        tokenizer: the one in use.
-        chat: the configuration in use.
-        where: path or stage that holds `expected`, for the message.
+    `expected` is from `describe_contract`; `where` names the path or stage that holds it.
     """
     found = describe_contract(tokenizer, chat)
     labels = {

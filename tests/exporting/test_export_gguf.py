@@ -1,5 +1,6 @@
 """Names, order and frequencies of the tensors in GGUF files."""
 
+import gguf
 import pytest
 import torch
 from tiny_models import tiny_llama
@@ -9,10 +10,13 @@ from chatllama.importing.meta_checkpoint import halves_together
 
 
 def test_gguf_names_and_order() -> None:
-    assert gguf_name("model.embed_tokens.weight") == "token_embd.weight"
-    assert gguf_name("model.layers.11.self_attn.o_proj.weight") == "blk.11.attn_output.weight"
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 12)
+    assert gguf_name(names, "model.embed_tokens.weight") == "token_embd.weight"
+    assert (
+        gguf_name(names, "model.layers.11.self_attn.o_proj.weight") == "blk.11.attn_output.weight"
+    )
     with pytest.raises(ValueError, match=r"no tensor for model\.layers\.0\.self_attn\.x"):
-        gguf_name("model.layers.0.self_attn.x.weight")
+        gguf_name(names, "model.layers.0.self_attn.x.weight")
     config = tiny_llama().config  # 4 query heads and 2 key heads of 8 channels
     rows = torch.arange(32.0)[:, None]
     mixed = interleaved(rows, "model.layers.0.self_attn.q_proj", config)
