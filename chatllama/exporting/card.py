@@ -89,7 +89,7 @@ def model_card(
     room = next((r for r in _VLLM_RANKS if rank and r >= rank), rank)
     library = "peft" if kind in ("adapter", "reward") else "transformers"
     front = [f"library_name: {library}", "tags: [chatllama, llama, rlhf, lora]"]
-    if not _is_local(cfg):
+    if cfg.backbone.path is not None and not Path(cfg.backbone.path).is_dir():
         front.insert(0, f"base_model: {base}")
     lines = ["---", *front, "---", "", f"# {run.root.resolve().name}: {role}, {TITLES[kind]}", ""]
     lines += [_LOADING[kind].format(base=base, rank=room, pad=pad_id), ""]
@@ -107,10 +107,6 @@ def model_card(
 def portable(path: str) -> str:
     """A hub id or relative path as it is; of an absolute path its last part."""
     return Path(path).name if Path(path).is_absolute() else path
-
-
-def _is_local(cfg: Config) -> bool:
-    return cfg.backbone.path is None or Path(cfg.backbone.path).is_dir()
 
 
 def _lineage(run: RunFolder, cfg: Config, base: str, rank: int | None) -> list[str]:

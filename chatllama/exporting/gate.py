@@ -57,9 +57,7 @@ def check_config(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     plain_config = off | {"alpha_pattern": {}, "rank_pattern": {}, "bias": "none"}
     for key, plain in plain_config.items():
         if config.get(key, plain) != plain:
-            raise Refused(
-                f"{path}: {key} is {config[key]!r}: vLLM or llama.cpp would refuse or ignore it"
-            )
+            raise Refused(f"{path}: {key} is {config[key]!r}, which vLLM and llama.cpp do not read")
     if config["peft_type"] != "LORA":
         raise Refused(f"{path}: peft_type {config['peft_type']!r} is not LORA")
     if not 1 <= config["r"] <= VLLM_MAX_RANK:
@@ -170,9 +168,8 @@ def check_base(base: str, record: dict[str, Any]) -> None:
     config = AutoConfig.from_pretrained(base)
     for key, expected in record["base"].items():
         if getattr(config, key) != expected:
-            raise Refused(
-                f"{base} is the wrong base: {key} {getattr(config, key)}, trained on {expected}"
-            )
+            found = getattr(config, key)
+            raise Refused(f"{base} is the wrong base: {key} {found}, trained on {expected}")
 
 
 def check_adapter(folder: Path, base: str) -> dict[str, float]:

@@ -170,9 +170,8 @@ def _check_room(beside: Path, shards: MetaShards, dtype: torch.dtype) -> None:
     needed = sum(math.prod(part.shape) for part in shards.parts.values()) * dtype.itemsize
     free = shutil.disk_usage(beside).free
     if needed > free:
-        raise ValueError(
-            f"{beside.parent}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free"
-        )
+        sizes = f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free"
+        raise ValueError(f"{beside.parent}: {sizes}")
 
 
 def _checked_hash(file: Path) -> str:

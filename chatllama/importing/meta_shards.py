@@ -62,9 +62,8 @@ class MetaShards:
         self._check_tensors(folder)
         self.dtypes = {tensor.dtype for tensor in self._used().values()}
         if vocab_size > self.vocab_size:
-            raise ValueError(
-                f"{folder}: the tokenizer has {vocab_size} tokens, the model {self.vocab_size}"
-            )
+            tokens = f"{vocab_size} tokens, the model {self.vocab_size}"
+            raise ValueError(f"{folder}: the tokenizer has {tokens}")
 
     def tensor(self, name: str) -> Tensor:
         """The whole tensor, in the type of the files."""
@@ -81,7 +80,7 @@ class MetaShards:
         channels = _get(self._shards[0], "norm.weight", first).shape[0]
         if channels != dim:
             raise ValueError(
-                f"{folder}: params.json says dim {dim}, but norm.weight has {channels} channels"
+                f"{folder}: dim {dim} in params.json, {channels} channels in norm.weight"
             )
         name = "layers.0.attention.wq.weight"
         rows, own = self._rows(name), _get(self._shards[0], name, first).shape[0]

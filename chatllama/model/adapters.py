@@ -64,11 +64,15 @@ def save_adapter(
     given = {**state, **{HEAD_PREFIX + name: tensor for name, tensor in (head or {}).items()}}
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in given.items()}
     check_tensors(tensors, str(folder))
+    # Names by which PEFT finds the adapted layers in any model class, with a head or without.
+    adapted = {name.split(".")[-3] for name in state}
     config = LoraConfig(
         r=lora.r,
         lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
-        target_modules=_target_modules(lora, state),
+        target_modules=sorted(
+            adapted if lora.target_modules == "all-linear" else lora.target_modules
+        ),
         task_type="SEQ_CLS" if head else "CAUSAL_LM",
         modules_to_save=["score"] if head else None,
         base_model_name_or_path=str(info["base"]),
@@ -88,13 +92,6 @@ def save_adapter(
             if not torch.equal(reopened.get_tensor(name), tensor):
                 raise ValueError(f"{folder}: tensor {name} did not read back equal")
     replace_folder(beside, folder)
-
-
-def _target_modules(lora: LoraSection, state: Mapping[str, Tensor]) -> list[str]:
-    """Names by which PEFT finds the adapted layers in any model class, with a head or without."""
-    if lora.target_modules != "all-linear":
-        return sorted(lora.target_modules)
-    return sorted({name.split(".")[-3] for name in state})
 
 
 def check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:

@@ -56,9 +56,7 @@ def load_backbone(
     except ValueError as error:  # no known model_type, or code that we do not run
         raise ValueError(f"backbone.path: {path!r} cannot be loaded: {error}") from error
     if not isinstance(config, LlamaConfig):
-        raise ValueError(
-            f"backbone.path: {path!r} is a {config.model_type!r} model; chatllama trains LLaMAs"
-        )
+        raise ValueError(f"backbone.path: {path!r} is a {config.model_type!r} model, not a LLaMA")
     check_kernels(section, config)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
@@ -81,9 +79,8 @@ def load_backbone(
             f"{_first_line(error)} Install flash-attn (CUDA only) or choose sdpa"
         ) from error
     except SafetensorError as error:
-        raise ValueError(
-            f"backbone.path: the weights in {path!r} are damaged: {_first_line(error)}"
-        ) from error
+        reason = _first_line(error)
+        raise ValueError(f"backbone.path: damaged weights in {path!r}: {reason}") from error
     model, report = cast(tuple[LlamaForCausalLM, dict], loaded)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])

@@ -38,9 +38,8 @@ class LastLayer(LlamaDecoderLayer):
         if wanted is None:
             return super().forward(hidden_states, *args, **kwargs)
         cosines, sines = (x.flatten(0, 1) for x in kwargs["position_embeddings"])
-        attended = self._attended(
-            self.input_layernorm(hidden_states).flatten(0, 1), wanted, cosines, sines
-        )
+        normed = self.input_layernorm(hidden_states).flatten(0, 1)
+        attended = self._attended(normed, wanted, cosines, sines)
         states = hidden_states.flatten(0, 1)[wanted.places][None] + attended
         return states + self.mlp(self.post_attention_layernorm(states))
 

@@ -64,9 +64,8 @@ class RoleModel(nn.Module):
         self.backbone: LlamaForCausalLM | PeftModel = backbone
         for role, adapter in adapters.items():
             self._make_adapter(role, lora_config(adapter.lora, dropout=dropout))
-        self.heads = nn.ModuleDict(
-            {role: ScalarHead(backbone.config.hidden_size, role == "value") for role in heads}
-        )
+        width = backbone.config.hidden_size
+        self.heads = nn.ModuleDict({role: ScalarHead(width, role == "value") for role in heads})
         for role, source in (shared or {}).items():
             self.adapter_names[role] = self.adapter_names[source]
         self._lora_layers = _lora_layers(self.backbone)

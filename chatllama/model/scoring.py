@@ -47,9 +47,8 @@ def hidden_states(
     if attention == SDPA:
         rows["wanted"] = Wanted(places, wanted.sum(1).tolist(), lengths)
     with acting_as(model, role), autocast(model):
-        output = llama(
-            to_device(tokens), position_ids=to_device(positions), use_cache=False, **rows
-        )
+        inputs = {"position_ids": to_device(positions), **rows}
+        output = llama(to_device(tokens), use_cache=False, **inputs)
     states = output.last_hidden_state.flatten(0, 1)
     return states if attention == SDPA else states.index_select(0, places)
 

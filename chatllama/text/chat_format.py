@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Literal, TypedDict
 
 from transformers import PreTrainedTokenizerFast
@@ -220,10 +221,7 @@ def _turns(chat: ChatSection, messages: Sequence[Message]) -> tuple[list[templat
     texts = [message["content"].strip() for message in messages]
     if messages[0]["role"] == "system":
         system, *texts = texts
-    answers: list[str | None] = [*texts[1::2]]
-    if len(answers) < len(texts[::2]):
-        answers.append(None)
-    return list(zip(texts[::2], answers, strict=True)), system.strip()
+    return list(zip_longest(texts[::2], texts[1::2])), system.strip()
 
 
 def _eos_id(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -116,9 +116,8 @@ def _byte_letters() -> dict[str, int]:
     """Letter -> byte of byte-level BPE (GPT-2, LLaMA-3)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + place): byte for place, byte in enumerate(others)
-    }
+    letters = {chr(256 + place): byte for place, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | letters
 
 
 class TokenTexts:

@@ -33,6 +33,7 @@ class TextEncoders:
     controls: dict[str, int]
     control_ids: frozenset[int]
     prefixes_every_segment: bool
+    """Text after a control token gets the dummy prefix, as text at the start does."""
 
 
 _Cache = weakref.WeakKeyDictionary[PreTrainedTokenizerFast, TextEncoders]
@@ -59,9 +60,8 @@ def _build_encoders(tokenizer: PreTrainedTokenizerFast) -> TextEncoders:
     for token in pipeline["added_tokens"]:
         token["special"] = token["content"] in controls
     steps = {key: _without_prefix(pipeline[key]) for key in ("normalizer", "pre_tokenizer")}
-    start, continuing = (
-        Tokenizer.from_str(json.dumps(parts)) for parts in (pipeline, pipeline | steps)
-    )
+    parts = (pipeline, pipeline | steps)
+    start, continuing = (Tokenizer.from_str(json.dumps(part)) for part in parts)
     start.encode_special_tokens = continuing.encode_special_tokens = True
     first_only = '"prepend_scheme": "first"' in json.dumps(pipeline["pre_tokenizer"])
     ids = frozenset(controls.values())
@@ -111,8 +111,3 @@ def decode(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> str:
 def control_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     """Tokens that structure conversations and that text never becomes: content to id."""
     return text_encoders(tokenizer).controls
-
-
-def prefixes_every_segment(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether text after a control token gets the dummy prefix, as text at the start does."""
-    return text_encoders(tokenizer).prefixes_every_segment

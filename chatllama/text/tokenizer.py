@@ -61,9 +61,7 @@ def load_tokenizer(
     elif config or (folder / "config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     else:
-        raise ValueError(
-            f"{path}: no tokenizer.model, tokenizer.json or tokenizer_config.json there"
-        )
+        raise ValueError(f"{path}: no tokenizer.model, tokenizer.json or tokenizer_config.json")
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(
             f"{path}: {type(tokenizer).__name__} has no `tokenizers` pipeline; convert it to a "
@@ -225,9 +223,7 @@ def _local_folder(path: str | Path, revision: str | None, trust_remote_code: boo
     try:
         return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ValueError(
-            f"{path}: neither a local folder nor a readable hub id: {error}"
-        ) from error
+        raise ValueError(f"{path}: neither a folder nor a readable hub id: {error}") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -251,6 +247,5 @@ def find_tokenizer(cfg: Config) -> PreTrainedTokenizerFast | None:
         return None
     section = cfg.backbone
     path = backbone_path(section, run)
-    return load_tokenizer(
-        path, revision=section.revision, trust_remote_code=section.trust_remote_code
-    )
+    trusted = section.trust_remote_code
+    return load_tokenizer(path, revision=section.revision, trust_remote_code=trusted)

@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.text.chat_templates import Segment
-from chatllama.text.encoding import control_tokens, prefixes_every_segment
+from chatllama.text.encoding import control_tokens, text_encoders
 
 _PRIVATE_USE = range(0xE000, 0xF900)
 
@@ -48,7 +48,7 @@ def template_segments(
             spans.append(_answer_span(text, opening, message["content"], index, controls))
     if spans and messages[-1]["role"] == "assistant":
         text = text[: spans[-1][1]]
-    bare = not prefixes_every_segment(tokenizer)
+    bare = not text_encoders(tokenizer).prefixes_every_segment
     escapes = re.compile(f"{mark}(\\d+){mark}")
     segments = []
     for position, s in enumerate(_cut(text, spans, controls)):

@@ -96,7 +96,7 @@ def test_missing_tensors_are_refused_not_drawn_at_random(damaged: Path):
 def test_weights_cut_off_are_refused(damaged: Path):
     weights = damaged / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"backbone\.path: the weights in .* are damaged"):
+    with pytest.raises(ValueError, match=r"backbone\.path: damaged weights in"):
         load_backbone(section(damaged), str(damaged))
 
 

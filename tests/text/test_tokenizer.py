@@ -11,7 +11,7 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from chatllama.text.encoding import decode, encode, prefixes_every_segment
+from chatllama.text.encoding import decode, encode, text_encoders
 from chatllama.text.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
 HARD_TEXTS = [
@@ -290,7 +290,7 @@ def test_metaspace_first_prefixes_only_the_start(tmp_path: Path) -> None:
     )
     assert encode(tokenizer, "a") == [2, 3]
     assert encode(tokenizer, "a", continues=True) == [3]
-    assert not prefixes_every_segment(tokenizer)
+    assert not text_encoders(tokenizer).prefixes_every_segment
 
 
 def test_byte_level_prefix_space_is_only_for_the_start() -> None:
@@ -306,5 +306,5 @@ def test_byte_level_prefix_space_is_only_for_the_start() -> None:
 def test_nothing_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no tokenizer\.model"):
         load_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="neither a local folder nor a readable hub id"):
+    with pytest.raises(ValueError, match="neither a folder nor a readable hub id"):
         load_tokenizer(tmp_path / "absent")
