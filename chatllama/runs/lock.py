@@ -18,7 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+import psutil
+
 from chatllama.runs.folder import RunFolder
+from chatllama.runtime.command_line import duration
 
 Holder = Literal["run", "stage"]
 SAME_START_SECONDS = 5.0
@@ -47,8 +50,6 @@ class Owner:
 
     def is_gone(self) -> bool:
         """True for a process of this machine that has ended."""
-        import psutil
-
         if not self.is_here:
             return False
         try:
@@ -58,8 +59,6 @@ class Owner:
         return abs(started - self.started) > SAME_START_SECONDS
 
     def __str__(self) -> str:
-        from chatllama.runtime.command_line import duration
-
         age = duration(max(0.0, time.time() - self.since))
         return f"`{self.command}` (process {self.pid} on {self.host}, for {age})"
 
@@ -98,14 +97,12 @@ def acquire(run: RunFolder, holder: Holder, token: str | None = None) -> str:
         me = _this_process(token)
         path.unlink(missing_ok=True)
         try:
-            # Fails where another machine that shares the disk was first.
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
+            with path.open("x", encoding="utf-8") as file:
+                json.dump(asdict(me), file)
+                file.flush()
+                os.fsync(file.fileno())
+        except FileExistsError:  # another machine that shares the disk was first
             raise ValueError(f"{run.root} has just been locked by another machine") from None
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(asdict(me), file)
-            file.flush()
-            os.fsync(file.fileno())
     if not _held:
         atexit.register(release_all)
     _held.add(path)
@@ -127,7 +124,7 @@ def release_all() -> None:
     for path in list(_held):
         _held.discard(path)
         owner = read_owner(path)
-        if owner is not None and (owner.host, owner.pid) == (socket.gethostname(), os.getpid()):
+        if owner is not None and owner.is_here and owner.pid == os.getpid():
             path.unlink(missing_ok=True)
 
 
@@ -152,14 +149,16 @@ def _check(run: RunFolder, path: Path, token: str | None) -> None:
 
 
 def _this_process(token: str | None) -> Owner:
-    import psutil
-
     script = Path(sys.argv[0])
     name = script.parent.name if script.name == "__main__.py" else script.name  # python -m
-    command = shlex.join([name, *sys.argv[1:]])
-    started = psutil.Process().create_time()
-    host, pid = socket.gethostname(), os.getpid()
-    return Owner(host, pid, started, command, time.time(), token or os.urandom(8).hex())
+    return Owner(
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        started=psutil.Process().create_time(),
+        command=shlex.join([name, *sys.argv[1:]]),
+        since=time.time(),
+        token=token or os.urandom(8).hex(),
+    )
 
 
 @contextmanager

@@ -139,3 +139,14 @@ def test_of_many_processes_one_gets_the_lock(run: RunFolder, other: subprocess.P
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     assert sorted(answers) == sorted(b"nnnnnnny")
+
+
+def test_another_machine_that_locks_in_between_is_first(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+):
+    # On a shared disk it may make the file between our look and our own file.
+    monkeypatch.setattr(Path, "unlink", lambda self, missing_ok: self.write_text("theirs"))
+    with pytest.raises(ValueError, match="has just been locked by another machine"):
+        acquire(run, "run")
+    assert lock_path(run, "run").read_text() == "theirs"
+    monkeypatch.undo()
