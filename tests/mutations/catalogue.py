@@ -338,8 +338,8 @@ LOSS_BUGS = (
     Mutation(
         "value loss with the wrong sign",
         UPDATE,
-        "loss = loss + section.vf_coef * value",
-        "loss = loss - section.vf_coef * value",
+        "loss = loss + section.vf_coef * critic.loss",
+        "loss = loss - section.vf_coef * critic.loss",
         (LAMBDA_1, "tests/ppo/test_ppo_update.py::test_two_steps_are_what_the_oracle_does[plain]"),
     ),
     Mutation(

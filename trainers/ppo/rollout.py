@@ -30,7 +30,6 @@ from chatllama.text.padding import pad_left, pad_right
 from trainers.engine.engine import Engine
 from trainers.engine.microbatches import collect, deal, groups_of_like_totals
 from trainers.ppo.data import StopTokens
-from trainers.ppo.ppo_math import masked
 from trainers.ppo.rewards import Scorer
 
 
@@ -256,31 +255,3 @@ class Collector:
         return replace(
             rollout, scores=self.scorer.total(rollout.member_scores, asked, texts)
         ), texts
-
-
-def rollout_metrics(rollout: Rollout, scores: Tensor, rewards: Tensor) -> dict[str, float]:
-    """Metrics of a rollout batch. KL estimates are k1: per response, and per token.
-
-    Args:
-        scores: (B,) float32, shaped.
-        rewards: (B, R) float32.
-    """
-    mask = rollout.response_mask
-    token_kl = masked(rollout.kl, mask)
-    kl = token_kl.sum(1)
-    # Mean 0 where tokens come from the distribution that scores them.
-    surprise = masked(-rollout.logprobs - rollout.entropy, mask)
-    return {
-        "ppo/score_mean": float(scores.mean()),
-        "ppo/score_std": float(scores.std(correction=0)),
-        "ppo/rm_score_mean": float(rollout.scores.mean()),
-        "ppo/reward_mean": float(rewards.sum(1).mean()),
-        "ppo/kl_sequence": float(kl.mean()),
-        "ppo/kl_sequence_se": float(kl.std() / len(kl) ** 0.5),
-        "ppo/kl_token": float(kl.sum() / mask.sum()),
-        "ppo/kl_abs_max": float(token_kl.abs().max()),
-        "ppo/surprise_gap": float(surprise.sum() / mask.sum()),
-        "ppo/surprise_gap_se": float(surprise.square().sum().sqrt() / mask.sum()),
-        "ppo/response_length": float(rollout.lengths.float().mean()),
-        "ppo/eos_rate": float(rollout.finished.float().mean()),
-    }

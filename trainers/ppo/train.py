@@ -16,7 +16,7 @@ from chatllama.config.schema import Config
 from chatllama.model.roles import Role, adapter_parameters
 from chatllama.reporting.tracker import Tracker, logged_metrics
 from chatllama.runs import interruption
-from chatllama.runs.checkpoints import checkpoint_to_resume, layout_of, newest_good
+from chatllama.runs.checkpoints import checkpoint_to_resume, layout_of
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.distributed import rank
 from data.batches import batch_indices
@@ -24,6 +24,7 @@ from trainers.engine.engine import Engine
 from trainers.ppo.data import Prompts, PtxLoader, StopTokens
 from trainers.ppo.evaluate import measure_policy
 from trainers.ppo.guard import Guard
+from trainers.ppo.metrics import rollout_metrics
 from trainers.ppo.model import fold_into_value_head
 from trainers.ppo.ppo_math import (
     adapted_kl_coef,
@@ -35,9 +36,9 @@ from trainers.ppo.ppo_math import (
     whiten,
 )
 from trainers.ppo.rewards import Scorer, Statistics, shaped_scores
-from trainers.ppo.rollout import Collector, Rollout, rollout_metrics
+from trainers.ppo.rollout import Collector, Rollout
 from trainers.ppo.servers.pool import NoServerLeft, compare, open_pool
-from trainers.ppo.state import PpoState, load_state, save_state
+from trainers.ppo.state import PpoState, load_state
 from trainers.ppo.update import Targets, Update
 
 Step = tuple[PpoState, Rollout, list[str], dict[str, float]]
@@ -61,7 +62,7 @@ class PpoTrainer:
         self.scorer, self.prompts, self.stop_tokens, self.ptx = scorer, prompts, stop_tokens, ptx
         size = cfg.ppo.microbatch_size
         self.collector = Collector(engine, scorer, stop_tokens, cfg.generation, size)
-        self.guard = Guard(cfg.ppo, run)
+        self.guard = Guard(cfg, run, engine)
         self.servers = open_pool(cfg, run, engine.model, stop_tokens)
         self.sampler_gap: dict[str, float] = {}
         self.total_optimizer_steps = ppo_optimizer_steps(cfg.ppo)
@@ -82,7 +83,7 @@ class PpoTrainer:
             if checkpoint is None:
                 state = self.start()
                 if section.health.action == "rollback":
-                    self._save(state)
+                    self.guard.save(state)
             else:
                 state = load_state(self.cfg, self.engine, checkpoint)
                 tracker.resume_from(state.step)
@@ -95,7 +96,7 @@ class PpoTrainer:
                     prompt, statistics = self._prompts(state.step - 1)[0]["text"], state.statistics
                     score = (float(rollout.scores[0]) - statistics.mean) / statistics.deviation
                     tracker.sample(state.step, prompt, texts[0], score)
-                    state = self._step_done(tracker, state, metrics, rollout)
+                    state = self.guard.after_step(tracker, state, metrics, rollout)
         return {
             **{name.removeprefix("ppo/"): value for name, value in metrics.items()},
             "steps": section.steps,
@@ -229,42 +230,10 @@ class PpoTrainer:
         try:
             return self.advance(state)
         except NoServerLeft as error:
-            self._save(state)
+            self.guard.save(state)
             raise ValueError(
                 f"{error}. Step {state.step} is saved: start the servers, then go on with --resume"
             ) from error
-
-    def _step_done(
-        self, tracker: Tracker, state: PpoState, metrics: dict[str, float], rollout: Rollout
-    ) -> PpoState:
-        """Checks and saves a step; returns the state to go on from."""
-        every = self.cfg.ppo.save_every
-        decision = self.guard.check(state, metrics, rollout)
-        if decision == "stop":
-            raise self.guard.stopped(state)
-        stopping = interruption.stop_requested()
-        if decision == "rollback":
-            state = self._rolled_back(state)
-            tracker.rewind(state.step)
-        elif stopping or (every and state.step % every == 0):
-            self._save(state)
-        if stopping:
-            interruption.stop(self.run, "ppo", state.step)
-        return state
-
-    def _save(self, state: PpoState) -> None:
-        state = replace(state, health=self.guard.monitor.state())
-        save_state(self.cfg, self.run, self.engine, state)
-
-    def _rolled_back(self, state: PpoState) -> PpoState:
-        """The last good checkpoint restored, with lower learning rates from there on."""
-        good = load_state(self.cfg, self.engine, newest_good(self.run.checkpoints("ppo"))[0])
-        scale = state.lr_scale * self.cfg.ppo.health.rollback_lr_factor
-        good = replace(good, lr_scale=scale, rollbacks=state.rollbacks + 1)
-        self.guard.begin(good)
-        if rank() == 0:
-            print(f"back to step {good.step}, learning rates times {scale:g}", flush=True)
-        return good
 
 
 def _next_kl_coef(section: PpoSection, state: PpoState, metrics: dict[str, float]) -> float:

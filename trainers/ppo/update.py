@@ -21,23 +21,12 @@ from chatllama.model.scoring import (
     response_values,
     shares_trunk,
 )
-from chatllama.runtime.distributed import all_max, all_sum, device, rank, to_device, world_size
+from chatllama.runtime.distributed import all_sum, device, rank, to_device, world_size
 from trainers.engine.engine import Engine
 from trainers.ppo.data import PtxLoader, PtxMicrobatch
-from trainers.ppo.ppo_math import ValueLoss, kl_loss, masked, policy_loss, value_loss
+from trainers.ppo.metrics import UpdateSums
+from trainers.ppo.ppo_math import ValueLoss, kl_loss, policy_loss, value_loss
 from trainers.ppo.rollout import Rollout
-
-SUMS = (
-    "policy_loss",
-    "value_loss",
-    "clipped",
-    "value_clipped",
-    "approx_kl",
-    "entropy",
-    "kl_loss",
-    "num_tokens",
-    "ptx_loss",
-)
 
 
 @dataclass(frozen=True)
@@ -121,9 +110,7 @@ class Update:
     """Called after each optimizer step (EMA)."""
 
     def __post_init__(self) -> None:
-        # Sums over this rank's tokens, and largest ratio and first |log ratio|. They stay on the
-        # device until the end, so that no microbatch waits for them.
-        self.sums, self.peaks = (torch.zeros(n, device=device()) for n in (len(SUMS), 2))
+        self.sums = UpdateSums(device())
         self.warming_up = self.step < self.section.critic_warmup_steps
 
     def run(self) -> dict[str, float]:
@@ -146,7 +133,8 @@ class Update:
             self.after_step()
             if section.target_kl is not None and approx_kl > section.target_kl:
                 break
-        return self._metrics(norms, factor, len(drawn))
+        has_critic, lr = "value" in self.engine.model.heads, section.learning_rate * factor
+        return self.sums.metrics(section, norms, lr, len(drawn), has_critic)
 
     def _microbatches(self) -> list[Microbatch]:
         counts, found = self.targets.mask.sum(1).tolist(), []
@@ -163,14 +151,13 @@ class Update:
         # A minibatch whose tokens are all filtered out still steps, with gradient 0.
         num_tokens = float(max(1, sum(microbatch.num_tokens for microbatch in microbatches)))
         texts = self.ptx.microbatches(position, len(microbatches)) if self.ptx is not None else None
-        before = self.sums.clone()
+        before = self.sums.approx_kl
         for place in range(rank(), len(microbatches), world_size()):
             text = texts[place] if texts is not None else None
             self.engine.backward(self._loss(microbatches[place], num_tokens, text, first))
         if self.section.target_kl is None:
             return 0.0
-        kl = (self.sums - before)[SUMS.index("approx_kl")]
-        return float(all_sum(kl)) / num_tokens
+        return float(all_sum(self.sums.approx_kl - before)) / num_tokens
 
     def _loss(
         self, microbatch: Microbatch, num_tokens: float, text: PtxMicrobatch | None, first: bool
@@ -186,25 +173,11 @@ class Update:
         loss = policy.loss + section.kl_loss_coef * drift + section.ptx_coef * ptx_loss
         if self.warming_up:
             loss = 0.0 * loss
-        value, value_clipped = loss.new_zeros(()), loss.new_zeros(())
         if critic is not None:
-            value, value_clipped = critic.loss, critic.clipped
-            loss = loss + section.vf_coef * value
-        with torch.no_grad():
-            sums = {
-                "policy_loss": policy.loss * num_tokens,
-                "value_loss": value * num_tokens,
-                "clipped": policy.clipped,
-                "value_clipped": value_clipped,
-                "approx_kl": policy.approx_kl,
-                "entropy": masked(scores.entropy, mask).sum(),
-                "kl_loss": drift * num_tokens,
-                "num_tokens": mask.sum(),
-                "ptx_loss": ptx_loss,
-            }
-            self.sums += torch.stack([sums[name] for name in SUMS])
-            log_ratio = (new - old).abs().max() if first else self.peaks[1]
-            self.peaks = torch.maximum(self.peaks, torch.stack([policy.ratio_max, log_ratio]))
+            loss = loss + section.vf_coef * critic.loss
+        log_ratio = (new - old).detach().abs().max() if first else None
+        numbers = (scores.entropy, mask, num_tokens, log_ratio)
+        self.sums.add(policy, critic, drift, ptx_loss, *numbers)
         return loss
 
     def _passes(
@@ -239,30 +212,3 @@ class Update:
             inputs = (text.tokens, text.mask, text.loss_mask[:, 1:])
             text_logprob = response_logprobs(model, "policy", *inputs, 1.0).logprobs.sum()
         return scores, critic, text_logprob
-
-    def _metrics(self, norms: list[float], factor: float, planned: int) -> dict[str, float]:
-        total = dict(zip(SUMS, all_sum(self.sums).tolist(), strict=True))
-        ratio_max, first_log_ratio = all_max(self.peaks).tolist()
-        ptx_loss, tokens = total.pop("ptx_loss"), max(total.pop("num_tokens"), 1.0)
-        mean = {name: value / tokens for name, value in total.items()}
-        metrics = {
-            "ppo/policy_loss": mean["policy_loss"],
-            "ppo/clip_fraction": mean["clipped"],
-            "ppo/approx_kl": mean["approx_kl"],
-            "ppo/entropy": mean["entropy"],
-            "ppo/ratio_max": ratio_max,
-            "ppo/first_log_ratio": first_log_ratio,
-            "ppo/grad_norm": sum(norms) / len(norms),
-            "ppo/lr": self.section.learning_rate * factor,
-            "ppo/optimizer_steps": float(len(norms)),
-        }
-        if "value" in self.engine.model.heads:
-            metrics["ppo/value_loss"] = mean["value_loss"]
-            metrics["ppo/value_clip_fraction"] = mean["value_clipped"]
-        if self.section.kl_loss_coef:
-            metrics["ppo/kl_loss"] = mean["kl_loss"]
-        if self.ptx is not None:
-            metrics["ppo/ptx_loss"] = ptx_loss / len(norms)
-        if self.section.target_kl is not None:
-            metrics["ppo/update_share"] = len(norms) / planned
-        return metrics
