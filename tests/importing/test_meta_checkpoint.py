@@ -271,7 +271,10 @@ DAMAGES = {
     "code": (hide_code, r"01.pth: holds other things than tensors"),
     "fewer layers": (lambda f: change_params(f, n_layers=1), "no place for, such as layers.1"),
     "more layers": (lambda f: change_params(f, n_layers=3), "lacks layers.2.attention.wq"),
-    "other width": (lambda f: change_params(f, dim=64), "dim 64, but norm.weight has 32"),
+    "other width": (
+        lambda f: change_params(f, dim=64),
+        "dim 64 in params.json, 32 channels in norm.weight",
+    ),
     "other key heads": (
         lambda f: change_params(f, n_kv_heads=8),
         r"attention.wk.weight has shape \(4, 32\).*\(8, 32\), in 4 files",
