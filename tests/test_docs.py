@@ -27,6 +27,7 @@ MODULE = re.compile(r"(?<![\w./=-])(?:chatllama|data|trainers)(?:\.[A-Za-z_]\w*)
 FOLDER = re.compile(
     r"(?<![\w./-])((?:chatllama|data|trainers|tests|docs|configs)/[\w/]*/)(?![\w*])"
 )
+COMMENT = re.compile(r"#.*(?:\.py\b|(?:chatllama|data|trainers|tests|docs|configs)[./])")
 SUFFIXES = {"json", "jsonl", "md", "py", "yaml"}
 
 
@@ -60,6 +61,8 @@ def prose(source: str) -> str:
         and isinstance(node.value, ast.Constant)
         and isinstance(node.value.value, str)
     ]
+    if not COMMENT.search(source):  # tokenizing takes a second for all files
+        return "\n".join(found)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return "\n".join(found + [token.string for token in tokens if token.type == tokenize.COMMENT])
 
