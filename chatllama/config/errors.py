@@ -137,8 +137,9 @@ def _nearest(value: Any, place: Place) -> str:
 
 def _allowed(place: Place) -> list[Any]:
     """The values that the key at `place` may have, if its type lists them."""
-    section = _model_at(place[:-1])
-    field = section.model_fields.get(str(place[-1])) if section and place else None
+    names = [part for part in place if isinstance(part, str)]
+    section = _model_at(tuple(names[:-1]))
+    field = section.model_fields.get(names[-1]) if section and names else None
     return [] if field is None else literal_values(field.annotation)
 
 
@@ -166,7 +167,7 @@ def literal_values(annotation: Any) -> list[Any]:
     """The values that an annotation lists by `Literal`, at any depth."""
     if get_origin(annotation) is Literal:
         return list(get_args(annotation))
-    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+    if get_origin(annotation) in (Union, types.UnionType, Annotated, list):
         return [value for part in get_args(annotation) for value in literal_values(part)]
     return []
 

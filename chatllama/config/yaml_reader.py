@@ -140,7 +140,8 @@ class _NodeReader:
             if key in mapping:
                 before = self.places[inside].line
                 self.problems.append(f"{where}: given twice, first in line {before}")
-            self.places.setdefault(inside, position)
+            else:
+                self.places[inside] = position
             mapping[key] = self.read(value_node, inside)
         return mapping
 

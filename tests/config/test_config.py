@@ -117,6 +117,12 @@ def test_each_mistake_names_key_line_value_and_remedy(
     assert found == [f"{dotted} ({tmp_path}/run.yaml, line {line}): {reason}"]
 
 
+def test_value_in_a_list_names_the_allowed_ones(tmp_path: Path) -> None:
+    (found,) = problems(tmp_path, MINIMAL + "ppo: {health: {ignore: [negativ_kl]}}\n")
+    assert found.startswith(f"ppo.health.ignore.0 ({tmp_path}/run.yaml, line 3): must be one of ")
+    assert found.endswith('not "negativ_kl"; did you mean "negative_kl"?')
+
+
 def test_biased_kl_estimator_is_refused_with_the_reason(tmp_path: Path) -> None:
     (found,) = problems(tmp_path, MINIMAL + "ppo: {kl_estimator: k3}\n")
     assert "wrong gradient" in found
