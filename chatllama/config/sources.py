@@ -18,7 +18,6 @@ Format = Literal[
     "prompts", "turns", "translation",
 ]  # fmt: skip
 
-
 LANGUAGES = {
     "ar": "Arabic", "bg": "Bulgarian", "bn": "Bengali", "ca": "Catalan", "cs": "Czech",
     "da": "Danish", "de": "German", "el": "Greek", "en": "English", "es": "Spanish",
