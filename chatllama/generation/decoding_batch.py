@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM
 
 from chatllama.generation.kv_cache import KVCache
@@ -99,7 +100,7 @@ class DecodingBatch:
             check_request(self._llama, request.prompt, request.sampling.max_new_tokens)
             assert len(request.uniforms) >= request.sampling.max_new_tokens
         first = len(self._rows)
-        hidden = self._read_prompts([tuple(request.prompt) for request in requests], requests)
+        hidden = self._read_prompts(requests)
         for request in requests:
             uniforms, stops = request.uniforms.tolist(), frozenset(request.stop_ids)
             self._rows.append(_Row(self._next_number, request, uniforms, stops))
@@ -135,19 +136,15 @@ class DecodingBatch:
         hidden = self._llama.model(input_ids=token, use_cache=False).last_hidden_state[:, -1]
         self._llama.lm_head(hidden)
 
-    def _read_prompts(
-        self, prompts: Sequence[tuple[int, ...]], requests: Sequence[Request]
-    ) -> torch.Tensor:
+    def _read_prompts(self, requests: Sequence[Request]) -> torch.Tensor:
         """Last hidden states (N, H) of the prompts; caches their keys and values."""
-        different = list(dict.fromkeys(prompts))
-        number = {prompt: i for i, prompt in enumerate(different)}
+        prompts = [tuple(request.prompt) for request in requests]
+        number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         prompt_of = [number[prompt] for prompt in prompts]
-        length = max(map(len, different))
-        tokens = torch.zeros(len(different), length, dtype=torch.long)
-        mask = torch.zeros(tokens.shape, dtype=torch.bool)
-        for row, prompt in enumerate(different):
-            tokens[row, length - len(prompt) :] = torch.tensor(prompt)
-            mask[row, length - len(prompt) :] = True
+        rows = [torch.tensor(prompt) for prompt in number]
+        masks = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+        tokens = pad_sequence(rows, batch_first=True, padding_side="left")
+        mask = pad_sequence(masks, batch_first=True, padding_side="left")
         longest = max(len(r.prompt) + r.sampling.max_new_tokens for r in requests)
         lengths = [len(prompt) for prompt in prompts]
         self._cache.open_prompts(prompt_of, lengths, longest)

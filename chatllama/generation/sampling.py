@@ -135,32 +135,22 @@ def _truncated(
     limit = torch.where(top_k > 0, top_k, vocabulary).clamp(max=vocabulary)
     limit = limit.expand(len(weights), 1)
     whole = weights.sum(-1, keepdim=True)
-    for count in (min(max(CANDIDATES, largest_top_k), vocabulary), vocabulary):
+    count = min(max(CANDIDATES, largest_top_k), vocabulary)
+    while True:
         best = _largest(weights, count)
         cumulative = best.cumsum(-1)
         among = cumulative.gather(1, limit.clamp(max=count) - 1)
         mass = top_p * torch.where(limit <= count, among, whole)
         reached = (cumulative[:, -1:] >= mass) | (limit <= count)
         if count == vocabulary or bool(reached.all()):
-            return _by_rank(weights, best, cumulative, limit, mass, uniforms)
-    raise AssertionError
-
-
-def _by_rank(
-    weights: torch.Tensor,
-    best: torch.Tensor,
-    cumulative: torch.Tensor,
-    limit: torch.Tensor,
-    mass: torch.Tensor,
-    uniforms: torch.Tensor,
-) -> torch.Tensor:
-    """Tokens at which the cumulative weight of the kept ones reaches (1 - u) of its total."""
+            break
+        count = vocabulary
     # Tokens are kept until their total reaches `mass`; the first always.
-    kept = torch.minimum(torch.searchsorted(cumulative, mass) + 1, limit.clamp(max=best.shape[1]))
+    kept = torch.minimum(torch.searchsorted(cumulative, mass) + 1, limit.clamp(max=count))
     target = (1 - uniforms[:, None]) * cumulative.gather(1, kept - 1)
     rank = torch.searchsorted(cumulative, target)
     weight = best.gather(1, rank)
-    likelier = best.shape[1] - torch.searchsorted(best.flip(1), weight, right=True)
+    likelier = count - torch.searchsorted(best.flip(1), weight, right=True)
     among_equals = rank - likelier
     row, token = (weights == weight).nonzero(as_tuple=True)
     first = torch.searchsorted(row, torch.arange(len(weights), device=row.device))
