@@ -14,9 +14,7 @@ from data.synthesis.options import SynthesisOptions
 STAGES = ("pretraining", "sft", "reward", "ppo")
 
 
-def add_data_commands(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
-) -> None:
+def add_data_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declares `data generate`, `data check` and `data show`."""
     about = "prompts, answers, pairs from a model's API"
     generate = add_command(commands, "generate", _data_generate, about)

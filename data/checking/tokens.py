@@ -108,10 +108,7 @@ def drops(tokenizer: PreTrainedTokenizerFast, char: str) -> bool:
 
 
 def _measure(
-    row: dict[str, Any],
-    tokenizer: PreTrainedTokenizerFast,
-    chat: ChatSection,
-    limit: int | None,
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerFast, chat: ChatSection, limit: int | None
 ) -> dict[str, Any]:
     """Figures and failed checks of one row."""
     if "text" in row:

@@ -43,9 +43,7 @@ class SynthesisOptions:
         None, "for a million tokens from it", limit=at_least(0), metavar="USD"
     )
     key_env: str = option(
-        "OPENAI_API_KEY",
-        "environment variable with the API's key, if it needs one",
-        metavar="NAME",
+        "OPENAI_API_KEY", "environment variable with the API's key, if it needs one", metavar="NAME"
     )
     yes: bool = option(False, "do not ask before the first request")
 
