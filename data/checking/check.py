@@ -13,10 +13,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.schema import Config
-from chatllama.config.sources import DataSource
 from chatllama.config.stages import StageSection
 from data.checking.records import check_records, question
-from data.checking.report import DataReport, Findings, SourceFigures
+from data.checking.report import DataReport, Findings, StageSource
 from data.checking.tokens import check_tokens
 from data.decontaminate import build_index, contamination
 from data.mixture import is_held_out, source_counts
@@ -24,25 +23,11 @@ from data.reading.records import Kind
 from data.reading.source import read_rows
 
 
-@dataclass(frozen=True)
-class StageSource:
-    """A source, and what a stage reads it for."""
-
-    stage: str
-    role: str
-    """Its key in the stage's section: `data`, `eval_data` or `ptx_data`."""
-    source: DataSource
-    kind: Kind
-    max_length: int | None
-    """Tokens of a record that the stage takes."""
-
-
 @dataclass
 class CheckedSource:
     """A source that could be read."""
 
     part: StageSource
-    figures: SourceFigures
     rows: Dataset
     """All records, from `read_rows`."""
     usable: list[int]
@@ -119,8 +104,8 @@ def examine(
             continue
         checked.append(one)
         if tokenizer is not None and one.usable:
-            found = check_tokens(one.good, tokenizer, cfg.chat, one.figures, findings)
-            lengths[one.figures.name], problems = found
+            found = check_tokens(one.good, tokenizer, cfg.chat, one.part, findings)
+            lengths[one.part.name], problems = found
             one.failed = {i: why for i, why in zip(one.usable, problems, strict=True) if why}
     for stage in stages:
         if stage != "pretraining":
@@ -132,24 +117,21 @@ def examine(
         notes.append("there is no tokenizer yet, so nothing that needs tokens was checked")
     if not parts:
         notes.append(f"the config names no data for {', '.join(stages)}")
-    report = DataReport([one.figures for one in checked], findings.all(), lengths, notes)
+    report = DataReport([one.part for one in checked], findings.all(), lengths, notes)
     return Examination(report, checked)
 
 
 def _check_source(part: StageSource, findings: Findings) -> CheckedSource | None:
     """The source and its records' defects; None where it cannot be read at all."""
-    figures = SourceFigures(
-        part.stage, part.role, part.source.path, part.kind, max_length=part.max_length
-    )
     try:
         rows = read_rows(part.source, part.kind)
     except ValueError as error:
-        findings.add("unreadable", figures.name, str(error))
+        findings.add("unreadable", part.name, str(error))
         return None
-    usable = check_records(rows, figures, findings)
+    usable = check_records(rows, part, findings)
     if not usable:
-        findings.add("nothing_usable", figures.name)
-    return CheckedSource(part, figures, rows, usable)
+        findings.add("nothing_usable", part.name)
+    return CheckedSource(part, rows, usable)
 
 
 def _check_stage(
@@ -168,7 +150,7 @@ def _check_stage(
         findings.add("mixture", f"{stage}.data", str(error))
         counts = [0] * len(train)
     for one, count in zip(train, counts, strict=True):
-        one.figures.share = count / sum(counts) if sum(counts) else None
+        one.part.share = count / sum(counts) if sum(counts) else None
         _check_leaks(one, places, "leak", findings)
     if not held:
         _check_split(train, seed, section.eval_fraction, findings)
@@ -183,7 +165,7 @@ def _check_stage(
             for where, path in zip(good["where"][:], contamination(good, index), strict=True):
                 if path:
                     message = f"gives away {path}; training leaves it out"
-                    findings.add("contamination", one.figures.name, where, message)
+                    findings.add("contamination", one.part.name, where, message)
 
 
 def _places(held: list[CheckedSource]) -> dict[str, str]:
@@ -197,7 +179,7 @@ def _check_leaks(
     """Records with the question of a held-out one."""
     for where, words in one.questions():
         if other := places.get(words):
-            findings.add(check, one.figures.name, f"{where} is {other}")
+            findings.add(check, one.part.name, f"{where} is {other}")
 
 
 def _check_split(
@@ -212,7 +194,7 @@ def _check_split(
             out = is_held_out(key, seed, fraction)
             side.setdefault(out, where)
             if len(side) == 2 and side[out] == where:
-                findings.add("split_leak", one.figures.name, f"{where} is like {side[not out]}")
+                findings.add("split_leak", one.part.name, f"{where} is like {side[not out]}")
 
 
 def _check_between_stages(checked: list[CheckedSource], findings: Findings) -> None:

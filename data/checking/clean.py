@@ -57,7 +57,7 @@ def write_cleaned(
             )
             with file.open("w", encoding="utf-8") as kept:
                 for row, reason in zip(_rows(one), reasons, strict=True):
-                    place = {"source": one.figures.name, "where": row["where"], "reason": reason}
+                    place = {"source": part.name, "where": row["where"], "reason": reason}
                     line = place if reason else _record(row, one, pairs)
                     to = dropped if reason else kept
                     to.write(json.dumps(line, ensure_ascii=False) + "\n")

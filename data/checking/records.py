@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from datasets import Dataset
 
-from data.checking.report import Findings, SourceFigures
+from data.checking.report import Findings, StageSource
 from data.decontaminate import record_texts
 from data.reading.grouped import JOINED
 from data.reading.source import GOOD, MALFORMED
@@ -37,7 +37,7 @@ _MARKS = re.compile(
 )
 
 
-def check_records(rows: Dataset, figures: SourceFigures, findings: Findings) -> list[int]:
+def check_records(rows: Dataset, part: StageSource, findings: Findings) -> list[int]:
     """Numbers of the rows of `read_rows` that hold a usable record.
 
     Fills in the source's figures; the defects go into `findings`.
@@ -45,19 +45,19 @@ def check_records(rows: Dataset, figures: SourceFigures, findings: Findings) -> 
     severities: list[int] = rows["severity"][:]
     usable = [i for i, severity in enumerate(severities) if severity == GOOD]
     formats = {each for each in rows.unique("format") if each}
-    figures.format = "/".join(sorted(formats))
-    figures.num_records, figures.num_usable = len(rows), len(usable)
+    part.format = "/".join(sorted(formats))
+    part.num_records, part.num_usable = len(rows), len(usable)
     for i, severity in enumerate(severities):
         if severity != GOOD:
-            _unusable(rows[i], severity == MALFORMED, figures.name, findings)
+            _unusable(rows[i], severity == MALFORMED, part.name, findings)
     good = rows.select(usable)
     scripts: Counter[str] = Counter()
     for row in _iterate(good):
         texts = record_texts(row)
         scripts[script("\n".join(texts))] += 1
-        _check_texts(row["where"], texts, figures.name, findings)
-    figures.scripts = dict(scripts.most_common())
-    _duplicates(good, figures, findings)
+        _check_texts(row["where"], texts, part.name, findings)
+    part.scripts = dict(scripts.most_common())
+    _duplicates(good, part, findings)
     return usable
 
 
@@ -99,7 +99,7 @@ def _check_texts(where: str, texts: list[str], source: str, findings: Findings) 
         findings.add("template_marks", source, f"{where}: {mark.group()}")
 
 
-def _duplicates(good: Dataset, figures: SourceFigures, findings: Findings) -> None:
+def _duplicates(good: Dataset, part: StageSource, findings: Findings) -> None:
     """Exact and near duplicates, and pairs that say the opposite of each other."""
     first: dict[str, int] = {}
     copies: set[int] = set()
@@ -109,13 +109,13 @@ def _duplicates(good: Dataset, figures: SourceFigures, findings: Findings) -> No
         if own in first:
             copies.add(i)
             same = f"{row['where']} is {good[first[own]]['where']}"
-            findings.add("duplicate", figures.name, same)
+            findings.add("duplicate", part.name, same)
         first.setdefault(own, i)
-        if figures.kind == "preferences":
+        if part.kind == "preferences":
             both = frozenset((str(row["prompt"]), *row["answers"]))
             before = verdicts.setdefault(both, row["answers"][0])
             if len(row["answers"]) == 2 and before != row["answers"][0]:
-                findings.add("contradiction", figures.name, row["where"])
+                findings.add("contradiction", part.name, row["where"])
 
     def text(i: int) -> str:
         return "\n".join(record_texts(cast(dict[str, Any], good[i])))
@@ -123,7 +123,7 @@ def _duplicates(good: Dataset, figures: SourceFigures, findings: Findings) -> No
     for earlier, later in near_duplicates(len(good), text):
         if later not in copies:
             near = f"{good[later]['where']} is like {good[earlier]['where']}"
-            findings.add("near_duplicate", figures.name, near)
+            findings.add("near_duplicate", part.name, near)
 
 
 def _iterate(rows: Dataset) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,9 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
+from chatllama.config.sources import DataSource
 from chatllama.runtime.files import write_json
+from data.reading.records import Kind
 
 Severity = Literal["error", "warning"]
 NUM_EXAMPLES = 5
@@ -62,13 +64,16 @@ class Finding:
 
 
 @dataclass
-class SourceFigures:
-    """Figures of one source."""
+class StageSource:
+    """A source, what a stage reads it for, and its figures once it is checked."""
 
     stage: str
     role: str
-    path: str
-    kind: str
+    """Its key in the stage's section: `data`, `eval_data` or `ptx_data`."""
+    source: DataSource
+    kind: Kind
+    max_length: int | None
+    """Tokens of a record that the stage takes."""
     format: str = ""
     num_records: int = 0
     num_usable: int = 0
@@ -81,14 +86,13 @@ class SourceFigures:
     num_trained_tokens: int = 0
     lengths: dict[str, int] = field(default_factory=dict)
     """Tokens of a record at some percentiles."""
-    max_length: int | None = None
     truncated: int = 0
     """Records that are cut or left out because they are over max_length."""
 
     @property
     def name(self) -> str:
         """`stage.role: path`."""
-        return f"{self.stage}.{self.role}: {self.path}"
+        return f"{self.stage}.{self.role}: {self.source.path}"
 
 
 class Findings:
@@ -119,7 +123,7 @@ class Findings:
 class DataReport:
     """Everything that was found."""
 
-    sources: list[SourceFigures]
+    sources: list[StageSource]
     findings: list[Finding]
     lengths: dict[str, list[int]]
     """Tokens of every usable record, by source."""
@@ -142,6 +146,8 @@ class DataReport:
         files = [folder / "report.json"]
         content = asdict(self)
         del content["lengths"]
+        for source in content["sources"]:
+            source["path"] = source.pop("source").path
         write_json(files[0], content)
         if any(self.lengths.values()):
             files.append(folder / "token_lengths.png")
@@ -174,7 +180,7 @@ def percentiles(lengths: Sequence[int]) -> dict[str, int]:
     return {f"p{p}": int(value) for p, value in zip(PERCENTILES, values, strict=True)}
 
 
-def _lines(source: SourceFigures) -> list[str]:
+def _lines(source: StageSource) -> list[str]:
     """The figures of a source, in words."""
     share = "" if source.share is None else f", {source.share:.1%} of the mixture"
     lines = [f"{source.name} ({source.format or 'format unknown'}{share})"]
@@ -195,7 +201,7 @@ def _lines(source: SourceFigures) -> list[str]:
     return lines
 
 
-def _plot(sources: Sequence[SourceFigures], lengths: dict[str, list[int]], file: Path) -> None:
+def _plot(sources: Sequence[StageSource], lengths: dict[str, list[int]], file: Path) -> None:
     """A histogram of tokens for each source, with the stage's limit."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

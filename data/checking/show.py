@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from chatllama.config.schema import Config
 from chatllama.text.chat_format import render
 from chatllama.text.encoding import control_tokens, encode
-from data.checking.check import StageSource, stage_sources
+from data.checking.check import stage_sources
+from data.checking.report import StageSource
 from data.checking.tokens import conversations
 from data.reading.source import read_source
 

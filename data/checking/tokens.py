@@ -12,7 +12,7 @@ from chatllama.config.model import ChatSection
 from chatllama.text.chat_format import end_of_turn_ids, render
 from chatllama.text.encoding import decode, encode
 from data.caching import cached_map
-from data.checking.report import MESSAGES, Findings, SourceFigures, percentiles
+from data.checking.report import MESSAGES, Findings, StageSource, percentiles
 from data.decontaminate import record_texts
 from data.tokenize import fit, nothing_within
 
@@ -59,36 +59,36 @@ def check_tokens(
     good: Dataset,
     tokenizer: PreTrainedTokenizerFast,
     chat: ChatSection,
-    figures: SourceFigures,
+    part: StageSource,
     findings: Findings,
 ) -> tuple[list[int], list[str]]:
     """Of every usable row of `read_rows`: tokens of its longest sequence; its first problem or "".
 
     Fills in the source's figures, which hold its limit; the defects go into `findings`.
     """
-    shown = cached_map(good, _measure, _MEASURED, tokenizer, chat, figures.max_length)
+    shown = cached_map(good, _measure, _MEASURED, tokenizer, chat, part.max_length)
     lengths: list[int] = shown["length"][:]
-    figures.num_tokens = sum(shown["tokens"][:])
-    figures.num_trained_tokens = sum(shown["trained"][:])
-    figures.lengths = percentiles(lengths)
+    part.num_tokens = sum(shown["tokens"][:])
+    part.num_trained_tokens = sum(shown["trained"][:])
+    part.lengths = percentiles(lengths)
     first: list[str] = []
     for where, problems in zip(shown["where"][:], shown["problems"][:], strict=True):
         first.append("")
         for problem in problems:
             name, _, reason = problem.partition(": ")
-            findings.add(name, figures.name, f"{where}: {reason}" if reason else where)
+            findings.add(name, part.name, f"{where}: {reason}" if reason else where)
             first[-1] = first[-1] or MESSAGES[name]
     for where, length, cut in zip(shown["where"][:], lengths, shown["cut"][:], strict=True):
         if cut:
-            figures.truncated += 1
-            message = f"over {figures.max_length} tokens: {cut}"
-            findings.add("truncated", figures.name, f"{where}: {length} tokens", message)
-    _check_characters(good, tokenizer, figures, findings)
+            part.truncated += 1
+            message = f"over {part.max_length} tokens: {cut}"
+            findings.add("truncated", part.name, f"{where}: {length} tokens", message)
+    _check_characters(good, tokenizer, part, findings)
     return lengths, first
 
 
 def _check_characters(
-    good: Dataset, tokenizer: PreTrainedTokenizerFast, figures: SourceFigures, findings: Findings
+    good: Dataset, tokenizer: PreTrainedTokenizerFast, part: StageSource, findings: Findings
 ) -> None:
     counts: Counter[str] = Counter()
     for row in good:
@@ -96,7 +96,7 @@ def _check_characters(
     dropped = {char: n for char, n in counts.items() if drops(tokenizer, char)}
     for char, count in sorted(dropped.items(), key=lambda item: -item[1]):
         example = f"{char!r} (U+{ord(char):04X}), {count} times"
-        findings.add("dropped_character", figures.name, example)
+        findings.add("dropped_character", part.name, example)
 
 
 def drops(tokenizer: PreTrainedTokenizerFast, char: str) -> bool:
