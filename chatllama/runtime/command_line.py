@@ -1,4 +1,4 @@
-"""What the commands share: their parsers, lines on stderr, text that is safe on a terminal."""
+"""Shared by the commands: their parsers, lines on stderr, text that is safe on a terminal."""
 
 import argparse
 import re

@@ -1,6 +1,6 @@
-"""Which process this is, on which device, and the few collectives that we use.
+"""Rank and device of this process, and the few collectives that we use.
 
-The only place that asks whether there is a GPU. Works alike with one process and no launcher.
+The only place that checks for a GPU. With one process and no launcher everything works the same.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ def is_launched() -> bool:
 
 
 def nodes() -> int:
-    """Number of machines of this job, as `deepspeed` or `torchrun` says; 1 without a launcher."""
+    """Number of machines of this job, set by `deepspeed` or `torchrun`; 1 without a launcher."""
     return int(os.environ.get("CROSS_SIZE") or os.environ.get("GROUP_WORLD_SIZE") or "1")
 
 
@@ -50,10 +50,9 @@ def device() -> torch.device:
 
 def to_device(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor on this process's device; from the CPU to a GPU without waiting for the copy."""
-    place = device()
-    if place.type != "cpu" and tensor.device.type == "cpu":
+    if device().type != "cpu" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
-    return tensor.to(place, non_blocking=True)
+    return tensor.to(device(), non_blocking=True)
 
 
 def processes_here() -> int:
@@ -62,7 +61,7 @@ def processes_here() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that this process can still take on its device; on a CPU its share of what is free."""
+    """Free bytes of this process's device; on a CPU, free memory divided by its processes."""
     if torch.cuda.is_available():
         cached = torch.cuda.memory_reserved(device()) - torch.cuda.memory_allocated(device())
         return torch.cuda.mem_get_info(device())[0] + cached
@@ -72,10 +71,10 @@ def free_memory() -> int:
 
 
 def meet() -> None:
-    """Waits up to a minute for all ranks to have started, if they have not met yet.
+    """Opens the process group, if it is not open yet, and waits up to a minute for all ranks.
 
-    A rank that ends before it has met the others leaves those of other machines waiting for half
-    an hour; one that has met them is missed at once.
+    Ranks of other machines wait half an hour for a rank that ends before it joined the group; the
+    end of one that joined is noticed at once.
     """
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -100,7 +99,7 @@ def all_max(values: torch.Tensor) -> torch.Tensor:
 
 
 def all_any(flag: bool) -> bool:
-    """True on every rank when it is true on any."""
+    """True on every rank if `flag` is true on any."""
     return bool(all_sum(torch.tensor(float(flag), device=device())) > 0)
 
 
@@ -129,7 +128,7 @@ def barrier() -> None:
 
 
 def shut_down() -> None:
-    """Leaves the process group in step with the others (skipping this can abort at exit)."""
+    """Closes the process group after all ranks got here; without it, exit can abort."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -138,10 +137,8 @@ def shut_down() -> None:
 def call_inside(modules: Sequence[nn.Module], function: Callable[..., T], *inputs: Any) -> T:
     """The function's result, computed within the modules' own calls: ZeRO-3 fetches their weights.
 
-    Args:
-        modules: none of them inside another; each takes the inputs and gives the result.
-        function: instead of their forward methods.
-        *inputs: what the function takes.
+    None of the modules is inside another. The function takes the inputs in place of their forward
+    methods.
     """
     if not modules:
         return function(*inputs)

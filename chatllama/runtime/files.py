@@ -1,4 +1,4 @@
-"""Files and folders replaced whole: on disk before their name points at them, or not at all."""
+"""Atomic replacement of files and folders: flushed to disk before they get their name."""
 
 import errno
 import hashlib
@@ -14,7 +14,7 @@ def flush(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems keep no list of names that could be flushed.
+        # Some network file systems cannot flush a folder.
         if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -58,7 +58,7 @@ def put_back(folder: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replaces the file `path`, in one step, so that no reader ever sees half of it."""
+    """Replaces the file `path` in one step: no reader gets half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(text, encoding="utf-8")
@@ -84,5 +84,5 @@ def file_hash(path: Path) -> str:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Replaces `path` by `content` as JSON in one step, so that no reader sees half a file."""
+    """Replaces `path` by `content` as JSON in one step."""
     replace_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

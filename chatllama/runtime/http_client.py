@@ -1,6 +1,6 @@
 """HTTP requests with JSON bodies: a bearer key, retries, no redirects, proxies only where wanted.
 
-The key is in a header and in no message. What a failure means is up to the callers.
+The key is in a header and in no message. The callers decide what a failure means.
 """
 
 import json
@@ -15,7 +15,7 @@ import httpx2
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 LONGEST_WAIT = 60.0
-"""Seconds between two tries at most, unless the server asks for more."""
+"""Seconds between two tries at most, unless the server requests more."""
 SHOWN = 500
 """Characters of a server's answer that a message repeats."""
 
@@ -28,7 +28,7 @@ class HttpError(Exception):
         self.status = status
         """Of the answer; None: there was none."""
         self.retry_after = retry_after
-        """Seconds that the server asks to wait."""
+        """Seconds to wait before the next try, by the server."""
 
 
 class HttpClient:
@@ -127,7 +127,7 @@ def _proxy(url: str) -> str | None:
 
 
 def _complaint(content: bytes) -> str:
-    """What an error body says, in OpenAI's or vLLM's shape."""
+    """The message of an error body, in OpenAI's or vLLM's shape."""
     try:
         said = json.loads(content)
         said = said.get("error", said)

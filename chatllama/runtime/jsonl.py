@@ -1,6 +1,6 @@
 """JSON lines files that grow line by line and survive a kill, with their settings beside them.
 
-What the lines mean belongs to the callers; data sets of users are read in `data/reading`.
+The callers interpret the lines; data sets of users are read in `data/reading`.
 """
 
 import json
@@ -14,7 +14,7 @@ from chatllama.runtime.files import replace_text, write_json
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file; none if it is missing.
 
-    A last line without its newline is what a killed process left half written: it is left out.
+    A last line without its newline was half written when a process was killed: it is left out.
 
     Raises:
         ValueError: another line is not a JSON object.
@@ -47,7 +47,7 @@ def append_lines(path: Path, lines: Iterable[Mapping[str, Any]], *, finite: bool
     try:
         with path.open("ab") as file:
             file.write(content)
-    except OSError as error:  # a write, unlike an open, does not say where
+    except OSError as error:  # a write's error, unlike an open's, has no path
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 
 def quiet_libraries() -> None:
-    """No progress bars, usage telemetry or notes to library authors; warnings to users stay."""
+    """Turns off progress bars, telemetry and warnings for library authors, not those for users."""
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL counts its uses at start
@@ -19,12 +19,12 @@ def quiet_libraries() -> None:
 
 
 def _concerns_users(record: LogRecord) -> bool:
-    """False for two warnings that would only bury others.
+    """False for two warnings without consequence.
 
-    Every accumulating run under DeepSpeed would begin with the one: transformers' Trainer counts
-    accumulation steps itself and tells accelerate of one; accelerate then takes DeepSpeed's number,
-    which is the right one. Every product with an 8-bit matrix makes the other, unless its input is
-    float16: it is rounded to 8 bits by way of that type.
+    The first appears in every accumulating run under DeepSpeed: transformers' Trainer counts
+    accumulation steps itself and gives accelerate one; accelerate then uses DeepSpeed's number,
+    which is right. The second appears at every product with an 8-bit matrix whose input is not
+    float16: the input is rounded to 8 bits by way of that type.
     """
     unneeded = ("Gradient accumulation steps mismatch", "inputs will be cast from")
     return not any(text in record.getMessage() for text in unneeded)

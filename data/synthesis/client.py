@@ -14,16 +14,16 @@ from chatllama.runtime.http_client import SHOWN, HttpClient, HttpError
 
 
 class EndpointError(ValueError):
-    """The endpoint cannot be used; the message says why."""
+    """The endpoint cannot be used, for the reason in the message."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back."""
+    """The answer, and its tokens."""
 
     text: str
     finished: bool
-    """It ended by itself, not because it grew too long."""
+    """It ended by itself, not at the limit of tokens."""
     prompt_tokens: int
     completion_tokens: int
 
