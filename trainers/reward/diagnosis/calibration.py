@@ -19,8 +19,8 @@ FLIPS_SAMPLE = 5000
 
 
 @dataclass(frozen=True)
-class Share:
-    """A share of prompts with its 95 % interval."""
+class Proportion:
+    """A proportion of prompts with its 95 % interval."""
 
     value: float
     low: float
@@ -58,7 +58,7 @@ def weighted_mean(values: Array, weights: Array) -> float:
     return float((values * weights).sum() / total) if total else float("nan")
 
 
-def share(values: Array, weights: Array) -> Share:
+def proportion(values: Array, weights: Array) -> Proportion:
     """Weighted mean with the Wilson interval of as many draws as the weights sum to.
 
     Args:
@@ -66,9 +66,9 @@ def share(values: Array, weights: Array) -> Share:
         weights: (P,) that sum to the number of prompts; to 0: the interval is [0, 1].
     """
     if not weights.sum():
-        return Share(0.5, 0.0, 1.0)
+        return Proportion(0.5, 0.0, 1.0)
     mean, count = weighted_mean(values, weights), max(1, round(float(weights.sum())))
-    return Share(mean, *wilson_interval(mean * count, count))
+    return Proportion(mean, *wilson_interval(mean * count, count))
 
 
 def reliability(gaps: Array, weights: Array, num_bins: int = 10) -> list[Bin]:
@@ -79,7 +79,7 @@ def reliability(gaps: Array, weights: Array, num_bins: int = 10) -> list[Bin]:
     for number in range(num_bins):
         inside = weights * (places == number)
         if inside.sum():
-            right = share(correct, inside)
+            right = proportion(correct, inside)
             part = float(inside.sum() / weights.sum())
             mean = weighted_mean(confidence, inside)
             bins.append(Bin(part, mean, right.value, right.low, right.high))

@@ -15,7 +15,7 @@ from datasets import Dataset
 from chatllama.reporting.statistics import FLIP_EVIDENCE
 from data.batches import answer_pairs, ordered_pairs
 from trainers.reward.data import Preferences
-from trainers.reward.diagnosis.calibration import agreement, fit_flips, share
+from trainers.reward.diagnosis.calibration import agreement, fit_flips, proportion
 
 Rows = Sequence[Mapping[str, Any]]
 Pair = tuple[bytes, bytes]
@@ -46,7 +46,7 @@ def examine_data(data: Preferences) -> dict[str, Any]:
     train, held_out = rows_of(data.train), rows_of(data.held_out)
     seen, unseen = _places_of_pairs(train), _places_of_pairs(held_out)
     shared = {frozenset(pair) for pair in seen} & {frozenset(pair) for pair in unseen}
-    words = share(agreement(word_gaps(train, held_out)), _weights(held_out))
+    words = proportion(agreement(word_gaps(train, held_out)), _weights(held_out))
     return {
         "training": _describe(train, seen),
         "held_out": _describe(held_out, unseen),
@@ -88,7 +88,7 @@ def _describe(rows: Rows, seen: Mapping[Pair, list[str]]) -> dict[str, Any]:
         "repeated_pairs": sum(len(places) - 1 for places in seen.values()),
         "contradicted_pairs": len(twisted),
         "contradictions": [[*seen[a, b][:1], *seen[b, a][:1]] for a, b in twisted[:SUSPECTS_SHOWN]],
-        "longer_preferred": asdict(share(longer, np.asarray(pairs.weight, dtype=float))),
+        "longer_preferred": asdict(proportion(longer, np.asarray(pairs.weight, dtype=float))),
     }
 
 

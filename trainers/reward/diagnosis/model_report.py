@@ -21,15 +21,15 @@ from data.batches import answer_pairs
 from trainers.reward.data import Preferences
 from trainers.reward.diagnosis.calibration import (
     Bin,
-    Share,
+    Proportion,
     agreement,
     best_scale,
     calibration_error,
     correlation,
     histogram,
     log_loss,
+    proportion,
     reliability,
-    share,
     weighted_mean,
 )
 from trainers.reward.diagnosis.data_report import (
@@ -77,7 +77,7 @@ def examine_model(
     edges, shares = histogram(gaps, weights)
     differing = (np.sign(member_gaps) != np.sign(member_gaps[0])).any(0)
     return {
-        "accuracy": asdict(share(agreement(gaps), weights)),
+        "accuracy": asdict(proportion(agreement(gaps), weights)),
         "bayes_accuracy": bayes_accuracy,
         "log_loss": log_loss(gaps, weights),
         "calibration": {
@@ -92,7 +92,7 @@ def examine_model(
         "flips": doubtful_labels(rows, gaps, weights),
         "sources": _by_source(rows, pairs.prompt.numpy(), gaps, weights),
         "padding": asdict(padding),
-        "members": [asdict(share(agreement(own), weights)) for own in member_gaps],
+        "members": [asdict(proportion(agreement(own), weights)) for own in member_gaps],
         "disagreement": weighted_mean(differing, weights),
     }
 
@@ -113,8 +113,8 @@ def _about_length(
 ) -> dict[str, Any]:
     """Whether scores follow length, and accuracy where length cannot help."""
 
-    def accuracy(where: np.ndarray) -> Share:
-        return share(agreement(gaps), weights * where)
+    def accuracy(where: np.ndarray) -> Proportion:
+        return proportion(agreement(gaps), weights * where)
 
     difference = (lengths[better] - lengths[worse]) / np.maximum(lengths[better], lengths[worse])
     longer, shorter = accuracy(difference > 0), accuracy(difference < 0)
@@ -131,21 +131,21 @@ def _about_length(
     return {
         "score_correlation": correlation(lengths.astype(float), scores),
         "gap_correlation": correlation(difference, gaps),
-        "longer_preferred": asdict(share((difference > 0) + 0.5 * (difference == 0), weights)),
+        "longer_preferred": asdict(proportion(agreement(difference), weights)),
         "better_is_longer": asdict(longer),
         "better_is_shorter": asdict(shorter),
-        "controlled_accuracy": asdict(_mean_share(longer, shorter)),
+        "controlled_accuracy": asdict(_mean_proportion(longer, shorter)),
         "matched_accuracy": asdict(accuracy(matched)),
         "by_difference": by_difference,
     }
 
 
-def _mean_share(a: Share, b: Share) -> Share:
-    """Mean of two independent shares; half-widths add in squares (Newcombe 1998)."""
+def _mean_proportion(a: Proportion, b: Proportion) -> Proportion:
+    """Mean of two independent proportions; half-widths add in squares (Newcombe 1998)."""
     mean = (a.value + b.value) / 2
     low = math.hypot(a.value - a.low, b.value - b.low) / 2
     high = math.hypot(a.high - a.value, b.high - b.value) / 2
-    return Share(mean, mean - low, mean + high)
+    return Proportion(mean, mean - low, mean + high)
 
 
 def _by_source(
@@ -155,7 +155,7 @@ def _by_source(
     sources = [row["where"].rsplit(":", 1)[0] for row in rows]
     of_pair = np.array([sources[number] for number in prompt])
     return {
-        source: asdict(share(agreement(gaps), weights * (of_pair == source)))
+        source: asdict(proportion(agreement(gaps), weights * (of_pair == source)))
         for source in sorted(set(sources))
     }
 
