@@ -70,12 +70,11 @@ def build_roles(cfg: Config, run: RunFolder, tokenizer: PreTrainedTokenizerFast)
     heads: dict[Role, torch.Tensor] = {}
     members: list[list[Role]] = []
     first: SavedAdapter | None = None
-    for source in section.rewards:
-        if source.adapter is None:
+    for reward in section.rewards:
+        if reward.adapter is None:
             continue
-        folders = run.reward_members() if source.adapter == "run" else [source.adapter]
         members.append([])
-        for folder in folders:
+        for folder in run.reward_members() if reward.adapter == "run" else [reward.adapter]:
             saved = opened(folder)
             role = f"reward_{len(heads)}" if heads else "reward"
             adapters[role] = Adapter(saved.lora, saved.state)
@@ -83,19 +82,16 @@ def build_roles(cfg: Config, run: RunFolder, tokenizer: PreTrainedTokenizerFast)
             members[-1].append(role)
             first = first or saved
     if section.advantage == "gae":
-        # Without a reward adapter to copy, values start from 0 everywhere.
-        heads["value"] = first.head["weight"] if first else torch.zeros(())
-        if section.value_model == "policy_trunk":
-            heads["value"] = torch.zeros(())
-        elif first is not None:
-            adapters["value"] = Adapter(first.lora, first.state, trainable=True)
-        else:
-            adapters["value"] = Adapter(start.lora, start.state, trainable=True)
+        # On the policy's trunk, and without a reward adapter to copy, values start from 0.
+        heads["value"] = torch.zeros(())
+        if section.value_model == "adapter":
+            source = first or start
+            heads["value"] = first.head["weight"] if first else torch.zeros(())
+            adapters["value"] = Adapter(source.lora, source.state, trainable=True)
     with partitioned_loading(cfg.deepspeed, cfg.backbone.dtype):
         backbone = load_backbone(cfg.backbone, base_path(cfg, run))
     torch.manual_seed(cfg.seed)
-    on_policy = "value" in heads and "value" not in adapters
-    shared = {"value": "policy"} if on_policy else None
+    shared = {"value": "policy"} if "value" in heads and "value" not in adapters else None
     model = RoleModel(backbone, adapters, heads=tuple(heads), shared=shared)
     with torch.no_grad():
         for role, weight in heads.items():

@@ -1,4 +1,4 @@
-"""Checks over the metrics of past PPO steps; each returns a finding or None.
+"""Checks over the metrics of past PPO steps; each returns a finding or None, or raises TooFewSteps.
 
 Pure functions of (history, thresholds, this step's metrics). Their names, causes and remedies are
 in `rules.py`, the thresholds in `chatllama/config/ppo.py`.
@@ -22,6 +22,10 @@ KL_FLOOR = 0.02
 Metrics = Mapping[str, float]
 
 
+class TooFewSteps(Exception):
+    """A check needs more steps than there have been."""
+
+
 @dataclass
 class History:
     """The metrics that the checks look back at: of the first steps and of the last ones."""
@@ -43,17 +47,19 @@ class History:
         kept = max(section.window, GRAD_NORM_STEPS + 2)
         self.last[name] = [*self.last.get(name, []), value][-kept:]
 
-    def recent(self, name: str, count: int) -> list[float] | None:
-        """The last `count` values, or None while there are fewer."""
+    def recent(self, name: str, count: int) -> list[float]:
+        """The last `count` values; raises TooFewSteps while there are fewer."""
         values = self.last.get(name, [])
-        return values[-count:] if len(values) >= count else None
+        if len(values) < count:
+            raise TooFewSteps
+        return values[-count:]
 
-    def change(self, name: str, section: HealthSection) -> tuple[float, float] | None:
-        """Mean over the first steps and over the last window; None while they could overlap."""
-        first, last = self.first.get(name, []), self.recent(name, section.window)
-        if self.steps < section.baseline_steps + section.window or last is None:
-            return None
-        return _mean(first), _mean(last)
+    def change(self, name: str, section: HealthSection) -> tuple[float, float]:
+        """Mean over the first steps and over the last window, which must not overlap."""
+        if self.steps < section.baseline_steps + section.window:
+            raise TooFewSteps
+        last = self.recent(name, section.window)
+        return _mean(self.first[name]), _mean(last)
 
 
 @dataclass(frozen=True)
@@ -107,8 +113,6 @@ def check_first_ratio(history: History, section: HealthSection, metrics: Metrics
 def check_ratio(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
     """No update multiplies a token's probability too much, two steps in a row."""
     last = history.recent("ppo/ratio_max", 2)
-    if last is None:
-        return None
     return _above(
         min(last),
         section.max_ratio,
@@ -120,11 +124,12 @@ def check_ratio(history: History, section: HealthSection, metrics: Metrics) -> F
 def check_approx_kl(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
     """Ratios stay near 1 on the whole."""
     figure = metrics["ppo/approx_kl"]
+    factor = math.exp(math.sqrt(2 * figure))
     return _above(
         figure,
         section.max_approx_kl,
-        f"An update made the sampled tokens {math.exp(math.sqrt(2 * figure)):.3g} times as likely "
-        "or unlikely (root mean square): they no longer describe the policy that learns from them.",
+        f"An update made the sampled tokens {factor:.3g} times as likely or unlikely (root mean "
+        "square): they no longer describe the policy that learns from them.",
     )
 
 
@@ -146,8 +151,6 @@ def check_grad_norm(history: History, section: HealthSection, metrics: Metrics) 
 def check_kl(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
     """The policy stays near the reference, two steps in a row."""
     last = history.recent("ppo/kl_token", 2)
-    if last is None:
-        return None
     return _above(
         min(last),
         section.max_kl_token,
@@ -181,8 +184,6 @@ def check_negative_kl(history: History, section: HealthSection, metrics: Metrics
     """The KL is not negative; its k1 estimate may be, within its standard error."""
     kl = history.recent("ppo/kl_sequence", section.window)
     errors = history.recent("ppo/kl_sequence_se", section.window)
-    if kl is None or errors is None:
-        return None
     figure, error = _mean(kl), _error_of_mean(errors)
     return _below(
         figure,
@@ -192,13 +193,9 @@ def check_negative_kl(history: History, section: HealthSection, metrics: Metrics
     )
 
 
-def check_clip_fraction(
-    history: History, section: HealthSection, metrics: Metrics
-) -> Finding | None:
+def check_clipping(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
     """Few tokens are outside the clip range."""
     last = history.recent("ppo/clip_fraction", section.window)
-    if last is None:
-        return None
     return _above(
         _mean(last),
         section.max_clip_fraction,
@@ -207,12 +204,10 @@ def check_clip_fraction(
     )
 
 
-def check_dead_rewards(
-    history: History, section: HealthSection, metrics: Metrics
-) -> Finding | None:
+def check_scores(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
     """Scores differ between responses."""
     last = history.recent("ppo/score_std", DEAD_STEPS)
-    if last is None or max(last) > section.min_score_std:
+    if max(last) > section.min_score_std:
         return None
     return Finding(
         max(last),
@@ -226,7 +221,7 @@ def check_gold_falls(history: History, section: HealthSection, metrics: Metrics)
     """Gold does not fall, in two evaluations, while the reward model's score rises."""
     gold = history.recent("ppo/eval_gold_mean", 2)
     errors = history.recent("ppo/eval_gold_se", 2)
-    if gold is None or errors is None or not history.best:
+    if not history.best:
         return None
     best, best_error = history.best["ppo/eval_gold_mean"], history.best["ppo/eval_gold_se"]
     thresholds = [
@@ -244,13 +239,11 @@ def check_gold_falls(history: History, section: HealthSection, metrics: Metrics)
     )
 
 
-def check_disagreement(
-    history: History, section: HealthSection, metrics: Metrics
-) -> Finding | None:
+def check_ensemble(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
     """The reward models of an ensemble agree as much as at first, or the score does not rise."""
     spread = history.change("ppo/ensemble_disagreement", section)
     score = history.change("ppo/score_mean", section)
-    if spread is None or score is None or spread[0] <= 0 or score[1] <= score[0]:
+    if spread[0] <= 0 or score[1] <= score[0]:
         return None
     figure = spread[1] / spread[0]
     return _above(
@@ -264,8 +257,6 @@ def check_disagreement(
 def check_eos(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
     """About as many responses end with a stop token as at first."""
     change = history.change("ppo/eos_rate", section)
-    if change is None:
-        return None
     return _below(
         change[1],
         change[0] - section.max_eos_drop,
@@ -276,8 +267,6 @@ def check_eos(history: History, section: HealthSection, metrics: Metrics) -> Fin
 def check_length(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
     """Responses are about as long as at first."""
     change = history.change("ppo/response_length", section)
-    if change is None:
-        return None
     factor, limit = change[1] / change[0], section.max_length_factor
     if 1 / limit <= factor <= limit:
         return None
@@ -292,7 +281,7 @@ def check_length(history: History, section: HealthSection, metrics: Metrics) -> 
 def check_entropy(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
     """Responses vary."""
     change = history.change("ppo/entropy", section)
-    if change is None or change[0] <= 0:
+    if change[0] <= 0:
         return None
     return _below(
         change[1] / change[0],
@@ -305,7 +294,7 @@ def check_entropy(history: History, section: HealthSection, metrics: Metrics) ->
 def check_critic(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
     """The critic beats a constant, or improves."""
     last = history.recent("ppo/explained_variance", CRITIC_STEPS)
-    if last is None or history.steps < section.critic_patience + CRITIC_STEPS:
+    if history.steps < section.critic_patience + CRITIC_STEPS:
         return None
     figure, half = _mean(last), CRITIC_STEPS // 2
     if _mean(last[half:]) > _mean(last[:half]) + CRITIC_RISE:

@@ -15,7 +15,7 @@ import torch
 
 from chatllama.config.ppo import HealthSection
 from chatllama.runtime.jsonl import append_lines, keep_lines
-from trainers.ppo.health.checks import History
+from trainers.ppo.health.checks import History, TooFewSteps
 from trainers.ppo.health.rules import RULES, Rule
 
 Severity = Literal["warning", "fatal"]
@@ -94,7 +94,10 @@ class HealthMonitor:
         self._history, self._reported = History(**state["history"]), state["reported"]
 
     def _diagnosis(self, rule: Rule, step: int, metrics: Mapping[str, float]) -> Diagnosis | None:
-        finding = rule.check(self._history, self.section, metrics)
+        try:
+            finding = rule.check(self._history, self.section, metrics)
+        except TooFewSteps:
+            return None
         if finding is None:
             return None
         reported = self._reported.get(rule.name)

@@ -129,14 +129,14 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "clip_fraction_high",
         ("ppo/clip_fraction",),
-        checks.check_clip_fraction,
+        checks.check_clipping,
         ("learning rate too high", "too many updates on one batch", "clip range too narrow"),
         f"{RATE_DOWN}, ppo.epochs (lower), ppo.clip_range (wider)",
     ),
     Rule(
         "dead_rewards",
         ("ppo/score_std",),
-        checks.check_dead_rewards,
+        checks.check_scores,
         (
             "the reward model has learnt nothing, or its head was not loaded",
             "scores clipped to one value",
@@ -158,7 +158,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "reward_hacking",
         ("ppo/ensemble_disagreement", "ppo/score_mean"),
-        checks.check_disagreement,
+        checks.check_ensemble,
         (
             "KL penalty too weak for these reward models",
             "reward models trained on other text than the policy now writes",
