@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.schema import Config
@@ -43,11 +43,11 @@ def stop_tokens(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> StopTokens:
 class PtxMicrobatch:
     """The texts beside one microbatch of responses, on the CPU."""
 
-    tokens: torch.Tensor
+    tokens: Tensor
     """(N, L) int64, padded on the right."""
-    mask: torch.Tensor
+    mask: Tensor
     """(N, L) bool, real tokens."""
-    loss_mask: torch.Tensor
+    loss_mask: Tensor
     """(N, L) bool, tokens whose likelihood counts."""
     num_tokens: int
     """Such tokens in the whole optimizer step, over all ranks."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from chatllama.config.base import load_function
 from chatllama.config.ppo import PpoSection
@@ -39,7 +40,7 @@ class Statistics:
         variance = self.squares / (self.count - 1) if self.count > 1 else 0.0
         return math.sqrt(variance) if variance > 0 else 1.0
 
-    def merged(self, scores: torch.Tensor) -> "Statistics":
+    def merged(self, scores: Tensor) -> "Statistics":
         """Statistics with `scores` (N,) added."""
         numbers = scores.double()
         count, mean = self.count + len(numbers), float(numbers.mean())
@@ -75,8 +76,8 @@ class Scorer:
                 self.terms.append(ScoreTerm(source.weight, function=function))
 
     def total(
-        self, member_scores: torch.Tensor, prompts: Sequence[str], responses: Sequence[str]
-    ) -> torch.Tensor:
+        self, member_scores: Tensor, prompts: Sequence[str], responses: Sequence[str]
+    ) -> Tensor:
         """Scores of whole answers: (B,) float32.
 
         Args:
@@ -93,7 +94,7 @@ class Scorer:
                 total = total + term.weight * combined
         return total
 
-    def disagreement(self, member_scores: torch.Tensor) -> torch.Tensor | None:
+    def disagreement(self, member_scores: Tensor) -> Tensor | None:
         """Deviation among the members of the first ensemble: (B,); None without an ensemble."""
         for term in self.terms:
             if len(term.roles) > 1:
@@ -101,7 +102,7 @@ class Scorer:
                 return member_scores[:, columns].std(1)
         return None
 
-    def _functions(self, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
+    def _functions(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Weighted sum of the functions' values (B,); each rank calls them for its part."""
         total = [0.0] * len(prompts)
         functions = [(t.weight, t.function) for t in self.terms if t.function is not None]
@@ -128,12 +129,8 @@ def _is_finite(value: object) -> bool:
 
 
 def shaped_scores(
-    section: PpoSection,
-    scores: torch.Tensor,
-    finished: torch.Tensor,
-    lengths: torch.Tensor,
-    statistics: Statistics,
-) -> torch.Tensor:
+    section: PpoSection, scores: Tensor, finished: Tensor, lengths: Tensor, statistics: Statistics
+) -> Tensor:
     """Normalised and clipped scores less the penalties: (B,) float32.
 
     Args:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.func import functional_call
 
 from chatllama.model.roles import RoleModel
@@ -39,8 +40,8 @@ class DenseRole:
     def __init__(
         self,
         world: World,
-        adapter: Iterable[tuple[str, torch.Tensor]] | None,
-        head: tuple[torch.Tensor, ...] = (),
+        adapter: Iterable[tuple[str, Tensor]] | None,
+        head: tuple[Tensor, ...] = (),
     ) -> None:
         self.llama = world.new_llama().double()
         self.adapter = {
@@ -64,17 +65,17 @@ class DenseRole:
         return cls(world, named, tuple(p for _, p in sorted(heads, reverse=True)))
 
     @property
-    def parameters(self) -> list[torch.Tensor]:
+    def parameters(self) -> list[Tensor]:
         """Adapter tensors in the given order, then the head's weight and bias."""
         return [*self.adapter.values(), *self.head]
 
-    def gradient(self, loss: torch.Tensor) -> torch.Tensor:
+    def gradient(self, loss: Tensor) -> Tensor:
         """Of `loss` with respect to all parameters: one float64 vector."""
         gradients = torch.autograd.grad(loss, self.parameters)
         return torch.cat([gradient.flatten() for gradient in gradients])
 
-    def _weights(self) -> dict[str, torch.Tensor]:
-        weights: dict[str, torch.Tensor] = {**dict(self.llama.named_parameters())}
+    def _weights(self) -> dict[str, Tensor]:
+        weights: dict[str, Tensor] = {**dict(self.llama.named_parameters())}
         for name, a in self.adapter.items():
             if ".lora_A." not in name:
                 continue
@@ -84,11 +85,11 @@ class DenseRole:
             weights[target] = weights[target] + LORA.alpha / LORA.r * b @ a
         return weights
 
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+    def logits(self, tokens: Tensor) -> Tensor:
         """(B, T, V) float64 of rows without padding."""
         return functional_call(self.llama, self._weights(), (tokens,)).logits
 
-    def scalars(self, tokens: torch.Tensor) -> torch.Tensor:
+    def scalars(self, tokens: Tensor) -> Tensor:
         """(B, T) float64: the head's number at every position of rows without padding."""
         weights = {n.removeprefix("model."): w for n, w in self._weights().items()}
         weights.pop("lm_head.weight")
@@ -115,17 +116,17 @@ class Enumeration:
         return [(prompt, response) for prompt in self.prompts for response in responses]
 
     @cached_property
-    def mask(self) -> torch.Tensor:
+    def mask(self) -> Tensor:
         """(N, L) bool."""
         lengths = torch.tensor([len(response) for _, response in self.rows])
         return torch.arange(self.max_new_tokens)[None] < lengths[:, None]
 
     @cached_property
-    def finished(self) -> torch.Tensor:
+    def finished(self) -> Tensor:
         """(N,) bool: ended by the stop token."""
         return torch.tensor([response[-1] == STOP for _, response in self.rows])
 
-    def _per_token(self, role: DenseRole, kind: str, temperature: float) -> torch.Tensor:
+    def _per_token(self, role: DenseRole, kind: str, temperature: float) -> Tensor:
         """(N, L): log-probability of each token, or the head's number before it."""
         prefixes = [r for r in all_responses(self.max_new_tokens) if r[-1] != STOP]
         table = []
@@ -146,15 +147,15 @@ class Enumeration:
                 table.append(torch.stack(found))
         return torch.stack(table)
 
-    def logprobs(self, role: DenseRole, temperature: float) -> torch.Tensor:
+    def logprobs(self, role: DenseRole, temperature: float) -> Tensor:
         """(N, L) float64, of each response's tokens."""
         return self._per_token(role, "logprobs", temperature)
 
-    def values(self, role: DenseRole) -> torch.Tensor:
+    def values(self, role: DenseRole) -> Tensor:
         """(N, L) float64, of the state before each token."""
         return torch.where(self.mask, self._per_token(role, "values", 1.0), 0.0)
 
-    def scores(self, reward_role: DenseRole) -> torch.Tensor:
+    def scores(self, reward_role: DenseRole) -> Tensor:
         """(N,) float64: the known reward, the reward adapter's, and the missing-EOS penalty."""
         known = [reward(self.world.text(p), self.world.text(r)) for p, r in self.rows]
         sequences = [(*p, *r) for p, r in self.rows]
@@ -166,11 +167,11 @@ class Enumeration:
         total = torch.tensor(known).double() + ADAPTER_WEIGHT * read
         return total - MISSING_EOS_PENALTY * (~self.finished).double()
 
-    def probabilities(self, logprobs: torch.Tensor) -> torch.Tensor:
+    def probabilities(self, logprobs: Tensor) -> Tensor:
         """(N,) float64 of a response and its prompt; they sum to 1 over all rows."""
         return logprobs.sum(1).exp() / len(self.prompts)
 
-    def state_values(self, logprobs: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+    def state_values(self, logprobs: Tensor, rewards: Tensor) -> Tensor:
         """V^pi of the state before each token, by its definition; all (N, L) float64."""
         weights, values = logprobs.sum(1).exp(), torch.zeros_like(rewards)
         for t in range(self.max_new_tokens):
@@ -188,20 +189,20 @@ class Enumeration:
 class Optimum:
     """pi* = pi_ref exp(r / beta) / Z of each prompt, and J* = beta log Z."""
 
-    reference: torch.Tensor
+    reference: Tensor
     """(N,) float64, log pi_ref of each response."""
-    scores: torch.Tensor
+    scores: Tensor
     """(N,) float64."""
     beta: float
     num_prompts: int
 
-    def objective(self, logprobs: torch.Tensor) -> torch.Tensor:
+    def objective(self, logprobs: Tensor) -> Tensor:
         """J = E[r - beta log(pi / pi_ref)], the mean over prompts, from log pi (N,) float64."""
         gain = self.scores - self.beta * (logprobs - self.reference)
         return (logprobs.exp() * gain).sum() / self.num_prompts
 
     @cached_property
-    def log_normalizers(self) -> torch.Tensor:
+    def log_normalizers(self) -> Tensor:
         """(prompts,) float64: log Z."""
         exponents = (self.reference + self.scores / self.beta).view(self.num_prompts, -1)
         return exponents.logsumexp(1)
@@ -211,7 +212,7 @@ class Optimum:
         """J*."""
         return float(self.beta * self.log_normalizers.mean())
 
-    def kl_to_best(self, logprobs: torch.Tensor) -> float:
+    def kl_to_best(self, logprobs: Tensor) -> float:
         """KL(pi || pi*), nats, the mean over prompts; equals (J* - J) / beta."""
         best = (self.reference + self.scores / self.beta).view(self.num_prompts, -1)
         best = (best - self.log_normalizers[:, None]).flatten()

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import torch
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 
 from chatllama.model.roles import Role, RoleModel, adapter_parameters
 from trainers.ppo.data import Prompts
@@ -102,7 +102,7 @@ class Listing:
         """Of all groups, one after another."""
         return [row for members in self.groups for row in members]
 
-    def weights(self, logprobs: torch.Tensor) -> torch.Tensor:
+    def weights(self, logprobs: Tensor) -> Tensor:
         """(B,) float64: probability of a row's group and prompt, over the group's size.
 
         Times the number of tokens, because the loss divides by it.
@@ -125,11 +125,11 @@ class EnumeratingTrainer(PpoTrainer):
     """A trainer whose rollout batch is a given list of responses; set the attributes first."""
 
     listing: Listing
-    weights: torch.Tensor
+    weights: Tensor
     """(B,) float64, factors of the advantages, in the listing's order like the next two."""
-    values: torch.Tensor | None
+    values: Tensor | None
     """(B, R) from which advantages are made, instead of the value model's."""
-    noise: torch.Tensor | None
+    noise: Tensor | None
     """(2, B, R) added to the old log-probabilities and values before the update."""
     order: list[int]
     """Set by the step: the place in the listing of each row of the rollout."""
@@ -190,7 +190,7 @@ class Truth:
             self.value = DenseRole.of(world, model, "value")
             self.values = every.values(self.value)
 
-    def state_values(self) -> torch.Tensor:
+    def state_values(self) -> Tensor:
         """(N, L) float64: V^pi."""
         return self.listing.every.state_values(self.logprobs.detach(), self.rewards)
 
@@ -200,7 +200,7 @@ class Truth:
         prompts = len(self.listing.every.prompts)
         return Optimum(self.reference.sum(1), self.scores, BETA, prompts)
 
-    def policy_loss(self) -> torch.Tensor:
+    def policy_loss(self) -> Tensor:
         """() whose gradient the policy's adapter must get: -J, with the setting's other terms."""
         setting, mask = self.setting, self.listing.every.mask
         if setting.old_policy:
@@ -214,7 +214,7 @@ class Truth:
             loss = loss + KL_LOSS_COEF * torch.where(mask, estimate, 0.0).sum() / mask.sum()
         return loss
 
-    def _clipped_loss(self) -> torch.Tensor:
+    def _clipped_loss(self) -> Tensor:
         """-E[min(A r, clip(r) A)] over the current policy's responses."""
         every = self.listing.every
         advantages = self._rewards_to_go() - self.values.detach()
@@ -223,7 +223,7 @@ class Truth:
         gain = torch.where(every.mask, gain, 0.0).sum(1)
         return -(every.probabilities(self.logprobs.detach()) * gain).sum()
 
-    def _grpo_loss(self) -> torch.Tensor:
+    def _grpo_loss(self) -> Tensor:
         """-E[A log pi] over pairs, A = (G - mean) / (deviation + 1e-6) written for two numbers."""
         pairs = torch.tensor(self.listing.groups)
         first, second = self.rewards.sum(1)[pairs].unbind(1)
@@ -233,10 +233,10 @@ class Truth:
         joint = own.detach().exp().prod(1) / len(self.listing.every.prompts)
         return -(joint * advantage * (own[:, 0] - own[:, 1]) / 2).sum()
 
-    def _rewards_to_go(self) -> torch.Tensor:
+    def _rewards_to_go(self) -> Tensor:
         return self.rewards.flip(1).cumsum(1).flip(1)
 
-    def value_loss(self) -> torch.Tensor:
+    def value_loss(self) -> Tensor:
         """() whose gradient value adapter and head must get, with lambda 1."""
         mask, returns = self.listing.every.mask, self._rewards_to_go()
         loss = (self.values - returns).square()
@@ -262,7 +262,7 @@ def check_gradient(world: World, setting: Setting) -> Outcome:
     trainer.noise = truth.noise[:, rows] if setting.old_policy else None
     gradients, metrics = _step(trainer)
 
-    def found(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    def found(parameters: Sequence[nn.Parameter]) -> Tensor:
         return torch.cat([gradients[id(p)].flatten() for p in parameters])
 
     policy = found(adapter_parameters(model, "policy"))
@@ -319,9 +319,9 @@ def _trainer(world: World, setting: Setting, listing: Listing) -> EnumeratingTra
     return trainer
 
 
-def _step(trainer: EnumeratingTrainer) -> tuple[dict[int, torch.Tensor], dict[str, float]]:
+def _step(trainer: EnumeratingTrainer) -> tuple[dict[int, Tensor], dict[str, float]]:
     """Gradients by the parameters' identity, and metrics, of one step over all responses."""
-    gradients: dict[int, torch.Tensor] = {}
+    gradients: dict[int, Tensor] = {}
 
     def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
         for group in optimizer.param_groups:
