@@ -58,21 +58,19 @@ def check_config(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     for key, plain in plain_config.items():
         if config.get(key, plain) != plain:
             raise Refused(f"{path}: {key} is {config[key]!r}, which vLLM and llama.cpp do not read")
-    if config["peft_type"] != "LORA":
-        raise Refused(f"{path}: peft_type {config['peft_type']!r} is not LORA")
-    if not 1 <= config["r"] <= VLLM_MAX_RANK:
-        raise Refused(f"{path}: rank {config['r']}: vLLM serves ranks up to {VLLM_MAX_RANK}")
+    kind, rank, heads = config["peft_type"], config["r"], config.get("modules_to_save") or None
     allowed = ["score"] if record["kind"] == "reward" else None
-    if (config.get("modules_to_save") or None) != allowed:
-        raise Refused(
-            f"{path}: modules_to_save {config['modules_to_save']}, expected {allowed}: vLLM "
-            "refuses whole modules in an adapter"
-        )
-    if strange := sorted({m.split(".")[-1] for m in config["target_modules"]} - LAYERS):
-        raise Refused(f"{path}: adapts {', '.join(strange)}, which vLLM does not for a LLaMA")
+    strange = sorted({m.split(".")[-1] for m in config["target_modules"]} - LAYERS)
     base = str(config["base_model_name_or_path"])
-    if Path(base).is_absolute():
-        raise Refused(f"{path}: base_model_name_or_path {base!r} is a path of the training machine")
+    for wrong, reason in (
+        (kind != "LORA", f"peft_type {kind!r} is not LORA"),
+        (not 1 <= rank <= VLLM_MAX_RANK, f"rank {rank}: vLLM serves ranks up to {VLLM_MAX_RANK}"),
+        (heads != allowed, f"modules_to_save {heads}, expected {allowed}, as vLLM refuses others"),
+        (strange, f"adapts {', '.join(strange)}, which vLLM does not for a LLaMA"),
+        (Path(base).is_absolute(), f"base_model_name_or_path {base!r} is a path of one machine"),
+    ):
+        if wrong:
+            raise Refused(f"{path}: {reason}")
     return config
 
 

@@ -75,24 +75,21 @@ def merged(base: ModelFiles, adapter: SavedAdapter | None, dtype: torch.dtype) -
     Raises:
         ValueError: the adapter changes a tensor that the base does not have, or of another shape.
     """
-    if adapter is None:
-        same = dict.fromkeys(base.shapes, dtype)
-        return ModelFiles(base.shapes, same, lambda name: cast_to(base.tensor(name), dtype, name))
-    scale = adapter.lora.alpha / adapter.lora.r
-    changed = {name.removeprefix(_PREFIX).replace(".lora_A.", "."): name for name in adapter.state}
-    changed = {name: key for name, key in changed.items() if ".lora_B." not in name}
-    for name, key in changed.items():
-        a, b = adapter.state[key], adapter.state[key.replace(".lora_A.", ".lora_B.")]
-        if base.shapes.get(name) != (b.shape[0], a.shape[1]):
-            raise ValueError(
-                f"the adapter changes {name} of shape {(b.shape[0], a.shape[1])}; in the base it "
-                f"has {base.shapes.get(name, 'no such tensor')}"
-            )
+    state = adapter.state if adapter is not None else {}
+    scale = adapter.lora.alpha / adapter.lora.r if adapter is not None else 0.0
+    products: dict[str, tuple[Tensor, Tensor]] = {}
+    for key in (key for key in state if ".lora_A." in key):
+        a, b = state[key], state[key.replace(".lora_A.", ".lora_B.")]
+        name, shape = key.removeprefix(_PREFIX).replace(".lora_A.", "."), (b.shape[0], a.shape[1])
+        if base.shapes.get(name) != shape:
+            found = base.shapes.get(name, "no such tensor")
+            raise ValueError(f"the adapter changes {name} of shape {shape}; the base has {found}")
+        products[name] = (a, b)
 
     def tensor(name: str) -> Tensor:
         weight = base.tensor(name)
-        if (key := changed.get(name)) is not None:
-            a, b = adapter.state[key], adapter.state[key.replace(".lora_A.", ".lora_B.")]
+        if name in products:
+            a, b = products[name]
             weight = weight.float() + scale * (b.float() @ a.float())
         return cast_to(weight, dtype, name)
 

@@ -180,7 +180,7 @@ def test_merged_tensors_by_hand() -> None:
     with pytest.raises(ValueError, match=r"too large for torch\.float16: choose another --dtype"):
         merged(files, adapter, torch.float16).tensor(name)
     state[key.format("A")] = torch.ones(1, 3)
-    with pytest.raises(ValueError, match=r"of shape \(2, 3\); in the base it has \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"of shape \(2, 3\); the base has \(2, 2\)"):
         merged(files, adapter, torch.float32)
 
 
