@@ -67,7 +67,7 @@ def check_config(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
         (not 1 <= rank <= VLLM_MAX_RANK, f"rank {rank}: vLLM serves ranks up to {VLLM_MAX_RANK}"),
         (heads != allowed, f"modules_to_save {heads}, expected {allowed}, as vLLM refuses others"),
         (strange, f"adapts {', '.join(strange)}, which vLLM does not for a LLaMA"),
-        (Path(base).is_absolute(), f"base_model_name_or_path {base!r} is a path of one machine"),
+        (Path(base).is_absolute(), f"base_model_name_or_path {base!r}: a path of this machine"),
     ):
         if wrong:
             raise Refused(f"{path}: {reason}")

@@ -73,7 +73,7 @@ def make_exported(folder: Path, tokenizer: Path, **changes: Any) -> Exported:
     }
     save_adapter(run.policy_adapter, state, LORA, {**sft.info, "stage": "ppo"})
     run.result("sft").write_text('{"steps": 3}')
-    record = gather(cfg, run, "sft", lambda path, split: {path: Path(__file__)}, {})
+    record = gather(cfg, run, "sft", {})
     data = {
         str(folder / "secret" / "mine.jsonl"): {"sha256": "5ea" * 21},
         "hub/set": {"sha256": None},
@@ -265,7 +265,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "adapted head": (change_config(target_modules=["lm_head"]), "adapts lm_head, which vLLM"),
     "DoRA": (change_config(use_dora=True), "use_dora is True"),
     "rslora": (change_config(use_rslora=True), "use_rslora is True"),
-    "absolute path": (change_config(base_model_name_or_path="/x/llama"), "a path of the mach"),
+    "absolute path": (change_config(base_model_name_or_path="/x/llama"), "a path of this machine"),
     "a model's config": (lambda f: (f / "config.json").write_text("{}"), "take it for a whole"),
     "no card": (lambda f: (f / "README.md").unlink(), "no README.md: not a complete export"),
     "no record": (lambda f: (f / INFO).unlink(), f"no {INFO}: not a complete export"),
