@@ -177,7 +177,7 @@ def read_bytes(
     file = folder / name
     file.write_bytes(content)
     source = DataSource.model_validate({"path": name, **options})
-    decoded = list(decode(DataFile(file, name), source.encoding, source.columns, source.format))
+    decoded = list(decode(DataFile(file, name), source))
     try:
         rows: list[dict[str, Any]] = list(_rows(iter(decoded), source, kind))
     except ValueError as error:

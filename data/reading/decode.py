@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow
 import pyarrow.parquet
 
+from chatllama.config.sources import DataSource
 from data.reading.files import COMPRESSIONS, TYPES, DataFile, suffix
 from data.reading.formats import RecordError, shorten, unique_keys
 from data.reading.json_arrays import ArrayReader, Line
@@ -27,24 +28,18 @@ Decoded = tuple[str, object]
 DAMAGES = (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
 
 
-def decode(
-    file: DataFile,
-    encoding: str = "utf-8",
-    columns: Sequence[str] | None = None,
-    format: object = None,
-) -> Iterator[Decoded]:
+def decode(file: DataFile, source: DataSource) -> Iterator[Decoded]:
     """Place and object of each record of a file; a `RecordError` in place of what is broken.
 
     The place of a line of a jsonl or csv file is `name:line`; of a record of a json array or a
     parquet file, its number from 1. A txt file has a document for each run of lines between blank
     ones, or, with the format `lines`, on each line, as `{"text": ...}`. A broken line is one
     error, and the next is read; after damage that hides where records begin, nothing more is.
-    `columns` are the names of those of a table without a header; the formats `text` and `lines`
-    open a file of any name.
+    The formats `text` and `lines` open a file of any name.
     """
     where = file.name
     try:
-        for where, record in _records(file, encoding, columns, format):
+        for where, record in _records(file, source):
             yield where, record
     except RecordError as error:
         yield str(error).split(": ", 1)[0], error
@@ -57,33 +52,32 @@ def _error(where: str, message: str) -> tuple[str, RecordError]:
     return where, RecordError(f"{where}: {message}")
 
 
-def _records(
-    file: DataFile, encoding: str, columns: Sequence[str] | None, format: object
-) -> Iterator[Decoded]:
+def _records(file: DataFile, source: DataSource) -> Iterator[Decoded]:
     """`decode`, with exceptions for damage and for errors after which reading cannot go on."""
     kind = suffix(file.path)
-    if kind not in TYPES and format not in ("text", "lines") and file.aligned is None:
+    if kind not in TYPES and source.format not in ("text", "lines") and file.aligned is None:
         known = f"known: {', '.join((*TYPES, *COMPRESSIONS))}"
         hint = "for plain text of any name give format: text (or lines)"
         yield _error(file.name, f"unknown file type {kind!r}; {known}; {hint}")
         return
-    if columns is not None and kind not in (".csv", ".tsv"):
+    if source.columns is not None and kind not in (".csv", ".tsv"):
         yield _error(file.name, "`columns` is for csv and tsv files without a header line")
         return
     if kind == ".parquet" and file.aligned is None:
         yield from _parquet(file)
         return
     with _open(file.path) as stream:
-        lines = _lines(stream, file.name, encoding)
+        lines = _lines(stream, file.name, source.encoding)
         if file.aligned is not None:
             with _open(file.aligned) as other:
-                yield from _aligned(lines, _lines(other, file.aligned.name, encoding), file)
+                there = _lines(other, file.aligned.name, source.encoding)
+                yield from _aligned(lines, there, file)
         elif kind in (".csv", ".tsv"):
-            yield from _table(lines, file.name, "," if kind == ".csv" else "\t", columns)
+            yield from _table(lines, file.name, "," if kind == ".csv" else "\t", source.columns)
         elif kind in (".json", ".jsonl", ".ndjson"):
             yield from _json(lines, file.name)
         else:
-            yield from _texts(lines, by_line=format == "lines")
+            yield from _texts(lines, by_line=source.format == "lines")
 
 
 def _open(file: Path) -> BinaryIO:

@@ -178,7 +178,7 @@ def _decode(source: DataSource, data: list[DataFile] | Dataset) -> Iterator[tupl
             yield f"{source.path}: record {number}", {k: v for k, v in raw.items() if v is not None}
         return
     for file in data:
-        yield from decode(file, source.encoding, source.columns, source.format)
+        yield from decode(file, source)
 
 
 def _rows(

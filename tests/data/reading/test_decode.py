@@ -12,13 +12,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from chatllama.config.sources import DataSource
 from data.reading.decode import decode
 from data.reading.files import DataFile
 from data.reading.formats import RecordError
 
 
 def run(file: Path, **options: Any) -> list[tuple[str, object]]:
-    return list(decode(DataFile(file, file.name), **options))
+    source = DataSource.model_validate({"path": file.name, **options})
+    return list(decode(DataFile(file, file.name), source))
 
 
 def errors(found: list[tuple[str, object]]) -> list[str]:
@@ -189,10 +191,11 @@ def test_long_arrays_are_read_piece_by_piece(tmp_path: Path) -> None:
 
 def test_an_array_is_not_held_in_memory(tmp_path: Path) -> None:
     row = {"text": "x" * 10_000}
-    (tmp_path / "a.json").write_text("[" + ",\n".join([json.dumps(row)] * 2000) + "]")
+    file = DataFile(tmp_path / "a.json", "a.json")
+    file.path.write_text("[" + ",\n".join([json.dumps(row)] * 2000) + "]")
     tracemalloc.start()
     try:
-        count = sum(value == row for _, value in decode(DataFile(tmp_path / "a.json", "a.json")))
+        count = sum(value == row for _, value in decode(file, DataSource(path="a.json")))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from malformed_inputs import lines, read_bytes
 
-from chatllama.config.sources import ColumnMapping, Format
+from chatllama.config.sources import ColumnMapping, DataSource, Format
 from data.reading.decode import decode
 from data.reading.files import COMPRESSIONS, TYPES, DataFile
 from data.reading.formats import RecordError, Unusable
@@ -142,7 +142,7 @@ def decoded(name: str, content: bytes) -> list[object]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / name
         file.write_bytes(content)
-        return [value for _, value in decode(DataFile(file, name))]
+        return [value for _, value in decode(DataFile(file, name), DataSource(path=name))]
 
 
 CLEAN = st.text(st.characters(exclude_categories=("Cs",)), max_size=30)
