@@ -8,7 +8,7 @@ import torch
 from tiny_models import LORA, REWARD_LORA, tiny_llama
 
 from chatllama.config.model import ChatSection
-from chatllama.inference import batch as generation_command
+from chatllama.inference import batch
 from chatllama.inference.answerer import Answerer
 from chatllama.inference.load import load_run
 from chatllama.inference.options import GenerateOptions
@@ -71,9 +71,7 @@ def before_rewards(run: RunFolder, folder: Path) -> RunFolder:
 def answers(
     run: RunFolder, out: Path, prompts: list[Prompt] | None = None, **options: Any
 ) -> list[dict[str, Any]]:
-    generation_command.generate_command(
-        run.root, prompts or PROMPTS, GenerateOptions(**options), out
-    )
+    batch.generate_command(run.root, prompts or PROMPTS, GenerateOptions(**options), out)
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 

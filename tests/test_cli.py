@@ -8,7 +8,7 @@ import pytest
 from chatllama import cli
 from chatllama.inference import chat
 from chatllama.inference.options import ChatOptions
-from chatllama.reporting import page as report
+from chatllama.reporting import page
 from trainers.stages import pipeline
 from trainers.stages.launcher import Launch
 from trainers.stages.pipeline import StageFailed
@@ -80,7 +80,7 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(run: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(report, "write_report", interrupt)
+    monkeypatch.setattr(page, "write_report", interrupt)
     assert cli.main(["report", "x"]) == 130
 
 
