@@ -27,7 +27,7 @@ from measuring import VOCABULARY, Clock, hardware, peak_mib, publish, run_child
 from ppo_speed import STOP, make_trainer, write_models
 
 from data.batches import SharedPromptCollator, batch_indices
-from trainers.engine.microbatches import groups_of_like_totals
+from trainers.engine.microbatches import balanced_groups
 from trainers.ppo.rewards import Statistics
 from trainers.ppo.rollout import Rollout
 from trainers.ppo.state import PpoState
@@ -65,7 +65,7 @@ def by_stretches(lengths: Sequence[int], count: int) -> list[list[int]]:
     return cut(budget)
 
 
-WAYS: dict[str, Way] = {"rows": by_rows, "stretches": by_stretches, "tokens": groups_of_like_totals}
+WAYS: dict[str, Way] = {"rows": by_rows, "stretches": by_stretches, "tokens": balanced_groups}
 
 
 def main() -> None:
@@ -138,7 +138,7 @@ def count_pairs(path: Path) -> list[str]:
         for step in range(STEPS):
             batch = [examples[i] for i in batch_indices(len(examples), BATCH, step, 0)]
             lengths = [collator.num_tokens(example) for example in batch]
-            cuts = {"rows": as_they_come, "tokens": groups_of_like_totals(lengths, count)}
+            cuts = {"rows": as_they_come, "tokens": balanced_groups(lengths, count)}
             for way, groups in cuts.items():
                 rows = [collator([batch[place] for place in group])[0] for group in groups]
                 found[way].append([each.tokens.numel() for each in rows])

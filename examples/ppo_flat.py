@@ -44,7 +44,7 @@ from chatllama.text.chat_format import check_contract
 from chatllama.text.padding import pad_left, pad_right
 from chatllama.text.tokenizer import load_tokenizer
 from data.batches import batch_indices
-from trainers.engine.microbatches import groups_of_like_totals
+from trainers.engine.microbatches import balanced_groups
 from trainers.ppo.data import StopTokens, load_prompts, stop_tokens
 from trainers.ppo.ppo_math import gae, masked, policy_loss, shape_rewards, value_loss, whiten
 
@@ -180,7 +180,7 @@ def roll_out(
         mask=mask,
         response_mask=response_mask,
         finished=torch.tensor([response[-1] in stop.stop_ids for response in responses]),
-        microbatches=groups_of_like_totals(mask.sum(1).tolist(), count),
+        microbatches=balanced_groups(mask.sum(1).tolist(), count),
         **{name: torch.zeros(response_mask.shape, device=device()) for name in PER_TOKEN},
         scores=torch.zeros(len(prompts), device=device()),
     )

@@ -39,6 +39,7 @@ ATTRIBUTES = {
     "deepspeed.runtime.zero.partition_parameters": (
         "param.ds_id",
         "param.ds_numel",
+        "param.ds_shape",
         "param.ds_tensor",
         "param.ds_active_sub_modules",
     ),

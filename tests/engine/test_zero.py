@@ -13,16 +13,14 @@ from trainers.engine.zero import absent_bytes, whole_model_fits, zero_settings
 
 
 def settings_of(**section: Any) -> dict[str, Any]:
-    return zero_settings(
-        DeepSpeedSection(**section), microbatch_size=2, accumulation_steps=3, max_grad_norm=0.5
-    )
+    return zero_settings(DeepSpeedSection(**section), accumulation_steps=3, max_grad_norm=0.5)
 
 
 def test_settings(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     settings = settings_of(stage=3, offload_optimizer="cpu", stage3_param_persistence_threshold=7)
-    assert settings["train_batch_size"] == 2 * 3 * 4
-    assert settings["train_micro_batch_size_per_gpu"] == 2
+    assert settings["train_batch_size"] == 3 * 4
+    assert settings["train_micro_batch_size_per_gpu"] == 1
     assert settings["gradient_accumulation_steps"] == 3
     assert settings["gradient_clipping"] == 0.5  # DeepSpeed's own default would be 1.0
     split = settings["zero_optimization"]

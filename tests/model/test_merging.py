@@ -95,8 +95,8 @@ def test_rollouts_are_the_same_merged_or_not(
     assert not merged
     sample()
     assert merged == [1]  # auto: the base is float32
-    monkeypatch.setattr(trainer.engine, "partitions", lambda: True)
-    monkeypatch.setattr(trainer.engine, "_gathers", False)
+    monkeypatch.setattr(trainer.engine, "is_zero3", lambda: True)
+    monkeypatch.setattr(trainer.engine, "_gather", False)
     sample()
     assert merged == [1]
     with pytest.raises(ValueError, match="merge_lora always: the backbone is quantised or split"):

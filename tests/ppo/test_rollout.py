@@ -10,7 +10,7 @@ from ppo_runs import PAD, STOPS, TinyRun, make_prompts, make_stop_tokens
 
 from chatllama.config.generation import GenerationSection
 from chatllama.model.roles import acting_as
-from trainers.engine.microbatches import deal, groups_of_like_totals, microbatches
+from trainers.engine.microbatches import balanced_groups, distribute, microbatches
 from trainers.ppo.rollout import (
     Collector,
     Rollout,
@@ -118,7 +118,7 @@ def test_every_item_is_dealt_once_and_all_ranks_go_equally_often(
     counted, passes = [], []
     for rank in range(world_size):
         as_rank(monkeypatch, rank, world_size)
-        dealt = list(deal(num_items, 2))
+        dealt = list(distribute(num_items, 2))
         passes.append(len(dealt))
         counted += [item for rows, counts in dealt if counts for item in rows]
         assert all(rows == [0] for rows, counts in dealt if not counts)
@@ -133,15 +133,15 @@ def test_microbatches_of_a_batch_by_hand(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_long_item_stands_alone_and_no_group_is_empty():
-    assert groups_of_like_totals([1, 1, 9, 1], 2) == [[2], [0, 1, 3]]
-    assert groups_of_like_totals([5, 90, 5], 3) == [[1], [0], [2]]
+    assert balanced_groups([1, 1, 9, 1], 2) == [[2], [0, 1, 3]]
+    assert balanced_groups([5, 90, 5], 3) == [[1], [0], [2]]
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 40])
 def test_groups_hold_every_item_once_and_totals_are_near(count: int):
     lengths = torch.empty(40).geometric_(0.05, generator=torch.Generator().manual_seed(count))
     lengths = lengths.int().tolist()
-    groups = groups_of_like_totals(lengths, count)
+    groups = balanced_groups(lengths, count)
     totals = [sum(lengths[item] for item in group) for group in groups]
     assert sorted(item for group in groups for item in group) == list(range(40))
     assert len(groups) == count and all(groups)
@@ -215,13 +215,13 @@ def test_where_weights_stay_split_idle_ranks_sample_along(
         return generate(llama, prompts, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(rollout_module, "generate", spy)
-    monkeypatch.setattr(trainer.engine, "partitions", lambda: True)
-    monkeypatch.setattr(trainer.engine, "_gathers", False)
+    monkeypatch.setattr(trainer.engine, "is_zero3", lambda: True)
+    monkeypatch.setattr(trainer.engine, "_gather", False)
     as_rank(monkeypatch, 1, 2)
     share = sample(trainer)
     assert seen == [(2, rollout_module.all_any)]
     assert [share[i] for i in (1, 3)] == [alone[i] for i in (1, 3)]
-    monkeypatch.setattr(trainer.engine, "partitions", lambda: False)
+    monkeypatch.setattr(trainer.engine, "is_zero3", lambda: False)
     sample(trainer)
     assert seen[1] == (2, bool)
 

@@ -62,11 +62,11 @@ def ragged_rollout() -> rollout.Rollout:
 def test_scoring_does_not_wait(pinned: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch):
     arranged, shapes = ragged_rollout(), []
 
-    def collect(numbers: torch.Tensor) -> torch.Tensor:
+    def gather_rows(numbers: torch.Tensor) -> torch.Tensor:
         shapes.append((numbers.device, tuple(numbers.shape)))
         return torch.zeros(numbers.shape)
 
-    monkeypatch.setattr(rollout, "collect", collect)
+    monkeypatch.setattr(rollout, "gather_rows", gather_rows)
     rollout.score(on_meta(), arranged, 0.7, 2, ["reward"])
     assert shapes == [(META, (4, 5))] * 4 + [(META, (4, 1))] and pinned
 
@@ -87,7 +87,7 @@ def test_the_update_does_not_wait(pinned: list[torch.Tensor], equal: bool):
         def __call__(self, function: Any, *inputs: object) -> Any:
             return function(model, *inputs)
 
-        def partitions(self) -> bool:
+        def is_zero3(self) -> bool:
             return False
 
         def backward(self, loss: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ from chatllama.model.roles import Adapter, RoleModel, adapter_state
 from chatllama.runtime.libraries import quiet_libraries
 from chatllama.text.tokenizer import load_tokenizer
 from data.batches import SharedPromptCollator
-from trainers.engine.engine import Engine, OptimizerSettings, ParameterGroup
+from trainers.engine.engine import Engine, ParameterGroup
 from trainers.reward.train import optimizer_step
 
 pytestmark = pytest.mark.slow
@@ -77,9 +77,8 @@ def ours(cfg: Config, model: RoleModel) -> list[tuple[float, float]]:
     engine = Engine(
         model,
         [ParameterGroup("reward", trained, section.learning_rate)],
-        OptimizerSettings(section.adam_betas, section.adam_eps, 0.0, section.max_grad_norm),
+        section,
         cfg.deepspeed,
-        microbatch_size=MICROBATCH,
         accumulation_steps=BATCH // MICROBATCH,
     )
     data, collator, found = Dataset.from_list(pairs()), SharedPromptCollator(0, 256), []

@@ -293,6 +293,7 @@ def test_a_checkpoint_of_an_older_version_is_refused(
     rows = arrange_rows(documents(), None, cfg.sft, max_length=32, packing=True, seed=0)
     engine = build_engine(cfg, build_policy(cfg, run), cfg.sft, cfg.deepspeed)
     tokenizer = load_tokenizer(str(cfg.backbone.path))
-    message = rf"{run.checkpoints('sft')}/step-1 was written .* remove {run.checkpoints('sft')} to"
+    folder = run.checkpoints("sft")
+    message = rf"{folder}/step-1 was written by an older version .* afresh, remove {folder}$"
     with pytest.raises(ValueError, match=message):
         train_sft(cfg, run, rows, engine, tokenizer, resume=True)

@@ -51,8 +51,8 @@ def test_a_full_disk_in_sft_keeps_the_checkpoint_before(
     run = RunFolder(tmp_path / "run")
     command = [str(prepared / "config.yaml"), f"run_dir={run.root}", "sft.steps=4"]
     with monkeypatch.context() as patch:
-        good = failing(engine.write_shares, good_calls=1)
-        patch.setattr(engine, "write_shares", good)
+        good = failing(engine.write_shards, good_calls=1)
+        patch.setattr(engine, "write_shards", good)
         with pytest.raises(
             ValueError, match=r"could not be written .*No space left on device"
         ) as caught:

@@ -9,6 +9,7 @@ import torch
 
 from chatllama.config.model import BackboneSection, LoraSection
 from chatllama.config.schema import DeepSpeedSection
+from chatllama.config.stages import StageSection
 from chatllama.generation.generate import generate
 from chatllama.generation.sampling import Sampling
 from chatllama.model.backbone import load_backbone
@@ -29,7 +30,6 @@ from chatllama.runtime.distributed import (
 )
 from trainers.engine.engine import (
     Engine,
-    OptimizerSettings,
     ParameterGroup,
     gathered,
     initialise,
@@ -76,9 +76,8 @@ def build(
             ParameterGroup("policy", adapter_parameters(model, "policy"), PEAKS[0]),
             ParameterGroup("value", value, PEAKS[1]),
         ],
-        OptimizerSettings([0.9, 0.95], EPS, 0.01, max_grad_norm),
+        StageSection(adam_eps=EPS, weight_decay=0.01, max_grad_norm=max_grad_norm),
         section,
-        microbatch_size=microbatch_size,
         accumulation_steps=SEQUENCES // microbatch_size // world_size(),
     )
     model.train()
@@ -132,7 +131,7 @@ def speak(engine: Engine) -> list[list[int]]:
     prompts = [[5, 6, 7], [8, 9], [10], [11, 12, 13, 14]]
     mine = prompts[rank() :: world_size()]
     engine.model.eval()
-    with engine.whole(), acting_as(engine.model, "policy"):
+    with engine.gathered_model(), acting_as(engine.model, "policy"):
         answers = generate(
             engine.model.llama, mine, Sampling(12, 0.0), [], torch.zeros(len(mine), 12), 4
         )

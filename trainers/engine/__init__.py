@@ -1,1 +1,1 @@
-"""DeepSpeed behind one interface, or plain torch in one process; it knows no stage."""
+"""DeepSpeed or plain torch behind one interface; independent of the stages."""

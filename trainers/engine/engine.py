@@ -1,8 +1,8 @@
-"""One optimiser over a model's trainable parameters, in one process or under DeepSpeed ZeRO.
+"""One optimiser over a model's trained parameters, in one process or under DeepSpeed ZeRO.
 
-The only module that imports deepspeed, and only when a launcher started the process. Weights keep
-their own types (frozen base in its own, trainable float32): DeepSpeed's bf16 and fp16 modes are
-not used. Both engines give the same gradients, so the loops above do not know which one runs.
+The only module that imports deepspeed, and only when a launcher started the process. Frozen weights
+keep their type and trained ones are float32: DeepSpeed's bf16 and fp16 modes are not used. Both
+ways give the same gradients, so that the training loops do not depend on which one is in use.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,37 +16,22 @@ import torch
 from torch import nn
 
 from chatllama.config.schema import DeepSpeedSection
+from chatllama.config.stages import StageSection
 from chatllama.generation.static_kv_cache import StaticKVCache
 from chatllama.model.lora import merge_products
 from chatllama.model.roles import RoleModel
-from chatllama.runtime.distributed import (
-    device,
-    is_launched,
-    rank,
-    world_size,
-)
+from chatllama.runtime.distributed import device, is_launched, rank, world_size
 from trainers.engine.sharded_state import (
     VALUE,
-    SavedShares,
-    at_hand,
+    SavedShards,
     num_elements,
-    read_moments,
-    share_of,
+    restore_optimizer,
+    shard_of,
+    swapped_in,
     trained_parameters,
-    write_shares,
+    write_shards,
 )
 from trainers.engine.zero import whole_model_fits, zero_settings
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """AdamW as the stage's section describes it."""
-
-    betas: Sequence[float]
-    eps: float
-    weight_decay: float
-    max_grad_norm: float
-    """Global norm over all ranks."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +46,12 @@ class ParameterGroup:
 
 
 def initialise() -> None:
-    """Joins the other ranks; must come before any model or Trainer is made. One process: no-op."""
+    """Joins the other ranks; must come before any model is made. Without a launcher a no-op."""
     if not is_launched():
         return
     import deepspeed
 
-    # The shared-memory op wants a C++ compiler and 40 s at first use; gloo serves as well.
+    # The shared-memory op needs a C++ compiler and 40 s at first use; gloo serves as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device().type == "cuda":
         torch.cuda.set_device(device())
@@ -76,10 +61,10 @@ def initialise() -> None:
 
 @contextmanager
 def partitioned_loading(section: DeepSpeedSection, dtype: str) -> Iterator[None]:
-    """Models loaded inside are split over the ranks as they are read (ZeRO-3 only).
+    """Under ZeRO-3, models loaded inside are sharded over the ranks as they are read.
 
     Args:
-        section: only stage 3 splits.
+        section: gives the stage.
         dtype: of the weights, `float32` or `bfloat16`.
     """
     if not (is_launched() and section.stage == 3):
@@ -87,7 +72,7 @@ def partitioned_loading(section: DeepSpeedSection, dtype: str) -> Iterator[None]
         return
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    settings = zero_settings(section, microbatch_size=1, accumulation_steps=1, max_grad_norm=1.0)
+    settings = zero_settings(section, accumulation_steps=1, max_grad_norm=1.0)
     settings["bf16"] = {"enabled": dtype == "bfloat16"}  # else zero.Init makes float32 of all
     keep = HfDeepSpeedConfig(settings)
     try:
@@ -99,11 +84,11 @@ def partitioned_loading(section: DeepSpeedSection, dtype: str) -> Iterator[None]
 
 @contextmanager
 def gathered(parameters: Sequence[nn.Parameter], modified: bool = False) -> Iterator[None]:
-    """Parameters are whole inside, on every rank (a no-op but under ZeRO-3).
+    """Parameters are whole inside, on every rank; a no-op except under ZeRO-3.
 
     Args:
-        parameters: which.
-        modified: they change inside, alike on all ranks; rank 0's values are kept.
+        parameters: to gather.
+        modified: they change inside, equally on all ranks; rank 0's values are kept.
     """
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     if not partitioned:
@@ -116,34 +101,12 @@ def gathered(parameters: Sequence[nn.Parameter], modified: bool = False) -> Iter
 
 
 def _local(parameter: nn.Parameter) -> torch.Tensor:
-    """What this rank holds of a parameter: its shard under ZeRO-3, else all of it."""
+    """This rank's shard of a parameter under ZeRO-3, else all of it."""
     return cast(Any, parameter).ds_tensor if hasattr(parameter, "ds_id") else parameter.data
 
 
-@torch.no_grad()
-def restore(folder: Path, model: nn.Module, optimizer: Any) -> None:
-    """Weights and optimizer become those that `write_shares` wrote; every rank must call.
-
-    Args:
-        folder: of the checkpoint.
-        model: its trained parameters have the names they had.
-        optimizer: torch's AdamW, or what DeepSpeed made of it.
-
-    Raises:
-        ValueError: the checkpoint does not hold just the trained parameters.
-    """
-    trained = trained_parameters(model)
-    saved = SavedShares(folder, {name: num_elements(p) for name, p in trained.items()})
-    for name, parameter in trained.items():
-        with gathered([parameter], modified=True):
-            if rank() == 0 or not hasattr(parameter, "ds_id"):  # else it comes from rank 0
-                whole = saved.read(VALUE, name, 0, parameter.numel())
-                parameter.copy_(whole.view_as(parameter))
-    read_moments(saved, model, optimizer)
-
-
 def seed_step(seed: int, step: int) -> None:
-    """Seeds dropout of one step from (seed, step, rank): resuming needs no state."""
+    """Seeds dropout of one step from (seed, step, rank), so that resuming needs no random state."""
     torch.manual_seed(hash((seed, step, rank())) % 2**63)
 
 
@@ -152,62 +115,51 @@ class Engine:
 
     Args:
         model: its parameters with requires_grad are trained; moved to this rank's device.
-        groups: every trainable parameter, once.
-        settings: AdamW and clipping.
-        section: ZeRO settings, used when a launcher started the process.
-        microbatch_size: sequences per forward pass, on one rank.
-        accumulation_steps: backward passes per optimizer step.
+        groups: every trained parameter, once; all float32.
+        section: gives AdamW and clipping.
+        zero: ZeRO settings, used when a launcher started the process.
+        accumulation_steps: backward passes per optimizer step, on one rank.
     """
 
     def __init__(
         self,
         model: RoleModel,
         groups: Sequence[ParameterGroup],
-        settings: OptimizerSettings,
-        section: DeepSpeedSection,
-        *,
-        microbatch_size: int,
+        section: StageSection,
+        zero: DeepSpeedSection,
         accumulation_steps: int,
     ) -> None:
-        grouped = {id(p) for group in groups for p in group.parameters}
-        assert grouped == {id(p) for p in model.parameters() if p.requires_grad}
-        assert all(p.dtype == torch.float32 for group in groups for p in group.parameters)
+        trained = [parameter for group in groups for parameter in group.parameters]
+        assert {id(p) for p in trained} == {id(p) for p in model.parameters() if p.requires_grad}
+        assert all(parameter.dtype == torch.float32 for parameter in trained)
         self.model = model
         merge_products(model)
         self.groups = [(group.name, group.learning_rate) for group in groups]
         self.trained = {group.name: group.parameters for group in groups}
-        self.max_grad_norm = settings.max_grad_norm
+        self.max_grad_norm = section.max_grad_norm
         self.accumulation_steps = accumulation_steps
-        self._gathers: bool | Literal["auto"] = section.gather_for_rollouts
+        self._gather: bool | Literal["auto"] = zero.gather_for_rollouts
         self._backwards = 0
         self._deepspeed: Any = None
         if not is_launched():
             model.to(device())
-        optimizer = torch.optim.AdamW(
+        decay = section.weight_decay
+        self.optimizer: Any = torch.optim.AdamW(
             [
-                {
-                    "params": group.parameters,
-                    "lr": group.learning_rate,
-                    "weight_decay": settings.weight_decay if group.decays else 0.0,
-                }
-                for group in groups
+                {"params": g.parameters, "lr": g.learning_rate, "weight_decay": decay * g.decays}
+                for g in groups
             ],
-            betas=(settings.betas[0], settings.betas[1]),
-            eps=settings.eps,
+            betas=(section.adam_betas[0], section.adam_betas[1]),
+            eps=section.adam_eps,
         )
-        self.optimizer: Any = optimizer
         if is_launched():
             import deepspeed
 
+            settings = zero_settings(
+                zero, accumulation_steps=accumulation_steps, max_grad_norm=section.max_grad_norm
+            )
             self._deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-                model=model,
-                optimizer=optimizer,
-                config=zero_settings(
-                    section,
-                    microbatch_size=microbatch_size,
-                    accumulation_steps=accumulation_steps,
-                    max_grad_norm=settings.max_grad_norm,
-                ),
+                model=model, optimizer=self.optimizer, config=settings
             )
 
     def __call__(self, *args: object) -> Any:
@@ -223,14 +175,14 @@ class Engine:
             # DeepSpeed divides by accumulation steps and averages over ranks: undo both.
             self._deepspeed.backward(loss * (self.accumulation_steps * world_size()))
             if self._backwards < self.accumulation_steps:
-                self._deepspeed.step()  # closes the microbatch; weights move only at the last
+                self._deepspeed.step()  # ends the microbatch; weights move only at the last
 
     def step(self, lr_factor: float, resting: Sequence[str] = ()) -> float:
-        """Moves the weights once all microbatches are in; returns the norm before clipping.
+        """Updates the weights after all microbatches; returns the gradient norm before clipping.
 
         Args:
             lr_factor: multiplies every group's peak learning rate.
-            resting: names of groups that stay as they are in this step.
+            resting: names of groups that do not change in this step.
         """
         assert self._backwards == self.accumulation_steps, self._backwards
         self._backwards = 0
@@ -239,7 +191,7 @@ class Engine:
         if self._deepspeed is not None and self._deepspeed.zero_optimization():
             self._deepspeed.step()
             return float(self._deepspeed.get_global_grad_norm())
-        # Stage 0 reports no norm; its gradients are already averaged over ranks by now.
+        # Stage 0 reports no norm; its gradients are already averaged over ranks here.
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(trained, self.max_grad_norm)
         (self._deepspeed or self.optimizer).step()
@@ -247,72 +199,66 @@ class Engine:
         return float(norm)
 
     def assign(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
-        """Sets a trainable parameter, in the optimizer's own copy of it too.
+        """Sets a trained parameter, also in the optimizer's own copy of it.
 
         Args:
-            parameter: one of the groups'.
+            parameter: of one of the groups.
             value: of its whole shape, equal on all ranks.
         """
         value = value.detach().to(device=device(), dtype=parameter.dtype)
         with torch.no_grad(), gathered([parameter], modified=True):
             parameter.copy_(value)
-        share = share_of(parameter, self.optimizer)
-        with at_hand(share, self.optimizer, changed=True):
-            share.of(share.owner).copy_(value.flatten()[share.start : share.start + share.count])
+        shard = shard_of(parameter, self.optimizer)
+        with swapped_in(shard, self.optimizer, changed=True):
+            shard.of(shard.owner).copy_(value.flatten()[shard.start : shard.start + shard.count])
 
     @torch.no_grad()
     def blend(
-        self,
-        targets: Sequence[nn.Parameter],
-        sources: Sequence[nn.Parameter],
-        decay: float,
+        self, targets: Sequence[nn.Parameter], sources: Sequence[nn.Parameter], decay: float
     ) -> None:
         """Frozen `targets` become decay * target + (1 - decay) * source, shard by shard.
 
         Args:
-            targets: not of the groups: no optimizer holds a copy of them.
+            targets: in none of the groups, since no optimizer may hold a copy of them.
             sources: of the same shapes, in the same order.
             decay: 0 copies.
         """
         for target, source in zip(targets, sources, strict=True):
             _local(target).lerp_(_local(source), 1 - decay)
             if hasattr(target, "ds_id") and target.numel() == num_elements(target):
-                # Small ones (stage3_param_persistence_threshold) lie whole beside their shards.
+                # Those below stage3_param_persistence_threshold are kept whole beside their shards.
                 target.data.lerp_(source.data, 1 - decay)
 
     def whole_value(self, parameter: nn.Parameter) -> torch.Tensor:
-        """A copy of the parameter's value, of its whole shape, on every rank."""
+        """A copy of the parameter, of its whole shape, on every rank."""
         with gathered([parameter]):
             return parameter.detach().clone()
 
     @property
-    def gathers(self) -> bool:
-        """Whether `whole` brings the model to every rank (`gather_for_rollouts`).
-
-        `auto` is settled by all ranks together when they first ask, before the first rollout.
-        """
-        if self._gathers == "auto":
-            self._gathers = not self.partitions() or whole_model_fits(self.model)
-        return self._gathers
+    def gather_for_rollouts(self) -> bool:
+        """Whether `gathered_model` gathers; all ranks decide `auto` at the first rollout."""
+        if self._gather == "auto":
+            self._gather = not self.is_zero3() or whole_model_fits(self.model)
+        return self._gather
 
     @cached_property
     def compiled(self) -> StaticKVCache:
         """The compiled decode step of all rollouts (`generation.compile`)."""
-        assert not self.partitions()
+        assert not self.is_zero3()
         return StaticKVCache(self.model.llama)
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Weights are whole on every rank inside, without ZeRO-3's traffic layer by layer.
+    def gathered_model(self) -> Iterator[None]:
+        """Weights are whole on every rank inside, so that ZeRO-3 fetches nothing layer by layer.
 
-        Where not `gathers` they stay split: every forward pass fetches layer by layer, and all
-        ranks must make equally many of them.
+        Without `gather_for_rollouts` they stay sharded: every forward pass fetches layer by layer,
+        and all ranks must make equally many of them.
         """
-        if not (self.partitions() and self.gathers):
+        if not (self.is_zero3() and self.gather_for_rollouts):
             yield
             return
-        # The hooks that fetch and drop each layer's weights would drop the gathered ones; their
-        # names are DeepSpeed's own (pinned; tests/engine/test_engine.py compares the tokens).
+        # The hooks that fetch and release each layer's weights would release the gathered ones.
+        # Their names are DeepSpeed's own (pinned; tests/engine/test_engine.py compares tokens).
         offload = self._deepspeed.optimizer.parameter_offload
         with gathered(list(self.model.parameters())):
             for parameter in cast(Iterator[Any], self.model.parameters()):
@@ -329,28 +275,39 @@ class Engine:
                 offload._register_deepspeed_module(offload.module)
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
-        """Writes trainable weights, optimizer and `state` below `folder`; every rank must call.
+        """Writes trained weights, optimizer and `state` into `folder`; every rank must call.
 
-        Frozen weights are not in it: they come from the adapters that the stage started from.
+        Frozen weights are left out: they come from the adapters that the stage starts from.
         """
-        write_shares(folder, self.model, self.optimizer)
+        write_shards(folder, self.model, self.optimizer)
         if rank() == 0:
             torch.save(state, folder / "state.pt")
 
+    @torch.no_grad()
     def load(self, folder: Path) -> dict[str, Any]:
-        """Restores what `save` wrote, under any ZeRO stage and on any ranks; returns its `state`.
+        """Restores what `save` wrote, under any ZeRO stage and world size; returns its `state`.
+
+        Every rank must call.
 
         Raises:
-            ValueError: the checkpoint does not hold just the trained parameters.
+            ValueError: the checkpoint is an older version's, or does not hold exactly the trained
+                parameters.
         """
         if not (folder / "state.pt").is_file():
             raise ValueError(
-                f"{folder} was written by a version of chatllama that trained otherwise, and it "
-                f"cannot go on from there: remove {folder.parent} to start the stage afresh"
+                f"{folder} was written by an older version of chatllama and cannot be resumed: to "
+                f"start the stage afresh, remove {folder.parent}"
             )
-        restore(folder, self.model, self.optimizer)
+        trained = trained_parameters(self.model)
+        saved = SavedShards(folder, {name: num_elements(p) for name, p in trained.items()})
+        for name, parameter in trained.items():
+            with gathered([parameter], modified=True):
+                if rank() == 0 or not hasattr(parameter, "ds_id"):  # else it comes from rank 0
+                    whole = saved.read(VALUE, name, 0, parameter.numel())
+                    parameter.copy_(whole.view_as(parameter))
+        restore_optimizer(saved, self.model, self.optimizer)
         return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
 
-    def partitions(self) -> bool:
-        """True under ZeRO-3, where parameters are whole only inside `gathered`."""
+    def is_zero3(self) -> bool:
+        """Whether parameters are sharded, and whole only inside `gathered`."""
         return self._deepspeed is not None and self._deepspeed.zero_optimization_stage() == 3

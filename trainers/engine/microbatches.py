@@ -1,4 +1,4 @@
-"""Microbatches of like size, dealt to the ranks so that all make equally many forward passes."""
+"""Which microbatches each rank computes: of like size, and equally many on every rank."""
 
 import heapq
 from collections.abc import Iterator, Sequence
@@ -8,15 +8,15 @@ import torch
 from chatllama.runtime.distributed import all_sum, rank, world_size
 
 
-def groups_of_like_totals(lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Item numbers in `count` groups, none of them empty, whose lengths add up to about the same.
+def balanced_groups(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Item numbers in `count` groups, none of them empty, of about equal total length.
 
-    From the longest on, each item joins the group that has least so far; so the largest total is
-    at most 4/3 of the least that is possible (Graham 1969).
+    Longest first, each item joins the group with the smallest total, so the largest total is at
+    most 4/3 of the best possible (Graham 1969).
 
     Args:
-        lengths: of the items, at least 1 each; tokens, for microbatches.
-        count: of the groups, at most as many as there are items.
+        lengths: tokens of each item, at least 1.
+        count: groups, at most as many as items.
     """
     assert 0 < count <= len(lengths), (count, len(lengths))
     groups: list[list[int]] = [[] for _ in range(count)]
@@ -28,11 +28,11 @@ def groups_of_like_totals(lengths: Sequence[int], count: int) -> list[list[int]]
     return groups
 
 
-def deal(num_items: int, microbatch_size: int) -> Iterator[tuple[list[int], bool]]:
+def distribute(num_items: int, microbatch_size: int) -> Iterator[tuple[list[int], bool]]:
     """This rank's microbatches as item numbers, and whether they count.
 
-    Microbatch m goes to rank m mod world size. A rank that would run out gets item 0 again, which
-    does not count: under ZeRO-3 all ranks must run the model equally often.
+    Microbatch m goes to rank m mod world size. A rank without one gets item 0, which does not
+    count, because under ZeRO-3 all ranks must run the model equally often.
 
     Args:
         num_items: over all ranks.
@@ -51,14 +51,14 @@ def microbatches(lengths: Sequence[int], microbatch_size: int) -> list[list[int]
     They hold about equally many tokens; microbatch m goes to rank m mod world size.
 
     Args:
-        lengths: tokens of the batch's items.
+        lengths: tokens of each item of the batch.
         microbatch_size: items per forward pass, on average.
     """
     count, rest = divmod(len(lengths), microbatch_size)
     assert rest == 0 and count % world_size() == 0, (len(lengths), microbatch_size)
-    return groups_of_like_totals(lengths, count)[rank() :: world_size()]
+    return balanced_groups(lengths, count)[rank() :: world_size()]
 
 
-def collect(shares: torch.Tensor) -> torch.Tensor:
-    """The sum over ranks of tensors that are zero but for each rank's own rows."""
-    return all_sum(shares)
+def gather_rows(own_rows: torch.Tensor) -> torch.Tensor:
+    """All-gather, as an all-reduce of tensors that are zero except in each rank's own rows."""
+    return all_sum(own_rows)

@@ -1,6 +1,6 @@
-"""ZeRO's settings, and whether a model that ZeRO-3 has split fits whole on every rank for a while.
+"""ZeRO's settings, and whether a model sharded by ZeRO-3 fits whole on every rank for a while.
 
-Nothing here imports deepspeed or moves a tensor.
+It neither imports deepspeed nor moves tensors.
 """
 
 from typing import Any, cast
@@ -9,57 +9,44 @@ import torch
 from torch import nn
 
 from chatllama.config.schema import DeepSpeedSection
-from chatllama.runtime.distributed import (
-    all_max,
-    device,
-    free_memory,
-    rank,
-    world_size,
-)
+from chatllama.runtime.distributed import all_max, device, free_memory, rank, world_size
 
-SHARE = 0.8
-"""Of the free memory; the rest is for the cache of keys and values."""
+MEMORY_FRACTION = 0.8
+"""Share of the free memory that weights may take; the rest is for the KV cache."""
 
 
 def zero_settings(
-    section: DeepSpeedSection,
-    *,
-    microbatch_size: int,
-    accumulation_steps: int,
-    max_grad_norm: float,
+    section: DeepSpeedSection, *, accumulation_steps: int, max_grad_norm: float
 ) -> dict[str, Any]:
-    """DeepSpeed's own configuration for a section of ours.
+    """DeepSpeed's configuration.
 
     Args:
         section: ZeRO stage and offloading.
-        microbatch_size: sequences per forward pass, on one rank.
         accumulation_steps: backward passes per optimizer step.
-        max_grad_norm: global norm to which gradients are scaled down.
+        max_grad_norm: global norm over all ranks.
 
     Raises:
-        ValueError: DeepSpeed would train wrongly, without a word.
+        ValueError: DeepSpeed would silently train wrongly.
     """
     if section.offload_optimizer == "nvme" and device().type == "cpu":
         raise ValueError(
             "deepspeed.offload_optimizer nvme works with GPUs only: on the CPU DeepSpeed swaps "
-            "out gradients that are not the model's, and training goes wrong without a word. Use "
-            "cpu or none"
+            "out gradients that are not the model's, and training silently goes wrong. Use cpu or "
+            "none"
         )
     zero: dict[str, Any] = {"stage": section.stage}
     if section.stage == 3:
         zero["stage3_param_persistence_threshold"] = section.stage3_param_persistence_threshold
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-    for key, place in (
-        ("offload_optimizer", section.offload_optimizer),
-        ("offload_param", section.offload_param),
-    ):
+    for key in ("offload_optimizer", "offload_param"):
+        place = getattr(section, key)
         if place != "none":
             zero[key] = {"device": place, "pin_memory": device().type == "cuda"}
         if place == "nvme":
             zero[key]["nvme_path"] = section.nvme_path
     return {
-        "train_batch_size": microbatch_size * accumulation_steps * world_size(),
-        "train_micro_batch_size_per_gpu": microbatch_size,
+        "train_batch_size": accumulation_steps * world_size(),
+        "train_micro_batch_size_per_gpu": 1,  # in microbatches: DeepSpeed only checks the product
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": max_grad_norm,
         "zero_optimization": zero,
@@ -69,20 +56,20 @@ def zero_settings(
 
 
 def absent_bytes(model: nn.Module) -> int:
-    """Bytes of this rank's memory that gathering all parameters takes; 0 where nothing is split."""
+    """Bytes of this rank's memory that gathering all parameters takes; 0 if none is sharded."""
     parameters = cast(list[Any], list(model.parameters()))
     absent = (p for p in parameters if hasattr(p, "ds_numel") and p.numel() != p.ds_numel)
     return sum(p.ds_numel * p.element_size() for p in absent)
 
 
 def whole_model_fits(model: nn.Module) -> bool:
-    """The same answer on every rank: whether the fullest of them can hold all parameters.
+    """Whether the rank with the least free memory can hold all parameters; equal on all ranks.
 
-    If not, rank 0 warns, with the figures and the remedies.
+    If not, rank 0 prints a warning with the figures and the remedies.
     """
     need, free = absent_bytes(model), free_memory()
     worst = all_max(torch.tensor([need / max(free, 1), -free], dtype=torch.float64).to(device()))
-    if float(worst[0]) <= SHARE:
+    if float(worst[0]) <= MEMORY_FRACTION:
         return True
     if rank() == 0:
         print(

@@ -15,7 +15,7 @@ from chatllama.text.padding import pad_right
 from data.batches import batch_indices
 from data.mixture import load_examples, load_mixture
 from data.tokenize import tokenize, tokenize_text
-from trainers.engine.microbatches import groups_of_like_totals
+from trainers.engine.microbatches import balanced_groups
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class PtxLoader:
         """The same in microbatches of about equally many tokens."""
         rows, found = self.step_rows(position, num_microbatches), []
         num_tokens = max(sum(sum(row["mask"][1:]) for row in rows), 1)
-        for group in groups_of_like_totals([len(r["input_ids"]) for r in rows], num_microbatches):
+        for group in balanced_groups([len(r["input_ids"]) for r in rows], num_microbatches):
             tokens, mask = pad_right([rows[i]["input_ids"] for i in group], self.pad_id)
             loss_mask, _ = pad_right([rows[i]["mask"] for i in group], 0)
             found.append(PtxMicrobatch(tokens, mask, loss_mask.bool(), num_tokens))

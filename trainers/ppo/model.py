@@ -25,7 +25,6 @@ from chatllama.runtime.distributed import barrier, rank, world_size
 from chatllama.text.chat_format import check_contract
 from trainers.engine.engine import (
     Engine,
-    OptimizerSettings,
     ParameterGroup,
     gathered,
     partitioned_loading,
@@ -109,16 +108,8 @@ def build_engine(cfg: Config, model: RoleModel) -> Engine:
         value = adapter_parameters(model, "value") + list(model.heads["value"].parameters())
         rate = section.value_learning_rate or section.learning_rate
         groups.append(ParameterGroup("value", value, rate))
-    return Engine(
-        model,
-        groups,
-        OptimizerSettings(
-            section.adam_betas, section.adam_eps, section.weight_decay, section.max_grad_norm
-        ),
-        cfg.deepspeed,
-        microbatch_size=section.microbatch_size,
-        accumulation_steps=microbatches_per_step(section, world_size(), "ppo"),
-    )
+    accumulation_steps = microbatches_per_step(section, world_size(), "ppo")
+    return Engine(model, groups, section, cfg.deepspeed, accumulation_steps)
 
 
 def fold_into_value_head(

@@ -28,7 +28,7 @@ from chatllama.runtime.distributed import (
 )
 from chatllama.text.padding import pad_left, pad_right
 from trainers.engine.engine import Engine
-from trainers.engine.microbatches import collect, deal, groups_of_like_totals
+from trainers.engine.microbatches import balanced_groups, distribute, gather_rows
 from trainers.ppo.data import StopTokens
 from trainers.ppo.rewards import Scorer
 
@@ -87,7 +87,7 @@ class Rollout:
         tokens decide time and memory.
         """
         tokens = self.mask.sum(1).tolist()
-        return groups_of_like_totals(tokens, -(-len(tokens) // size))
+        return balanced_groups(tokens, -(-len(tokens) // size))
 
     def response_ids(self, row: int) -> list[int]:
         """The response's ids, its stop token included."""
@@ -110,10 +110,10 @@ def sample_responses(
     generator = torch.Generator().manual_seed(hash(tuple(seed)) % 2**63)
     uniforms = torch.rand(len(prompts), generation.max_new_tokens, generator=generator)
     own = list(range(rank(), len(prompts), world_size()))
-    in_step = engine.partitions() and not engine.gathers
+    in_step = engine.is_zero3() and not engine.gather_for_rollouts
     model = engine.model
     model.eval()
-    with engine.whole(), _sampling_as(engine, role, generation), autocast(model):
+    with engine.gathered_model(), _sampling_as(engine, role, generation), autocast(model):
         responses = generate(
             model.llama,
             [prompts[i] for i in own],
@@ -134,7 +134,7 @@ def _sampling_as(
 ) -> AbstractContextManager[None]:
     """The role active, with its adapter merged into the weights where `merge_lora` says so."""
     model, merge = engine.model, generation.merge_lora
-    possible = mergeable(model) and not engine.partitions()
+    possible = mergeable(model) and not engine.is_zero3()
     if merge == "always" and not possible:
         raise ValueError(
             "generation.merge_lora always: the backbone is quantised or split by ZeRO-3, so "
@@ -194,7 +194,7 @@ def score(
     filled = {name: torch.zeros(rollout.logprobs.shape, device=device()) for name in names}
     members = torch.zeros(len(rollout.tokens), len(reward_roles), device=device())
     microbatches = rollout.microbatches(microbatch_size)
-    for (number,), counts in deal(len(microbatches), 1):
+    for (number,), counts in distribute(len(microbatches), 1):
         part = rollout.select(microbatches[number])
         batch = (part.tokens, part.mask, part.response_mask)
         policy, values = policy_and_value(model, *batch, temperature)
@@ -210,8 +210,8 @@ def score(
             members[rows] = torch.stack(scores, dim=1)
         if values is not None:
             filled["values"][rows, :width] = values
-    collected = {name: collect(value).cpu() for name, value in filled.items()}
-    return replace(rollout, **collected, member_scores=collect(members).cpu())
+    collected = {name: gather_rows(value).cpu() for name, value in filled.items()}
+    return replace(rollout, **collected, member_scores=gather_rows(members).cpu())
 
 
 @dataclass(frozen=True)

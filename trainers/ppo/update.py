@@ -200,7 +200,7 @@ class Update:
             old, clip_range = rollout.values, self.section.value_clip_range
             return value_loss(values, old, targets.returns, targets.mask, clip_range, num_tokens)
 
-        if "value" in model.heads and not shares_trunk(model) and not self.engine.partitions():
+        if "value" in model.heads and not shares_trunk(model) and not self.engine.is_zero3():
             critic = critic_loss(response_values(model, *inputs))
             critic = replace(critic, loss=backward_now(critic.loss, self.engine.trained["value"]))
             scores = response_logprobs(model, "policy", *inputs, self.temperature)

@@ -15,7 +15,7 @@ from chatllama.runs.folder import RunFolder
 from chatllama.runtime.distributed import device
 from chatllama.text.padding import pad_left, pad_right
 from data.batches import AnswerRows, PreferenceCollator, SharedPromptCollator, answer_pairs
-from trainers.engine.microbatches import collect, deal
+from trainers.engine.microbatches import distribute, gather_rows
 from trainers.reward.loss import pairwise_loss
 
 PADDING_SAMPLE = 8
@@ -59,12 +59,12 @@ def score_answers(
     model.eval()
     firsts = [0, *accumulate(len(ranks) for ranks in examples["ranks"][:])]
     scores = torch.zeros(firsts[-1], device=device())
-    for rows, counted in deal(len(examples), microbatch_size):
+    for rows, counted in distribute(len(examples), microbatch_size):
         inputs, _ = collator([examples[i] for i in rows])
         found = scoring_of(inputs)(model, *inputs)
         if counted:
             scores[firsts[rows[0]] : firsts[rows[-1] + 1]] = found
-    return collect(scores)
+    return gather_rows(scores)
 
 
 def measure(examples: Dataset, scores: torch.Tensor) -> HeldOut:

@@ -16,7 +16,6 @@ from chatllama.runtime.distributed import barrier, rank, world_size
 from chatllama.text.chat_format import check_contract
 from trainers.engine.engine import (
     Engine,
-    OptimizerSettings,
     ParameterGroup,
     gathered,
     partitioned_loading,
@@ -63,16 +62,9 @@ def build_engine(cfg: Config, model: RoleModel) -> Engine:
     """The optimiser over the reward adapter and its head."""
     section = cfg.reward
     parameters = adapter_parameters(model, "reward") + list(model.heads["reward"].parameters())
-    return Engine(
-        model,
-        [ParameterGroup("reward", parameters, section.learning_rate)],
-        OptimizerSettings(
-            section.adam_betas, section.adam_eps, section.weight_decay, section.max_grad_norm
-        ),
-        cfg.deepspeed,
-        microbatch_size=section.microbatch_size,
-        accumulation_steps=microbatches_per_step(section, world_size(), "reward"),
-    )
+    groups = [ParameterGroup("reward", parameters, section.learning_rate)]
+    accumulation_steps = microbatches_per_step(section, world_size(), "reward")
+    return Engine(model, groups, section, cfg.deepspeed, accumulation_steps)
 
 
 def export_reward(cfg: Config, folder: Path, model: RoleModel, info: dict[str, object]) -> None:

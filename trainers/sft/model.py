@@ -21,7 +21,6 @@ from chatllama.runtime.files import replace_folder, write_json
 from chatllama.text.tokenizer import save_tokenizer
 from trainers.engine.engine import (
     Engine,
-    OptimizerSettings,
     ParameterGroup,
     gathered,
     partitioned_loading,
@@ -58,21 +57,13 @@ def build_engine(
         zero: `cfg.deepspeed`, or a lower stage.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        ParameterGroup(name, [p for p in trained if is_vector(p) != decays],
-                       section.learning_rate, decays)
-        for name, decays in (("matrices", True), ("vectors", False))
-    ]  # fmt: skip
-    return Engine(
-        model,
-        [group for group in groups if group.parameters],
-        OptimizerSettings(
-            section.adam_betas, section.adam_eps, section.weight_decay, section.max_grad_norm
-        ),
-        zero,
-        microbatch_size=section.microbatch_size,
-        accumulation_steps=microbatches_per_step(section, distributed.world_size(), "sft"),
-    )
+    matrices = [p for p in trained if not is_vector(p)]
+    vectors = [p for p in trained if is_vector(p)]
+    groups = [ParameterGroup("matrices", matrices, section.learning_rate)]
+    if vectors:
+        groups.append(ParameterGroup("vectors", vectors, section.learning_rate, decays=False))
+    accumulation_steps = microbatches_per_step(section, distributed.world_size(), "sft")
+    return Engine(model, groups, section, zero, accumulation_steps)
 
 
 def token_losses(

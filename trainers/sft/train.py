@@ -17,7 +17,7 @@ from chatllama.reporting.tracker import Tracker
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.distributed import all_sum, device, rank
 from trainers.engine.engine import Engine
-from trainers.engine.microbatches import deal
+from trainers.engine.microbatches import distribute
 from trainers.sft.data import RowCollator, Rows, num_trained, row_lengths
 from trainers.sft.model import token_losses
 from trainers.stages.loop import train_steps
@@ -117,7 +117,7 @@ def optimizer_step(trained: Trained, step: int, factor: float) -> dict[str, floa
     first = step * section.batch_size
     batches = [
         trained.collator([trained.rows.train[first + place] for place in places])
-        for places, _ in deal(section.batch_size, section.microbatch_size)
+        for places, _ in distribute(section.batch_size, section.microbatch_size)
     ]
     own_tokens = sum(num_trained(batch) for batch in batches)
     num_tokens = all_sum(torch.tensor(own_tokens, device=device())).clamp(min=1)
@@ -145,7 +145,7 @@ def evaluate(trained: Trained) -> dict[str, float]:
         return {}
     engine.model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=device())
-    for places, counted in deal(len(rows), trained.section.microbatch_size):
+    for places, counted in distribute(len(rows), trained.section.microbatch_size):
         batch = trained.collator([rows[place] for place in places])
         losses = engine(token_losses, batch, trained.use_bfloat16)
         if counted:
