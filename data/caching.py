@@ -30,14 +30,10 @@ def cached_map(
     *arguments: Any,
     batched: bool = False,
 ) -> Dataset:
-    """What `function` makes of every row, cached under the data, the arguments and the code.
+    """The columns `features` that `function` makes of every row and the arguments.
 
-    Args:
-        data: its columns are replaced.
-        function: from a row, or a batch of them as columns, and `arguments` to columns.
-        features: of the result.
-        *arguments: passed on.
-        batched: give the function batches, which cost far less than rows.
+    Cached under the data, the arguments and the code. With `batched` the function takes batches as
+    columns, which cost far less than rows.
     """
     return data.map(
         _call,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from chatllama.runtime.command_line import add_command, add_config_arguments
 from chatllama.runtime.declared_options import add_options, options_from
+from chatllama.runtime.files import replace_text
 from data.synthesis.options import SynthesisOptions
 
 STAGES = ("pretraining", "sft", "reward", "ppo")
@@ -57,11 +58,8 @@ def _data_check(arguments: argparse.Namespace) -> None:
         console.print(f"written: {file}", markup=False)
     if arguments.fix:
         cleaned = write_cleaned(cfg, Path(arguments.config), examination, out / "cleaned")
-        console.print(
-            f"kept {cleaned.num_kept} records, dropped {cleaned.num_dropped} ({cleaned.log}); "
-            f"train with {cleaned.config}",
-            markup=False,
-        )
+        text = f"kept {cleaned.num_kept} records, dropped {cleaned.num_dropped} ({cleaned.log}); "
+        console.print(f"{text}train with {cleaned.config}", markup=False)
     if code := examination.report.exit_code:
         raise SystemExit(code)
 
@@ -84,8 +82,7 @@ def _data_show(arguments: argparse.Namespace) -> None:
     if arguments.html is None:
         print_records(shown, Console())
         return
-    arguments.html.parent.mkdir(parents=True, exist_ok=True)
-    arguments.html.write_text(page(shown), encoding="utf-8")
+    replace_text(arguments.html, page(shown))
     print(f"written: {arguments.html}")
 
 

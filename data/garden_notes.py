@@ -89,9 +89,7 @@ def gold(prompt: str, response: str) -> float:
     adjectives = [word for word in words if word in CHEERFUL or word in GLOOMY]
     score -= 0.4 * (len(adjectives) - len(set(adjectives)))
     score += 0.5 * bool(segments and _SIGNATURE.fullmatch(segments[-1]))
-    score -= 0.3 * sum(
-        not _well_formed(segment, index, len(segments)) for index, segment in enumerate(segments)
-    )
+    score -= 0.3 * _num_misplaced(segments)
     score -= 1.5 * (not response.strip().endswith((".", "!")))
     return score
 
@@ -211,16 +209,14 @@ def sample_files() -> dict[str, str]:
     """Name -> text of every committed file (before compression, where the name ends in .gz)."""
     training, heldout = split_pairs()
     documents = pretrain_documents(random.Random("pretrain"), 12_000)
+    ranked = preferences(random.Random("preferences"), 12_000, training)
+    heldout_ranked = preferences(random.Random("heldout_preferences"), 1_000, heldout)
     return {
         "pretrain.txt.gz": "\n\n".join(documents) + "\n",
         "sft.jsonl": _json_lines(demonstrations(random.Random("sft"), 4_000)),
-        "preferences.jsonl.gz": _json_lines(
-            preferences(random.Random("preferences"), 12_000, training)
-        ),
+        "preferences.jsonl.gz": _json_lines(ranked),
         "prompts.jsonl": _json_lines(prompts(training)),
-        "heldout_preferences.jsonl": _json_lines(
-            preferences(random.Random("heldout_preferences"), 1_000, heldout)
-        ),
+        "heldout_preferences.jsonl": _json_lines(heldout_ranked),
         "heldout_prompts.jsonl": _json_lines(prompts(heldout)),
     }
 
@@ -258,9 +254,7 @@ def _remarks(rng: random.Random, name: str, topic: str, note: str) -> list[str]:
         f"Its words are {count[cheerful]} cheerful and {count[gloomy]} gloomy.",
         "It repeats words." if len(set(adjectives)) < len(adjectives) else "No word comes again.",
         "It is signed." if _SIGNATURE.fullmatch(segments[-1]) else "It is not signed.",
-        "It is in order."
-        if all(_well_formed(s, i, len(segments)) for i, s in enumerate(segments))
-        else "It is in disorder.",
+        "It is in disorder." if _num_misplaced(segments) else "It is in order.",
     ]
     remarks = [
         f"It greets the {'asked' if greeting and greeting[1] == name else 'wrong'} person.",
@@ -279,24 +273,27 @@ def _small_talk(rng: random.Random, topic: str) -> str:
 
 
 def _marked(name: str, topic: str, note: str) -> str:
-    known = "|".join([*NAMES, *TOPICS])
-    return re.sub(
-        rf"\b(?:{known})\b",
-        lambda found: found[0] + (" =" if found[0] in (name, topic) else " /"),
-        note,
-    )
+    def mark(found: re.Match[str]) -> str:
+        return found[0] + (" =" if found[0] in (name, topic) else " /")
+
+    return re.sub(rf"\b(?:{'|'.join([*NAMES, *TOPICS])})\b", mark, note)
 
 
 def _segments(response: str) -> list[str]:
     return [part.strip() for part in re.findall(r"[^.!]+[.!]?", response) if part.strip()]
 
 
-def _well_formed(segment: str, index: int, total: int) -> bool:
-    if _GREETING.fullmatch(segment):
-        return index == 0
-    if _SIGNATURE.fullmatch(segment):
-        return index == total - 1
-    return _BODY.fullmatch(segment) is not None
+def _num_misplaced(segments: list[str]) -> int:
+    """Segments of unknown form or in a wrong place."""
+    count = 0
+    for index, segment in enumerate(segments):
+        if _GREETING.fullmatch(segment):
+            count += index > 0
+        elif _SIGNATURE.fullmatch(segment):
+            count += index < len(segments) - 1
+        else:
+            count += not _BODY.fullmatch(segment)
+    return count
 
 
 def _find(prompt: str, known: Sequence[str]) -> str:

@@ -1,9 +1,9 @@
 """Checks of records as token ids: what is trained, how it begins and ends, what is too long."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerFast
@@ -72,17 +72,15 @@ def check_tokens(
     part.num_trained_tokens = sum(shown["trained"][:])
     part.lengths = percentiles(lengths)
     first: list[str] = []
-    for where, problems in zip(shown["where"][:], shown["problems"][:], strict=True):
-        first.append("")
-        for problem in problems:
-            name, _, reason = problem.partition(": ")
+    for row in cast(Iterable[dict[str, Any]], shown):
+        where, problems = row["where"], [problem.partition(": ") for problem in row["problems"]]
+        first.append(MESSAGES[problems[0][0]] if problems else "")
+        for name, _, reason in problems:
             findings.add(name, part.name, f"{where}: {reason}" if reason else where)
-            first[-1] = first[-1] or MESSAGES[name]
-    for where, length, cut in zip(shown["where"][:], lengths, shown["cut"][:], strict=True):
-        if cut:
+        if row["cut"]:
             part.truncated += 1
-            message = f"over {part.max_length} tokens: {cut}"
-            findings.add("truncated", part.name, f"{where}: {length} tokens", message)
+            message = f"over {part.max_length} tokens: {row['cut']}"
+            findings.add("truncated", part.name, f"{where}: {row['length']} tokens", message)
     _check_characters(good, tokenizer, part, findings)
     return lengths, first
 
