@@ -7,14 +7,13 @@ training and evaluation have in common.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.schema import Config
 from chatllama.config.stages import StageSection
-from data.checking.records import check_records, question
+from data.checking.records import check_records, iterate, question
 from data.checking.report import DataReport, Findings, StageSource
 from data.checking.tokens import check_tokens
 from data.decontaminate import build_index, contamination
@@ -42,9 +41,7 @@ class CheckedSource:
 
     def questions(self) -> Iterator[tuple[str, str]]:
         """Place and question of every usable record."""
-        for row in self.good:
-            row = cast(dict[str, Any], row)
-            yield row["where"], question(row)
+        return ((row["where"], question(row)) for row in iterate(self.good))
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,15 @@ long records stay: they need a judgement.
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 
 from chatllama.config.schema import Config
 from data.checking.check import CheckedSource, Examination, stage_section
-from data.checking.records import identity, question
+from data.checking.records import identity, iterate, question
 from data.checking.report import MESSAGES
 from data.decontaminate import build_index, contamination
 from data.reading.source import GOOD
@@ -53,10 +52,10 @@ def write_cleaned(
             file = folder / f"{number:02}_{part.stage}_{part.role}_{_stem(source.path)}.jsonl"
             reasons = drop_reasons(cfg, one, examination.checked)
             pairs = all(
-                len(row["answers"] or [0, 0]) == 2 for row in _rows(one) if "answers" in row
+                len(row["answers"] or [0, 0]) == 2 for row in iterate(one.rows) if "answers" in row
             )
             with file.open("w", encoding="utf-8") as kept:
-                for row, reason in zip(_rows(one), reasons, strict=True):
+                for row, reason in zip(iterate(one.rows), reasons, strict=True):
                     place = {"source": part.name, "where": row["where"], "reason": reason}
                     line = place if reason else _record(row, one, pairs)
                     to = dropped if reason else kept
@@ -86,7 +85,7 @@ def drop_reasons(cfg: Config, one: CheckedSource, checked: list[CheckedSource]) 
                 marks[i] = f"gives away {path}" if path else ""
     seen: dict[str, str] = {}
     reasons: list[str] = []
-    for i, row in enumerate(_rows(one)):
+    for i, row in enumerate(iterate(one.rows)):
         if row["severity"] != GOOD or i in one.failed:
             reasons.append(one.failed.get(i) or row["problem"])
             continue
@@ -98,10 +97,6 @@ def drop_reasons(cfg: Config, one: CheckedSource, checked: list[CheckedSource]) 
         else:
             reasons.append(marks[i])
     return reasons
-
-
-def _rows(one: CheckedSource) -> Iterator[dict[str, Any]]:
-    return cast(Iterator[dict[str, Any]], iter(one.rows))
 
 
 def _record(row: dict[str, Any], one: CheckedSource, pairs: bool) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def check_records(rows: Dataset, part: StageSource, findings: Findings) -> list[
             _unusable(rows[i], severity == MALFORMED, part.name, findings)
     good = rows.select(usable)
     scripts: Counter[str] = Counter()
-    for row in _iterate(good):
+    for row in iterate(good):
         texts = record_texts(row)
         scripts[script("\n".join(texts))] += 1
         _check_texts(row["where"], texts, part.name, findings)
@@ -104,7 +104,7 @@ def _duplicates(good: Dataset, part: StageSource, findings: Findings) -> None:
     first: dict[str, int] = {}
     copies: set[int] = set()
     verdicts: dict[frozenset[str], str] = {}
-    for i, row in enumerate(_iterate(good)):
+    for i, row in enumerate(iterate(good)):
         own = identity(row)
         if own in first:
             copies.add(i)
@@ -126,5 +126,6 @@ def _duplicates(good: Dataset, part: StageSource, findings: Findings) -> None:
             findings.add("near_duplicate", part.name, near)
 
 
-def _iterate(rows: Dataset) -> Iterator[dict[str, Any]]:
+def iterate(rows: Dataset) -> Iterator[dict[str, Any]]:
+    """The rows, typed."""
     return cast(Iterator[dict[str, Any]], iter(rows))

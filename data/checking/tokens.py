@@ -1,9 +1,9 @@
 """Checks of records as token ids: what is trained, how it begins and ends, what is too long."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerFast
@@ -12,6 +12,7 @@ from chatllama.config.model import ChatSection
 from chatllama.text.chat_format import end_of_turn_ids, render
 from chatllama.text.encoding import decode, encode
 from data.caching import cached_map
+from data.checking.records import iterate
 from data.checking.report import MESSAGES, Findings, StageSource, percentiles
 from data.decontaminate import record_texts
 from data.tokenize import fit, nothing_within
@@ -72,7 +73,7 @@ def check_tokens(
     part.num_trained_tokens = sum(shown["trained"][:])
     part.lengths = percentiles(lengths)
     first: list[str] = []
-    for row in cast(Iterable[dict[str, Any]], shown):
+    for row in iterate(shown):
         where, problems = row["where"], [problem.partition(": ") for problem in row["problems"]]
         first.append(MESSAGES[problems[0][0]] if problems else "")
         for name, _, reason in problems:
@@ -89,8 +90,8 @@ def _check_characters(
     good: Dataset, tokenizer: PreTrainedTokenizerFast, part: StageSource, findings: Findings
 ) -> None:
     counts: Counter[str] = Counter()
-    for row in good:
-        counts.update("".join(record_texts(row)))  # pyright: ignore[reportArgumentType]
+    for row in iterate(good):
+        counts.update("".join(record_texts(row)))
     dropped = {char: n for char, n in counts.items() if drops(tokenizer, char)}
     for char, count in sorted(dropped.items(), key=lambda item: -item[1]):
         example = f"{char!r} (U+{ord(char):04X}), {count} times"
