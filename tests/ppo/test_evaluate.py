@@ -10,12 +10,7 @@ import torch
 from ppo_runs import STOPS, TinyRun, make_run, nudge
 
 from chatllama.runs.folder import RunFolder
-from trainers.ppo.evaluate import (
-    EVALUATION_SEED,
-    evaluate_roles,
-    measure_policy,
-    win_rate,
-)
+from trainers.ppo.evaluate import EVALUATION_SEED, evaluate_roles, measure_policy, win_rate
 from trainers.ppo.rollout import sample_responses
 from trainers.ppo.train import PpoTrainer
 

@@ -5,12 +5,7 @@ import itertools
 import pytest
 import torch
 
-from trainers.ppo.ppo_math import (
-    gae,
-    masked,
-    policy_loss,
-    shape_rewards,
-)
+from trainers.ppo.ppo_math import gae, masked, policy_loss, shape_rewards
 
 
 class Tabular:

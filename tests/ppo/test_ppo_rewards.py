@@ -12,11 +12,7 @@ import torch
 from chatllama.config.base import load_function
 from chatllama.config.ppo import PpoSection
 from chatllama.config.schema import Config
-from trainers.ppo.rewards import (
-    Scorer,
-    Statistics,
-    shaped_scores,
-)
+from trainers.ppo.rewards import Scorer, Statistics, shaped_scores
 
 PROMPTS, RESPONSES = ["a b", "c", "d e f"], ["xx", "", "yyyy"]
 MEMBERS = torch.tensor([[1.0, 3.0, 10.0], [2.0, -2.0, 20.0], [0.5, 0.25, 30.0]])

@@ -11,13 +11,7 @@ from ppo_runs import PAD, STOPS, TinyRun, make_prompts, make_stop_tokens
 from chatllama.config.generation import GenerationSection
 from chatllama.model.roles import acting_as
 from trainers.engine.microbatches import balanced_groups, distribute, microbatches
-from trainers.ppo.rollout import (
-    Collector,
-    Rollout,
-    arrange,
-    sample_responses,
-    score,
-)
+from trainers.ppo.rollout import Collector, Rollout, arrange, sample_responses, score
 from trainers.ppo.train import PpoTrainer
 
 PROMPTS = [[1, 80, 90], [1], [1, 70, 71, 72, 73], [1, 99], [1, 120, 130, 140]]

@@ -37,7 +37,7 @@ from trainers.ppo.ppo_math import (
 )
 from trainers.ppo.rewards import Scorer, Statistics, shaped_scores
 from trainers.ppo.rollout import Collector, Rollout
-from trainers.ppo.servers.pool import NoServerLeft, compare, open_pool
+from trainers.ppo.servers.pool import NoServerLeft, ServerPool, compare
 from trainers.ppo.state import PpoState, load_state
 from trainers.ppo.update import Targets, Update
 
@@ -63,7 +63,8 @@ class PpoTrainer:
         size = cfg.ppo.microbatch_size
         self.collector = Collector(engine, scorer, stop_tokens, cfg.generation, size)
         self.guard = Guard(cfg, run, engine)
-        self.servers = open_pool(cfg, run, engine.model, stop_tokens)
+        servers, model = cfg.generation.servers, engine.model
+        self.servers = ServerPool(cfg, servers, run, model, stop_tokens) if servers else None
         self.sampler_gap: dict[str, float] = {}
         self.total_optimizer_steps = ppo_optimizer_steps(cfg.ppo)
 

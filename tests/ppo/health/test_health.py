@@ -330,5 +330,6 @@ def test_a_diagnosis_is_readable() -> None:
         "the reward model can be trusted.\n"
         "  Likely causes: KL penalty too weak for the scores; learning rate too high; reward "
         "hacking.\n"
-        "  Change: ppo.kl_coef (higher), ppo.learning_rate (lower), ppo.kl_controller (adaptive)."
+        "  Config keys to change: ppo.kl_coef (higher), ppo.learning_rate (lower), "
+        "ppo.kl_controller (adaptive)."
     )

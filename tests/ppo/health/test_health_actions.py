@@ -24,7 +24,7 @@ PROJECT = Path(__file__).resolve().parents[3]
 def diagnosis(name: str, step: int = 3, figure: float = 1.25) -> Diagnosis:
     rule = next(rule for rule in RULES if rule.name == name)
     severity = "fatal" if rule.fatal else "warning"
-    return Diagnosis(name, step, figure, 1.0, "It is so.", rule.causes, rule.knob, severity)
+    return Diagnosis(name, step, figure, 1.0, "It is so.", (rule.causes,), rule.knob, severity)
 
 
 @pytest.mark.parametrize(

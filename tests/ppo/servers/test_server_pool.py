@@ -18,12 +18,7 @@ from chatllama.config.loader import dump_config
 from chatllama.generation.sampling import Sampling
 from chatllama.runs.folder import RunFolder
 from trainers.ppo.servers import pool as server_pool
-from trainers.ppo.servers.client import (
-    SamplingServer,
-    ServedResponse,
-    ServerLost,
-    ServerRefused,
-)
+from trainers.ppo.servers.client import SamplingServer, ServedResponse, ServerLost, ServerRefused
 from trainers.ppo.servers.pool import NoServerLeft, compare, prompt_seed
 from trainers.ppo.train import PpoTrainer
 

@@ -47,7 +47,7 @@ class Diagnosis:
             f"{self.name} at step {self.step}: {self.figure:.4g}, threshold {self.threshold:.4g}\n"
             f"  {self.message}\n"
             f"  Likely causes: {'; '.join(self.causes)}.\n"
-            f"  Change: {self.knob}."
+            f"  Config keys to change: {self.knob}."
         )
 
 
@@ -106,7 +106,8 @@ class HealthMonitor:
         self._reported[rule.name] = step
         severity = "fatal" if rule.fatal else "warning"
         numbers = (finding.figure, finding.threshold, finding.meaning)
-        return Diagnosis(rule.name, step, *numbers, rule.causes, rule.knob, severity)
+        causes = tuple(rule.causes.split("; "))
+        return Diagnosis(rule.name, step, *numbers, causes, rule.knob, severity)
 
     def _keep_best_evaluation(self) -> None:
         """Keeps the evaluation with the highest gold score, to compare later ones with."""

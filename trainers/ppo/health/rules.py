@@ -20,8 +20,8 @@ class Rule:
     needs: tuple[str, ...]
     """Metrics without which a step is not checked."""
     check: Callable[[History, HealthSection, Metrics], Finding | None]
-    causes: tuple[str, ...]
-    """Likeliest first."""
+    causes: str
+    """Likeliest first, separated by `; `."""
     knob: str
     """Config keys to change, and how."""
     fatal: bool = False
@@ -36,18 +36,15 @@ FRESH_PAIRS = f"{KL_UP}, ppo.steps (fewer), reward.data (fresh pairs of the poli
 NO_FILTERS = "generation.top_p (1), generation.top_k (0)"
 FILTERS = "sampling filters: tokens are drawn with top_p or top_k, log-probabilities without"
 TEMPERATURES = "a temperature that sampling and scoring do not share"
-LARGE_UPDATES = ("learning rate too high", "too many updates on one batch", "minibatches too small")
+LARGE_UPDATES = "learning rate too high; too many updates on one batch; minibatches too small"
 
 RULES: tuple[Rule, ...] = (
     Rule(
         "not_finite",
         (),
         checks.check_not_finite,
-        (
-            "an update that was too large",
-            "overflow in a 16-bit backbone",
-            "NaN in a reward, a weight or an adapter of an earlier stage",
-        ),
+        "an update that was too large; overflow in a 16-bit backbone; NaN in a reward, a weight "
+        "or an adapter of an earlier stage",
         f"{RATE_DOWN}, ppo.max_grad_norm (lower), backbone.dtype (float32)",
         fatal=True,
     ),
@@ -55,11 +52,8 @@ RULES: tuple[Rule, ...] = (
         "initial_kl_not_zero",
         ("ppo/kl_abs_max",),
         checks.check_initial_kl,
-        (
-            "RUN/sft/adapter or the base is not what the policy started from",
-            "the reference is the bare base",
-            "dropout is on",
-        ),
+        "RUN/sft/adapter or the base is not what the policy started from; the reference is the "
+        "bare base; dropout is on",
         "run_dir, backbone.path (those of the SFT stage)",
         fatal=True,
         rollback_helps=False,
@@ -68,11 +62,8 @@ RULES: tuple[Rule, ...] = (
         "first_ratio_not_one",
         ("ppo/first_log_ratio",),
         checks.check_first_ratio,
-        (
-            "dropout is on",
-            "rollout and update score at different temperatures or in different batches",
-            "kernels that are not deterministic",
-        ),
+        "dropout is on; rollout and update score at different temperatures or in different "
+        "batches; kernels that are not deterministic",
         "backbone.attn_implementation (sdpa), backbone.dtype (float32)",
         fatal=True,
         rollback_helps=False,
@@ -95,26 +86,22 @@ RULES: tuple[Rule, ...] = (
         "grad_norm_explosion",
         ("ppo/grad_norm",),
         checks.check_grad_norm,
-        ("learning rate too high", "an outlier among the scores", "returns that jumped"),
+        "learning rate too high; an outlier among the scores; returns that jumped",
         f"{RATE_DOWN}, ppo.score_clip (set it), ppo.max_grad_norm (lower)",
     ),
     Rule(
         "kl_explosion",
         ("ppo/kl_token",),
         checks.check_kl,
-        ("KL penalty too weak for the scores", "learning rate too high", "reward hacking"),
+        "KL penalty too weak for the scores; learning rate too high; reward hacking",
         f"{KL_UP}, {RATE_DOWN}, ppo.kl_controller (adaptive)",
     ),
     Rule(
         "sampling_mismatch",
         ("ppo/surprise_gap", "ppo/surprise_gap_se"),
         checks.check_sampling,
-        (
-            FILTERS,
-            TEMPERATURES,
-            "banned tokens or a minimum length",
-            "the sampler uses other weights than the scorer",
-        ),
+        f"{FILTERS}; {TEMPERATURES}; banned tokens or a minimum length; the sampler uses other "
+        "weights than the scorer",
         NO_FILTERS,
         rollback_helps=False,
     ),
@@ -122,7 +109,7 @@ RULES: tuple[Rule, ...] = (
         "negative_kl",
         ("ppo/kl_sequence", "ppo/kl_sequence_se"),
         checks.check_negative_kl,
-        ("the sampler uses older weights than the scorer", FILTERS, TEMPERATURES),
+        f"the sampler uses older weights than the scorer; {FILTERS}; {TEMPERATURES}",
         NO_FILTERS,
         rollback_helps=False,
     ),
@@ -130,50 +117,39 @@ RULES: tuple[Rule, ...] = (
         "clip_fraction_high",
         ("ppo/clip_fraction",),
         checks.check_clipping,
-        ("learning rate too high", "too many updates on one batch", "clip range too narrow"),
+        "learning rate too high; too many updates on one batch; clip range too narrow",
         f"{RATE_DOWN}, ppo.epochs (lower), ppo.clip_range (wider)",
     ),
     Rule(
         "dead_rewards",
         ("ppo/score_std",),
         checks.check_scores,
-        (
-            "the reward model has learnt nothing, or its head was not loaded",
-            "scores clipped to one value",
-            "the policy gives one answer only",
-        ),
+        "the reward model has learnt nothing, or its head was not loaded; scores clipped to one "
+        "value; the policy gives one answer only",
         "ppo.score_clip (wider or null); train the reward model again",
     ),
     Rule(
         "reward_hacking",
         ("ppo/eval_gold_mean", "ppo/eval_gold_se", "ppo/eval_score_mean"),
         checks.check_gold_falls,
-        (
-            "KL penalty too weak for this reward model",
-            "a reward model too weak or trained on other text",
-            "too many steps",
-        ),
+        "KL penalty too weak for this reward model; a reward model too weak or trained on other "
+        "text; too many steps",
         FRESH_PAIRS,
     ),
     Rule(
         "reward_hacking",
         ("ppo/ensemble_disagreement", "ppo/score_mean"),
         checks.check_ensemble,
-        (
-            "KL penalty too weak for these reward models",
-            "reward models trained on other text than the policy now writes",
-        ),
+        "KL penalty too weak for these reward models; reward models trained on other text than "
+        "the policy now writes",
         FRESH_PAIRS,
     ),
     Rule(
         "eos_rate_falling",
         ("ppo/eos_rate",),
         checks.check_eos,
-        (
-            "the reward pays for length",
-            "cut responses are not penalised",
-            "generation.max_new_tokens is too small for what the policy learns to write",
-        ),
+        "the reward pays for length; cut responses are not penalised; generation.max_new_tokens "
+        "is too small for what the policy learns to write",
         "ppo.missing_eos_penalty (higher), generation.max_new_tokens (higher), "
         "ppo.length_penalty (set it)",
     ),
@@ -181,25 +157,22 @@ RULES: tuple[Rule, ...] = (
         "length_drift",
         ("ppo/response_length",),
         checks.check_length,
-        ("the reward model prefers long (or short) answers", "KL penalty too weak"),
+        "the reward model prefers long (or short) answers; KL penalty too weak",
         f"ppo.length_penalty (set it), {KL_UP}; look at the reward model's length correlation",
     ),
     Rule(
         "entropy_collapse",
         ("ppo/entropy",),
         checks.check_entropy,
-        ("KL penalty too weak", "learning rate too high", "one pattern that always scores high"),
+        "KL penalty too weak; learning rate too high; one pattern that always scores high",
         f"{KL_UP}, {RATE_DOWN}",
     ),
     Rule(
         "critic_explained_variance_negative",
         ("ppo/explained_variance",),
         checks.check_critic,
-        (
-            "the critic learns too slowly or diverges",
-            "value updates clipped too hard",
-            "returns of a scale that the value head did not start from",
-        ),
+        "the critic learns too slowly or diverges; value updates clipped too hard; returns of a "
+        "scale that the value head did not start from",
         "ppo.value_learning_rate, ppo.critic_warmup_steps (more), ppo.value_clip_range (wider), "
         "ppo.vf_coef (higher)",
     ),

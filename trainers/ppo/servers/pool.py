@@ -13,7 +13,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from chatllama.config.generation import GenerationSection, ServersSection
+from chatllama.config.generation import ServersSection
 from chatllama.config.schema import Config
 from chatllama.generation.sampling import Sampling
 from chatllama.model.adapters import save_adapter
@@ -58,28 +58,20 @@ class _Member:
 
 
 class ServerPool:
-    """The servers that sample for one PPO run.
-
-    Args:
-        section: addresses and limits.
-        generation: how to sample.
-        model: whose adapters are sent; every rank passes its own.
-        info: saved with an adapter (`base`, `contract` ...).
-        folder: adapters are written below it.
-    """
+    """The servers that sample for one PPO run; adapters are written where they can read them."""
 
     def __init__(
         self,
+        cfg: Config,
         section: ServersSection,
-        generation: GenerationSection,
+        run: RunFolder,
         model: RoleModel,
-        info: Mapping[str, object],
-        folder: Path,
-        stop_ids: Sequence[int],
+        stop: StopTokens,
     ) -> None:
-        self.section, self._generation, self._model = section, generation, model
-        self._info, self._stop_ids = info, list(stop_ids)
-        self._folder = Path(section.adapter_dir) if section.adapter_dir else folder
+        self.section, self._model = section, model
+        self._sampling, self._stop_ids = Sampling.of(cfg.generation), stop.stop_ids
+        self._info = adapter_info(cfg, run, stop.tokenizer, "ppo")
+        self._folder = Path(section.adapter_dir or run.stage("ppo") / "served")
         key = os.environ.get(section.api_key_variable)
         self._members = [_Member(SamplingServer(url, key, section.timeout)) for url in section.urls]
         self._lock = threading.Lock()
@@ -201,10 +193,9 @@ class ServerPool:
         found: dict[int, ServedResponse] = {}
         refused: list[ServerRefused] = []
         finished = threading.Event()
-        sampling = Sampling.of(self._generation)
 
         def sample_one(member: _Member, model: str, i: int) -> None:
-            options = (sampling, self._stop_ids, prompt_seed(seed, i))
+            options = (self._sampling, self._stop_ids, prompt_seed(seed, i))
             response = self._try(member, lambda: member.server.sample(model, prompts[i], *options))
             if response is None:
                 waiting.put(i)
@@ -247,16 +238,6 @@ def _result_or_error(work: Callable[..., Any], *arguments: object) -> Any:
         return work(*arguments)
     except (NoServerLeft, ServerRefused) as error:
         return error
-
-
-def open_pool(cfg: Config, run: RunFolder, model: RoleModel, stop: StopTokens) -> ServerPool | None:
-    """The servers that the config names; None where rollouts are sampled locally."""
-    section = cfg.generation.servers
-    if section is None:
-        return None
-    info = adapter_info(cfg, run, stop.tokenizer, "ppo")
-    folder = run.stage("ppo") / "served"
-    return ServerPool(section, cfg.generation, model, info, folder, stop.stop_ids)
 
 
 def prompt_seed(seed: Sequence[int], prompt: int) -> int:
