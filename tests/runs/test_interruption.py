@@ -209,10 +209,10 @@ def test_the_run_says_what_was_saved_and_ends_with_75(
 
 def test_rank_0_is_found_by_its_lock(tmp_path: Path):
     run = RunFolder(tmp_path)
-    assert not pipeline._ask_to_stop(run, "sft")
+    assert not pipeline._request_stop(run, "sft")
     acquire(run, "stage")
     with steps():
-        assert pipeline._ask_to_stop(run, "sft")
+        assert pipeline._request_stop(run, "sft")
         assert stop_requested()
         interruption._signals.received = None
     release_all()

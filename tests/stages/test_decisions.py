@@ -244,7 +244,7 @@ def test_results_of_before_there_was_a_lineage_are_kept(trained: World):
     trained.run.lineage.unlink()
     decisions = trained.decide()
     assert [each.action for each in decisions.values()] == ["keep"] * 3
-    assert "says nothing of it" in decisions["sft"].notes[0]
+    assert "has no record of it" in decisions["sft"].notes[0]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "gone"])

@@ -1,6 +1,6 @@
-"""The command line that train_sft.py, train_rm.py and train_ppo.py share.
+"""The command line and the exit codes that train_sft.py, train_rm.py and train_ppo.py share.
 
-Imports nothing heavy: `--help` and config errors must come at once.
+It imports nothing heavy, so that `--help` and config errors answer at once.
 """
 
 import argparse
@@ -35,7 +35,7 @@ Every key with its meaning and default: configs/reference.yaml.
 
 @dataclass(frozen=True)
 class StageArguments:
-    """What a training script was asked to do."""
+    """The parsed command line of a training script."""
 
     config: Config
     resume: bool
@@ -49,16 +49,16 @@ class StageArguments:
 
 
 LOST_RANK_SECONDS = 5.0
-"""Time for the launcher, which looks every second, to end a rank that another one has left."""
+"""Wait in which the launcher, which checks every second, can end a rank whose peer is gone."""
 LOST_RANK_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tells mistakes once on each machine, and ends every rank with exit code 2."""
+    """Prints errors once per machine and ends every rank with exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with a message."""
-        if _speaks():
+        if _is_printing_rank():
             super().error(message)
         raise SystemExit(2)
 
@@ -66,12 +66,8 @@ class _Parser(argparse.ArgumentParser):
 def parse_stage_arguments(description: str, argv: Sequence[str] | None = None) -> StageArguments:
     """The checked config and flags of a training script's command line.
 
-    Config errors are printed to stderr, once, and end the process with exit code 2. The number of
-    ranks (for the batch arithmetic) is the launcher's WORLD_SIZE, 1 without a launcher.
-
-    Args:
-        description: what the script does, for `--help`.
-        argv: the arguments after the script's name. None: this process's.
+    Config errors are printed to stderr once and end the process with exit code 2. The world size
+    for the batch arithmetic is the launcher's WORLD_SIZE, 1 without a launcher.
     """
     parser = _Parser(
         description=description,
@@ -79,48 +75,40 @@ def parse_stage_arguments(description: str, argv: Sequence[str] | None = None) -
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
-    parser.add_argument(
-        "overrides",
-        metavar="section.key=value",
-        nargs="*",
-        help="settings that replace those of the file",
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the newest checkpoint of this stage, with any number of ranks and "
-        "under any ZeRO stage",
-    )
-    parser.add_argument("--run-lock", metavar="TOKEN", help=argparse.SUPPRESS)
-    # The deepspeed launcher passes this to every script; the ranks' environment says the same.
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    add, hidden = parser.add_argument, argparse.SUPPRESS
+    add("config", metavar="CONFIG", help="YAML file of the run")
+    about = "settings that replace those of the file"
+    add("overrides", metavar="section.key=value", nargs="*", help=about)
+    about = "go on from the newest checkpoint, with any number of ranks and any ZeRO stage"
+    add("--resume", action="store_true", help=about)
+    add("--run-lock", metavar="TOKEN", help=hidden)
+    # The deepspeed launcher passes this to every script; LOCAL_RANK holds the same number.
+    add("--local_rank", "--local-rank", type=int, help=hidden)
     arguments = parser.parse_intermixed_args(argv)
     try:
         config = load_config(arguments.config, arguments.overrides)
         check_batches(config, int(os.environ.get("WORLD_SIZE", "1")))
     except ConfigError as error:
-        if _speaks():
+        if _is_printing_rank():
             print(error, file=sys.stderr)
         raise SystemExit(2) from error
     return StageArguments(config=config, resume=arguments.resume, lock=arguments.run_lock)
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; the first error of a job ends it on every rank and is what is shown.
+    """Runs a script's `main`; the first error of a job is printed and ends all of its ranks.
 
-    A mistake of the user's is told in one message, with exit code 2, by the rank that met it and
-    without the traceback that only a programmer could use (CHATLLAMA_DEBUG=1 shows it). Under a
-    launcher a rank with an error ends at once, so that the launcher stops the others, which may be
-    waiting for it inside a collective; those that notice keep quiet meanwhile.
-    SIGTERM and SIGUSR1 end it with exit code 75 (`interruption.py`).
+    An error that the user can correct is one message, without traceback (CHATLLAMA_DEBUG=1 shows
+    it), and exit code 2. Under a launcher the rank with the error exits at once, so that the
+    launcher stops the others, which may wait for it inside a collective and print nothing.
+    SIGTERM and SIGUSR1 end the stage with exit code 75 (`interruption.py`).
     """
     interruption.listen()
     try:
         main()
         return
     except interruption.Interrupted as reason:
-        code, message = interruption.EXIT_CODE, str(reason) if _speaks() else ""
+        code, message = interruption.EXIT_CODE, str(reason) if _is_printing_rank() else ""
     except SystemExit as end:
         if end.code:
             _release_other_nodes()
@@ -132,31 +120,31 @@ def run_stage(main: Callable[[], None]) -> None:
     run_lock.release_all()
     if code != interruption.EXIT_CODE:
         _release_other_nodes()
-    os._exit(code)  # other ranks may be waiting for us inside a collective
+    os._exit(code)  # other ranks may wait for this one inside a collective
 
 
 def _failure(error: Exception) -> tuple[int, str]:
-    """Exit code and message; without a launcher the error itself where it is a programmer's."""
+    """Exit code and message; raises an error of the code itself if there is no launcher."""
     debugging = os.environ.get("CHATLLAMA_DEBUG") == "1"
-    if isinstance(error, ValueError | OSError) and _is_users(error) and not debugging:
-        text = str(error) if isinstance(error, ValueError) else _about_disk(error)
-        return 2, _signed(f"error: {text}\n(CHATLLAMA_DEBUG=1 shows where it happened)")
+    if isinstance(error, ValueError | OSError) and _is_correctable(error) and not debugging:
+        text = str(error) if isinstance(error, ValueError) else _disk_message(error)
+        return 2, _prefixed(f"error: {text}\n(CHATLLAMA_DEBUG=1 shows where it happened)")
     if "WORLD_SIZE" not in os.environ:
         run_lock.release_all()
         raise error
     if _lost_a_rank(error):
         interruption.restore_default_handlers()
         time.sleep(LOST_RANK_SECONDS)
-        return 1, _signed(
+        return 1, _prefixed(
             f"error: another rank has gone ({str(error).splitlines()[0]}). Its own output says "
             "why, on its own node; if it says nothing, it was killed, often for lack of memory"
         )
     traceback.print_exc()
-    return 1, _signed(f"error: {type(error).__name__}: {error}")
+    return 1, _prefixed(f"error: {type(error).__name__}: {error}")
 
 
-def _about_disk(error: OSError) -> str:
-    """What could not be read or written, why, and what to do."""
+def _disk_message(error: OSError) -> str:
+    """The path that cannot be read or written, the reason and the remedy."""
     place = f"{error.filename}: " if error.filename else ""
     return (
         f"{place}{error.strerror}. Earlier checkpoints are as they were: make room or give the "
@@ -164,14 +152,14 @@ def _about_disk(error: OSError) -> str:
     )
 
 
-def _is_users(error: ValueError | OSError) -> bool:
-    """Whether the user can do something about it: a wrong setting, or a disk."""
+def _is_correctable(error: ValueError | OSError) -> bool:
+    """Whether the user can correct it: a wrong setting, or a disk."""
     disk = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
     return isinstance(error, ValueError) or error.errno in disk
 
 
 def _release_other_nodes() -> None:
-    """Ranks of other machines do not wait for one that failed before it had met them."""
+    """Joins the process group, so that ranks elsewhere do not wait for one that failed early."""
     if int(os.environ.get("CROSS_SIZE", "1")) > 1:
         from chatllama.runtime.distributed import meet
 
@@ -186,8 +174,8 @@ def _lost_a_rank(error: Exception) -> bool:
     return isinstance(error, DistError) or any(words in text for words in LOST_RANK_WORDS)
 
 
-def _signed(message: str) -> str:
-    """The message, with who speaks when that is not rank 0 of a single machine."""
+def _prefixed(message: str) -> str:
+    """The message after script, rank and host; a job of one machine omits rank 0 and host."""
     nodes, rank = os.environ.get("CROSS_SIZE", "1"), os.environ.get("RANK", "0")
     where = "" if (nodes, rank) == ("1", "0") else f" (rank {rank})"
     if nodes != "1":
@@ -195,8 +183,8 @@ def _signed(message: str) -> str:
     return f"{Path(sys.argv[0]).name}{where}: {message}"
 
 
-def _speaks() -> bool:
-    """True on rank 0; with several machines, where mistakes may differ, on one rank of each."""
+def _is_printing_rank() -> bool:
+    """Whether this is rank 0, or with several machines, whose errors may differ, local rank 0."""
     # Not `distributed.rank`: that module imports torch.
     several = os.environ.get("CROSS_SIZE", "1") != "1"
     return os.environ.get("LOCAL_RANK" if several else "RANK", "0") == "0"

@@ -1,18 +1,17 @@
-"""What of a run must be done, what must be done again, and why: read from lineage.json."""
+"""Which stages of a run are kept, run or run again, and why; decided from lineage.json.
+
+Running them is the business of `pipeline.py`.
+"""
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from chatllama.config.schema import Config
-from chatllama.runs.folder import (
-    INFO,
-    STAGES,
-    RunFolder,
-    Stage,
-)
+from chatllama.runs.folder import INFO, STAGES, RunFolder, Stage
 from trainers.stages import lineage
 
 Action = Literal["keep", "do", "go on", "again", "forget"]
@@ -23,11 +22,11 @@ class Decision:
     """What to do about a stage."""
 
     action: Action
-    """Keep its result; do it; go on with it; do it again, keeping the old result aside; or do it
-    again, its old result and checkpoints removed (`--from`)."""
+    """keep the result; do it; go on with it; do it again with the old result set aside; or forget
+    result and checkpoints and do it again (`--from`)."""
     reasons: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    """What is not as it was, but no reason to do it again."""
+    """Changes that are no reason to run it again."""
 
 
 def decide(
@@ -35,13 +34,13 @@ def decide(
 ) -> dict[Stage, Decision]:
     """What to do about every stage.
 
-    A finished stage is done again where its settings, data, base or parents are others than those
-    it was made from, and with it every later one.
+    A finished stage runs again if its settings, data, base or parents have changed, and with it
+    every later one.
 
     Raises:
-        ValueError: the user must choose: an interrupted stage without `resume` or with other
-            settings, results that were changed or are damaged, an earlier stage that is missing, a
-            backbone that was built here under other settings.
+        ValueError: the user must choose: a stage was interrupted, and `resume` is off or its
+            settings have changed; results have changed; an earlier stage is missing; or the
+            backbone was built here under other settings.
     """
     _check_backbone(cfg, run)
     records = lineage.read_lineage(run)
@@ -65,16 +64,16 @@ def decide(
                     f"it is made from, is not. Use --from {unfinished[0]} to do both again, or "
                     "another run_dir"
                 )
-            decisions[stage] = _of_begun(cfg, run, stage, record, resume)
+            decisions[stage] = _decide_begun(cfg, run, stage, record, resume)
     return decisions
 
 
-def _of_begun(
+def _decide_begun(
     cfg: Config, run: RunFolder, stage: Stage, record: dict[str, Any] | None, resume: bool
 ) -> Decision:
-    """What to do about a stage that is finished or interrupted, and whose parents are kept."""
+    """What to do about a stage that is finished or interrupted and whose parents are kept."""
     finished = run.result(stage).is_file()
-    reasons, notes = [], [f"{run.lineage} says nothing of it: taken as it is"]
+    reasons, notes = [], [f"{run.lineage} has no record of it: kept as it is"]
     if record is not None:
         now = lineage.gather(cfg, run, stage, record)
         reasons, notes = lineage.differences(record, now), lineage.other_versions(record, now)
@@ -85,8 +84,8 @@ def _of_begun(
     if reasons:
         raise ValueError(
             f"stage {stage} of {run.root} was interrupted, and it cannot go on:\n"
-            + "\n".join(f"  {reason}" for reason in reasons)
-            + f"\nPut that right, use --from {stage} to start the stage anew, or another run_dir"
+            f"{_lines(reasons)}\nPut that right, use --from {stage} to start the stage anew, or "
+            "another run_dir"
         )
     if not resume:
         raise ValueError(
@@ -97,29 +96,29 @@ def _of_begun(
 
 
 def finished_before(cfg: Config, run: RunFolder, stage: Stage) -> bool:
-    """Whether a stage has finished and what it left still holds: a script has nothing to do then.
+    """Whether a stage has finished and its results are still valid.
 
     Raises:
-        ValueError: it must be done again, which only `chatllama run` does, or it was damaged.
+        ValueError: it must run again, which only `chatllama run` does, or its results are damaged.
     """
     if not run.result(stage).is_file():
         return False
     record = lineage.read_lineage(run).get(stage)
-    decision = _of_begun(cfg, run, stage, record, False)
+    decision = _decide_begun(cfg, run, stage, record, False)
     if decision.action == "again":
         raise ValueError(
             f"stage {stage} of {run.root} has finished before, and it must be done again:\n"
-            + "\n".join(f"  {reason}" for reason in decision.reasons)
-            + "\n`chatllama run` does so, keeping what there is; or use another run_dir"
+            f"{_lines(decision.reasons)}\n`chatllama run` does so and keeps what there is; or use "
+            "another run_dir"
         )
     return True
 
 
 def check_resumed(cfg: Config, run: RunFolder, stage: Stage) -> dict[str, Any]:
-    """The record with which a stage begins or goes on.
+    """The lineage record with which a stage begins or goes on.
 
     Raises:
-        ValueError: it has checkpoints of other settings, data, base or parents.
+        ValueError: it has checkpoints from other settings, data, base or parents.
     """
     record = lineage.read_lineage(run).get(stage)
     now = lineage.gather(cfg, run, stage, record or {})
@@ -128,18 +127,14 @@ def check_resumed(cfg: Config, run: RunFolder, stage: Stage) -> dict[str, Any]:
     if reasons := lineage.differences(record | {"finished": None}, now):
         raise ValueError(
             f"stage {stage} of {run.root} was begun otherwise, and it cannot go on:\n"
-            + "\n".join(f"  {reason}" for reason in reasons)
-            + f"\nPut that right, or remove {run.checkpoints(stage)} to start the stage anew"
+            f"{_lines(reasons)}\nPut that right, or remove {run.checkpoints(stage)} to start the "
+            "stage anew"
         )
     return now | {"begun": record["begun"]}
 
 
 def _check_outputs(cfg: Config, run: RunFolder, stage: Stage, record: dict[str, Any]) -> None:
-    """Nothing, if the results of a finished stage are those that it wrote.
-
-    Raises:
-        ValueError: one is missing, changed or damaged.
-    """
+    """Raises ValueError if a result of a finished stage is missing, changed or damaged."""
     now = lineage.outputs(cfg, run, stage)
     for name, before in record.get("outputs", {}).items():
         if now.get(name) != before:
@@ -151,11 +146,7 @@ def _check_outputs(cfg: Config, run: RunFolder, stage: Stage, record: dict[str, 
 
 
 def _check_backbone(cfg: Config, run: RunFolder) -> None:
-    """Nothing, if a backbone that was built here rests on the settings of `cfg`.
-
-    Raises:
-        ValueError: all that the run holds rests on other ones.
-    """
+    """Raises ValueError if the backbone was built here under other settings than those of `cfg`."""
     info = run.backbone / INFO
     if cfg.backbone.from_scratch is None or not info.is_file():
         return
@@ -166,26 +157,30 @@ def _check_backbone(cfg: Config, run: RunFolder) -> None:
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     if keys:
         raise ValueError(
-            f"{run.backbone} was made with other settings, and everything here rests on it:\n"
-            + "\n".join(f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in keys)
+            f"{run.backbone} was made with other settings, and every stage is based on it:\n"
+            + _lines(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in keys)
             + f"\nUse run_dir=... for a new run, or remove {run.root}"
         )
 
 
 def backbone_config(cfg: Config) -> dict[str, Any]:
-    """Dotted key -> value of the settings on which a backbone made from text rests."""
+    """Dotted key -> value of the settings that determine a backbone made from text."""
     content = json.loads(cfg.model_dump_json())
     section = {"from_scratch": content["backbone"]["from_scratch"]}
     return lineage.flat({"backbone": section, "seed": content["seed"]})
 
 
+def _lines(reasons: Iterable[str]) -> str:
+    return "\n".join(f"  {reason}" for reason in reasons)
+
+
 def forget(run: RunFolder, stage: Stage, with_record: bool = True) -> None:
-    """Removes what says that a stage was done or begun.
+    """Removes the result, checkpoints and summary of a stage.
 
     Args:
-        run: whose stage.
-        stage: which.
-        with_record: in lineage.json too; one machine of several that share it does that.
+        run: holds the stage.
+        stage: to be forgotten.
+        with_record: also its record in lineage.json; one machine of several that share it does so.
     """
     run.result(stage).unlink(missing_ok=True)
     if run.checkpoints(stage).is_dir():
@@ -196,7 +191,7 @@ def forget(run: RunFolder, stage: Stage, with_record: bool = True) -> None:
 
 
 def set_aside(run: RunFolder, stage: Stage) -> Path:
-    """Moves the folder of a stage, with its record, to RUN/previous/<stage>-N; gives that."""
+    """Moves the folder of a stage, with its record, to RUN/previous/<stage>-N; returns that."""
     number = 1
     while (aside := run.root / "previous" / f"{stage}-{number}").exists():
         number += 1

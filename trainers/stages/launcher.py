@@ -1,6 +1,6 @@
-"""A stage's processes: on how many ranks and machines, by which command line and environment.
+"""A stage's ranks and machines, command line and environment.
 
-Knows nothing of stages' results: `pipeline.py` decides what is run, `processes.py` runs it.
+Which stages run is decided in `pipeline.py`; `processes.py` runs the command.
 """
 
 import os
@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class Launch:
     """How the stages are started.
 
     Raises:
-        ValueError: a number or the hostfile makes no sense.
+        ValueError: a number or the hostfile is invalid.
     """
 
     num_gpus: int | None = None
@@ -35,21 +36,15 @@ class Launch:
     master_port: int | None = None
     """Port of rank 0. None: a free one (with a hostfile: DeepSpeed's default)."""
     node_rank: int | None = None
-    """Start only the processes of this line of the hostfile, from 0. None: all, through ssh."""
+    """Start only the processes of this line of the hostfile, from 0. None: all, over ssh."""
     master_addr: str | None = None
-    """Name or address of the first machine, where the others reach it."""
+    """Name or address at which the other machines reach the first one."""
 
     @property
     def arguments(self) -> list[str]:
         """The same as flags of `chatllama run`."""
-        given = (
-            ("--num-gpus", self.num_gpus),
-            ("--hostfile", self.hostfile),
-            ("--master-port", self.master_port),
-            ("--node-rank", self.node_rank),
-            ("--master-addr", self.master_addr),
-        )
-        return [word for flag, value in given if value is not None for word in (flag, str(value))]
+        given = {f"--{name.replace('_', '-')}": value for name, value in vars(self).items()}
+        return [w for flag, value in given.items() if value is not None for w in (flag, str(value))]
 
     def __post_init__(self) -> None:
         if self.num_gpus is not None and self.num_gpus < 1:
@@ -73,7 +68,7 @@ class Launch:
 
     @property
     def leads(self) -> bool:
-        """Whether this machine looks after the run folder's common files."""
+        """Whether this machine writes the run folder's common files."""
         return not self.node_rank
 
 
@@ -96,15 +91,9 @@ def count_cores() -> int:
 
 
 def choose_ranks(cfg: Config, wanted: int | None, gpus: int, cores: int) -> int:
-    """Processes on this machine.
+    """Processes on this machine: one per GPU, or up to two on a CPU.
 
-    All GPUs, or up to two processes on a CPU; fewer where the batches do not divide by so many.
-
-    Args:
-        cfg: gives the batch sizes.
-        wanted: the user's choice, honoured or refused.
-        gpus: GPUs at hand.
-        cores: CPU cores at hand.
+    They are fewer if the batches do not divide by so many; `wanted` is honoured or refused.
 
     Raises:
         ValueError: the batches do not divide, or more GPUs are wanted than there are.
@@ -115,11 +104,9 @@ def choose_ranks(cfg: Config, wanted: int | None, gpus: int, cores: int) -> int:
         check_batches(cfg, wanted)
         return wanted
     for ranks in range(gpus or min(CPU_RANKS, cores), 1, -1):
-        try:
+        with suppress(ConfigError):
             check_batches(cfg, ranks)
-        except ConfigError:
-            continue
-        return ranks
+            return ranks
     check_batches(cfg, 1)
     return 1
 
@@ -128,7 +115,7 @@ def hostfile_slots(hostfile: Path) -> list[int]:
     """Slots of each machine, in the order of the file.
 
     Raises:
-        ValueError: a line that is not `name slots=N`, with its number.
+        ValueError: names the first line that is not `name slots=N`.
     """
     slots = []
     for number, line in enumerate(hostfile.read_text(encoding="utf-8").splitlines(), start=1):
@@ -145,7 +132,7 @@ def hostfile_slots(hostfile: Path) -> list[int]:
 
 
 def free_port() -> int:
-    """A TCP port that nothing on this machine listens on now."""
+    """A TCP port that is free on this machine now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -155,7 +142,7 @@ def script_path(stage: Stage) -> Path:
     """The stage's script, which lies beside the chatllama package.
 
     Raises:
-        ValueError: it is not there (a broken installation).
+        ValueError: it is missing (a broken installation).
     """
     path = Path(__file__).resolve().parents[2] / SCRIPTS[stage]
     if not path.is_file():
@@ -178,10 +165,10 @@ def stage_command(
         stage: what to run.
         config: the YAML, and settings that replace its own.
         ranks: processes on this machine.
-        gpus: GPUs at hand; 0 means CPU.
+        gpus: of this machine; 0 means CPU.
         launch: machines and port.
         resume: whether to go on from the newest checkpoint.
-        lock: token of the run folder's lock, under which the stage works; empty: none.
+        lock: token of the run folder's lock, which the stage shares; empty: none.
 
     Raises:
         ValueError: the launcher or the script is missing.
@@ -212,7 +199,7 @@ def stage_command(
         port = port or free_port()
     if port is not None:
         command += ["--master_port", str(port)]
-    command += ["--log_level", "error"]  # what the stage itself says is what people want to read
+    command += ["--log_level", "error"]  # the stage prints what matters
     command += [str(script_path(stage)), *config]
     if lock:
         command += ["--run-lock", lock]
@@ -229,10 +216,10 @@ def _deepspeed() -> str:
 
 
 def stage_environment(ranks: int, cores: int, cpu_only: bool) -> dict[str, str]:
-    """This process's environment, with the cores shared out and this Python's tools on the PATH.
+    """This process's environment with the cores divided over the ranks.
 
-    DeepSpeed looks for `ninja` on the PATH, which lacks it if .venv has not been activated. Told
-    that there is no GPU, it does not warn of that in every process.
+    This Python's tools are put on the PATH, where DeepSpeed looks for `ninja`. DS_ACCELERATOR keeps
+    it from warning of a missing GPU in every process.
     """
     environment = dict(os.environ)
     if cpu_only:

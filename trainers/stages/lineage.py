@@ -1,7 +1,6 @@
-"""lineage.json: what each stage was made from, by content: config, data, base, parents, code.
+"""lineage.json: config, data, base, parents and code of each stage, by content hash.
 
-Whether a stage must run again is decided from it in `decisions.py`; here is what is recorded, and
-how two records differ.
+Records are made and compared here; `decisions.py` decides which stages must run again.
 """
 
 import hashlib
@@ -21,12 +20,7 @@ from chatllama.config.errors import nested_section
 from chatllama.config.schema import Config
 from chatllama.config.sources import DataSource
 from chatllama.model.fingerprint import base_record, folder_hash
-from chatllama.runs.folder import (
-    RunFolder,
-    Stage,
-    read_lineage,
-    write_record,
-)
+from chatllama.runs.folder import RunFolder, Stage, read_lineage, write_record
 from chatllama.runtime.files import file_hash
 from data.reading.files import named_files
 
@@ -41,17 +35,17 @@ SECTIONS: dict[Stage, tuple[str, ...]] = {
 FREE_KEYS = ("save_every", "save_total_limit", "eval_every", "allow_weak", "gradient_checkpointing",
              "liger_kernel")  # fmt: skip
 FREE = ("sft.microbatch_size", "reward.microbatch_size")
-"""Keys that change nothing of what a stage learns: by their last part, and by the whole of it."""
+"""Keys that do not change what a stage learns: by their last part (FREE_KEYS) and in full."""
 
 
 def gather(cfg: Config, run: RunFolder, stage: Stage, known: dict[str, Any]) -> dict[str, Any]:
-    """What the stage would be made from now.
+    """The record of a stage that would start now.
 
     Args:
         cfg: the whole config.
         run: holds the stage's parents.
-        stage: whose record.
-        known: an older record: files with its sizes and times are not read again.
+        stage: to record.
+        known: an older record; files whose size and time it holds are not read again.
     """
     return {
         "begun": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -66,7 +60,7 @@ def gather(cfg: Config, run: RunFolder, stage: Stage, known: dict[str, Any]) -> 
 
 
 def binding_config(cfg: Config, stage: Stage) -> dict[str, Any]:
-    """Dotted key -> value of the settings on which the stage's result rests."""
+    """Dotted key -> value of the settings that determine the stage's result."""
     content = json.loads(cfg.model_dump_json())
     chosen = {name: content[name] for name in SECTIONS[stage]}
     keys = flat(chosen).items()
@@ -85,17 +79,17 @@ def flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Why what was made by `old` is not what `new` would make; empty: it is.
+    """The differences for which the result of `old` is not that of `new`; empty if there are none.
 
-    Versions of code and packages are no reason. What is not known on both sides is none either:
-    data that has been removed, a base that is not in the hub's cache.
+    Versions of code and packages do not count, nor does what only one record knows: data that has
+    been removed, a base that is not in the hub's cache.
     """
     known, now = old["config"], new["config"]
-    # A key that the record does not know came with a later version, and was as it is by default;
-    # not one of a section that was there as a whole (`lora: null`).
+    # A key missing in the record came with a later version, so it had its default value, unless
+    # its whole section was null (`lora: null`).
     later = [key for key in now if not any(key.startswith(f"{name}.") for name in known)]
     before = dict.fromkeys(now) | {key: _default(key) for key in later} | known
-    free = () if old["finished"] else ("evaluation",)  # an unfinished stage has evaluated nothing
+    free = () if old["finished"] else ("evaluation",)  # not evaluated yet
     found = [
         f"{key}: {value!r} there, {now.get(key)!r} now"
         for key, value in sorted(before.items())
@@ -118,7 +112,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _default(key: str) -> Any:
-    """The default of a dotted key of the config; None where there is none."""
+    """The default of a dotted key of the config; None if there is none."""
     *sections, last = key.split(".")
     section: type[BaseModel] | None = Config
     for name in sections:
@@ -131,7 +125,7 @@ def _default(key: str) -> Any:
 
 
 def other_versions(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What of code and packages is not as it was, for the reader."""
+    """Changed versions of packages and code, in words."""
     found = [
         f"{name} {old['packages'].get(name)} then, {new['packages'].get(name)} now"
         for name in sorted(old["packages"].keys() | new["packages"].keys())
@@ -152,7 +146,7 @@ def finish(cfg: Config, run: RunFolder, stage: Stage) -> None:
 
 
 def outputs(cfg: Config, run: RunFolder, stage: Stage) -> dict[str, str | None]:
-    """Folder below the run -> hash of what the stage left there; null where it is missing."""
+    """Folder below the run -> hash of the stage's result in it; None if it is missing."""
     folders = {
         "sft": [run.sft_adapter if cfg.lora is not None else run.full_model],
         "reward": run.reward_members(),
@@ -181,11 +175,11 @@ def parents(cfg: Config, run: RunFolder, stage: Stage) -> dict[str, str | None]:
 
 
 def _data(cfg: Config, stage: Stage, known: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every data file of the stage with size, time and hash; hub ids without."""
+    """Every data file of the stage with size, time and hash; hub ids without them."""
     for source in _sources(cfg, stage):
         try:
             paths = named_files(source.path, source.split)
-        except ValueError:  # removed since; the stage itself says so if it needs it
+        except ValueError:  # removed since; the stage reports it if it needs it
             continue
         if paths is None:
             yield source.path, {"hub": source.subset or source.split, "sha256": None}
@@ -219,7 +213,7 @@ def _packages() -> dict[str, str]:
 
 
 def _source_hash() -> str:
-    """A hash of this project's own modules."""
+    """A hash of this project's modules."""
     root = Path(__file__).resolve().parents[2]
     digest = hashlib.sha256()
     for room in ("chatllama", "data", "trainers"):

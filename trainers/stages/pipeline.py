@@ -1,7 +1,7 @@
 """`chatllama run`: the stages in order, each through the `deepspeed` launcher; then the results.
 
-Finished stages are kept where they still hold (`decisions.py`). What is started is put together in
-`launcher.py`, the page in `report.py`.
+Which finished stages are kept is decided in `decisions.py`. Command lines come from `launcher.py`,
+the report page from `chatllama/reporting/page.py`.
 """
 
 import json
@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -32,12 +33,7 @@ from chatllama.runs.folder import RunFolder, Stage
 from chatllama.runs.interruption import EXIT_CODE
 from chatllama.runs.lock import lock_path, locked, read_owner
 from chatllama.runtime.command_line import duration
-from trainers.stages.decisions import (
-    Decision,
-    decide,
-    forget,
-    set_aside,
-)
+from trainers.stages.decisions import Decision, decide, forget, set_aside
 from trainers.stages.launcher import (
     Launch,
     choose_ranks,
@@ -54,7 +50,7 @@ class StageFailed(Exception):
     """A stage ended without a result.
 
     Attributes:
-        exit_code: of the launcher, never 0; 75 where the stage saved and ended on a signal.
+        exit_code: of the launcher, never 0; 75 if the stage saved and ended on a signal.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -70,31 +66,30 @@ def run_pipeline(
     resume: bool = False,
     redo_from: Stage | None = None,
 ) -> None:
-    """Brings a run to its end: every stage that must be done, the summary, the report, the table.
+    """Runs every stage that must run, then writes the summary and the report and prints the table.
 
     Args:
         config_path: the YAML file.
         overrides: `section.key=value` each.
         launch: machines, processes and port.
         resume: go on from the newest checkpoint of an interrupted stage.
-        redo_from: do this stage and the later ones again; their results and checkpoints go.
+        redo_from: run this stage and the later ones again; their results and checkpoints go.
 
     Raises:
-        ValueError: the config is wrong, or does not fit what the run folder holds.
-        StageFailed: a stage failed; nothing after it was run.
+        ValueError: the config is wrong or does not fit what the run folder holds.
+        StageFailed: a stage failed; later ones were not run.
     """
     cfg = load_config(config_path, overrides)
     run = RunFolder(Path(cfg.run_dir))
     launch = launch or Launch()
     # Machines that are started one by one may have run folders of their own.
     given = [str(run.config)] if launch.node_rank is None else [config_path, *overrides]
-    if not launch.leads:
-        _run_stages(cfg, run, given, launch, "", resume, redo_from)
-        return
-    with locked(run, "run") as lock:
-        _run_stages(cfg, run, given, launch, lock, resume, redo_from)
-        write_summary(run)
-        print_results(run, write_report(run))
+    # Another machine holds the lock of a shared run folder.
+    with locked(run, "run") if launch.leads else nullcontext("") as lock:
+        _run_stages(cfg, run, given, launch, lock, decide(cfg, run, redo_from, resume), resume)
+        if launch.leads:
+            write_summary(run)
+            print_results(run, write_report(run))
 
 
 def _run_stages(
@@ -103,21 +98,20 @@ def _run_stages(
     given: Sequence[str],
     launch: Launch,
     lock: str,
+    decisions: Mapping[Stage, Decision],
     resume: bool,
-    redo_from: Stage | None,
 ) -> None:
-    """Every stage that must be done, under the run folder's lock.
+    """Runs every stage that must run, under the run folder's lock.
 
     Args:
-        cfg: checked.
+        cfg: the whole config.
         run: its folder.
         given: the YAML and settings, for the stages' command lines.
         launch: machines, processes and port.
-        lock: token of the lock; empty where another machine holds it.
-        resume: as in `run_pipeline`.
-        redo_from: as in `run_pipeline`.
+        lock: token of the lock; empty if another machine holds it.
+        decisions: about every stage.
+        resume: go on from the newest checkpoint of an interrupted stage.
     """
-    decisions = decide(cfg, run, redo_from, resume)
     _check_machines(launch, decisions)
     waiting = any(each.action != "keep" for each in decisions.values())
     gpus, ranks = _plan_ranks(cfg, launch) if waiting else (0, 1)
@@ -134,10 +128,9 @@ def _run_stages(
 
 
 def _check_machines(launch: Launch, decisions: Mapping[Stage, Decision]) -> None:
-    """Nothing, unless machines that are started one by one would move a stage's old result aside.
+    """Raises ValueError if machines started one by one would set a stage's old result aside.
 
-    Raises:
-        ValueError: one would move what another still reads.
+    One of them would move what another still reads.
     """
     if launch.node_rank is None:
         return
@@ -150,7 +143,7 @@ def _check_machines(launch: Launch, decisions: Mapping[Stage, Decision]) -> None
 
 
 def _prepare(run: RunFolder, stage: Stage, decision: Decision, launch: Launch) -> None:
-    """Says what will be done about a stage and why, and makes room for it."""
+    """Prints the decision about a stage and its reasons, and moves or removes the old result."""
     match decision.action:
         case "keep":
             notes = f" ({'; '.join(decision.notes)})" if decision.notes else ""
@@ -170,10 +163,10 @@ def _prepare(run: RunFolder, stage: Stage, decision: Decision, launch: Launch) -
 
 
 def _plan_ranks(cfg: Config, launch: Launch) -> tuple[int, int]:
-    """GPUs of this machine and processes on it; batches are checked for all machines.
+    """GPUs of this machine and processes on it.
 
     Raises:
-        ValueError: the batches do not divide evenly.
+        ValueError: the batches do not divide evenly over all machines.
     """
     if launch.hostfile is None:
         gpus = count_gpus()
@@ -185,22 +178,14 @@ def _plan_ranks(cfg: Config, launch: Launch) -> tuple[int, int]:
 
 
 def _run_stage(
-    run: RunFolder,
-    stage: Stage,
-    command: list[str],
-    environment: dict[str, str],
-    launch: Launch,
+    run: RunFolder, stage: Stage, command: list[str], environment: dict[str, str], launch: Launch
 ) -> None:
-    """Runs one stage to its result.
-
-    Raises:
-        StageFailed: it ended without one.
-    """
+    """Runs one stage; raises StageFailed if it ends without a result."""
     _say(f"{stage}: {shlex.join(command)}")
     run.interrupted(stage).unlink(missing_ok=True)
     again = shlex.join(["chatllama", "run", str(run.config), "--resume", *launch.arguments])
     try:
-        code = run_to_end(command, environment, lambda: _ask_to_stop(run, stage))
+        code = run_to_end(command, environment, lambda: _request_stop(run, stage))
     except (SystemExit, KeyboardInterrupt):
         if not run.interrupted(stage).is_file():
             raise
@@ -213,7 +198,7 @@ def _run_stage(
         return
     if code == EXIT_CODE or run.interrupted(stage).is_file():
         raise StageFailed(f"{_interruption(run, stage)}. To go on:\n  {again}", EXIT_CODE)
-    code = code or 1  # the launcher answers 0 when it is itself killed by a signal
+    code = code or 1  # the launcher returns 0 when a signal kills it
     # A rank killed by signal N makes the launcher exit with 256 - N.
     cause = f" (signal {256 - code})" if 224 < code < 256 else ""
     if code == 256 - 9:
@@ -226,20 +211,20 @@ def _run_stage(
 
 
 def _interruption(run: RunFolder, stage: Stage) -> str:
-    """How a stage ended that was told to stop."""
+    """How a signal ended a stage, in words."""
     if not run.interrupted(stage).is_file():
-        return f"stage {stage} was told to stop while it made no steps"
-    told = json.loads(run.interrupted(stage).read_text(encoding="utf-8"))
-    return f"stage {stage} was told to stop ({told['signal']}) and is saved at step {told['step']}"
+        return f"stage {stage} was interrupted while it made no steps"
+    saved = json.loads(run.interrupted(stage).read_text(encoding="utf-8"))
+    return f"stage {stage} was interrupted ({saved['signal']}) and is saved at step {saved['step']}"
 
 
-def _ask_to_stop(run: RunFolder, stage: Stage) -> bool:
-    """Tells rank 0 to save after its step and to end; False if it is not there, or elsewhere."""
+def _request_stop(run: RunFolder, stage: Stage) -> bool:
+    """Signals rank 0 to save after its step and to end; False if it is not on this machine."""
     owner = read_owner(lock_path(run, "stage"))
     if owner is None or not owner.is_here or owner.is_gone():
         return False
     os.kill(owner.pid, signal.SIGUSR1)
-    _say(f"{stage}: asked to save after its step and to end; Ctrl-C (again) ends it at once")
+    _say(f"{stage}: saves after its step and ends; Ctrl-C (again) ends it at once")
     return True
 
 

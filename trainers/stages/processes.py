@@ -1,4 +1,4 @@
-"""A command run to its end, signals passed on as people mean them, and no orphans left behind."""
+"""Runs a command to its end: signals stop it gracefully, and none of its processes is left."""
 
 import contextlib
 import os
@@ -11,26 +11,25 @@ from types import FrameType
 from chatllama.runs.interruption import EXIT_CODE
 
 GRACE_SECONDS = 40.0
-"""Time to end by themselves after a signal; the launcher gives its ranks 30 s."""
+"""Time for processes to end after a signal; the launcher gives its ranks 30 s."""
 
 
 def run_to_end(
-    command: list[str], environment: Mapping[str, str], ask_to_stop: Callable[[], bool]
+    command: list[str], environment: Mapping[str, str], request_stop: Callable[[], bool]
 ) -> int:
-    """Exit code of the command, whose output passes straight through; 128 + N if signal N ended it.
+    """Exit code of the command, whose output passes straight through; 128 + N after signal N.
 
-    On SIGINT, SIGTERM, SIGUSR1 or SIGHUP the command is asked to stop by itself; once asked, only
-    SIGINT cuts the wait short. A command that cannot be asked, or will not wait, gets SIGTERM in
-    all its processes (which, unlike SIGINT, prints no traceback per rank), time to end, and is then
-    killed. None outlives this call.
+    SIGINT, SIGTERM, SIGUSR1 or SIGHUP calls `request_stop`; after it only SIGINT ends the wait for
+    the command. If that returns False, or after that SIGINT, all of the command's processes get
+    SIGTERM (which, unlike SIGINT, prints no traceback per rank), time to end, and SIGKILL.
 
     Args:
         command: what to run.
-        environment: its environment.
-        ask_to_stop: tells the command to save and end; False if it cannot be told now.
+        environment: of the command.
+        request_stop: makes the command save and end; False if that is impossible now.
 
     Raises:
-        KeyboardInterrupt: SIGINT came, and the command did not end by itself with code 75.
+        KeyboardInterrupt: SIGINT came, and the command did not end with code 75.
         SystemExit: with 128 + N, the same for the other signals.
     """
     received: list[int] = []
@@ -47,9 +46,9 @@ def run_to_end(
             command, env=dict(environment), start_new_session=True, preexec_fn=_ignore_sigusr1
         )
         try:
-            _wait(process, received, ask_to_stop)
+            _wait(process, received, request_stop)
         finally:
-            _end_group(process, ask_first=bool(received))
+            _end_group(process, terminate_first=bool(received))
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
@@ -62,28 +61,28 @@ def run_to_end(
 
 
 def _ignore_sigusr1() -> None:
-    """Schedulers send it to every process of a job; only the ranks, later, know what to do."""
+    """Schedulers send it to every process of a job; only the ranks handle it."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-def _wait(process: subprocess.Popen, received: list[int], ask_to_stop: Callable[[], bool]) -> None:
-    """Returns when the command has ended, or must be ended."""
-    asked_after = 0
+def _wait(process: subprocess.Popen, received: list[int], request_stop: Callable[[], bool]) -> None:
+    """Returns when the command has ended or must be ended."""
+    requested_after = 0
     # The launcher may be ended by the same signal; its ranks then save without it.
-    while process.poll() is None or (asked_after and _living(process.pid)):
-        if asked_after and signal.SIGINT in received[asked_after:]:
+    while process.poll() is None or (requested_after and _living(process.pid)):
+        if requested_after and signal.SIGINT in received[requested_after:]:
             return
-        if received and not asked_after:
-            if not ask_to_stop():
+        if received and not requested_after:
+            if not request_stop():
                 return
-            asked_after = len(received)
+            requested_after = len(received)
         time.sleep(0.1 if process.poll() is None else 0.5)
 
 
-def _end_group(process: subprocess.Popen, ask_first: bool) -> None:
-    """Ends whatever is left of the command's process group."""
+def _end_group(process: subprocess.Popen, terminate_first: bool) -> None:
+    """Ends the rest of the command's process group."""
     group = process.pid  # start_new_session made it the leader
-    if ask_first:
+    if terminate_first:
         _signal_group(group, signal.SIGTERM)
         _wait_for_group(process, GRACE_SECONDS)
     if _living(group):
@@ -105,7 +104,7 @@ def _signal_group(group: int, signum: int) -> None:
 
 
 def _living(group: int) -> bool:
-    """Whether a process of the group still runs (zombies, which wait for init, do not count)."""
+    """Whether a process of the group still runs; zombies, which wait for init, do not count."""
     import psutil
 
     for process in psutil.process_iter(["status"]):

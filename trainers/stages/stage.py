@@ -1,4 +1,4 @@
-"""What the beginning and end of every stage have in common."""
+"""The beginning and the end that all stages share; training is in the stages' packages."""
 
 from collections.abc import Iterable, Mapping
 
@@ -22,10 +22,10 @@ from trainers.stages.lineage import finish as complete_record
 
 
 def has_finished(cfg: Config, run: RunFolder, stage: Stage) -> bool:
-    """Whether the stage has finished before, with the same result now; rank 0 prints that it has.
+    """Whether the stage has finished with results that are still valid; rank 0 prints so.
 
     Raises:
-        ValueError: it must run again, which only `chatllama run` does, or it is damaged.
+        ValueError: it must run again, which only `chatllama run` does, or its results are damaged.
     """
     finished = finished_before(cfg, run, stage)
     if finished:
@@ -40,15 +40,15 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 def join(run: RunFolder, stage: Stage, lock: str | None) -> None:
-    """Locks the run folder, quiets the libraries and meets the other ranks; comes first.
+    """Locks the run folder, quiets the libraries and joins the other ranks; comes first.
 
     Args:
-        run: its folder is made if it is not there.
-        stage: which one begins.
-        lock: token of the `chatllama run` that started this process, if one did.
+        run: its folder is made if it is missing.
+        stage: begins.
+        lock: token of the `chatllama run` that started this process, or None.
 
     Raises:
-        ValueError: another process works in the run folder.
+        ValueError: another process uses the run folder.
     """
     if rank() == 0:
         acquire(run, "stage", lock)
@@ -58,10 +58,10 @@ def join(run: RunFolder, stage: Stage, lock: str | None) -> None:
 
 
 def open_stage(cfg: Config, run: RunFolder, stage: Stage) -> PreTrainedTokenizerFast:
-    """The backbone's tokenizer; config and lineage are written into the run folder.
+    """Writes config and lineage into the run folder; returns the backbone's tokenizer.
 
     Raises:
-        ValueError: the stage has checkpoints that rest on something else.
+        ValueError: the stage has checkpoints from other settings, data, base or parents.
     """
     check_run_folder(cfg, run)
     if rank() == 0:
@@ -75,13 +75,13 @@ def open_stage(cfg: Config, run: RunFolder, stage: Stage) -> PreTrainedTokenizer
 
 
 def finish(cfg: Config, run: RunFolder, stage: Stage, numbers: Mapping[str, float]) -> None:
-    """Says that a stage is done; every machine has its results, all ranks part, the lock goes.
+    """Records that a stage is finished, copies its results to all machines and frees the lock.
 
     Args:
         cfg: the whole config.
-        run: whose stage.
+        run: holds the stage.
         stage: whose results are written.
-        numbers: its closing numbers.
+        numbers: written to its result.json.
     """
     if rank() == 0:
         complete_record(cfg, run, stage)
@@ -95,7 +95,7 @@ def finish(cfg: Config, run: RunFolder, stage: Stage, numbers: Mapping[str, floa
 def adapter_info(
     cfg: Config, run: RunFolder, tokenizer: PreTrainedTokenizerFast, stage: Stage
 ) -> dict[str, object]:
-    """What travels with an adapter: its stage, its base and the chat contract."""
+    """Content of an adapter's chatllama.json: its stage, its base and the chat contract."""
     base = base_path(cfg, run)
     return {
         "stage": stage,
