@@ -74,13 +74,9 @@ def load_mixture(
 ) -> Mixture:
     """The stage's training and held-out records.
 
-    Args:
-        sources: to train on, mixed as `source_counts` says and shuffled.
-        eval_sources: to hold out. Empty: a part of `sources`.
-        eval_fraction: of the prompts of `sources`, held out when there are no eval_sources.
-        seed: decides what is held out, drawn and in which order.
-        kind: what the records are for.
-        decontaminate: evaluation sets that no training record may give away.
+    `sources` are mixed in the proportions of `source_counts` and shuffled. Without `eval_sources`,
+    `eval_fraction` of their prompts is held out. No training record gives away one of the
+    evaluation sets `decontaminate`. The seed decides what is held out, drawn and in which order.
 
     Raises:
         ValueError: from a source; weights on some sources only; nothing left to train on.

@@ -70,12 +70,7 @@ def rouge_l(one: Sequence[str], other: Sequence[str]) -> float:
 
 
 class Pool:
-    """Texts of which no two are as similar as the limit.
-
-    Args:
-        limit: ROUGE-L from which a text is refused.
-        texts: to begin with, however similar they are.
-    """
+    """Texts, of which those that were added have a ROUGE-L below the limit to every other."""
 
     def __init__(self, limit: float, texts: Iterable[str] = ()) -> None:
         self.limit = limit
@@ -94,11 +89,8 @@ def near_duplicates(num_texts: int, text: Callable[[int], str]) -> list[tuple[in
     """Pairs (earlier, later) of texts that are nearly the same; each later one once.
 
     Case, punctuation and spacing do not count. Texts that are equal but for those are pairs too.
-
-    Args:
-        num_texts: how many there are.
-        text: gives the one of a number; called again for candidates, so that not all texts need be
-            in memory.
+    `text` gives the one of a number; it is called again for candidates, so that not all texts need
+    be in memory.
     """
     buckets: dict[tuple[int, bytes], list[int]] = defaultdict(list)
     pairs: list[tuple[int, int]] = []

@@ -52,18 +52,10 @@ def tokenize(
     chat: ChatSection,
     max_length: int,
 ) -> tuple[Dataset, TokenReport]:
-    """The examples that a stage takes, and what was cut or left out.
+    """The examples of at most `max_length` tokens for a stage, and what was cut or left out.
 
-    The result is cached by `datasets` under the records, the arguments and the code of tokens.
-    Every rank calls this; those that come later find the cache, those that come at the same time
-    do the same work and reach the same result.
-
-    Args:
-        records: of the kind, from `load_mixture`.
-        kind: decides the columns: see `_conversation`, `_preference` and `_prompt`.
-        tokenizer: from `load_tokenizer`.
-        chat: layout of a conversation.
-        max_length: tokens of an example.
+    The kind decides the columns: see `_conversation`, `_preference` and `_prompt`. Every rank calls
+    this; later ones find the cache, simultaneous ones do the same work with the same result.
 
     Raises:
         ValueError: there were records, and none could be used.
@@ -96,11 +88,8 @@ def _by_record(
 ) -> dict[str, list[Any]]:
     """What `make` gives for each record of a batch.
 
-    Args:
-        records: columns of the batch.
-        make: from a record and `arguments` to the columns of an example, `changed` (what was done
-            to it, or "") and `left_out` (why it cannot be used, or "").
-        arguments: after the record.
+    That is the columns of an example, `changed` (what was done to it, or "") and `left_out` (why it
+    cannot be used, or "").
     """
     made = [
         make(dict(zip(records, values, strict=True)), *arguments)

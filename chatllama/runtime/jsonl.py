@@ -36,13 +36,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append_lines(path: Path, lines: Iterable[Mapping[str, Any]], *, finite: bool = False) -> None:
-    """Adds whole lines in one write.
-
-    Args:
-        path: made if missing, unlike its folder.
-        lines: one JSON object each.
-        finite: refuse numbers that are NaN or infinite.
-    """
+    """Adds whole lines in one write; with `finite`, numbers that are NaN or infinite raise."""
     content = "".join(_line(line, finite) for line in lines).encode()
     try:
         with path.open("ab") as file:
@@ -64,12 +58,8 @@ def settings_path(path: Path) -> Path:
 def resume(settings: Mapping[str, Any], path: Path, *others: Path) -> list[list[dict[str, Any]]]:
     """The lines that each of a command's files holds; the first time, none: it makes the files.
 
-    A last line that was cut off is removed.
-
-    Args:
-        settings: JSON values that determine the lines.
-        path: the command's result; the settings are beside it.
-        *others: further files that grow with it.
+    A last line that was cut off is removed. The settings, JSON values that determine the lines, are
+    kept beside `path`, the command's result.
 
     Raises:
         ValueError: `path` is not ours, was made with other settings, or is damaged.

@@ -29,13 +29,7 @@ class Reply:
 
 
 class Pace:
-    """Lets requests go no faster than so many a minute, from any number of threads.
-
-    Args:
-        per_minute: requests. None: no limit.
-        clock: seconds.
-        sleep: waits for seconds.
-    """
+    """Limits the requests a minute (None: no limit) of any number of threads."""
 
     def __init__(
         self,
@@ -49,7 +43,7 @@ class Pace:
         self._lock = threading.Lock()
 
     def wait(self) -> None:
-        """Returns when the next request may go."""
+        """Returns when the next request may be sent."""
         with self._lock:
             now = self._clock()
             turn = max(now, self._next)

@@ -13,11 +13,7 @@ from chatllama.runtime.jsonl import append_lines, resume
 
 
 class OutputFile:
-    """Records in `path`, and what they cost.
-
-    Args:
-        path: file to write or to continue.
-        settings: JSON values that determine the records.
+    """Records in `path`, begun or continued, and what they cost.
 
     Raises:
         ValueError: `path` was made with other settings, or is not a file of this kind.
