@@ -111,11 +111,8 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 def read_requests(path: str, languages: Sequence[str]) -> list[tuple[str, str, str]]:
     """Place, request for a translation, and reference, of every pair in order.
 
-    Every sentence is needed for a score, so a broken pair stops.
-
-    Args:
-        path: a file of pairs, or of two aligned files without their endings, as in a config.
-        languages: source and target, such as `de` and `en`.
+    Every sentence is needed for a score, so a broken pair stops. `path` is that of a config's
+    source, the languages are source and target, such as `de` and `en`.
 
     Raises:
         ValueError: an unknown language, no such file, or a pair is broken or has an empty side.

@@ -99,20 +99,17 @@ def load_mixture(
             found = contamination(train, index)
             contaminated.update(filter(None, found))
             trains[number] = train.select([i for i, path in enumerate(found) if not path])
-    counts = source_counts([len(train) for train in trains], sources)
+    sizes = [len(train) for train in trains]
+    counts = source_counts(sizes, sources)
     if not sum(counts):
         raise ValueError(
-            f"nothing to train on: {[len(train) for train in trains]} records remain after holding "
-            f"out {eval_fraction:.0%} and leaving out {sum(contaminated.values())} with words of "
-            "an evaluation set"
+            f"nothing to train on: {sizes} records remain after holding out {eval_fraction:.0%} "
+            f"and leaving out {sum(contaminated.values())} with words of an evaluation set"
         )
     return Mixture(
         train=_draw(trains, counts, seed),
         held_out=concatenate_datasets(held_outs),
-        shares=[
-            SourceShare(source.path, len(train), count)
-            for source, train, count in zip(sources, trains, counts, strict=True)
-        ],
+        shares=list(map(SourceShare, [source.path for source in sources], sizes, counts)),
         reports=[report for _, report in reads + eval_reads],
         contaminated=dict(contaminated.most_common()),
     )
