@@ -195,7 +195,7 @@ def _open(file: Path) -> dict[str, Tensor]:
 
 def _get(shard: dict[str, Tensor], name: str, file: Path) -> Tensor:
     if name not in shard:
-        raise ValueError(f"{file}: lacks {name}, which params.json asks for")
+        raise ValueError(f"{file}: lacks {name}, which params.json implies")
     if not shard[name].dim():
         raise ValueError(f"{file}: {name} is a single number")
     return shard[name]

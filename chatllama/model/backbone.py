@@ -119,9 +119,12 @@ def _quantized(
     if section.quantization == "int8":
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
-        compute = {"bnb_4bit_compute_dtype": dtype or getattr(torch, section.dtype)}
-        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        config = BitsAndBytesConfig(load_in_4bit=True, **nf4, **compute)
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype or getattr(torch, section.dtype),
+        )
     return {"quantization_config": config, "device_map": {"": device()}}
 
 

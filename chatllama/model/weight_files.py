@@ -1,6 +1,6 @@
 """The tensors of a Hugging Face folder, read, added up with an adapter, and written one at a time.
 
-`safetensors.torch.save_file` wants all tensors of a file at once. The format: the header's length
+`safetensors.torch.save_file` needs all tensors of a file at once. The format: the header's length
 (8 bytes, little endian), the header (JSON), the tensors' bytes.
 """
 

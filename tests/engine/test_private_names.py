@@ -40,6 +40,7 @@ ATTRIBUTES = {
         "param.ds_id",
         "param.ds_numel",
         "param.ds_shape",
+        "param.ds_shape",
         "param.ds_tensor",
         "param.ds_active_sub_modules",
     ),
