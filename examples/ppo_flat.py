@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     run = RunFolder(arguments.run)
     cfg = load_config(run.existing_config())
-    check_options(cfg.ppo)
+    check_options(cfg)
     tokenizer = load_tokenizer(backbone_path(cfg.backbone, run))
     sft, reward = load_adapter(run.sft_adapter), load_adapter(run.reward_adapter)
     for saved, folder in ((sft, run.sft_adapter), (reward, run.reward_adapter)):
@@ -106,15 +106,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts, stop = load_prompts(cfg, tokenizer).train, stop_tokens(cfg, tokenizer)
     for step, (_, metrics) in enumerate(train(cfg, model, prompts.to_list(), stop), start=1):
         print(f"step {step}: " + ", ".join(f"{n} {value:.4g}" for n, value in metrics.items()))
-    info = {**sft.info, "stage": "ppo"}
-    save_adapter(arguments.out, adapter_state(model, "policy"), sft.lora, info)
+    state, info = adapter_state(model, "policy"), {**sft.info, "stage": "ppo"}
+    save_adapter(arguments.out, state, sft.lora, info)
 
 
-def check_options(section: PpoSection) -> None:
+def check_options(cfg: Config) -> None:
     """Raises ValueError if the run's config sets an option that is not in this file."""
     default, honoured = PpoSection().model_dump(), OPTIONS.split()
-    changed = [name for name, value in section.model_dump().items() if value != default[name]]
-    if others := [f"ppo.{name}" for name in changed if name not in honoured]:
+    changed = [name for name, value in cfg.ppo.model_dump().items() if value != default[name]]
+    others = [f"ppo.{name}" for name in changed if name not in honoured]
+    others += ["generation.servers"] if cfg.generation.servers is not None else []
+    others += ["reward.ensemble"] if cfg.reward.ensemble > 1 else []
+    if others:
         raise ValueError(f"not in ppo_flat.py: {', '.join(others)}. Use train_ppo.py")
 
 
@@ -206,16 +209,12 @@ def update(
     returns: Tensor,
     step: int,
 ) -> dict[str, float]:
-    """Several epochs over a batch; a minibatch of microbatches is one optimizer step.
-
-    Returns:
-        The losses per token.
-    """
+    """Several epochs over a batch, one optimizer step per minibatch; returns losses per token."""
     section, all_mask = cfg.ppo, to_device(batch.response_mask)
     warming_up = step < section.critic_warmup_steps  # only the critic learns
     total = ppo_optimizer_steps(section)
     done, size = step * total // section.steps, microbatches_per_step(section, 1, "ppo")
-    sums = {"policy_loss": 0.0, "value_loss": 0.0, "num_tokens": 0.0}
+    sums, all_tokens = {"policy_loss": 0.0, "value_loss": 0.0}, 0.0
     for epoch in range(section.epochs):
         generator = torch.Generator().manual_seed(hash((cfg.seed, step, epoch)) % 2**63)
         order = torch.randperm(len(batch.microbatches), generator=generator)
@@ -240,10 +239,9 @@ def update(
             clip_grad_norm_(trained, section.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            sums["num_tokens"] += num_tokens
+            all_tokens += num_tokens
             done += 1
-    num_tokens = sums.pop("num_tokens")
-    return {name: total / num_tokens for name, total in sums.items()}
+    return {name: total / all_tokens for name, total in sums.items()}
 
 
 if __name__ == "__main__":

@@ -65,10 +65,12 @@ def test_from_a_run_folder_to_a_policy(tiny: TinyRun, tmp_path: Path):
 
 
 @pytest.mark.parametrize("option", ["kl_loss_coef", "ema_decay", "length_penalty"])
-def test_an_option_that_is_not_in_the_file_is_refused(option: str):
+def test_an_option_that_is_not_in_the_file_is_refused(tiny: TinyRun, option: str):
     with pytest.raises(ValueError, match=rf"ppo\.{option}.*train_ppo\.py"):
-        ppo_flat.check_options(PpoSection.model_validate({option: 0.5}))
-    ppo_flat.check_options(PpoSection(kl_coef=0.1, eval_every=2))
+        ppo_flat.check_options(tiny.config(ppo={option: 0.5}))
+    with pytest.raises(ValueError, match=r"reward\.ensemble.*train_ppo\.py"):
+        ppo_flat.check_options(tiny.config(reward={"ensemble": 2}))
+    ppo_flat.check_options(tiny.config(ppo={"kl_coef": 0.1, "eval_every": 2}))
 
 
 def test_every_option_that_it_honours_is_a_key_of_the_config():

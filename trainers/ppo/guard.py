@@ -1,6 +1,8 @@
 """What protects a PPO run: health checks, checkpoints, rollbacks, stops. Trains nothing."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from chatllama.config.schema import Config
@@ -19,6 +21,7 @@ from trainers.ppo.health.monitor import (
     write_diagnoses,
 )
 from trainers.ppo.rollout import Rollout
+from trainers.ppo.servers.pool import NoServerLeft
 from trainers.ppo.state import PpoState, load_state, save_state
 
 
@@ -42,6 +45,17 @@ class Guard:
         """Writes a checkpoint; every rank must call."""
         state = replace(state, health=self.monitor.state())
         save_state(self.cfg, self.run, self.engine, state)
+
+    @contextmanager
+    def saving_without_servers(self, state: PpoState) -> Iterator[None]:
+        """Saves the state before the run stops because no sampling server is left."""
+        try:
+            yield
+        except NoServerLeft as error:
+            self.save(state)
+            raise ValueError(
+                f"{error}. Step {state.step} is saved: start the servers, then go on with --resume"
+            ) from error
 
     def after_step(
         self, tracker: Tracker, state: PpoState, metrics: dict[str, float], rollout: Rollout

@@ -37,12 +37,9 @@ from trainers.ppo.ppo_math import (
 )
 from trainers.ppo.rewards import Scorer, Statistics, shaped_scores
 from trainers.ppo.rollout import Collector, Rollout
-from trainers.ppo.servers.pool import NoServerLeft, ServerPool, compare
+from trainers.ppo.servers.pool import ServerPool, compare
 from trainers.ppo.state import PpoState, load_state
 from trainers.ppo.update import Targets, Update
-
-Step = tuple[PpoState, Rollout, list[str], dict[str, float]]
-"""A finished step: the state after it, its rollout, the answers' texts, its metrics."""
 
 
 class PpoTrainer:
@@ -92,7 +89,8 @@ class PpoTrainer:
             self.guard.begin(state)
             with interruption.steps(), closing(self.servers) if self.servers else nullcontext():
                 while state.step < section.steps:
-                    state, rollout, texts, metrics = self._advance_or_save(state)
+                    with self.guard.saving_without_servers(state):
+                        state, rollout, texts, metrics = self.advance(state)
                     tracker.log(state.step, metrics)
                     prompt, statistics = self._prompts(state.step - 1)[0]["text"], state.statistics
                     score = (float(rollout.scores[0]) - statistics.mean) / statistics.deviation
@@ -130,8 +128,8 @@ class PpoTrainer:
             fold_into_value_head(self.engine, self.scorer, rollout, statistics.deviation)
         return replace(state, statistics=statistics)
 
-    def advance(self, state: PpoState) -> Step:
-        """One PPO step."""
+    def advance(self, state: PpoState) -> tuple[PpoState, Rollout, list[str], dict[str, float]]:
+        """One PPO step: the state after it, its rollout, the answers' texts, its metrics."""
         section = self.cfg.ppo
         rollout, texts = self._roll_out(state.step)
         if section.score_normalization == "running":
@@ -225,16 +223,6 @@ class PpoTrainer:
         model = self.engine.model
         policy = adapter_parameters(model, "policy")
         self.engine.blend(adapter_parameters(model, role), policy, decay)
-
-    def _advance_or_save(self, state: PpoState) -> Step:
-        """`advance`; where no server is left to sample, saves the state and stops the run."""
-        try:
-            return self.advance(state)
-        except NoServerLeft as error:
-            self.guard.save(state)
-            raise ValueError(
-                f"{error}. Step {state.step} is saved: start the servers, then go on with --resume"
-            ) from error
 
 
 def _next_kl_coef(section: PpoSection, state: PpoState, metrics: dict[str, float]) -> float:
