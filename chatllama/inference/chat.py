@@ -5,7 +5,6 @@ the two; the model is in `chat_model.py`, reading lines in `terminal_input.py`.
 """
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from chatllama.inference.terminal_input import read_messages
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.command_line import printable, tell
 from chatllama.runtime.declared_options import check_limits
+from chatllama.runtime.jsonl import append_lines
 
 if TYPE_CHECKING:  # importing them takes seconds
     from chatllama.inference.chat_model import ChatModel, Compared
@@ -169,8 +169,7 @@ def _save(file: str, conversation: Conversation) -> None:
         raise ValueError("nothing has been said yet")
     line = {"messages": conversation.messages(), "answered_by": conversation.role}
     try:
-        with Path(file).expanduser().open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        append_lines(Path(file).expanduser(), [line])
     except OSError as error:
         raise ValueError(f"/save: {error}") from error
     tell(f"(added to {file})")

@@ -4,11 +4,15 @@ The callers interpret the lines; data sets of users are read in `data/reading`.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from chatllama.runtime.files import replace_text, write_json
+
+_BREAKS = re.compile("[\x85\u2028\u2029]")
+"""Line breaks to `str.splitlines` and many readers, which JSON writes as they are."""
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -105,4 +109,5 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _line(content: Mapping[str, Any], finite: bool = False) -> str:
-    return json.dumps(content, ensure_ascii=False, allow_nan=not finite) + "\n"
+    text = json.dumps(content, ensure_ascii=False, allow_nan=not finite)
+    return _BREAKS.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"

@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from chatllama import __version__
 from chatllama.serving.errors import ApiError, ErrorBody, of_validation
@@ -85,6 +86,11 @@ def build_app(service: Service) -> FastAPI:
         posted=[path for path in routes if "post" in described[path]],
         metrics=service.metrics,
     )
+    if origins := service.settings.allow_origins:  # outermost: a preflight carries no key
+        methods, headers = ["GET", "POST"], ["*"]
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=headers
+        )
     return app
 
 

@@ -65,19 +65,31 @@ def shown(text: str) -> str:
     return clean if len(clean) <= SHOWN else clean[:SHOWN] + "..."
 
 
+def _place(error: Mapping[str, Any]) -> str:
+    """The field's path, without the types that pydantic names within a union."""
+    path = [part for part in error["loc"] if part != "body"]
+    whole = len(path) if error["type"] == "extra_forbidden" else 0  # then the last is any text
+    parts = [part for i, part in enumerate(path, start=1) if i == whole or _is_field(part)]
+    return ".".join(map(str, parts))
+
+
+def _is_field(part: int | str) -> bool:
+    return isinstance(part, int) or (part.isidentifier() and part not in ("str", "int"))
+
+
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """400 for a body that does not fit the schema; names up to five fields."""
     parts: list[str] = []
     params: list[str] = []
     for error in errors[:5]:
-        place = ".".join(str(part) for part in error["loc"] if part not in ("body", "query"))
+        place = _place(error)
         if error["type"] == "json_invalid":
             return ApiError(400, "the body is not valid JSON", "invalid_json")
         message = str(error["msg"]).removeprefix("Value error, ")
         if error["type"] == "extra_forbidden":
             message = "unknown argument"
         parts.append(f"{shown(place)}: {message}" if place else message)
-        params.append(shown(place))
+        params.append(shown(error.get("ctx", {}).get("param", place)))
     if len(errors) > 5:
         parts.append(f"and {len(errors) - 5} more")
     return ApiError(400, "; ".join(parts), param=params[0] or None)

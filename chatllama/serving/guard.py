@@ -12,12 +12,14 @@ from typing import Any
 import h11
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import DEFAULT_MAX_INCOMPLETE_EVENT_SIZE, H11Protocol
 
 from chatllama.serving.errors import ApiError
 from chatllama.serving.metrics import Metrics
 from chatllama.serving.settings import ServerSettings
 
+FREE_CHUNKS, LEAST_CHUNK = 1024, 256
+"""Chunks of a body that may be of any size, and the mean size in bytes of all beyond them."""
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 PAGE_HEADERS = {
     "x-content-type-options": "nosniff",
@@ -74,7 +76,8 @@ class Guard:
             body = await self._read_body(headers, receive)
             await self._app(scope, _replayed(body, receive), noting_send)
         except ApiError as error:
-            close = {"connection": "close"} if error.status in (408, 413) else {}
+            ends = error.status in (408, 413) or error.detail.code == "wrong_framing"
+            close = {"connection": "close"} if ends else {}
             if error.status == 401:
                 close["www-authenticate"] = "Bearer"
             await error.response(close)(scope, receive, noting_send)
@@ -93,8 +96,13 @@ class Guard:
             if name.lower() not in (*LOCAL_NAMES, self._settings.host):
                 raise ApiError(403, "this server is for its own machine only", "wrong_host")
         origin = headers.get("origin")
-        if origin is not None and origin.partition("://")[2] != host:
-            raise ApiError(403, "requests from other web sites are refused", "wrong_origin")
+        own = f"{scope['scheme']}://{host.lower()}"
+        if origin is not None and origin not in (own, *self._settings.allow_origins):
+            text = "requests from other web sites are refused; --allow-origin allows one"
+            raise ApiError(403, text, "wrong_origin")
+        if "content-length" in headers and "transfer-encoding" in headers:
+            text = "give one of Content-Length and Transfer-Encoding"
+            raise ApiError(400, text, "wrong_framing")
         if keys and scope["path"] not in self._open:
             scheme, _, given = headers.get("authorization", "").partition(" ")
             right = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys]
@@ -148,16 +156,39 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
+class _Connection(h11.Connection):
+    """Refuses a body in very many small chunks, which would hold the event loop."""
+
+    _chunks = _bytes = 0
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._chunks = self._bytes = 0
+        elif isinstance(event, h11.Data) and self.our_state is h11.SEND_RESPONSE:
+            self._chunks, self._bytes = (
+                self._chunks + event.chunk_start,
+                self._bytes + len(event.data),
+            )
+            if self._chunks > FREE_CHUNKS + self._bytes // LEAST_CHUNK:
+                raise h11.RemoteProtocolError("the body comes in too many chunks")
+        return event
+
+
 class PatientProtocol(H11Protocol):
-    """HTTP protocol of uvicorn with a time limit for a request's head."""
+    """HTTP protocol of uvicorn with time limits for a request's head and for reading."""
 
     head_seconds = 20.0
+    send_seconds = 60.0
     _timer: asyncio.TimerHandle | None = None
+    _reading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """Starts the timer, which closes a connection that sends nothing."""
+        """Starts the timers; that of the head closes a connection that sends nothing."""
         super().connection_made(transport)
+        self.conn = _Connection(h11.SERVER, DEFAULT_MAX_INCOMPLETE_EVENT_SIZE)
         self._arm()
+        self._check_reader(0)
 
     def data_received(self, data: bytes) -> None:
         """Stops the timer once the head is complete."""
@@ -168,9 +199,19 @@ class PatientProtocol(H11Protocol):
             self._disarm()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stops the timer."""
+        """Stops the timers."""
         self._disarm()
+        if self._reading is not None:
+            self._reading.cancel()
         super().connection_lost(exc)
+
+    def _check_reader(self, before: int) -> None:
+        """Drops a client that read nothing since the last check; `before`: bytes unread then."""
+        unread = self.transport.get_write_buffer_size()
+        if unread and unread >= before > 0:
+            self.transport.abort()
+        else:
+            self._reading = self.loop.call_later(self.send_seconds, self._check_reader, unread)
 
     def _arm(self) -> None:
         if self._timer is None:

@@ -1,12 +1,14 @@
 """Bodies of the server's requests: OpenAI's API, vLLM's for adapters, and ours.
 
-Unknown arguments are refused by name. Those of OpenAI's and vLLM's that are not supported are
-accepted with the value that changes nothing, which many clients send, and refused with others.
+null means "not given", at any place. Unknown arguments are refused by name. Those of OpenAI's and
+vLLM's that are not supported are accepted with a value that changes nothing, which many clients
+send, and refused with others.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -14,40 +16,87 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
+from chatllama.config.limits import (
+    LEAST_TEMPERATURE,
+    MOST_NEW_TOKENS,
+    MOST_SEED,
+    MOST_TEMPERATURE,
+    MOST_TOP_K,
+)
 from chatllama.text.chat_format import Message
 
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+def _temperature(value: float) -> float:
+    if 0 < value < LEAST_TEMPERATURE:
+        least = {"least": LEAST_TEMPERATURE}
+        raise PydanticCustomError("too_small", "must be 0 (the likeliest token) or {least}", least)
+    return value
+
+
+Temperature = Annotated[float, Field(ge=0, le=MOST_TEMPERATURE), AfterValidator(_temperature)]
+Seed = Annotated[int, Field(ge=-(2**63), le=MOST_SEED)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 AdapterName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-StopString = Annotated[str, StringConstraints(min_length=1, max_length=200)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+StopString = Annotated[str, StringConstraints(max_length=200)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 StopIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=256)]
-MaxTokens = Annotated[int, Field(ge=1)]
+MaxTokens = Annotated[int, Field(ge=1, le=MOST_NEW_TOKENS)]
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128
 
-# Arguments that are not supported, each with the values that change nothing.
+# Arguments that are not supported, each with the values, or the types, that change nothing.
 NEUTRAL: dict[str, tuple[object, ...]] = {
-    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p"), (None, 0)),
-    **dict.fromkeys(("repetition_penalty", "best_of"), (None, 1)),
-    **dict.fromkeys(("store", "echo", "use_beam_search", "ignore_eos"), (None, False)),
-    **dict.fromkeys(("logit_bias", "metadata"), (None, {})),
-    **dict.fromkeys(("tools", "functions"), (None, [])),
-    **dict.fromkeys(("tool_choice", "function_call"), (None, "none", "auto")),
-    "parallel_tool_calls": (None, True, False),
-    "response_format": (None, {"type": "text"}),
-    "modalities": (None, ["text"]),
-    "service_tier": (None, "auto", "default"),
-    "suffix": (None, ""),
-    "skip_special_tokens": (None, True),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p"), (0,)),
+    **dict.fromkeys(("repetition_penalty", "best_of"), (1,)),
+    **dict.fromkeys(("echo", "use_beam_search", "ignore_eos"), (False,)),
+    **dict.fromkeys(("tools", "functions"), ([],)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    **dict.fromkeys(("store", "parallel_tool_calls"), (bool,)),
+    **dict.fromkeys(("metadata", "prediction", "prompt_cache_options"), (dict,)),
+    **dict.fromkeys(("user", "safety_identifier"), (str,)),
+    **dict.fromkeys(("prompt_cache_key", "prompt_cache_retention"), (str,)),
+    "logit_bias": ({},),
+    "verbosity": ("medium",),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "suffix": ("",),
+    "skip_special_tokens": (True,),
 }
 
 
 class Request(BaseModel):
-    """Base of all requests."""
+    """Base of all requests and their parts."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    neutral: ClassVar[dict[str, tuple[object, ...]]] = {}
+    """Arguments without a field, with the values and types that are accepted and not used."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        kept = {}
+        for name, value in body.items():
+            if value is None:
+                continue
+            if name not in cls.neutral:
+                kept[name] = value
+            elif not any(_changes_nothing(value, each) for each in cls.neutral[name]):
+                text = "{param}: not supported by this server"
+                raise PydanticCustomError("unsupported", text, {"param": name})
+        return kept
+
+
+def _changes_nothing(given: object, neutral: object) -> bool:
+    if isinstance(neutral, type):
+        return type(given) is neutral
+    both = type(given) is type(neutral) or isinstance(given, float)
+    return both and given == neutral
 
 
 class TextPart(Request):
@@ -58,15 +107,16 @@ class TextPart(Request):
 
 
 class ChatMessage(Request):
-    """One message; the null fields are those of OpenAI's responses, so they can be sent back."""
+    """One message; a message of OpenAI's responses can be sent back as it is."""
 
+    neutral = {
+        **dict.fromkeys(("annotations",), (list,)),
+        **dict.fromkeys(("name", "id"), (str,)),
+        **dict.fromkeys(("refusal", "reasoning", "reasoning_content"), ("",)),
+        "tool_calls": ([],),
+    }
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: None = None
-    refusal: None = None
-    audio: None = None
-    tool_calls: None = None
-    function_call: None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
     def plain(self) -> Message:
         """The message of the chat contract."""
@@ -76,12 +126,13 @@ class ChatMessage(Request):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-Messages = Annotated[list[ChatMessage], Field(min_length=1)]
+Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
 
 
 class StreamOptions(Request):
     """What a stream contains besides text."""
 
+    neutral = {"include_obfuscation": (bool,), "continuous_usage_stats": (False,)}
     include_usage: bool = False
     """Whether a last chunk gives the number of tokens."""
 
@@ -89,37 +140,32 @@ class StreamOptions(Request):
 class GenerationRequest(Request):
     """What chat and completion have in common."""
 
+    neutral = NEUTRAL
     model: Name | None = None
     """base, sft, policy or a loaded adapter. null: the run's last stage."""
-    temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
+    temperature: Temperature = 1.0
     """0 takes the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1)] = 0
+    top_k: Annotated[int, Field(ge=-1, le=MOST_TOP_K)] = 0
     """0 or -1: all tokens."""
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     """Answers to each prompt."""
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
-    """Ends an answer and is not in it."""
+    """Ends an answer and is not in it. Empty ones count as not given."""
     stop_token_ids: StopIds | None = None
     """Ends an answer, besides the end of turn."""
     seed: Seed | None = None
-    """Makes the answer repeatable, independently of concurrent requests."""
+    """Makes the answer repeatable, independently of concurrent requests. -1: as not given."""
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
     """Whether choices contain `token_ids` and `prompt_token_ids`, as vLLM's do."""
-    user: str | None = None
-    """For the client's own records; not used."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _neutral(cls, body: Any) -> Any:
-        return without_neutral(body)
 
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        given = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return tuple(stop for stop in given if stop)
 
 
 class ChatRequest(GenerationRequest):
@@ -138,7 +184,12 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """Body of /v1/completions."""
 
-    prompt: str | list[str] | TokenIds | list[TokenIds]
+    prompt: (
+        str
+        | Annotated[list[str], Field(fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(fail_fast=True)]
+    )
     """Text or token ids, one or several. Text gets the BOS token, ids are taken as they are."""
     max_tokens: MaxTokens = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -207,6 +258,14 @@ class Vote(Request):
     verdict: Literal["a", "b", "tie", "both_bad"]
     reason: Annotated[str, StringConstraints(max_length=2000)] = ""
 
+    @field_validator("messages")
+    @classmethod
+    def _full_turns(cls, messages: list[ChatMessage]) -> list[ChatMessage]:
+        for number, message in enumerate(messages):
+            if not message.plain()["content"].strip():
+                raise ValueError(f"message {number} is empty, and so would be its turn in training")
+        return messages
+
     @field_validator("answers")
     @classmethod
     def _not_empty(cls, answers: list[str]) -> list[str]:
@@ -214,19 +273,3 @@ class Vote(Request):
             if not answer.strip():
                 raise ValueError("an answer is empty, so there is nothing to compare")
         return answers
-
-
-def without_neutral(body: Any) -> Any:
-    """The body without unsupported arguments that change nothing; others raise ValueError."""
-    if not isinstance(body, dict):
-        return body
-    for name, values in NEUTRAL.items():
-        if name not in body:
-            continue
-        given = body[name]
-        same = any(type(given) is type(v) and given == v for v in values) or (
-            isinstance(given, float) and not isinstance(given, bool) and given in values
-        )
-        if not same:
-            raise ValueError(f"{name}: not supported by this server")
-    return {name: value for name, value in body.items() if name not in NEUTRAL}

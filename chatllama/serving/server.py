@@ -28,10 +28,10 @@ class Server(uvicorn.Server):
 
     def __init__(self, service: Service) -> None:
         settings = service.settings
-        head_seconds = {"head_seconds": settings.body_timeout}
+        seconds = {"head_seconds": settings.body_timeout, "send_seconds": settings.send_timeout}
         config = uvicorn.Config(
             build_app(service),
-            http=type("Protocol", (PatientProtocol,), head_seconds),
+            http=type("Protocol", (PatientProtocol,), seconds),
             ws="none",
             log_level="warning",
             access_log=False,

@@ -61,7 +61,7 @@ class Service:
         """The response to /v1/chat/completions."""
         messages = [message.plain() for message in body.messages]
         prompt = await asyncio.to_thread(self.check_prompt, messages)
-        room = self._room([prompt])
+        room = self._room([prompt], "messages")
         length = body.max_completion_tokens or body.max_tokens
         if length is None:
             length = min(room, self.run.config.generation.max_new_tokens)
@@ -75,7 +75,7 @@ class Service:
         """The response to /v1/completions."""
         prompts = await asyncio.to_thread(self._prompt_ids, body.prompts())
         length, eos = body.max_tokens, [self.run.tokenizer.eos_token_id]
-        self._check_max_tokens(length, self._room(prompts))
+        self._check_max_tokens(length, self._room(prompts, "prompt"))
         return await self._answer("completion", body, prompts, length, eos, body.logprobs, http)
 
     async def _answer(
@@ -95,7 +95,7 @@ class Service:
             raise invalid(f"{total}: at most {most} answers at a time", "n")
         sampling = Sampling(max_tokens, body.temperature, max(0, body.top_k), body.top_p)
         stop_ids = [*stop_ids, *(body.stop_token_ids or [])]
-        seed = secrets.randbits(62) if body.seed is None else body.seed
+        seed = secrets.randbits(62) if body.seed in (None, -1) else body.seed % 2**64
         requests = [
             Request(prompt, sampling, stop_ids, random_numbers(seed, i, j, max_tokens), logprobs)
             for i, prompt in enumerate(prompts)
@@ -122,7 +122,7 @@ class Service:
 
     def check_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation that the assistant is to answer; ApiError if invalid."""
-        self._check_length(sum(len(message["content"]) for message in messages))
+        self._check_length(sum(len(message["content"]) for message in messages), "messages")
         return self._render(messages, add_generation_prompt=True)
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
@@ -140,7 +140,7 @@ class Service:
         prompt = self.check_prompt(plain[:-1])
         whole = self._render(plain, add_generation_prompt=False)
         if len(whole) > self.max_positions:
-            raise self._too_long(len(whole))
+            raise self._too_long(len(whole), "messages")
         return prompt, whole[len(prompt) :]
 
     def _prompt_ids(self, prompts: list[str] | list[list[int]]) -> list[list[int]]:
@@ -148,7 +148,7 @@ class Service:
         found: list[list[int]] = []
         for prompt in prompts:
             if isinstance(prompt, str):
-                self._check_length(len(prompt))
+                self._check_length(len(prompt), "prompt")
                 start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
                 try:
                     prompt = [*start, *encode(tokenizer, prompt)]
@@ -162,28 +162,28 @@ class Service:
             found.append(prompt)
         return found
 
-    def _check_length(self, characters: int) -> None:
+    def _check_length(self, characters: int, param: str) -> None:
         """Refuses a text that no tokenisation could make fit, without tokenising it."""
         least = characters // self.texts.longest
         if least > self.max_positions:
-            raise self._too_long(least)
+            raise self._too_long(least, param)
 
-    def _room(self, prompts: Sequence[Sequence[int]]) -> int:
+    def _room(self, prompts: Sequence[Sequence[int]], param: str) -> int:
         """Tokens that the longest prompt leaves for the answer."""
         longest, kept = max(map(len, prompts)), self.settings.cache_tokens
         if longest >= self.max_positions:
-            raise self._too_long(longest)
+            raise self._too_long(longest, param)
         if longest >= kept:
             text = f"a prompt of {longest} tokens: this server keeps {kept} in all"
-            raise ApiError(400, text, "context_length_exceeded")
+            raise ApiError(400, text, "context_length_exceeded", param)
         return min(self.max_positions, kept) - longest
 
-    def _too_long(self, tokens: int) -> ApiError:
+    def _too_long(self, tokens: int, param: str) -> ApiError:
         text = (
             f"at least {tokens} tokens: the model's context has {self.max_positions}, and an "
             "answer needs some of them"
         )
-        return ApiError(400, text, "context_length_exceeded")
+        return ApiError(400, text, "context_length_exceeded", param)
 
     def _check_max_tokens(self, max_tokens: int, room: int) -> None:
         most, kept = self.settings.max_tokens, self.settings.cache_tokens

@@ -5,6 +5,7 @@ import ipaddress
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from chatllama.inference.options import WeightsOptions
 from chatllama.runtime.declared_options import (
@@ -35,6 +36,13 @@ class ServerSettings(WeightsOptions):
         metavar="KEY",
         flag="--api-key",
     )
+    allow_origins: tuple[str, ...] = option(
+        (),
+        "web site whose pages may send requests, such as https://chat.example; may be given "
+        "several times; needs a key",
+        metavar="ORIGIN",
+        flag="--allow-origin",
+    )
     adapter_root: Path | None = option(
         None, "the folder that /v1/load_lora_adapter may load from (default: RUN)", metavar="DIR"
     )
@@ -57,6 +65,8 @@ class ServerSettings(WeightsOptions):
     max_connections: int = 512
     body_timeout: float = 20.0
     """Seconds for a client to send a request."""
+    send_timeout: float = 60.0
+    """Seconds in which a client must read some of its answer."""
 
     @property
     def is_local(self) -> bool:
@@ -88,6 +98,15 @@ def check_settings(settings: ServerSettings) -> None:
                 f"--api-key: at least {LEAST_KEY} printable ASCII characters without blanks; "
                 "`openssl rand -hex 16` makes one"
             )
+    for origin in settings.allow_origins:
+        parts = urlsplit(origin)
+        if f"{parts.scheme}://{parts.netloc}" != origin or parts.scheme not in ("http", "https"):
+            raise ValueError(
+                f"--allow-origin {origin}: expected http://HOST, https://HOST or one with :PORT, "
+                "without a path, as browsers send it"
+            )
+    if settings.allow_origins and not settings.api_keys:
+        raise ValueError("--allow-origin: without a key any page there could use it; --api-key KEY")
     check_limits(settings)
     root = settings.adapter_root
     if root is not None and not root.is_dir():

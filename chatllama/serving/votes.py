@@ -13,6 +13,9 @@ from chatllama.runtime.files import flush
 from chatllama.runtime.jsonl import append_lines
 from chatllama.serving.schema import Vote
 
+MOST_BYTES = 2**28
+"""Size beyond which a file of votes takes no more: it is read and sent as a whole."""
+
 
 def vote_record(vote: Vote) -> dict[str, Any]:
     """A record of the format `ranked`; ValueError if one of two equal answers is better."""
@@ -39,18 +42,36 @@ class VoteFile:
 
     def __init__(self, path: Path) -> None:
         self._path, self._lock = path, threading.Lock()
+        self._counted = self._votes = 0  # bytes, and the lines in them
 
     def append(self, record: dict[str, Any]) -> int:
         """Adds a line, flushed to disk; returns the number of lines.
 
         OSError: it cannot be written. UnicodeEncodeError: half a surrogate pair in the text.
+        ValueError: the file is full.
         """
         with self._lock:
+            if self._size() > MOST_BYTES:
+                raise ValueError(f"the file of votes is full ({MOST_BYTES} bytes): rename it")
             self._path.parent.mkdir(parents=True, exist_ok=True)
             append_lines(self._path, [record])
             flush(self._path)
-            return self.content().count(b"\n")
+            return self._count()
 
     def content(self) -> bytes:
         """Every line so far."""
         return self._path.read_bytes() if self._path.is_file() else b""
+
+    def _size(self) -> int:
+        return self._path.stat().st_size if self._path.is_file() else 0
+
+    def _count(self) -> int:
+        """The number of lines; reads only what was added since the last time."""
+        if self._size() < self._counted:  # another file now
+            self._counted = self._votes = 0
+        with self._path.open("rb") as file:
+            file.seek(self._counted)
+            while block := file.read(2**20):
+                self._counted += len(block)
+                self._votes += block.count(b"\n")
+        return self._votes

@@ -7,7 +7,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +214,80 @@ def test_without_keys_only_this_machine_s_names_are_heard(url: str) -> None:
     assert b" 403 " in raw(url, get % (b"evil.example", b""))
     assert b" 403 " in raw(url, get % (b"127.0.0.1", b"origin: https://evil.example\r\n"))
     assert b" 200 " in raw(url, get % (b"127.0.0.1", b"origin: http://127.0.0.1\r\n"))
+    # Whole origins: the scheme, the port and what stands before the host count.
+    for origin in (b"https://127.0.0.1", b"http://127.0.0.1:80", b"null", b"evil://127.0.0.1",
+                   b"x://http://127.0.0.1", b"http://user@127.0.0.1"):  # fmt: skip
+        assert b" 403 " in raw(url, get % (b"127.0.0.1", b"origin: %s\r\n" % origin)), origin
+
+
+@pytest.mark.parametrize("length", [b"2", b"0", b"40"])
+@pytest.mark.parametrize("path", [b"/v1/completions", b"/health"])
+def test_two_lengths_of_one_body_are_refused(url: str, path: bytes, length: bytes) -> None:
+    head = b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n" % path
+    both = b"content-length: %s\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n" % length
+    told = raw(url, head + both)
+    assert b" 400 " in told
+    assert b"connection: close" in told.lower()
+
+
+def test_pages_of_allowed_origins_may_send_requests(run: RunFolder, loaded: LoadedRun) -> None:
+    site = "https://chat.example"
+    with serving(run, loaded, api_keys=(KEY,), allow_origins=(site,)) as url:
+
+        def ask(method: str, origin: str, **headers: str) -> Any:
+            more = {name.replace("_", "-"): value for name, value in headers.items()}
+            request = urllib.request.Request(f"{url}/v1/models", headers={"origin": origin, **more})
+            request.method = method
+            try:
+                return urllib.request.urlopen(request, timeout=30)
+            except urllib.error.HTTPError as error:
+                return error
+
+        preflight = {
+            "access_control_request_method": "POST",
+            "access_control_request_headers": "authorization,content-type,x-stainless-os",
+        }
+        allowed = ask("OPTIONS", site, **preflight)
+        assert allowed.status == 200 and allowed.headers["access-control-allow-origin"] == site
+        assert "x-stainless-os" in allowed.headers["access-control-allow-headers"]
+        key = {"authorization": f"Bearer {KEY}"}
+        answered = ask("GET", site, **key)
+        assert answered.status == 200 and answered.headers["access-control-allow-origin"] == site
+        assert ask("GET", site).status == 401
+        for other in ("https://chat.example.evil", "http://chat.example", "https://evil.example"):
+            assert ask("GET", other, **key).status == 403
+            assert "access-control-allow-origin" not in ask("OPTIONS", other, **preflight).headers
+
+
+def test_a_client_that_never_reads_loses_its_place(run: RunFolder, loaded: LoadedRun) -> None:
+    votes = run.root / "many.jsonl"
+    votes.write_bytes(b"x" * (32 << 20))
+    with serving(run, loaded, votes=votes, send_timeout=0.5, max_connections=3) as url:
+        address = url.removeprefix("http://").split(":")
+        silent = [socket.socket() for _ in range(2)]
+        for each in silent:
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            each.connect((address[0], int(address[1])))
+            each.sendall(b"GET /v1/votes HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        time.sleep(4)
+        assert len(urllib.request.urlopen(f"{url}/v1/votes", timeout=60).read()) == 32 << 20
+        for each in silent:
+            each.settimeout(10)
+            found = 0
+            with suppress(ConnectionResetError):
+                while part := each.recv(1 << 20):
+                    found += len(part)
+            assert found < 32 << 20
+
+
+@pytest.mark.parametrize(("size", "status"), [(1, b" 400 "), (3, b" 400 "), (4096, b" 200 ")])
+def test_a_body_of_very_many_chunks_is_cut_short(url: str, size: int, status: bytes) -> None:
+    body = json.dumps({"prompt": "the", "max_tokens": 1}).encode().ljust(100_000)
+    parts = [body[start : start + size] for start in range(0, len(body), size)]
+    data = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts)
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    found = raw(url, head + b"transfer-encoding: chunked\r\n\r\n" + data + b"0\r\n\r\n")
+    assert status in found.split(b"\r\n")[0]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from chatllama import cli
 from chatllama.config.sources import DataSource
 from chatllama.serving import requests as calls
+from chatllama.serving import votes
 from chatllama.serving.errors import of_validation, shown
 from chatllama.serving.metrics import Metrics
 from chatllama.serving.schema import ChatRequest, CompletionRequest, Vote
@@ -58,6 +59,10 @@ def test_this_machine_needs_none(host: str) -> None:
         ({"max_rows": 0}, "--max-concurrency 0"),
         ({"timeout": 0.0}, "--timeout"),
         ({"max_queue": -1}, "--max-queue -1"),
+        ({"allow_origins": ("https://a.example",)}, "--allow-origin: without a key"),
+        ({"allow_origins": ("a.example",), "api_keys": (KEY,)}, "--allow-origin a.example"),
+        ({"allow_origins": ("https://a/b",), "api_keys": (KEY,)}, "without a path"),
+        ({"allow_origins": ("*",), "api_keys": (KEY,)}, "expected http://HOST"),
         ({"adapter_root": Path("/nowhere/at/all")}, "--adapter-root /nowhere/at/all: not a folder"),
     ],
 )
@@ -194,6 +199,45 @@ def test_votes_are_records_that_the_reward_stage_reads(tmp_path: Path) -> None:
     assert data["prompt"][0][0]["content"] == "be kind"
     assert "all answers are tied" in str(report.__dict__)
     assert json.loads(file.content().splitlines()[1])["models"] == ["policy", "sft"]
+
+
+def vote(**changes: Any) -> Vote:
+    body = {"messages": ASK, "answers": ["x", "y"], "models": ["sft", "policy"], "verdict": "a"}
+    return Vote.model_validate(body | changes)
+
+
+def test_votes_are_counted_without_reading_the_file_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "votes.jsonl"
+    path.write_bytes(b"{}\n" * 5)
+    file = VoteFile(path)
+    assert [file.append(vote_record(vote())) for _ in range(2)] == [6, 7]
+    path.write_bytes(b"[]" + path.read_bytes()[2:])  # what was counted is not looked at again
+    with path.open("ab") as other:
+        other.write(b"{}\n" * 3)
+    assert file.append(vote_record(vote())) == 11
+    path.unlink()
+    assert file.append(vote_record(vote())) == 1
+    monkeypatch.setattr(votes, "MOST_BYTES", 10)
+    with pytest.raises(ValueError, match="the file of votes is full"):
+        file.append(vote_record(vote()))
+    assert file.content().count(b"\n") == 1
+
+
+@pytest.mark.parametrize("content", ["", "  \n", [{"type": "text", "text": ""}]])
+def test_a_vote_with_an_empty_turn_is_refused(content: Any) -> None:
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}, *ASK]
+    with pytest.raises(ValidationError, match="message 0 is empty"):
+        vote(messages=turns)
+
+
+@pytest.mark.parametrize("text", ["a\u2028b", "a\u2029b", "a\x85b"])
+def test_a_vote_is_one_line_to_every_reader(tmp_path: Path, text: str) -> None:
+    file = VoteFile(tmp_path / "votes.jsonl")
+    file.append(vote_record(vote(answers=[text, "y"])))
+    (line,) = file.content().decode().splitlines()
+    assert json.loads(line)["answers"] == [text, "y"]
 
 
 # --- clients that do not read --------------------------------------------------------------------
