@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from chatllama.serving.errors import of_validation
 from chatllama.serving.schema import ChatRequest, CompletionRequest, LoadAdapter, Vote
 
+VOTE = {"answers": ["a", "b"], "models": ["x", "y"], "verdict": "a"}
 PART = {"type": "text", "text": "a"}
 ASK = [{"role": "user", "content": "hi"}]
 # What openai-python 2.x declares for chat.completions.create; the installed version is read below.
@@ -53,7 +54,7 @@ def test_null_is_not_given_for_every_argument_of_two_major_versions_of_the_clien
         (ChatRequest, {"messages": [{"role": "user", "content": [PART | {"annotations": None}]}]}),
         (ChatRequest, {"messages": ASK, "stream": True, "stream_options": {"include_usage": None}}),
         (LoadAdapter, {"lora_name": "a", "lora_path": "b", "load_inplace": None, "base": None}),
-        (Vote, {"messages": ASK, "answers": ["a", "b"], "models": ["x"] * 2, "verdict": "a", "x": None}),
+        (Vote, {"messages": ASK, **VOTE, "reason": None, "at": None}),
     ],
 )  # fmt: skip
 def test_null_is_not_given_at_any_place(cls: Any, body: dict[str, Any]) -> None:
