@@ -25,11 +25,19 @@ def modules(folder: Path) -> list[Path]:
 
 
 def reading_path(project: Path) -> list[Path]:
-    """The Python files that README's "Read it" names in its first paragraph, in its order."""
+    """The Python files that README's "Read it" names in its first paragraph, in its order.
+
+    As files, as folders (`data/`), or several of a folder (`trainers/ppo/{rollout,update}.py`).
+    """
     readme = (project / "README.md").read_text(encoding="utf-8")
     paragraph = readme.partition("\n## Read it\n")[2].strip().partition("\n\n")[0]
-    named = [project / name for name in re.findall(r"`([\w/]+(?:\.py|/))`", paragraph)]
-    return [path for name in named for path in modules(name)]
+    found: list[Path] = []
+    for name in re.findall(r"`([\w/{},]+(?:\.py|/))`", paragraph):
+        before, _, rest = name.partition("{")
+        inner, _, after = rest.partition("}")
+        for part in inner.split(","):
+            found += modules(project / f"{before}{part}{after}")
+    return found
 
 
 def shown(folder: Path) -> set[str]:

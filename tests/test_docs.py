@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
+import lines
 import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -165,6 +166,12 @@ def test_what_exists_is_not() -> None:
 
 def pages() -> list[Path]:
     return [path for path in files() if path.suffix == ".md"]
+
+
+def test_the_reading_path_exists() -> None:
+    path = [file.relative_to(PROJECT).as_posix() for file in lines.reading_path(PROJECT)]
+    assert path[:2] == ["examples/ppo_flat.py", "train_sft.py"] and len(path) > 15
+    assert all((PROJECT / name).is_file() for name in path), path
 
 
 def test_links_lead_somewhere() -> None:
