@@ -11,6 +11,9 @@ export PATH := $(BIN):$(PATH)
 # Test processes at a time. A file's tests stay in one process, which makes its fixtures once.
 WORKERS ?= 2
 PYTEST = "$(BIN)/python" -m pytest -n $(WORKERS) --dist loadfile
+# The slow and gpu tiers run one test at a time (0), since many of them start ranks of their own. Ports
+# and folders do not collide: a machine with more cores can take 2.
+SLOW_WORKERS ?= 0
 # What `make unit` may cost: 90 s on two cores, in CPU seconds of all test processes and their
 # children. CPU seconds, since wall time would fail an innocent change on a busy machine.
 UNIT_CPU_SECONDS ?= 180
@@ -51,9 +54,8 @@ demo: venv
 unit: venv
 	$(PYTEST) --durations=20 --cpu-budget=$(UNIT_CPU_SECONDS)
 
-# The slow and gpu tiers come one test at a time: many of them use several cores.
 test: unit
-	"$(BIN)/python" -m pytest -m "slow or gpu" --durations=20
+	"$(BIN)/python" -m pytest -n $(SLOW_WORKERS) --dist loadfile -m "slow or gpu" --durations=20
 
 check: venv
 	"$(BIN)/ruff" check .
