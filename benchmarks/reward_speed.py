@@ -33,12 +33,7 @@ from transformers import (
 
 from chatllama.config.model import BackboneSection
 from chatllama.config.schema import Config, RewardSection
-from chatllama.model.roles import (
-    Adapter,
-    RoleModel,
-    acting_as,
-    lora_config,
-)
+from chatllama.model.roles import Adapter, RoleModel, acting_as, lora_config
 from chatllama.text.tokenizer import load_tokenizer
 from data.batches import PreferenceCollator, batch_indices
 

@@ -17,12 +17,7 @@ import torch
 from measuring import VOCABULARY, Clock, hardware, launcher, publish, run_child
 from ppo_speed import PROMPT, make_trainer, write_models
 
-from chatllama.runtime.distributed import (
-    all_max,
-    all_sum,
-    rank,
-    shut_down,
-)
+from chatllama.runtime.distributed import all_max, all_sum, rank, shut_down
 from trainers.engine.engine import initialise
 from trainers.ppo.rewards import Statistics
 from trainers.ppo.state import PpoState

@@ -14,12 +14,7 @@ from chatllama.inference.load import load_run
 from chatllama.inference.options import GenerateOptions
 from chatllama.inference.prompt_files import Prompt
 from chatllama.model.adapters import save_adapter
-from chatllama.model.roles import (
-    Adapter,
-    RoleModel,
-    adapter_parameters,
-    adapter_state,
-)
+from chatllama.model.roles import Adapter, RoleModel, adapter_parameters, adapter_state
 from chatllama.runs.folder import RunFolder
 from chatllama.text.chat_format import describe_contract
 from chatllama.text.tokenizer import load_tokenizer, save_tokenizer

@@ -10,12 +10,7 @@ from chatllama.config.sources import DataSource
 from data.reading.decode import decode
 from data.reading.files import DataFile
 from data.reading.records import Kind
-from data.reading.source import (
-    GOOD,
-    MALFORMED,
-    UNUSABLE,
-    _rows,
-)
+from data.reading.source import GOOD, MALFORMED, UNUSABLE, _rows
 
 U, A = "user", "assistant"
 

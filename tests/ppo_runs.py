@@ -13,13 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.schema import Config
 from chatllama.model.adapters import save_adapter
-from chatllama.model.roles import (
-    Adapter,
-    Role,
-    RoleModel,
-    adapter_parameters,
-    adapter_state,
-)
+from chatllama.model.roles import Adapter, Role, RoleModel, adapter_parameters, adapter_state
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.files import write_json
 from chatllama.text.chat_format import describe_contract
@@ -32,12 +26,7 @@ VOCABULARY = 300
 PAD = 0
 STOPS = [2, *range(3, 70)]
 """Ids that end a response in most tests: some responses end by themselves, some do not."""
-REWARD_RESULT = {
-    "accuracy": 0.8,
-    "accuracy_low": 0.7,
-    "accuracy_high": 0.9,
-    "num_eval_pairs": 100,
-}
+REWARD_RESULT = {"accuracy": 0.8, "accuracy_low": 0.7, "accuracy_high": 0.9, "num_eval_pairs": 100}
 
 
 def make_base(folder: Path, tokenizer_dir: Path) -> str:

@@ -17,12 +17,7 @@ from tiny_models import LORA, REWARD_LORA, tiny_llama
 from chatllama.config.model import ChatSection
 from chatllama.inference.load import LoadedRun, load_run
 from chatllama.model.adapters import save_adapter
-from chatllama.model.roles import (
-    Adapter,
-    RoleModel,
-    adapter_parameters,
-    adapter_state,
-)
+from chatllama.model.roles import Adapter, RoleModel, adapter_parameters, adapter_state
 from chatllama.runs.folder import RunFolder
 from chatllama.serving.server import Server, open_socket
 from chatllama.serving.service import Service

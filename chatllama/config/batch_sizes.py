@@ -52,7 +52,6 @@ def optimizer_steps(section: OptimizerSection, num_examples: int) -> int:
     """Optimizer steps of the stage: `steps`, or enough for `epochs` passes (the last one filled).
 
     Args:
-        section: gives steps, epochs and batch_size.
         num_examples: training sequences of one pass over the mixture, over all ranks.
 
     Raises:

@@ -51,10 +51,7 @@ def dump_config(cfg: Config, path: str | Path) -> None:
 
 
 def _read_with_parents(
-    path: Path,
-    problems: list[str],
-    places: dict[Place, Position],
-    children: tuple[Path, ...] = (),
+    path: Path, problems: list[str], places: dict[Place, Position], children: tuple[Path, ...] = ()
 ) -> dict[str, Any]:
     """The file's mapping merged over its parents'; fills `problems` and `places`."""
     chain = (*children, path.resolve())

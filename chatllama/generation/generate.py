@@ -36,12 +36,10 @@ def generate(
     prompts take their rows.
 
     Args:
-        llama: in eval mode, with the right adapter active.
         prompts: token ids; none may be empty.
         sampling: also bounds the response's length.
         stop_ids: ids that end a response.
         uniforms: (N, max_new_tokens) float32 in [0, 1), one row a prompt.
-        batch_size: rows at a time.
         any_running: called before every forward pass with whether this rank still samples; returns
             whether any rank does. Under ZeRO-3 ranks must stay in step: a finished rank idles.
         ends_with: called with the number of a prompt and each new token of its response that is no

@@ -72,7 +72,6 @@ def import_meta(
         out: the new folder. None: `folder` with `-hf` behind its name.
         dtype: of the weights; `keep` needs files of one type.
         max_positions: longest text in tokens. None: that of params.json, else 2048.
-        max_file_bytes: of each safetensors file.
 
     Raises:
         ValueError: a file is missing, cut off or changed, files do not fit each other, `out`

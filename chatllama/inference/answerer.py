@@ -71,7 +71,6 @@ class Answerer:
             sampling: also bounds the answer's length.
             stops: strings that end an answer.
             batch_size: rows at a time, in sampling and in scoring.
-            with_logprobs: whether answers have log-probabilities.
         """
         prompts = [self.render(messages) for messages in conversations]
         stop_ids = end_of_turn_ids(self.loaded.tokenizer, self.loaded.chat)

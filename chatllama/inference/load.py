@@ -55,7 +55,6 @@ def load_run(
     """The run's backbone with its adapters.
 
     Args:
-        run: its folder.
         cfg: None: the run's own.
         roles: None: all that have adapters. `base`, and `reference` after full fine-tuning, need
             none.

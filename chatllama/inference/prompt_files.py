@@ -40,7 +40,6 @@ def read_prompts(
     """The prompts of exactly one source, in order; ValueError if it is missing or invalid.
 
     Args:
-        arguments: prompts as they were typed.
         file: .jsonl with `prompt` (text or messages) or `messages`, and perhaps `id`, in each
             record; or .txt, one prompt a line. Empty lines are skipped.
         lines: read where the others are empty; None: there is no such input.

@@ -216,12 +216,8 @@ def _liger() -> tuple[Callable[..., None], Callable[..., Any]]:
     if find_spec("liger_kernel") is None or find_spec("triton") is None:
         raise ValueError("backbone.liger_kernel needs the extra: pip install 'chatllama[liger]'")
     try:
-        from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
-            apply_liger_kernel_to_llama,
-        )
-        from liger_kernel.transformers.rope import (  # pyright: ignore[reportMissingImports]
-            liger_rotary_pos_emb,
-        )
+        from liger_kernel.transformers import apply_liger_kernel_to_llama  # pyright: ignore[reportMissingImports]
+        from liger_kernel.transformers.rope import liger_rotary_pos_emb  # pyright: ignore[reportMissingImports]
     except ImportError as error:  # it does not support this transformers
         raise ValueError(
             f"backbone.liger_kernel: liger-kernel cannot be used: {error}. The version in "

@@ -48,7 +48,6 @@ class LastLayer(LlamaDecoderLayer):
 
         Args:
             normed: (B * T, H).
-            wanted: the positions.
             cosines: (B * T, D) of the rotary embedding, as `sines`.
             sines: see `cosines`.
         """

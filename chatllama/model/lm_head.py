@@ -101,7 +101,6 @@ def token_logprobs(
     logits at once.
 
     Args:
-        head: without bias.
         hidden: (N, H) float.
         targets: (N,) int64.
         temperature: above 0.

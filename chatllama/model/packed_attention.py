@@ -73,7 +73,6 @@ def attend(
     """Attention (B, T, heads, D): transformers' `sdpa`, or within the rows of a packed batch.
 
     Args:
-        module: the layer.
         query: (B, heads, T, D); B is 1 in a packed batch.
         key: (B, key heads, T, D); `value` has the same shape.
         value: see `key`.

@@ -39,7 +39,6 @@ class RoleModel(nn.Module):
     """A frozen LLaMA, one LoRA adapter per role and the scalar heads.
 
     Args:
-        backbone: is frozen here.
         adapters: role -> adapter, in the order in which they are made. A role left out has no
             adapter (`base` always; `reference` after full fine-tuning).
         heads: roles that get a scalar head.

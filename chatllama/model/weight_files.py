@@ -130,9 +130,7 @@ def write_model(
     """Writes a model's tensors for `from_pretrained`: one model.safetensors, or more with an index.
 
     Args:
-        folder: receives the files, which are returned.
         shapes: name -> shape, in the order in which they are written.
-        dtype: of all tensors.
         tensor: returns a tensor of that name and type.
         max_bytes: of a file; a single larger tensor gets a file of its own.
     """

@@ -113,8 +113,6 @@ def draw(panel: Panel, lines: list[dict], limit: float | None = None) -> str | N
     """The panel as inline SVG; None if none of its metrics was logged.
 
     Args:
-        panel: what to draw.
-        lines: of the stage's metrics.jsonl.
         limit: the Bayes limit of the accuracy, drawn as a dashed line.
     """
     found = {label: curve(lines, metric) for label, metric in panel.curves.items()}
@@ -170,8 +168,6 @@ def themed(figure: Figure, title: str, words: str) -> str:
 
     Args:
         figure: drawn in the placeholder colours.
-        title: unique on the page.
-        words: the alt text.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):

@@ -18,13 +18,7 @@ from safetensors import SafetensorError
 
 from chatllama.config.schema import DeepSpeedSection
 from chatllama.runs.folder import RunFolder, Stage
-from chatllama.runtime.distributed import (
-    all_gather_objects,
-    barrier,
-    is_launched,
-    rank,
-    world_size,
-)
+from chatllama.runtime.distributed import all_gather_objects, barrier, is_launched, rank, world_size
 from chatllama.runtime.files import file_hash, put_back, replace_folder, write_json
 
 STEP, DAMAGED, REMOVED = "step-", "damaged-", ".removed"
@@ -152,10 +146,6 @@ def save_step(
     """Writes the checkpoint of `step` and removes all but the newest `limit`; every rank must call.
 
     Args:
-        run: whose checkpoints.
-        stage: whose checkpoints.
-        step: finished steps.
-        limit: checkpoints kept.
         layout: of `layout_of`.
         write: writes this rank's part into a folder, which replaces `step-N` once it is complete.
 

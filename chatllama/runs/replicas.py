@@ -60,7 +60,6 @@ def replicate_folder(run: RunFolder, folder: Path) -> None:
     """Copies rank 0's files below `folder` to every machine without them; every rank must call.
 
     Args:
-        run: machines that share its root are left out.
         folder: inside the run folder. `result.json`, which marks a finished stage, comes last.
     """
     views = views_of(run.root)

@@ -34,12 +34,7 @@ class Guard:
     """Passes valid requests on to the application.
 
     Args:
-        app: behind it.
-        settings: keys and limits.
-        open_paths: served without a key.
-        routes: paths that metrics name.
         posted: those of them that take a body.
-        metrics: counts responses.
     """
 
     def __init__(

@@ -26,13 +26,8 @@ class PendingAnswers:
     """The answers to one HTTP request while the engine generates them; ApiError if it cannot.
 
     Args:
-        engine: generates them.
-        role: of the model.
-        requests: one for each answer.
-        tokenizer: decodes them.
         stops: strings that end an answer.
         seconds: time limit for all of them.
-        metrics: receives latencies.
     """
 
     def __init__(
@@ -121,8 +116,6 @@ class EventStream(Response):
     Args:
         events: data of one message each.
         close: ends the work; called in any case.
-        metrics: counts timeouts and disconnects.
-        seconds: time limit for everything.
     """
 
     media_type = "text/event-stream"

@@ -22,7 +22,4 @@ def _pad(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
     masks = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-    return (
-        pad_sequence(ids, True, pad_id, side),
-        pad_sequence(masks, True, False, side),
-    )
+    return (pad_sequence(ids, True, pad_id, side), pad_sequence(masks, True, False, side))

@@ -32,7 +32,6 @@ def sequence_problems(
         mask: (T,) True on the tokens that are trained.
         prompt_ids: of the same conversation without its last answer, open for it.
         bos_id: None where the tokenizer has none.
-        end_ids: end an assistant's turn.
     """
     problems: list[str] = []
     if not any(mask):

@@ -25,7 +25,6 @@ def request(text: str, languages: Sequence[str], template: str | None = None) ->
     """The prompt for the translation of `text`.
 
     Args:
-        text: in the first language.
         languages: source and target, `de` or `de=German`.
         template: one of `TEMPLATES`. None: one of them, by a digest of the text.
     """

@@ -36,8 +36,7 @@ def test_minimal_config_has_the_schema_defaults(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
-    [("1e-5", 1e-5), ("2E-4", 2e-4), ("1.5e+1", 15.0), (".5", 0.5), ("3", 3.0)],
+    ("text", "value"), [("1e-5", 1e-5), ("2E-4", 2e-4), ("1.5e+1", 15.0), (".5", 0.5), ("3", 3.0)]
 )
 def test_numbers_are_read_as_in_yaml_1_2(tmp_path: Path, text: str, value: float) -> None:
     content = MINIMAL + f"sft: {{learning_rate: {text}}}\n"
@@ -101,11 +100,7 @@ def test_leading_zero_is_decimal_and_yes_is_text(tmp_path: Path) -> None:
             "lora.target_modules",
             'must be "all-linear" or must be a list, not 5',
         ),
-        (
-            "sft: {batch_size: 60}",
-            "sft",
-            "batch_size 60 is not a multiple of microbatch_size 8",
-        ),
+        ("sft: {batch_size: 60}", "sft", "batch_size 60 is not a multiple of microbatch_size 8"),
     ],
 )
 def test_each_mistake_names_key_line_value_and_remedy(

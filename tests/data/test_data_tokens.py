@@ -22,10 +22,7 @@ from data.batches import (
     ordered_pairs,
 )
 from data.mixture import load_mixture
-from data.tokenize import (
-    tokenize,
-    tokenize_text,
-)
+from data.tokenize import tokenize, tokenize_text
 
 pytestmark = pytest.mark.usefixtures("data_cache")
 

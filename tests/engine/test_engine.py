@@ -25,11 +25,7 @@ from chatllama.config.schema import DeepSpeedSection
 from chatllama.config.stages import StageSection
 from chatllama.model.roles import RoleModel, adapter_parameters
 from trainers.engine import engine as engine_module
-from trainers.engine.engine import (
-    Engine,
-    ParameterGroup,
-    seed_step,
-)
+from trainers.engine.engine import Engine, ParameterGroup, seed_step
 
 PROJECT = Path(__file__).resolve().parents[2]
 

@@ -8,15 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import (
-    LAUNCHER,
-    PROJECT,
-    command,
-    environment,
-    free_port,
-    start_on,
-    two_machines,
-)
+from launching import LAUNCHER, PROJECT, command, environment, free_port, start_on, two_machines
 
 from chatllama.runtime import distributed
 from trainers.stages import arguments

@@ -43,12 +43,7 @@ def test_every_role_of_a_run_answers(
 
 @pytest.mark.parametrize(
     ("response", "expected"),
-    [
-        ("A note to Rosa.", 0.0),
-        ("One. Two! Three?", -2.0),
-        ("word " * 25, -0.5),
-        (" ... ", -2.0),
-    ],
+    [("A note to Rosa.", 0.0), ("One. Two! Three?", -2.0), ("word " * 25, -0.5), (" ... ", -2.0)],
 )
 def test_the_reward_function_is_a_term_of_the_score(response: str, expected: float) -> None:
     from ppo_runs import ppo_config

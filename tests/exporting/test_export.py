@@ -14,19 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from chatllama.config.model import LoraSection
 from chatllama.model import adapters as adapter_files
-from chatllama.model.adapters import (
-    WEIGHTS,
-    check_tensors,
-    load_adapter,
-    save_adapter,
-)
-from chatllama.model.roles import (
-    Adapter,
-    Role,
-    RoleModel,
-    acting_as,
-    adapter_state,
-)
+from chatllama.model.adapters import WEIGHTS, check_tensors, load_adapter, save_adapter
+from chatllama.model.roles import Adapter, Role, RoleModel, acting_as, adapter_state
 from chatllama.model.scoring import score_sequences
 from chatllama.runs.folder import INFO
 

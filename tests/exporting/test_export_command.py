@@ -15,12 +15,7 @@ from ppo_runs import VOCABULARY, TinyRun
 from safetensors.torch import load_file, save_file
 from serving_setup import serving
 from tiny_models import LORA, tiny_llama
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from chatllama.config.loader import dump_config
 from chatllama.exporting import export as command

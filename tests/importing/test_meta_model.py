@@ -7,13 +7,7 @@ import pytest
 import torch
 
 from chatllama.importing.meta_checkpoint import halves_together
-from chatllama.importing.meta_model import (
-    MetaParams,
-    read_params,
-    rms_norm,
-    rotate,
-    rotations,
-)
+from chatllama.importing.meta_model import MetaParams, read_params, rms_norm, rotate, rotations
 
 
 def test_params_defaults(tmp_path: Path) -> None:

@@ -9,12 +9,7 @@ from tiny_models import ragged_batch, role_model, tiny_llama
 from torch import nn
 
 from chatllama.config.schema import GenerationSection
-from chatllama.model.roles import (
-    RoleModel,
-    acting_as,
-    mergeable,
-    merged_as,
-)
+from chatllama.model.roles import RoleModel, acting_as, mergeable, merged_as
 from trainers.ppo.rollout import sample_responses
 
 SEED = (3, 1)

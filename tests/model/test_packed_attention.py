@@ -185,11 +185,7 @@ def test_varlen_is_sdpa_where_nothing_is_packed(calls: list[int]):
 @pytest.mark.parametrize(
     ("machine", "model", "reason"),
     [
-        (
-            {"device": "cpu"},
-            {},
-            "varlen needs a CUDA GPU, and this process sees none;",
-        ),
+        ({"device": "cpu"}, {}, "varlen needs a CUDA GPU, and this process sees none;"),
         ({"capability": (7, 5)}, {}, "needs a GPU of the Ampere generation or later, not Old One"),
         ({}, {"head_dim": 12}, "a multiple of 8 and at most 256 numbers; this model's have 12"),
         ({}, {"head_dim": 512}, "this model's have 512"),

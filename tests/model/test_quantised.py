@@ -19,13 +19,7 @@ from chatllama.exporting.export import export_run
 from chatllama.inference.load import load_run
 from chatllama.model import backbone
 from chatllama.model.backbone import load_backbone, weight_bytes
-from chatllama.model.roles import (
-    Adapter,
-    RoleModel,
-    adapter_parameters,
-    adapter_state,
-    mergeable,
-)
+from chatllama.model.roles import Adapter, RoleModel, adapter_parameters, adapter_state, mergeable
 from chatllama.model.scoring import response_logprobs
 from chatllama.runs.folder import RunFolder
 

@@ -5,13 +5,7 @@ import torch
 from tiny_models import LORA, REWARD_LORA, ragged_batch, role_model, tiny_llama
 
 from chatllama.config.model import LoraSection
-from chatllama.model.roles import (
-    Adapter,
-    Role,
-    RoleModel,
-    acting_as,
-    adapter_state,
-)
+from chatllama.model.roles import Adapter, Role, RoleModel, acting_as, adapter_state
 
 
 def logits_of(model: RoleModel, role: Role) -> torch.Tensor:

@@ -10,10 +10,7 @@ FOLDER = Path(__file__).resolve().parent
 PROJECT = FOLDER.parent.parent
 sys.path.append(str(FOLDER))
 
-from catalogue import (  # noqa: E402  # pyright: ignore[reportMissingImports]
-    MUTATIONS,
-    Mutation,
-)
+from catalogue import MUTATIONS, Mutation  # noqa: E402  # pyright: ignore[reportMissingImports]
 from run import patched  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 

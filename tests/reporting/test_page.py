@@ -10,12 +10,7 @@ from datasets import Dataset
 
 from chatllama.config.schema import RewardSection, TrackingSection
 from chatllama.reporting.page import write_report
-from chatllama.reporting.plots import (
-    PANELS,
-    curve,
-    draw,
-    smooth,
-)
+from chatllama.reporting.plots import PANELS, curve, draw, smooth
 from chatllama.reporting.reward_section import diagnosis_section
 from chatllama.reporting.summary import (
     findings,

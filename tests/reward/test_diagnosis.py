@@ -14,12 +14,7 @@ from chatllama.model.roles import Adapter, RoleModel, adapter_parameters
 from chatllama.model.scoring import score_sequences
 from trainers.reward import evaluate
 from trainers.reward.data import Preferences
-from trainers.reward.diagnosis.data_report import (
-    data_concerns,
-    examine_data,
-    rows_of,
-    word_gaps,
-)
+from trainers.reward.diagnosis.data_report import data_concerns, examine_data, rows_of, word_gaps
 from trainers.reward.diagnosis.model_report import (
     close_diagnosis,
     examine_model,

@@ -17,12 +17,7 @@ import train_rm
 from chatllama.config.loader import load_config
 from chatllama.config.schema import RewardSection
 from chatllama.model.adapters import load_adapter, save_adapter
-from chatllama.model.roles import (
-    Adapter,
-    RoleModel,
-    adapter_parameters,
-    adapter_state,
-)
+from chatllama.model.roles import Adapter, RoleModel, adapter_parameters, adapter_state
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.files import write_json
 from chatllama.text.tokenizer import load_tokenizer

@@ -13,13 +13,7 @@ import pytest
 
 from chatllama.runs import interruption
 from chatllama.runs.folder import RunFolder
-from chatllama.runs.interruption import (
-    EXIT_CODE,
-    Interrupted,
-    steps,
-    stop,
-    stop_requested,
-)
+from chatllama.runs.interruption import EXIT_CODE, Interrupted, steps, stop, stop_requested
 from chatllama.runs.lock import acquire, lock_path, release_all
 from chatllama.runtime.files import write_json
 from trainers.stages import pipeline

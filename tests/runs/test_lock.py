@@ -17,13 +17,7 @@ import psutil
 import pytest
 
 from chatllama.runs.folder import RunFolder
-from chatllama.runs.lock import (
-    acquire,
-    lock_path,
-    locked,
-    read_owner,
-    release_all,
-)
+from chatllama.runs.lock import acquire, lock_path, locked, read_owner, release_all
 
 
 @pytest.fixture

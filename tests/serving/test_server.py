@@ -14,12 +14,7 @@ from typing import Any
 import openai
 import pytest
 from openai import OpenAI
-from serving_setup import (
-    make_served_run,
-    metric,
-    post,
-    serving,
-)
+from serving_setup import make_served_run, metric, post, serving
 
 from chatllama.generation.sampling import Sampling
 from chatllama.inference.answerer import Answerer, random_numbers

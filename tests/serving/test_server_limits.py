@@ -14,13 +14,7 @@ from typing import Any
 import openai
 import pytest
 from openai import OpenAI
-from serving_setup import (
-    KEY,
-    make_served_run,
-    metric,
-    post,
-    serving,
-)
+from serving_setup import KEY, make_served_run, metric, post, serving
 
 from chatllama.generation.decoding_batch import DecodingBatch
 from chatllama.inference.load import LoadedRun, load_run

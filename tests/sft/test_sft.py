@@ -187,11 +187,7 @@ def sft_config(
     tiny_llama_dir: Path, folder: Path, microbatch_size: int, **changes: object
 ) -> Config:
     section = SftSection(
-        steps=3,
-        batch_size=8,
-        microbatch_size=microbatch_size,
-        max_length=32,
-        learning_rate=1e-2,
+        steps=3, batch_size=8, microbatch_size=microbatch_size, max_length=32, learning_rate=1e-2
     )
     return Config(
         run_dir=str(folder),

@@ -17,12 +17,7 @@ from chatllama.config.schema import Config
 from chatllama.runs.folder import STAGES, RunFolder, Stage
 from chatllama.runtime.files import write_json
 from trainers.stages import launcher, lineage, pipeline
-from trainers.stages.launcher import (
-    Launch,
-    choose_ranks,
-    hostfile_slots,
-    stage_command,
-)
+from trainers.stages.launcher import Launch, choose_ranks, hostfile_slots, stage_command
 from trainers.stages.pipeline import StageFailed
 from trainers.stages.processes import run_to_end
 

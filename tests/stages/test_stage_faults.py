@@ -113,9 +113,5 @@ def test_a_run_that_is_told_to_stop_saves_and_keeps_others_out(prepared: Path, t
     (checkpoint,) = step_folders(run.checkpoints("sft"))
     assert checkpoint.name == f"step-{told['step']}" and told["step"] < 5000
     assert f"is saved at step {told['step']}" in said and "--resume" in said
-    assert verify(checkpoint)["layout"] == {
-        "ranks": 2,
-        "zero_stage": 2,
-        "microbatch_size": 2,
-    }
+    assert verify(checkpoint)["layout"] == {"ranks": 2, "zero_stage": 2, "microbatch_size": 2}
     assert not list(run.root.glob(".lock-*"))

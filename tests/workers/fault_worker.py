@@ -9,12 +9,7 @@ import torch
 
 from chatllama.runs.folder import RunFolder
 from chatllama.runs.replicas import views_of
-from chatllama.runtime.distributed import (
-    all_sum,
-    barrier,
-    rank,
-    shut_down,
-)
+from chatllama.runtime.distributed import all_sum, barrier, rank, shut_down
 from trainers.stages import stage
 from trainers.stages.arguments import run_stage
 

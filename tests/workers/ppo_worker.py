@@ -43,12 +43,7 @@ OPTIONS = {
     "eval_every": 2,
     "rewards": [{"adapter": "run"}, {"function": "ppo_runs:count_words", "weight": 0.05}],
 }
-TRUNK = {
-    "value_model": "policy_trunk",
-    "critic_warmup_steps": 1,
-    "target_kl": 1e-6,
-    "epochs": 3,
-}
+TRUNK = {"value_model": "policy_trunk", "critic_warmup_steps": 1, "target_kl": 1e-6, "epochs": 3}
 RLOO = {"advantage": "rloo", "samples_per_prompt": 4}
 WHOLE = {"stage3_param_persistence_threshold": 0}
 SPLIT = {**WHOLE, "gather_for_rollouts": False}

@@ -25,12 +25,7 @@ from chatllama.runs import interruption
 from chatllama.runs.checkpoints import step_folders
 from chatllama.runs.folder import STAGES, RunFolder, Stage
 from chatllama.runtime import distributed
-from chatllama.runtime.distributed import (
-    barrier,
-    rank,
-    shut_down,
-    world_size,
-)
+from chatllama.runtime.distributed import barrier, rank, shut_down, world_size
 
 TRAINED: dict[str, tuple[str, tuple[Stage, ...]]] = {
     "adapters": ("lora.dropout=0", STAGES),

@@ -64,7 +64,6 @@ def partitioned_loading(section: DeepSpeedSection, dtype: str) -> Iterator[None]
     """Under ZeRO-3, models loaded inside are sharded over the ranks as they are read.
 
     Args:
-        section: gives the stage.
         dtype: of the weights, `float32` or `bfloat16`.
     """
     if not (is_launched() and section.stage == 3):
@@ -87,7 +86,6 @@ def gathered(parameters: Sequence[nn.Parameter], modified: bool = False) -> Iter
     """Parameters are whole inside, on every rank; a no-op except under ZeRO-3.
 
     Args:
-        parameters: to gather.
         modified: they change inside, equally on all ranks; rank 0's values are kept.
     """
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
@@ -116,7 +114,6 @@ class Engine:
     Args:
         model: its parameters with requires_grad are trained; moved to this rank's device.
         groups: every trained parameter, once; all float32.
-        section: gives AdamW and clipping.
         zero: ZeRO settings, used when a launcher started the process.
         accumulation_steps: backward passes per optimizer step, on one rank.
     """

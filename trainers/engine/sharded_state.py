@@ -49,7 +49,6 @@ def shard_of(parameter: nn.Parameter, optimizer: Any) -> Shard:
     """This rank's shard of a trained parameter. The names are DeepSpeed's own (version pinned).
 
     Args:
-        parameter: trained.
         optimizer: torch's AdamW, or DeepSpeed's wrapper of it.
     """
     if isinstance(optimizer, torch.optim.Optimizer):
@@ -109,7 +108,6 @@ def write_shards(folder: Path, model: nn.Module, optimizer: Any) -> None:
 
     Args:
         folder: of the checkpoint.
-        model: gives the names.
         optimizer: torch's AdamW, or DeepSpeed's wrapper of it.
     """
     shards: dict[str, tuple[Shard, str]] = {}

@@ -21,7 +21,6 @@ def zero_settings(
     """DeepSpeed's configuration.
 
     Args:
-        section: ZeRO stage and offloading.
         accumulation_steps: backward passes per optimizer step.
         max_grad_norm: global norm over all ranks.
 

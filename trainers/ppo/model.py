@@ -116,7 +116,6 @@ def fold_into_value_head(
 
     Args:
         scorer: with at least one reward adapter.
-        rollout: the reference's answers.
         deviation: by which scores are divided.
     """
     scale = next(term.weight for term in scorer.terms if term.roles) / deviation

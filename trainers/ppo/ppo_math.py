@@ -168,8 +168,6 @@ def value_loss(
     As in lm-human-preferences `train_policy.py` and Huang 2022, detail 9.
 
     Args:
-        values: with gradient.
-        old_values: at rollout time.
         clip_range: c, in units of normalised reward.
     """
     values, old_values = masked(values, mask), masked(old_values, mask)

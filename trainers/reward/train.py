@@ -138,12 +138,7 @@ def train_member(
 
 
 def optimizer_step(
-    cfg: Config,
-    engine: Engine,
-    train: Dataset,
-    batch: list[int],
-    collator: Collator,
-    factor: float,
+    cfg: Config, engine: Engine, train: Dataset, batch: list[int], collator: Collator, factor: float
 ) -> dict[str, float]:
     """One optimizer step over `batch`; returns its metrics over all ranks.
 

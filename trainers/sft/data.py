@@ -79,11 +79,9 @@ def arrange_rows(
 
     Args:
         train: `input_ids` and `mask` (1 = trains; no such column: all), one document a row.
-        held_out: the same, for evaluation.
         section: gives the number of optimizer steps and the batch size.
         max_length: tokens of a row; documents are no longer than that.
         packing: fill rows with several documents.
-        seed: of the order.
 
     Raises:
         ValueError: there is nothing to train on.

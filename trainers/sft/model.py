@@ -19,12 +19,7 @@ from chatllama.runs.folder import INFO, RunFolder, backbone_path
 from chatllama.runtime import distributed
 from chatllama.runtime.files import replace_folder, write_json
 from chatllama.text.tokenizer import save_tokenizer
-from trainers.engine.engine import (
-    Engine,
-    ParameterGroup,
-    gathered,
-    partitioned_loading,
-)
+from trainers.engine.engine import Engine, ParameterGroup, gathered, partitioned_loading
 from trainers.engine.sharded_state import is_vector
 from trainers.sft.data import IGNORED
 
@@ -51,7 +46,6 @@ def build_engine(
     """The optimiser over all that trains; norms and biases, the vectors, do not decay.
 
     Args:
-        cfg: the whole config.
         model: from `build_policy`, or a new backbone.
         section: `cfg.sft`, or what pretraining derives from `backbone.from_scratch`.
         zero: `cfg.deepspeed`, or a lower stage.
@@ -75,7 +69,6 @@ def token_losses(
     entered outside. The LM head sees trained positions only.
 
     Args:
-        model: its policy adapter acts, where it has one.
         batch: from `RowCollator`.
         use_bfloat16: compute in bfloat16 under autocast.
     """
@@ -124,8 +117,6 @@ def save_model(
     Args:
         folder: where `from_pretrained` will read.
         llama: its parameters whole (gathered under ZeRO-3).
-        tokenizer: saved beside the weights.
-        info: what chatllama.json will say.
 
     Raises:
         ValueError: a tensor is empty, all zero or not finite.

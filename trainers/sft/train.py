@@ -47,11 +47,8 @@ def train_sft(
     """Trains the model in place and returns the closing numbers.
 
     Args:
-        cfg: the whole config.
-        run: for checkpoints and metrics.
         rows: from `load_rows`.
         engine: from `build_engine`.
-        tokenizer: of the backbone.
         resume: go on from the newest checkpoint, if there is one.
 
     Raises:

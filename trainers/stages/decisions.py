@@ -178,8 +178,6 @@ def forget(run: RunFolder, stage: Stage, with_record: bool = True) -> None:
     """Removes the result, checkpoints and summary of a stage.
 
     Args:
-        run: holds the stage.
-        stage: to be forgotten.
         with_record: also its record in lineage.json; one machine of several that share it does so.
     """
     run.result(stage).unlink(missing_ok=True)

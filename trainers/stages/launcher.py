@@ -162,11 +162,8 @@ def stage_command(
     """The command line that runs a stage through the `deepspeed` launcher.
 
     Args:
-        stage: what to run.
         config: the YAML, and settings that replace its own.
-        ranks: processes on this machine.
         gpus: of this machine; 0 means CPU.
-        launch: machines and port.
         resume: whether to go on from the newest checkpoint.
         lock: token of the run folder's lock, which the stage shares; empty: none.
 

@@ -42,9 +42,6 @@ def gather(cfg: Config, run: RunFolder, stage: Stage, known: dict[str, Any]) -> 
     """The record of a stage that would start now.
 
     Args:
-        cfg: the whole config.
-        run: holds the stage's parents.
-        stage: to record.
         known: an older record; files whose size and time it holds are not read again.
     """
     return {

@@ -38,14 +38,9 @@ def train_steps(
     """Makes all optimizer steps of a stage; returns the loss of the last one.
 
     Args:
-        cfg: gives logging and the ZeRO stage.
-        section: gives the learning rate, saving and evaluation intervals.
-        run: holds the checkpoints.
         stage: names them; its metric `<stage>/loss` is the loss.
-        engine: trains the model.
         tracker: opened, and not yet logged to.
         steps: optimizer steps of the whole stage.
-        seed: of dropout.
         resume: go on from the newest checkpoint, if there is one.
         optimizer_step: step from 0 and learning rate factor -> metrics of the step.
         evaluate: metrics on held-out data, every `section.eval_every` steps.

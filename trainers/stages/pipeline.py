@@ -69,9 +69,7 @@ def run_pipeline(
     """Runs every stage that must run, then writes the summary and the report and prints the table.
 
     Args:
-        config_path: the YAML file.
         overrides: `section.key=value` each.
-        launch: machines, processes and port.
         resume: go on from the newest checkpoint of an interrupted stage.
         redo_from: run this stage and the later ones again; their results and checkpoints go.
 
@@ -104,12 +102,7 @@ def _run_stages(
     """Runs every stage that must run, under the run folder's lock.
 
     Args:
-        cfg: the whole config.
-        run: its folder.
-        given: the YAML and settings, for the stages' command lines.
-        launch: machines, processes and port.
         lock: token of the lock; empty if another machine holds it.
-        decisions: about every stage.
         resume: go on from the newest checkpoint of an interrupted stage.
     """
     _check_machines(launch, decisions)

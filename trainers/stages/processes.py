@@ -24,8 +24,6 @@ def run_to_end(
     SIGTERM (which, unlike SIGINT, prints no traceback per rank), time to end, and SIGKILL.
 
     Args:
-        command: what to run.
-        environment: of the command.
         request_stop: makes the command save and end; False if that is impossible now.
 
     Raises:

@@ -43,8 +43,6 @@ def join(run: RunFolder, stage: Stage, lock: str | None) -> None:
     """Locks the run folder, quiets the libraries and joins the other ranks; comes first.
 
     Args:
-        run: its folder is made if it is missing.
-        stage: begins.
         lock: token of the `chatllama run` that started this process, or None.
 
     Raises:
@@ -75,14 +73,7 @@ def open_stage(cfg: Config, run: RunFolder, stage: Stage) -> PreTrainedTokenizer
 
 
 def finish(cfg: Config, run: RunFolder, stage: Stage, numbers: Mapping[str, float]) -> None:
-    """Records that a stage is finished, copies its results to all machines and frees the lock.
-
-    Args:
-        cfg: the whole config.
-        run: holds the stage.
-        stage: whose results are written.
-        numbers: written to its result.json.
-    """
+    """Records that a stage is finished, copies its results to all machines and frees the lock."""
     if rank() == 0:
         complete_record(cfg, run, stage)
         write_json(run.result(stage), dict(numbers))

@@ -94,10 +94,7 @@ def test_csv_without_a_header(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_text("x,NA\nNone,\n")
     found = run(file, columns=["a", "b"])
-    assert found == [
-        ("a.csv:1", {"a": "x", "b": "NA"}),
-        ("a.csv:2", {"a": "None", "b": ""}),
-    ]
+    assert found == [("a.csv:1", {"a": "x", "b": "NA"}), ("a.csv:2", {"a": "None", "b": ""})]
     other = tmp_path / "a.jsonl"
     other.write_bytes(LINES)
     assert "`columns` is for csv and tsv" in errors(run(other, columns=["a"]))[0]

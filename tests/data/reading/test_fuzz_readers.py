@@ -19,13 +19,7 @@ from chatllama.config.sources import ColumnMapping, DataSource, Format
 from data.reading.decode import decode
 from data.reading.files import COMPRESSIONS, TYPES, DataFile
 from data.reading.formats import RecordError, Unusable
-from data.reading.records import (
-    KIND_FORMATS,
-    Kind,
-    detect_format,
-    parse_records,
-    record_key,
-)
+from data.reading.records import KIND_FORMATS, Kind, detect_format, parse_records, record_key
 from data.reading.source import GOOD
 
 pytestmark = pytest.mark.slow

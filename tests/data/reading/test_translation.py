@@ -16,11 +16,7 @@ from chatllama.text.encoding import decode
 from chatllama.text.padding import pad_right
 from chatllama.text.tokenizer import load_tokenizer
 from data.reading.formats import RecordError
-from data.reading.records import (
-    Conversation,
-    Prompt,
-    detect_format,
-)
+from data.reading.records import Conversation, Prompt, detect_format
 from data.reading.source import read_source
 from data.reading.translation import TEMPLATES, request
 from data.tokenize import tokenize

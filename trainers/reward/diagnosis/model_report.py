@@ -59,7 +59,6 @@ def examine_model(
     """Accuracy, calibration, margins, length bias, doubtful labels, agreement of an ensemble.
 
     Args:
-        held_out: the examples.
         scores: (members, N), of all answers, example by example.
         section: whether sigmoid(gap) was trained as a probability follows from it.
         bayes_accuracy: the best that is possible, if known.
