@@ -251,7 +251,6 @@ class Collector:
         rollout = arrange(prompts, responses, stop.stop_ids, stop.pad_id)
         size, roles = self.microbatch_size, self.scorer.roles
         rollout = score(engine.model, rollout, generation.temperature, size, roles, reference)
-        asked = [record["text"] for record in records]
-        return replace(
-            rollout, scores=self.scorer.total(rollout.member_scores, asked, texts)
-        ), texts
+        questions = [record["text"] for record in records]
+        scores = self.scorer.total(rollout.member_scores, questions, texts)
+        return replace(rollout, scores=scores), texts

@@ -116,8 +116,8 @@ class Listing:
     def prompts(self) -> Prompts:
         """One record a group."""
         world, rows = self.every.world, self.every.rows
-        asked = [rows[members[0]][0] for members in self.groups]
-        data = Dataset.from_list([{"input_ids": list(p), "text": world.text(p)} for p in asked])
+        first = [rows[members[0]][0] for members in self.groups]
+        data = Dataset.from_list([{"input_ids": list(p), "text": world.text(p)} for p in first])
         return Prompts(data, data.select([]))
 
 

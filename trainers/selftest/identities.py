@@ -80,9 +80,10 @@ def kl_errors(world: World) -> dict[str, float]:
     k1 = float(weights @ masked(rollout.kl, rollout.response_mask).sum(1))
 
     def expected(estimator: Literal["k2", "k3"]) -> float:
-        names = ("logprobs", "ref_logprobs", "response_mask")
-        rows = zip(*(vars(rollout)[name].split(1) for name in names), strict=True)
-        return float(weights @ torch.stack([kl_loss(*row, estimator, 1.0) for row in rows]))
+        tensors = (rollout.logprobs, rollout.ref_logprobs, rollout.response_mask)
+        rows = zip(*(tensor.split(1) for tensor in tensors), strict=True)
+        each = [kl_loss(new, ref, mask, estimator, 1.0) for new, ref, mask in rows]
+        return float(weights @ torch.stack(each))
 
     found = {"k1": k1, "k2": expected("k2"), "k3": expected("k3")}
     truth = {"k1": exact, "k2": squares, "k3": exact}

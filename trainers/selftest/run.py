@@ -162,7 +162,7 @@ def _table(checks: Sequence[Check]) -> Table:
 
 
 def _convergence_table(runs: Sequence[Convergence]) -> Table:
-    title = f"PPO trained for real, {GAP_LIMIT:.0%} of the gap to J* wanted"
+    title = f"PPO trained for real, {GAP_LIMIT:.0%} of the gap to J* required"
     names = "seed", "J(pi_ref)", "J*", "closed", "KL to pi*", "episodes", "s", ""
     table = Table(*names, title=title)
     for run in runs:

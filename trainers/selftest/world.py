@@ -43,10 +43,10 @@ def reward(prompt: str, response: str) -> float:
     Without the length term the best responses hardly ever end early, and mistakes about the end of
     a response stay invisible.
     """
-    asked, said = prompt.split(), response.split()
-    known = sum(0.6 if word in asked else -0.2 for word in said)
+    given, said = prompt.split(), response.split()
+    known = sum(0.6 if word in given else -0.2 for word in said)
     repeats = sum(a == b for a, b in itertools.pairwise(said))
-    return known - 0.8 * repeats - 0.7 * abs(len(said) - (len(asked) - 1) % 3)
+    return known - 0.8 * repeats - 0.7 * abs(len(said) - (len(given) - 1) % 3)
 
 
 @dataclass(frozen=True)

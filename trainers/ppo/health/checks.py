@@ -250,7 +250,7 @@ def check_ensemble(history: History, section: HealthSection, metrics: Metrics) -
         figure,
         section.max_disagreement_factor,
         f"The reward models disagree {figure:.3g} times as much as at first while the score rose "
-        f"from {score[0]:.3g} to {score[1]:.3g}: the policy has left the text that they know.",
+        f"from {score[0]:.3g} to {score[1]:.3g}: the policy has left their training data.",
     )
 
 

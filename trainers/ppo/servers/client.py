@@ -104,7 +104,7 @@ class SamplingServer:
         ids = choice.get("token_ids")
         if not ids:
             raise ServerRefused(
-                f"{self.url} gives no token ids: it must know `return_token_ids` (chatllama "
+                f"{self.url} gives no token ids: it must support `return_token_ids` (chatllama "
                 "serve, vLLM 0.10.2 or later)"
             )
         echoed = choice.get("prompt_token_ids")
