@@ -13,7 +13,12 @@ from chatllama import __version__
 from chatllama.exporting.cli import ExportOptions, add_export_arguments
 from chatllama.inference.cli import add_chat_arguments, add_eval_arguments, add_generate_arguments
 from chatllama.inference.options import ChatOptions, GenerateOptions
-from chatllama.runtime.command_line import Command, add_command, add_config_arguments
+from chatllama.runtime.command_line import (
+    Command,
+    add_command,
+    add_config_arguments,
+    shown_output,
+)
 from chatllama.runtime.declared_options import options_from
 from chatllama.serving.settings import add_serve_arguments, serve_settings
 
@@ -23,6 +28,13 @@ FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code of one command: 0, 2 for a user's mistake, 130 after Ctrl-C, or a stage's own."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
+    # Where stdout is the result, a reader that has closed the pipe ends the command.
+    shown = ("stderr",) if arguments.command in (_chat, _generate) else ("stdout", "stderr")
+    with shown_output(*shown):
+        return _exit_code(arguments)
+
+
+def _exit_code(arguments: argparse.Namespace) -> int:
     command: Command = arguments.command
     try:
         command(arguments)
@@ -30,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader has closed the pipe (`| head`); without this Python reports it again at exit.
+        # Without this Python reports it again at exit.
         sys.stdout = None
         return 0
     except (ValueError, FileNotFoundError) as error:

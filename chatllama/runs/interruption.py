@@ -1,8 +1,9 @@
-"""SIGTERM and SIGUSR1 at a stage: it saves after the running step and exits with code 75.
+"""Signals at a stage: it saves after the running step and exits with code 75, or 130 after Ctrl-C.
 
-Schedulers send them before a time limit or a preemption. Outside the training steps (start,
-closing evaluation) there is nothing to save, and the process ends at once. Signal handlers belong
-to the process, so the state is module-level here; `listen` resets it.
+Schedulers send SIGTERM or SIGUSR1 before a time limit or a preemption, a terminal SIGINT (Ctrl-C;
+a second one ends the stage at once) or, when it goes away, SIGHUP. Outside the training steps
+(start, closing evaluation) there is nothing to save, and the process ends at once. Signal handlers
+belong to the process, so the state is module-level here; `listen` resets it.
 """
 
 import contextlib
@@ -17,11 +18,18 @@ from chatllama.runtime.files import write_json
 
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again later."""
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+CTRL_C_CODE = 130
+FROM_TERMINAL = (signal.SIGINT, signal.SIGHUP)
+"""Sent to every process of a terminal's job at once; `nohup` and `&` may have them ignored."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, *FROM_TERMINAL)
 
 
 class Interrupted(BaseException):
     """A signal stopped the stage. Not an Exception, so that no library handles it as an error."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.exit_code = CTRL_C_CODE if signum == signal.SIGINT else EXIT_CODE
 
 
 class _Signals:
@@ -36,15 +44,23 @@ class _Signals:
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """Records the signal; outside the steps raises Interrupted."""
         if os.getpid() != self.listener:  # a worker process that inherited the handler
+            if signum in FROM_TERMINAL:
+                return  # the stage gets it too, and ends its workers
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
             return
         if self.ending:  # launchers send signals repeatedly
             return
+        again = signum == signal.SIGINT and self.received is not None
         if self.in_steps and self.received is None:
             name = signal.Signals(signum).name
-            os.write(2, f"{name}: saving after this step, then ending\n".encode())
-        self.received = signum
+            if signum not in FROM_TERMINAL or os.environ.get("RANK", "0") == "0":
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    os.write(2, f"{name}: saving after this step, then ending\n".encode())
+        self.received = self.received or signum  # launchers send SIGTERM after a SIGINT
+        if again:
+            self.ending = True
+            raise Interrupted("ended by a second SIGINT: go on with --resume", signum)
         if not self.in_steps:
             self.raise_outside_steps()
 
@@ -53,7 +69,7 @@ class _Signals:
         assert self.received is not None
         name = signal.Signals(self.received).name
         self.ending = True
-        raise Interrupted(f"ended by {name} between steps: go on with --resume")
+        raise Interrupted(f"ended by {name} between steps: go on with --resume", self.received)
 
 
 _signals = _Signals()
@@ -64,13 +80,15 @@ def listen() -> None:
     _signals.listener = os.getpid()
     _signals.received, _signals.in_steps, _signals.ending = None, False, False
     for signum in SIGNALS:
-        signal.signal(signum, _signals.handle)
+        if signum not in FROM_TERMINAL or signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, _signals.handle)
 
 
 def restore_default_handlers() -> None:
     """Restores the default signal handlers, which end this process at once."""
     for signum in SIGNALS:
-        signal.signal(signum, signal.SIG_DFL)
+        if signal.getsignal(signum) == _signals.handle:
+            signal.signal(signum, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -108,4 +126,5 @@ def stop(run: RunFolder, stage: Stage, step: int) -> NoReturn:
         write_json(run.interrupted(stage), {"step": step, "signal": name})
     barrier()
     _signals.ending = True
-    raise Interrupted(f"{name}: stage {stage} is saved at step {step}; go on with --resume")
+    message = f"{name}: stage {stage} is saved at step {step}; go on with --resume"
+    raise Interrupted(message, received)

@@ -1,9 +1,13 @@
 """Shared by the commands: their parsers, lines on stderr, text that is safe on a terminal."""
 
 import argparse
+import io
+import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
 
 Command = Callable[[argparse.Namespace], None]
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -43,6 +47,54 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     about = "settings that replace those of the file"
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help=about)
     parser.set_defaults(rest="overrides")
+
+
+class _ShownOnly:
+    """A text stream that drops what it cannot write: the pipe is closed, the terminal has gone."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Writes the text if it can."""
+        self._attempt(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes if it can."""
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except (OSError, ValueError):
+            # What is buffered would fail again at exit and change the exit code.
+            with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
+@contextmanager
+def shown_output(*names: str) -> Iterator[None]:
+    """Keeps a failure of stdout or stderr from ending the work, for those that are only shown.
+
+    Characters that a stream cannot encode are escaped in both.
+    """
+    before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    for name, stream in before.items():
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+        if name in names:
+            usable = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+            setattr(sys, name, _ShownOnly(usable))
+    try:
+        yield
+    finally:
+        for name in names:
+            if isinstance(getattr(sys, name), _ShownOnly):
+                setattr(sys, name, before[name])
 
 
 def tell(text: str) -> None:

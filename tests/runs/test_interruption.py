@@ -22,7 +22,7 @@ from trainers.stages.arguments import run_stage
 from trainers.stages.pipeline import StageFailed
 from trainers.stages.processes import run_to_end
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = interruption.SIGNALS
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +103,52 @@ def test_the_exit_code_is_its_own_and_the_lock_goes(tmp_path: Path):
 
     assert exit_code_of(main) == EXIT_CODE == 75
     assert not lock_path(run, "stage").exists()
+
+
+@pytest.mark.parametrize("others", [[], [signal.SIGTERM], [signal.SIGTERM, signal.SIGUSR1]])
+def test_ctrl_c_saves_and_exits_with_130(
+    tmp_path: Path, others: list[signal.Signals], capfd: pytest.CaptureFixture[str]
+):
+    def main() -> None:
+        with steps():
+            for signum in (signal.SIGINT, *others):  # launchers add theirs
+                send(signum)
+            assert stop_requested()
+            stop(RunFolder(tmp_path), "sft", 4)
+
+    assert exit_code_of(main) == 130
+    message = capfd.readouterr().err
+    assert message.splitlines() == [
+        "SIGINT: saving after this step, then ending",
+        "SIGINT: stage sft is saved at step 4; go on with --resume",
+    ]
+
+
+def test_ctrl_c_between_steps_is_one_line(capfd: pytest.CaptureFixture[str]):
+    assert exit_code_of(lambda: send(signal.SIGINT)) == 130
+    message = capfd.readouterr().err
+    assert message == "ended by SIGINT between steps: go on with --resume\n"
+
+
+def test_a_second_ctrl_c_ends_the_stage_at_once(capfd: pytest.CaptureFixture[str]):
+    def main() -> None:
+        with steps():
+            send(signal.SIGINT)
+            send(signal.SIGINT)
+            raise AssertionError("went on")
+
+    assert exit_code_of(main) == 130
+    assert capfd.readouterr().err.endswith("\nended by a second SIGINT: go on with --resume\n")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
+def test_signals_of_the_terminal_that_were_ignored_stay_so(signum: signal.Signals):
+    """As under nohup, or in the background of a script."""
+    signal.signal(signum, signal.SIG_IGN)
+    interruption.listen()
+    send(signum)
+    interruption.restore_default_handlers()
+    assert signal.getsignal(signum) is signal.SIG_IGN
 
 
 @pytest.mark.parametrize(("code", "text"), [(28, "No space left"), (30, "Read-only file system")])

@@ -21,6 +21,7 @@ from chatllama.config.schema import Config
 from chatllama.runs import interruption
 from chatllama.runs import lock as run_lock
 from chatllama.runs.folder import RunFolder
+from chatllama.runtime.command_line import shown_output
 
 _EXAMPLES = """\
 examples:
@@ -101,14 +102,20 @@ def run_stage(main: Callable[[], None]) -> None:
     An error that the user can correct is one message, without traceback (CHATLLAMA_DEBUG=1 shows
     it), and exit code 2. Under a launcher the rank with the error exits at once, so that the
     launcher stops the others, which may wait for it inside a collective and print nothing.
-    SIGTERM and SIGUSR1 end the stage with exit code 75 (`interruption.py`).
+    Signals end the stage with exit code 75, Ctrl-C with 130 (`interruption.py`). Output that cannot
+    be written is dropped.
     """
     interruption.listen()
+    with shown_output("stdout", "stderr"):
+        _run_stage(main)
+
+
+def _run_stage(main: Callable[[], None]) -> None:
     try:
         main()
         return
     except interruption.Interrupted as reason:
-        code, message = interruption.EXIT_CODE, str(reason) if _is_printing_rank() else ""
+        code, message = reason.exit_code, str(reason) if _is_printing_rank() else ""
     except SystemExit as end:
         if end.code:
             _release_other_nodes()
@@ -118,7 +125,7 @@ def run_stage(main: Callable[[], None]) -> None:
     sys.stdout.flush()
     print(message, file=sys.stderr, end="\n" if message else "", flush=True)
     run_lock.release_all()
-    if code != interruption.EXIT_CODE:
+    if code not in (interruption.EXIT_CODE, interruption.CTRL_C_CODE):
         _release_other_nodes()
     os._exit(code)  # other ranks may wait for this one inside a collective
 
