@@ -13,12 +13,7 @@ from chatllama import __version__
 from chatllama.exporting.cli import ExportOptions, add_export_arguments
 from chatllama.inference.cli import add_chat_arguments, add_eval_arguments, add_generate_arguments
 from chatllama.inference.options import ChatOptions, GenerateOptions
-from chatllama.runtime.command_line import (
-    Command,
-    add_command,
-    add_config_arguments,
-    shown_output,
-)
+from chatllama.runtime.command_line import Command, add_command, add_config_arguments, shown_only
 from chatllama.runtime.declared_options import options_from
 from chatllama.serving.settings import add_serve_arguments, serve_settings
 
@@ -30,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     # Where stdout is the result, a reader that has closed the pipe ends the command.
     shown = ("stderr",) if arguments.command in (_chat, _generate) else ("stdout", "stderr")
-    with shown_output(*shown):
+    with shown_only(*shown):
         return _exit_code(arguments)
 
 
@@ -68,18 +63,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         ("run", _run, _run_arguments, "train: SFT, reward model, PPO; then evaluation and report"),
         ("chat", _chat, add_chat_arguments, "talk to the model of a run in the terminal"),
         ("generate", _generate, add_generate_arguments, "answer many prompts, into a file or here"),
-        (
-            "export",
-            _export,
-            add_export_arguments,
-            "adapter, merged model, reward model, GGUF files",
-        ),
-        (
-            "serve",
-            _serve,
-            add_serve_arguments,
-            "an OpenAI-compatible API, and a page to compare on",
-        ),
+        ("export", _export, add_export_arguments, "adapter, merged or reward model, GGUF files"),
+        ("serve", _serve, add_serve_arguments, "an OpenAI-compatible API and a comparison page"),
         ("import", _import, _import_arguments, "make a Hugging Face folder of Meta's checkpoint"),
         ("eval", _eval, add_eval_arguments, "score a run's translations with sacrebleu"),
         ("report", _report, _report_arguments, "write report.html of a run, finished or not"),

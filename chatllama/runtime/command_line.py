@@ -59,25 +59,22 @@ class _ShownOnly:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Writes the text if it can."""
         self._attempt(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """Flushes if it can."""
         self._attempt(self._stream.flush)
 
     def _attempt(self, action: Callable[[], Any]) -> None:
         try:
             action()
-        except (OSError, ValueError):
-            # What is buffered would fail again at exit and change the exit code.
+        except (OSError, ValueError):  # what is buffered would fail again at exit, with code 120
             with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
 @contextmanager
-def shown_output(*names: str) -> Iterator[None]:
+def shown_only(*names: str) -> Iterator[None]:
     """Keeps a failure of stdout or stderr from ending the work, for those that are only shown.
 
     Characters that a stream cannot encode are escaped in both.

@@ -21,7 +21,7 @@ from chatllama.config.schema import Config
 from chatllama.runs import interruption
 from chatllama.runs import lock as run_lock
 from chatllama.runs.folder import RunFolder
-from chatllama.runtime.command_line import shown_output
+from chatllama.runtime.command_line import shown_only
 
 _EXAMPLES = """\
 examples:
@@ -106,7 +106,7 @@ def run_stage(main: Callable[[], None]) -> None:
     be written is dropped.
     """
     interruption.listen()
-    with shown_output("stdout", "stderr"):
+    with shown_only("stdout", "stderr"):
         _run_stage(main)
 
 
