@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     rows = data.load_rows(cfg, tokenizer)
     policy = model.build_policy(cfg, run)
-    engine = model.build_engine(cfg, policy, cfg.sft, cfg.deepspeed)
+    engine = model.build_engine(cfg, policy)
     numbers = train.train_sft(cfg, run, rows, engine, tokenizer, arguments.resume)
     info = stage.adapter_info(cfg, run, tokenizer, "sft")
     model.export_sft(cfg, run, policy, tokenizer, info)

@@ -99,9 +99,7 @@ def our_rows(arguments: argparse.Namespace, documents: Dataset, packing: bool) -
         lora=LORA,
         sft=section,
     )
-    seed = arguments.seed
-    rows = arrange_rows(documents, None, section, max_length=LENGTH, packing=packing, seed=seed)
-    return cfg, rows
+    return cfg, arrange_rows(documents, None, section, arguments.seed)
 
 
 def run_ours(arguments: argparse.Namespace, documents: Dataset, packing: bool) -> None:
@@ -113,7 +111,7 @@ def run_ours(arguments: argparse.Namespace, documents: Dataset, packing: bool) -
 
     cfg, rows = our_rows(arguments, documents, packing)
     model = build_policy(cfg, RunFolder(Path(cfg.run_dir)))
-    engine = build_engine(cfg, model, cfg.sft, cfg.deepspeed)
+    engine = build_engine(cfg, model)
     pad_id = cast(int, load_tokenizer(arguments.work / "model").pad_token_id)
     counted = Counted(RowCollator(pad_id))
     trained = Trained(cfg.sft, engine, rows, counted, use_bfloat16=False)

@@ -77,25 +77,25 @@ def test_rows_laid_end_to_end_by_hand():
 
 def test_first_token_of_every_packed_document_does_not_train():
     train = Dataset.from_list([{"input_ids": [1, 5, 2], "mask": [1, 1, 1]}] * 4)
-    section = SftSection(steps=1, batch_size=1, microbatch_size=1)
-    rows = arrange_rows(train, None, section, max_length=6, packing=True, seed=0)
+    section = SftSection(steps=1, batch_size=1, microbatch_size=1, max_length=6, packing=True)
+    rows = arrange_rows(train, None, section, seed=0)
     assert rows.num_rows == 2
     assert rows.train[0]["labels"] == [IGNORED, 5, 2, IGNORED, 5, 2]
 
 
 def test_without_a_mask_everything_trains():
     train = Dataset.from_list([{"input_ids": [1, 0, 5, 2]}])
-    section = SftSection(steps=1, batch_size=1, microbatch_size=1)
-    rows = arrange_rows(train, None, section, max_length=6, packing=False, seed=0)
+    section = SftSection(steps=1, batch_size=1, microbatch_size=1, max_length=6, packing=False)
+    rows = arrange_rows(train, None, section, seed=0)
     assert rows.train[0]["labels"] == [IGNORED, 0, 5, 2]
 
 
 def test_every_pass_holds_each_row_once_and_the_seed_decides_the_order():
     train = Dataset.from_list([{"input_ids": [1, n], "mask": [0, 1]} for n in range(6)])
-    section = SftSection(steps=4, batch_size=3, microbatch_size=3)
+    section = SftSection(steps=4, batch_size=3, microbatch_size=3, max_length=2, packing=False)
 
     def order(seed: int) -> list[int]:
-        rows = arrange_rows(train, None, section, max_length=2, packing=False, seed=seed)
+        rows = arrange_rows(train, None, section, seed=seed)
         return [ids[1] for ids in rows.train["input_ids"]]
 
     assert sorted(order(0)[:6]) == sorted(order(0)[6:]) == [0, 1, 2, 3, 4, 5]
@@ -106,8 +106,8 @@ def test_every_pass_holds_each_row_once_and_the_seed_decides_the_order():
 def test_unpacked_rows_of_a_step_are_sorted_by_length():
     sizes = [5, 1, 4, 2, 3, 6]
     train = Dataset.from_list([{"input_ids": [7] * n, "mask": [1] * n} for n in sizes])
-    section = SftSection(steps=3, batch_size=4, microbatch_size=2)
-    rows = arrange_rows(train, train, section, max_length=8, packing=False, seed=0)
+    section = SftSection(steps=3, batch_size=4, microbatch_size=2, max_length=8, packing=False)
+    rows = arrange_rows(train, train, section, seed=0)
     lengths = [len(ids) for ids in rows.train["input_ids"]]
     steps = [lengths[:4], lengths[4:8], lengths[8:]]
     assert all(step == sorted(step) for step in steps)
@@ -120,8 +120,8 @@ def test_unpacked_rows_of_a_step_are_sorted_by_length():
 
 def test_fill_rate_of_packed_rows():
     train = Dataset.from_list([{"input_ids": [1] * n} for n in (6, 4, 3)])
-    section = SftSection(epochs=1.0, batch_size=2, microbatch_size=2)
-    rows = arrange_rows(train, None, section, max_length=8, packing=True, seed=0)
+    section = SftSection(epochs=1.0, batch_size=2, microbatch_size=2, max_length=8, packing=True)
+    rows = arrange_rows(train, None, section, seed=0)
     # 6 alone and 4 + 3 together: 13 tokens in two rows of 7
     assert rows.num_rows == 2 and rows.facts == {"fill_rate": pytest.approx(13 / 14)}
 
@@ -201,9 +201,9 @@ def train(cfg: Config) -> tuple[RoleModel, dict[str, float], list[dict[str, floa
     quiet_libraries()
     run = RunFolder(Path(cfg.run_dir))
     train, held_out = documents().select(range(20)), documents().select(range(20, 24))
-    rows = arrange_rows(train, held_out, cfg.sft, max_length=32, packing=True, seed=0)
+    rows = arrange_rows(train, held_out, cfg.sft, seed=0)
     model = build_policy(cfg, run)
-    engine = build_engine(cfg, model, cfg.sft, cfg.deepspeed)
+    engine = build_engine(cfg, model)
     tokenizer = load_tokenizer(str(cfg.backbone.path))
     numbers = train_sft(cfg, run, rows, engine, tokenizer, resume=False)
     return model, numbers, read_lines(run.metrics("sft"))
@@ -240,7 +240,7 @@ def test_the_log_of_a_step_is_its_own(tiny_llama_dir: Path, tmp_path: Path):
 def test_norms_and_biases_do_not_decay(tiny_llama_dir: Path, tmp_path: Path):
     cfg = sft_config(tiny_llama_dir, tmp_path, 8, lora=None)
     model = build_policy(cfg, RunFolder(tmp_path))
-    engine = build_engine(cfg, model, cfg.sft, cfg.deepspeed)
+    engine = build_engine(cfg, model)
     names = {id(p): n for n, p in model.named_parameters()}
     free = [
         names[id(p)]
@@ -269,7 +269,7 @@ def test_what_trains_is_float32_whatever_the_type_of_the_backbone(
     for parameter in halved.parameters():
         parameter.data = parameter.data.bfloat16()
     with pytest.raises(AssertionError):
-        build_engine(cfg, halved, cfg.sft, cfg.deepspeed)
+        build_engine(cfg, halved)
 
 
 @pytest.mark.parametrize("lora", [LoraSection(), None])
@@ -286,8 +286,8 @@ def test_a_checkpoint_of_an_older_version_is_refused(
         (folder / "trainer_state.json").write_text("{}")
 
     save_step(run, "sft", 1, 1, layout_of(cfg.deepspeed, 8), write)
-    rows = arrange_rows(documents(), None, cfg.sft, max_length=32, packing=True, seed=0)
-    engine = build_engine(cfg, build_policy(cfg, run), cfg.sft, cfg.deepspeed)
+    rows = arrange_rows(documents(), None, cfg.sft, seed=0)
+    engine = build_engine(cfg, build_policy(cfg, run))
     tokenizer = load_tokenizer(str(cfg.backbone.path))
     folder = run.checkpoints("sft")
     message = rf"{folder}/step-1 was written by an older version .* afresh, remove {folder}$"

@@ -52,7 +52,7 @@ def ours(cfg: Config, rows: Rows, model: RoleModel) -> list[tuple[float, float]]
     """Loss and gradient norm of each step."""
     run = RunFolder(Path(cfg.run_dir))
     tokenizer = load_tokenizer(str(cfg.backbone.path))
-    train_sft(cfg, run, rows, build_engine(cfg, model, cfg.sft, cfg.deepspeed), tokenizer, False)
+    train_sft(cfg, run, rows, build_engine(cfg, model), tokenizer, False)
     lines = read_lines(run.metrics("sft"))
     return [(line["sft/loss"], line["sft/grad_norm"]) for line in lines]
 
@@ -76,7 +76,7 @@ def trls(
 ) -> list[tuple[float, float]]:
     """The same of TRL's trainer; its adapter starts from the same tensors."""
     section, packing = cfg.sft, "seq_lengths" in rows.train.column_names
-    model: Any = AutoModelForCausalLM.from_pretrained(cfg.backbone.path, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(str(cfg.backbone.path), dtype=torch.float32)
     if adapter is not None and cfg.lora is not None:
         modules = cfg.lora.target_modules
         lora = LoraConfig(r=4, lora_alpha=8, target_modules=modules, task_type="CAUSAL_LM")
@@ -135,7 +135,7 @@ def test_losses_and_gradient_norms_are_those_of_trl(
             "sft": {"data": [], **SECTION, "packing": packing},
         }
     )
-    rows = arrange_rows(documents(), None, cfg.sft, max_length=48, packing=packing, seed=0)
+    rows = arrange_rows(documents(), None, cfg.sft, seed=0)
     model = build_policy(cfg, RunFolder(tmp_path))
     start = adapter_state(model, "policy") if lora else None
     copied = {name: tensor.clone() for name, tensor in start.items()} if start else None

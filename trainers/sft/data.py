@@ -15,7 +15,7 @@ from trl import pack_dataset  # pyright: ignore[reportPrivateImportUsage]
 
 from chatllama.config.batch_sizes import optimizer_steps
 from chatllama.config.schema import Config
-from chatllama.config.stages import OptimizerSection
+from chatllama.config.stages import SftSection
 from chatllama.runtime import distributed
 from chatllama.text.padding import pad_right
 from data.batches import bucket_by_length, fill_rate, passes
@@ -50,14 +50,7 @@ def load_rows(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Rows:
     """
     section = cfg.sft
     examples = load_examples(section, "sft", section.max_length, cfg, tokenizer)
-    rows = arrange_rows(
-        examples.train,
-        examples.held_out,
-        section,
-        max_length=section.max_length,
-        packing=section.packing,
-        seed=cfg.seed,
-    )
+    rows = arrange_rows(examples.train, examples.held_out, section, cfg.seed)
     if distributed.rank() == 0:
         print(
             f"{rows.num_rows} rows of at most {section.max_length} tokens, "
@@ -66,38 +59,28 @@ def load_rows(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Rows:
     return replace(rows, facts=rows.facts | examples.reports[0].facts)
 
 
-def arrange_rows(
-    train: Dataset,
-    held_out: Dataset | None,
-    section: OptimizerSection,
-    *,
-    max_length: int,
-    packing: bool,
-    seed: int,
-) -> Rows:
+def arrange_rows(train: Dataset, held_out: Dataset | None, section: SftSection, seed: int) -> Rows:
     """Rows in training order: packed, or with each step's rows sorted by length.
 
     Args:
         train: `input_ids` and `mask` (1 = trains; no such column: all), one document a row.
-        section: gives the number of optimizer steps and the batch size.
-        max_length: tokens of a row; documents are no longer than that.
-        packing: fill rows with several documents.
+        section: gives steps, batch sizes, packing and `max_length`, which no document exceeds.
 
     Raises:
         ValueError: there is nothing to train on.
     """
     documents = _with_labels(train).shuffle(seed=seed)
-    rows = pack_dataset(documents, max_length) if packing else documents
+    rows = pack_dataset(documents, section.max_length) if section.packing else documents
     steps = optimizer_steps(section, len(rows))
     evaluation = _with_labels(held_out) if held_out is not None and len(held_out) else None
-    if evaluation is not None and packing:
-        evaluation = cast(Dataset, pack_dataset(evaluation, max_length))
+    if evaluation is not None and section.packing:
+        evaluation = cast(Dataset, pack_dataset(evaluation, section.max_length))
     elif evaluation is not None:
         places = bucket_by_length(row_lengths(evaluation).tolist(), len(evaluation))
         evaluation = evaluation.select(places)
     order = passes(len(rows), steps * section.batch_size, seed)
     lengths = row_lengths(cast(Dataset, rows)).tolist()
-    if not packing:
+    if not section.packing:
         places = bucket_by_length([lengths[i] for i in order], section.batch_size)
         order = [order[place] for place in places]
     facts = {"fill_rate": fill_rate([lengths[i] for i in order], section.microbatch_size)}

@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from chatllama.config.batch_sizes import microbatches_per_step
-from chatllama.config.schema import Config, DeepSpeedSection
-from chatllama.config.stages import OptimizerSection
+from chatllama.config.schema import Config
 from chatllama.model.adapters import check_tensors, save_adapter
 from chatllama.model.backbone import load_backbone
 from chatllama.model.lm_head import TokenLoss, token_loss
@@ -40,16 +39,9 @@ def build_policy(cfg: Config, run: RunFolder) -> RoleModel:
     return model
 
 
-def build_engine(
-    cfg: Config, model: RoleModel, section: OptimizerSection, zero: DeepSpeedSection
-) -> Engine:
-    """The optimiser over all that trains; norms and biases, the vectors, do not decay.
-
-    Args:
-        model: from `build_policy`, or a new backbone.
-        section: `cfg.sft`, or what pretraining derives from `backbone.from_scratch`.
-        zero: `cfg.deepspeed`, or a lower stage.
-    """
+def build_engine(cfg: Config, model: RoleModel) -> Engine:
+    """The optimiser over all trained parameters; norms and biases, the vectors, do not decay."""
+    section = cfg.sft
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if not is_vector(p)]
     vectors = [p for p in trained if is_vector(p)]
@@ -57,7 +49,7 @@ def build_engine(
     if vectors:
         groups.append(ParameterGroup("vectors", vectors, section.learning_rate, decays=False))
     accumulation_steps = microbatches_per_step(section, distributed.world_size(), "sft")
-    return Engine(model, groups, section, zero, accumulation_steps)
+    return Engine(model, groups, section, cfg.deepspeed, accumulation_steps)
 
 
 def token_losses(

@@ -19,7 +19,7 @@ from transformers import (
 
 from chatllama.config.model import FromScratch
 from chatllama.config.schema import Config, DeepSpeedSection
-from chatllama.config.stages import OptimizerSection
+from chatllama.config.stages import SftSection
 from chatllama.model.backbone import check_kernels, use_liger
 from chatllama.model.packed_attention import registered
 from chatllama.model.roles import RoleModel
@@ -31,7 +31,7 @@ from data.mixture import load_mixture
 from data.tokenize import tokenize_text
 from trainers.sft.data import arrange_rows
 from trainers.sft.model import build_engine, save_model
-from trainers.sft.train import train_rows
+from trainers.sft.train import train_sft
 from trainers.stages.decisions import backbone_config
 
 
@@ -57,16 +57,14 @@ def ensure_backbone(cfg: Config, run: RunFolder) -> None:
     replicate_folder(run, tokenizer_folder)
     tokenizer = load_tokenizer(tokenizer_folder)
     documents, _ = tokenize_text(mixture.train, tokenizer, section.max_length)
-    optimizer = _optimizer(section)
-    rows = arrange_rows(
-        documents, None, optimizer, max_length=section.max_length, packing=True, seed=cfg.seed
-    )
-    pretraining = RunFolder(run.root / "pretraining")
+    as_sft = _as_sft(cfg, section)
+    rows = arrange_rows(documents, None, as_sft.sft, cfg.seed)
     llama = _new_llama(cfg, section, tokenizer)
     model = RoleModel(llama, {})
     llama.requires_grad_(True)
-    engine = build_engine(cfg, model, optimizer, _without_splitting(cfg.deepspeed))
-    numbers = train_rows(cfg, optimizer, pretraining, rows, engine, tokenizer, title="backbone")
+    engine = build_engine(as_sft, model)
+    pretraining = RunFolder(run.root / "pretraining")
+    numbers = train_sft(as_sft, pretraining, rows, engine, tokenizer, False, is_backbone=True)
     if distributed.rank() == 0:
         info = {"stage": "backbone", "config": backbone_config(cfg), **numbers}
         info["wall_seconds"] = time.monotonic() - started
@@ -87,23 +85,17 @@ def backbone_seconds(run: RunFolder) -> dict[str, float]:
     return {"backbone_seconds": content["wall_seconds"]} if content["stage"] == "backbone" else {}
 
 
-def _optimizer(section: FromScratch) -> OptimizerSection:
-    """The optimiser of SFT, with the steps and sizes of `from_scratch`."""
-    return OptimizerSection(
-        steps=section.steps,
-        batch_size=section.batch_size,
-        microbatch_size=section.microbatch_size,
-        learning_rate=section.learning_rate,
-        warmup_steps=section.warmup_steps,
-    )
+def _as_sft(cfg: Config, section: FromScratch) -> Config:
+    """The config with SFT's defaults and the steps and sizes of `from_scratch` as its SFT.
 
-
-def _without_splitting(section: DeepSpeedSection) -> DeepSpeedSection:
-    """ZeRO-2 instead of 3, which would only slow a small model down; at most the CPU offloads."""
-    if section.stage < 3:
-        return section
-    offload = "none" if section.offload_optimizer == "none" else "cpu"
-    return DeepSpeedSection(stage=2, offload_optimizer=offload)
+    ZeRO-3 would only slow a small model down: it becomes ZeRO-2, which offloads at most to the CPU.
+    """
+    zero = cfg.deepspeed
+    if zero.stage == 3:
+        offload = "none" if zero.offload_optimizer == "none" else "cpu"
+        zero = DeepSpeedSection(stage=2, offload_optimizer=offload)
+    sft = SftSection(**section.model_dump(include=SftSection.model_fields.keys() - {"data"}))
+    return cfg.model_copy(update={"sft": sft, "deepspeed": zero})
 
 
 def _new_llama(

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.schema import Config
-from chatllama.config.stages import OptimizerSection
+from chatllama.config.stages import SftSection
 from chatllama.reporting.tracker import Tracker
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.distributed import all_sum, device, rank
@@ -26,8 +26,7 @@ from trainers.stages.loop import train_steps
 class Trained(NamedTuple):
     """What is trained, and what each forward pass needs to know."""
 
-    section: OptimizerSection
-    """`cfg.sft`, or what pretraining derives from `backbone.from_scratch`."""
+    section: SftSection
     engine: Engine
     rows: Rows
     collator: Callable[..., dict[str, torch.Tensor]]
@@ -43,6 +42,7 @@ def train_sft(
     engine: Engine,
     tokenizer: PreTrainedTokenizerFast,
     resume: bool,
+    is_backbone: bool = False,
 ) -> dict[str, float]:
     """Trains the model in place and returns the closing numbers.
 
@@ -50,27 +50,12 @@ def train_sft(
         rows: from `load_rows`.
         engine: from `build_engine`.
         resume: go on from the newest checkpoint, if there is one.
+        is_backbone: a backbone from text trains, which a signal ends without saving it.
 
     Raises:
         ValueError: there are checkpoints and `resume` is off.
     """
-    numbers = train_rows(cfg, cfg.sft, run, rows, engine, tokenizer, resume=resume, interrupted=run)
-    return numbers | rows.facts
-
-
-def train_rows(
-    cfg: Config,
-    section: OptimizerSection,
-    run: RunFolder,
-    rows: Rows,
-    engine: Engine,
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    resume: bool = False,
-    interrupted: RunFolder | None = None,
-    title: str | None = None,
-) -> dict[str, float]:
-    """The same for SFT and for a backbone from text, whose section, run and title differ."""
+    section = cfg.sft
     # Flash attention reads document boundaries from one long row only.
     flat = cfg.backbone.attn_implementation == "flash_attention_2"
     collator = RowCollator(cast(int, tokenizer.pad_token_id), flat)
@@ -81,6 +66,7 @@ def train_rows(
     def step_and_tokens(step: int, factor: float) -> dict[str, float]:
         return optimizer_step(trained, step, factor) | {"sft/tokens": tokens_after[step]}
 
+    title = "backbone" if is_backbone else None
     with Tracker(run, "sft", cfg.tracking, rows.steps, rank(), title) as tracker:
         loss = train_steps(
             cfg,
@@ -94,13 +80,14 @@ def train_rows(
             resume=resume,
             optimizer_step=step_and_tokens,
             evaluate=partial(evaluate, trained),
-            interrupted=interrupted,
+            interrupted=None if is_backbone else run,
         )
         held_out = evaluate(trained)
         if held_out:
             tracker.log(rows.steps, held_out)
     numbers = {"loss": loss, "steps": rows.steps, "tokens": tokens_after[-1]}
-    return numbers | {name.removeprefix("sft/"): value for name, value in held_out.items()}
+    numbers |= {name.removeprefix("sft/"): value for name, value in held_out.items()}
+    return numbers | rows.facts
 
 
 def optimizer_step(trained: Trained, step: int, factor: float) -> dict[str, float]:

@@ -84,40 +84,23 @@ def run_pipeline(
     given = [str(run.config)] if launch.node_rank is None else [config_path, *overrides]
     # Another machine holds the lock of a shared run folder.
     with locked(run, "run") if launch.leads else nullcontext("") as lock:
-        _run_stages(cfg, run, given, launch, lock, decide(cfg, run, redo_from, resume), resume)
+        decisions = decide(cfg, run, redo_from, resume)
+        _check_machines(launch, decisions)
+        pending: list[Stage] = [s for s, each in decisions.items() if each.action != "keep"]
+        gpus, ranks = _plan_ranks(cfg, launch) if pending else (0, 1)
+        for stage, decision in decisions.items():
+            _prepare(run, stage, decision, launch)
+        if launch.leads:
+            dump_config(cfg, run.config)
+        cpu_only = not gpus and launch.hostfile is None
+        for stage in pending:
+            command = stage_command(stage, given, ranks, gpus, launch, resume, lock)
+            _run_stage(
+                run, stage, command, stage_environment(ranks, count_cores(), cpu_only), launch
+            )
         if launch.leads:
             write_summary(run)
             print_results(run, write_report(run))
-
-
-def _run_stages(
-    cfg: Config,
-    run: RunFolder,
-    given: Sequence[str],
-    launch: Launch,
-    lock: str,
-    decisions: Mapping[Stage, Decision],
-    resume: bool,
-) -> None:
-    """Runs every stage that must run, under the run folder's lock.
-
-    Args:
-        lock: token of the lock; empty if another machine holds it.
-        resume: go on from the newest checkpoint of an interrupted stage.
-    """
-    _check_machines(launch, decisions)
-    waiting = any(each.action != "keep" for each in decisions.values())
-    gpus, ranks = _plan_ranks(cfg, launch) if waiting else (0, 1)
-    for stage, decision in decisions.items():
-        _prepare(run, stage, decision, launch)
-    if launch.leads:
-        dump_config(cfg, run.config)
-    for stage, decision in decisions.items():
-        if decision.action == "keep":
-            continue
-        command = stage_command(stage, given, ranks, gpus, launch, resume, lock)
-        environment = stage_environment(ranks, count_cores(), not gpus and launch.hostfile is None)
-        _run_stage(run, stage, command, environment, launch)
 
 
 def _check_machines(launch: Launch, decisions: Mapping[Stage, Decision]) -> None:
