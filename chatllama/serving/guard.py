@@ -12,7 +12,10 @@ from typing import Any
 import h11
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import DEFAULT_MAX_INCOMPLETE_EVENT_SIZE, H11Protocol
+from uvicorn.protocols.http.h11_impl import (
+    DEFAULT_MAX_INCOMPLETE_EVENT_SIZE,  # pyright: ignore[reportPrivateImportUsage]
+    H11Protocol,
+)
 
 from chatllama.serving.errors import ApiError
 from chatllama.serving.metrics import Metrics
