@@ -57,8 +57,6 @@ class Convergence:
     best: float
     """J*."""
     progress: list[Progress]
-    metrics: dict[str, float]
-    """Of the last step."""
 
 
 def converge(
@@ -81,10 +79,10 @@ def converge(
     engine = build_engine(cfg, roles.model)
     prompts = world.prompts(cfg.ppo.rollout_batch_size // len(every.prompts))
     trainer = PpoTrainer(cfg, world.run, engine, roles.scorer, prompts, world.stop_tokens)
-    state, progress, metrics, seconds = trainer.start(), [], {}, 0.0
+    state, progress, seconds = trainer.start(), [], 0.0
     for step in range(1, steps + 1):
         began = time.perf_counter()
-        state, _, _, metrics = trainer.advance(state)
+        state, *_ = trainer.advance(state)
         seconds += time.perf_counter() - began
         if step % max(1, steps // measurements) and step < steps:
             continue
@@ -95,4 +93,4 @@ def converge(
         share = (objective - start) / (optimum.best - start)
         kl, episodes = optimum.kl_to_best(logprobs), step * cfg.ppo.rollout_batch_size
         progress.append(Progress(objective, share, kl, episodes, seconds))
-    return Convergence(world.seed, start, optimum.best, progress, metrics)
+    return Convergence(world.seed, start, optimum.best, progress)

@@ -64,9 +64,8 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the real step gave against what it should have given."""
+    """The differences between the real step and the exact one."""
 
-    setting: Setting
     policy_error: float
     """Relative, of the gradient of the policy's adapter."""
     value_error: float | None
@@ -274,7 +273,6 @@ def check_gradient(world: World, setting: Setting) -> Outcome:
     width = trainer.seen.response_mask.shape[1]
     reference = truth.reference[rows][trainer.order][:, :width]
     return Outcome(
-        setting,
         relative_error(policy, expected),
         value_error,
         None if setting.old_policy else metrics["ppo/first_log_ratio"],
