@@ -371,6 +371,20 @@ LOSS_BUGS = (
         ("tests/ppo/test_ppo_loop.py::test_the_average_moves_with_every_optimizer_step",),
     ),
     Mutation(
+        "SFT's loss divided by each microbatch's own tokens",
+        "trainers/sft/train.py",
+        "loss = losses.loss_sum / num_tokens",
+        "loss = losses.loss_sum / num_trained(batch)",
+        ("tests/sft/test_sft.py::test_microbatches_change_neither_losses_nor_weights",),
+    ),
+    Mutation(
+        "norms and biases decay",
+        "trainers/engine/engine.py",
+        '"weight_decay": decay * g.decays}',
+        '"weight_decay": decay}',
+        ("tests/sft/test_sft.py::test_norms_and_biases_do_not_decay",),
+    ),
+    Mutation(
         "preference turned round in Bradley-Terry",
         "trainers/reward/loss.py",
         "gap = better - worse - margin",

@@ -43,7 +43,7 @@ class Rows:
 
 
 def load_rows(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Rows:
-    """The stage's conversations as packed rows in training order; says what was read and left out.
+    """The stage's conversations as packed rows in training order; prints how many and how full.
 
     Raises:
         ValueError: a source cannot be read, or there is nothing to train on.

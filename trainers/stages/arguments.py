@@ -144,7 +144,7 @@ def _failure(error: Exception) -> tuple[int, str]:
         time.sleep(LOST_RANK_SECONDS)
         return 1, _prefixed(
             f"error: another rank has gone ({str(error).splitlines()[0]}). Its own output says "
-            "why, on its own node; if it says nothing, it was killed, often for lack of memory"
+            "why, on its own node; without one it was killed, often for lack of memory"
         )
     traceback.print_exc()
     return 1, _prefixed(f"error: {type(error).__name__}: {error}")
