@@ -23,6 +23,13 @@ from chatllama.runtime.files import replace_folder, write_json
 
 WEIGHTS = "adapter_model.safetensors"
 HEAD_PREFIX = "base_model.model.score."
+READ = [
+    "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "revision",
+    "modules_to_save", "inference_mode", "base_model_name_or_path", "auto_mapping", "peft_version",
+]  # fmt: skip
+"""Keys of adapter_config.json that may differ from PEFT's defaults; others must be empty or so."""
+STARTS = (True, "gaussian", "eva", "orthogonal")
+"""Values of init_lora_weights that leave the base's weights alone."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,31 @@ def check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
             raise ValueError(f"{where}: tensor {name} is all zero: it was never trained")
 
 
+class _OtherArithmetic(Exception):
+    """An adapter that is more, or something else, than W + B A alpha / r."""
+
+
+def _check_plain(config: Mapping[str, Any]) -> None:
+    """Refuses every key of adapter_config.json that differs from plain LoRA, unknown ones too."""
+    if config.get("peft_type") != "LORA":
+        raise _OtherArithmetic(f"peft_type is {config.get('peft_type')!r}, only LORA is read here")
+    targets, heads = config.get("target_modules"), config.get("modules_to_save")
+    if isinstance(targets, str):
+        raise _OtherArithmetic(
+            f"target_modules {targets!r} is a regular expression; list the layers' names instead"
+        )
+    if heads not in (None, [], ["score"]):
+        raise _OtherArithmetic(f"modules_to_save is {heads!r}, only score is read here")
+    plain = LoraConfig().to_dict()
+    for key, value in config.items():
+        fits = value in STARTS if key == "init_lora_weights" else value == plain.get(key)
+        if value and key not in READ and not fits:
+            raise _OtherArithmetic(
+                f"{key} is {value!r}, which makes it another computation than plain LoRA; merge "
+                "the adapter into its base, or train it without"
+            )
+
+
 def load_adapter(folder: Path) -> SavedAdapter:
     """The adapter in `folder`, checked.
 
@@ -121,9 +153,11 @@ def load_adapter(folder: Path) -> SavedAdapter:
         info = json.loads((folder / INFO).read_text(encoding="utf-8"))
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        rank, alpha = config["r"], float(config["lora_alpha"])
-        dropout, targets = float(config["lora_dropout"]), sorted(config["target_modules"])
-        lora = LoraSection(r=rank, alpha=alpha, dropout=dropout, target_modules=targets)
+        _check_plain(config)
+        names = {key: config[f"lora_{key}"] for key in ("alpha", "dropout")}
+        lora = LoraSection(r=config["r"], target_modules=sorted(config["target_modules"]), **names)
+    except _OtherArithmetic as error:
+        raise ValueError(f"{folder / 'adapter_config.json'}: {error}") from None
     except Exception as error:
         raise ValueError(f"{folder}: damaged adapter: {error!r}") from error
     check_tensors(tensors, str(folder))

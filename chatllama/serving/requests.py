@@ -37,6 +37,7 @@ class PendingAnswers:
         requests: Sequence[Request],
         tokenizer: PreTrainedTokenizerFast,
         stops: Sequence[str],
+        continues: bool,
         seconds: float,
         metrics: Metrics,
     ) -> None:
@@ -44,7 +45,7 @@ class PendingAnswers:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[list[Delta] | ApiError] = asyncio.Queue()
         self._job = Job(role, self._deliver, time.monotonic() + seconds)
-        self._job.add_rows(requests, tokenizer, stops)
+        self._job.add_rows(requests, tokenizer, stops, continues)
         self._remaining = len(requests)
         engine.submit(self._job)
 

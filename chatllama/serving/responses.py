@@ -123,7 +123,7 @@ class ResponseWriter:
         place = offsets.get(delta.index, 0)
         for one in delta.tokens:
             places.append(place)
-            place += len(text_of(one.token))
+            place += self.texts.width(one.token)
         offsets[delta.index] = place
         return {
             "tokens": [text_of(one.token) for one in delta.tokens],

@@ -102,9 +102,11 @@ class Service:
             for j in range(body.n)
         ]
         seconds, tokenizer = self.settings.timeout, self.run.tokenizer
+        follows = kind == "completion"
         pending = PendingAnswers(
-            self.engine, served.role, requests, tokenizer, body.stops, seconds, self.metrics
-        )
+            self.engine, served.role, requests, tokenizer, body.stops, follows, seconds,
+            self.metrics,
+        )  # fmt: skip
         self.metrics.count("prompt_tokens", sum(map(len, prompts)))
         flags = (logprobs is not None, body.return_token_ids)
         writer = ResponseWriter(kind, served.name, prompts, body.n, self.texts, *flags)

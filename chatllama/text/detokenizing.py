@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from transformers import PreTrainedTokenizerFast
 
-from chatllama.text.encoding import control_tokens, decode
+from chatllama.text.encoding import control_tokens, decode, encode
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 LONGEST_WINDOW = 64
@@ -20,12 +20,13 @@ class IncrementalDetokenizer:
     Bytes that are no UTF-8, on which tokenizers' own DecodeStream raises, become U+FFFD.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, continues: bool) -> None:
         self._tokenizer = tokenizer
         self._controls = frozenset(control_tokens(tokenizer).values())
-        self._window: list[int] = []
-        self._emitted = 0  # tokens of the window whose text has been returned
-        self._emitted_text = ""
+        # The decoder drops the first space of a window: after other text it must not be first.
+        self._window = encode(tokenizer, "a") if continues else []
+        self._emitted = len(self._window)  # tokens of it whose text has been returned
+        self._emitted_text = "a" if continues else ""
 
     def push(self, index: int) -> str:
         """The text that this token makes certain, which may be none."""
@@ -55,10 +56,13 @@ class AnswerText:
 
     The answer ends at the first token after which the text holds any of the strings (none of them
     empty), where the earliest begins: a string may be a token, a part of one, or span several.
+    With `continues` the text follows other text, so SentencePiece's leading space is kept.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, stops: Sequence[str]) -> None:
-        self._stream = IncrementalDetokenizer(tokenizer)
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, stops: Sequence[str], continues: bool = False
+    ) -> None:
+        self._stream = IncrementalDetokenizer(tokenizer, continues)
         self._stops = tuple(stops)
         self._held = ""
         self.stopped = False
@@ -147,3 +151,8 @@ class TokenTexts:
     def text_of(self, index: int) -> str:
         """The same as text, with U+FFFD for parts of characters."""
         return self.bytes_of(index).decode(errors="replace")
+
+    def width(self, index: int) -> int:
+        """Characters that the token adds to a text: those that begin in it; none by a control."""
+        begun = [byte for byte in self.bytes_of(index) if byte & 0xC0 != 0x80]
+        return 0 if index in self._controls else len(begun)

@@ -1,5 +1,6 @@
 """A finished run opened for inference."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -86,6 +87,16 @@ def test_an_adapter_of_another_contract_is_refused_by_its_folder(tiny: TinyRun):
     save_adapter(run.sft_adapter, saved.state, LORA, {**saved.info, "contract": contract})
     with pytest.raises(ValueError, match=str(run.sft_adapter)):
         load_run(run)
+
+
+@pytest.mark.parametrize("key", ["use_rslora", "use_dora", "lora_bias"])
+def test_a_run_with_an_adapter_of_other_arithmetic_is_refused(tiny: TinyRun, key: str):
+    path = RunFolder(tiny.folder).sft_adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: True}))
+    with pytest.raises(ValueError, match=rf"{path}: {key} is True"):
+        load_run(RunFolder(tiny.folder))
+    with pytest.raises(ValueError, match=rf"{path}: {key} is True"):
+        tiny.trainer()
 
 
 def test_after_full_fine_tuning_the_base_is_sfts_model(tiny: TinyRun, tmp_path: Path):

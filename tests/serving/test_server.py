@@ -151,6 +151,23 @@ def test_completions_of_texts_and_of_ids_agree(client: OpenAI, loaded: LoadedRun
     assert all(len(top) == 2 for top in first.top_logprobs)
 
 
+def test_a_completion_is_its_tokens_and_keeps_its_first_space(client: OpenAI) -> None:
+    spaced = 0
+    for prompt in ("the river", "Anna", "Why"):
+        settings: dict[str, Any] = {"model": "base", "prompt": prompt, "temperature": 2, "seed": 1}
+        made = client.completions.create(**settings, n=60, max_tokens=3, logprobs=1).choices
+        for choice in made:
+            log = choice.logprobs
+            assert log is not None and log.tokens and log.text_offset
+            if choice.finish_reason == "length" and "\ufffd" not in "".join(log.tokens):
+                assert choice.text == "".join(log.tokens)
+                assert log.text_offset == [len("".join(log.tokens[:i])) for i in range(3)]
+                spaced += choice.text.startswith(" ")
+        stopped = client.completions.create(**settings, n=60, max_tokens=3, stop=[" "]).choices
+        assert [c.text for c in stopped] == [c.text.split(" ")[0] for c in made]
+    assert spaced
+
+
 def test_a_stop_string_ends_the_answer_and_is_not_in_it(client: OpenAI) -> None:
     settings: dict[str, Any] = {"model": "policy", "prompt": "the river", "temperature": 0}
     whole = client.completions.create(**settings, max_tokens=20).choices[0].text
@@ -257,6 +274,20 @@ def test_adapters_come_only_from_below_the_root_and_nothing_is_leaked(
     message = body["error"]["message"]
     assert message.startswith("lora_path: ") and str(run.root) not in message
     assert "/usr" not in message and "passwd" not in message
+
+
+@pytest.mark.parametrize("key", ["use_rslora", "use_dora", "alpha_pattern"])
+def test_an_adapter_of_other_arithmetic_is_not_served(
+    url: str, run: RunFolder, tmp_path: Path, key: str
+) -> None:
+    folder = run.root / "other_arithmetic" / key
+    shutil.copytree(run.root / "extra", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    changed = config | {key: {"q_proj": 3} if key == "alpha_pattern" else True}
+    (folder / "adapter_config.json").write_text(json.dumps(changed))
+    asked = {"lora_name": "other", "lora_path": str(folder)}
+    status, body = post(url, "/v1/load_lora_adapter", asked)
+    assert status == 400 and f"the folder/adapter_config.json: {key} is" in body["error"]["message"]
 
 
 def test_a_link_out_of_the_root_is_not_followed(url: str, run: RunFolder, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.text import detokenizing
-from chatllama.text.detokenizing import AnswerText, stream_text
+from chatllama.text.detokenizing import AnswerText, TokenTexts, stream_text
 from chatllama.text.encoding import decode, encode
 from chatllama.text.tokenizer import load_tokenizer
 
@@ -52,6 +52,20 @@ def test_the_first_piece_does_not_wait_for_the_last(tokenizer: PreTrainedTokeniz
 def test_control_tokens_leave_no_text(tokenizer: PreTrainedTokenizerFast) -> None:
     ids = [1, *encode(tokenizer, "the river"), 2]
     assert "".join(stream_text(tokenizer, ids)) == "the river"
+
+
+@pytest.mark.parametrize("text", [" word", "  two", "word", " 🙂 and", "\n x"])
+def test_text_that_follows_other_text_keeps_its_first_space(
+    tokenizer: PreTrainedTokenizerFast, text: str
+) -> None:
+    ids = encode(tokenizer, text, continues=True)
+    answer = AnswerText(tokenizer, [], continues=True)
+    assert "".join(map(answer.push, ids)) + answer.finish() == text
+    stopping = AnswerText(tokenizer, [text[:2]], continues=True)
+    assert cut(stopping, ids)[1:] == ("", True)
+    texts = TokenTexts(tokenizer)
+    assert sum(map(texts.width, ids)) == len(text)
+    assert texts.width(tokenizer.eos_token_id) == 0
 
 
 def test_bytes_that_make_no_character_come_at_the_end(tokenizer: PreTrainedTokenizerFast) -> None:
