@@ -8,11 +8,13 @@ import random
 import ssl
 import time
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import httpx2
 
+Result = TypeVar("Result")
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 LONGEST_WAIT = 60.0
 """Seconds between two tries at most, unless the server requests more."""
@@ -23,10 +25,16 @@ SHOWN = 500
 class HttpError(Exception):
     """No usable answer; the message begins with the address."""
 
-    def __init__(self, message: str, status: int | None = None, retry_after: float = 0.0) -> None:
+    def __init__(
+        self,
+        message: str,
+        status: int | None = None,
+        retry_after: float = 0.0,
+        content: bytes = b"",
+    ) -> None:
         super().__init__(message)
-        self.status = status
-        """Of the answer; None: there was none."""
+        self.status, self.content = status, content
+        """Of the answer; the status is None if there was none."""
         self.retry_after = retry_after
         """Seconds to wait before the next try, by the server."""
 
@@ -80,8 +88,14 @@ class HttpClient:
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
         )
 
-    def send(self, method: str, path: str, body: Mapping[str, object] | None = None) -> bytes:
-        """The body of the answer.
+    def send(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, object] | None = None,
+        parse: Callable[[bytes], Result] = bytes,
+    ) -> Result:
+        """What `parse` makes of the answer's body; a ValueError of it is followed by another try.
 
         Raises:
             HttpError: refused, redirected, or still failing after all retries.
@@ -89,9 +103,9 @@ class HttpClient:
         for tries in range(self.retries + 1):
             self._wait()
             try:
-                return self._send_once(method, path, body)
+                return self._send_once(method, path, body, parse)
             except HttpError as error:
-                if error.status is not None and error.status != 429 and error.status < 500:
+                if 300 <= (error.status or 0) < 500 and error.status != 429:
                     raise
                 if tries == self.retries:
                     if tries:
@@ -101,19 +115,30 @@ class HttpClient:
                 self._sleep(max(error.retry_after, patience))
         raise AssertionError("the last try returns or raises")
 
-    def _send_once(self, method: str, path: str, body: Mapping[str, object] | None) -> bytes:
+    def _send_once(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, object] | None,
+        parse: Callable[[bytes], Result],
+    ) -> Result:
         address, content = self.url + path, None if body is None else json.dumps(body)
         try:
             response = self._client.request(method, address, content=content)
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise HttpError(f"{address}: {str(error) or type(error).__name__}") from None
+        reason = complaint(response.content)
         if response.is_success:
-            return response.content
+            try:
+                return parse(response.content)
+            except ValueError as error:
+                reason = str(error)
         status = f"{response.status_code} {response.reason_phrase}"
         raise HttpError(
-            f"{address}: HTTP {status}: {_complaint(response.content)}",
+            f"{address}: HTTP {status}: {reason}",
             response.status_code,
             _seconds(response.headers.get("retry-after", "0")),
+            response.content,
         )
 
 
@@ -126,13 +151,13 @@ def _proxy(url: str) -> str | None:
     return proxy if "://" in proxy else f"http://{proxy}"
 
 
-def _complaint(content: bytes) -> str:
+def complaint(content: bytes) -> str:
     """The message of an error body, in OpenAI's or vLLM's shape."""
     try:
         said = json.loads(content)
         said = said.get("error", said)
         text = str(said["message"] if isinstance(said, dict) else said)
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, RecursionError):
         text = content.decode(errors="replace")
     return text[:SHOWN].strip()
 

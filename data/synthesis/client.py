@@ -5,16 +5,27 @@ of the answers, is in `generate.py`.
 """
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
-from chatllama.runtime.http_client import SHOWN, HttpClient, HttpError
+from chatllama.runtime.http_client import HttpClient, HttpError, complaint
+
+CUT, FILTERED, HALF = "cut at max_tokens", "content filter", "half surrogates"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_USELESS = (None, 401, 403, 404, 405, 429)
+"""Status after which another prompt fares no better; so does every redirect."""
 
 
 class EndpointError(ValueError):
     """The endpoint cannot be used, for the reason in the message."""
+
+
+class BadReply(EndpointError):
+    """One request got no usable answer; the next may."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +33,8 @@ class Reply:
     """The answer, and its tokens."""
 
     text: str
-    finished: bool
-    """It ended by itself, not at the limit of tokens."""
+    fault: str | None
+    """Why the text is not to be kept; None: it may be."""
     prompt_tokens: int
     completion_tokens: int
 
@@ -52,12 +63,14 @@ class Pace:
             self._sleep(turn - now)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Endpoint:
     """A model behind an API."""
 
     http: HttpClient
     model: str
+    limit_name: str = "max_tokens"
+    """Newer models of OpenAI refuse it and take `max_completion_tokens`."""
 
     def chat(
         self, messages: Sequence[Mapping[str, str]], *, temperature: float, max_tokens: int
@@ -65,31 +78,39 @@ class Endpoint:
         """The answer to a conversation, whose turns have `role` and `content`.
 
         Raises:
-            EndpointError: refused, or still failing after all retries.
+            BadReply: this conversation is refused, or still fails after all retries.
+            EndpointError: so would every other.
         """
+        name = self.limit_name
         body = {
             "model": self.model,
             "messages": list(messages),
             "temperature": temperature,
-            "max_tokens": max_tokens,
+            name: max_tokens,
         }
         try:
-            return _reply(self.http.send("POST", "/chat/completions", body), self.http.url)
+            return self.http.send("POST", "/chat/completions", body, _reply)
         except HttpError as error:
-            raise EndpointError(str(error)) from None
+            if error.status == 400 and name == "max_tokens" and b"max_completion" in error.content:
+                self.limit_name = "max_completion_tokens"
+                return self.chat(messages, temperature=temperature, max_tokens=max_tokens)
+            if error.status == 400 and b"content_filter" in error.content:
+                return Reply("", FILTERED, 0, 0)
+            useless = error.status in _USELESS or 300 <= (error.status or 0) < 400
+            raise (EndpointError if useless else BadReply)(str(error)) from None
 
 
-def _reply(content: bytes, url: str) -> Reply:
-    try:
+def _reply(content: bytes) -> Reply:
+    """Raises ValueError if this is no chat completion."""
+    errors = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+    with suppress(*errors):
         answer = json.loads(content)
-        choice = answer["choices"][0]
-        usage = answer.get("usage") or {}
-        return Reply(
-            text=(choice["message"]["content"] or "").strip(),
-            finished=choice.get("finish_reason") != "length",
-            prompt_tokens=int(usage.get("prompt_tokens") or 0),
-            completion_tokens=int(usage.get("completion_tokens") or 0),
-        )
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        shown = content[:SHOWN].decode("utf-8", errors="replace")
-        raise EndpointError(f"{url}: this is no chat completion: {shown!r}") from None
+        choice, usage = answer["choices"][0], answer.get("usage") or {}
+        text, ending = (choice["message"]["content"] or "").strip(), choice.get("finish_reason")
+        fault = {"length": CUT, "content_filter": FILTERED}.get(ending, None if text else "empty")
+        if _SURROGATE.search(text):
+            fault = HALF
+        sent, received = (int(usage.get(f"{of}_tokens") or 0) for of in ("prompt", "completion"))
+        if ending != "error" and not answer.get("error"):
+            return Reply(text, fault, sent, received)
+    raise ValueError(f"this is no chat completion: {complaint(content)}")

@@ -66,6 +66,8 @@ def generate_data(options: SynthesisOptions) -> None:
             tell("the same command continues from here")
             raise
     tell("\n".join(closing_lines(output, options)))
+    if options.what != "prompts" and (failed := len(prompts) - len(output.done())):
+        tell(f"{failed} prompts failed, and the same command tries them again")
 
 
 def _generate(

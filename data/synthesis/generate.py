@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from chatllama.runtime.command_line import tell
 from data.similarity import Pool, words
-from data.synthesis.client import Endpoint, EndpointError, Reply
+from data.synthesis.client import CUT, BadReply, Endpoint, EndpointError, Reply
 from data.synthesis.ledger import OutputFile
 from data.synthesis.options import SynthesisOptions
 
@@ -31,7 +31,7 @@ NUM_REQUESTED = 8
 SHORTEST, LONGEST = 3, 150
 """Words of an instruction, as in Self-Instruct."""
 FRUITLESS = 10
-"""Requests in a row without a new instruction after which the model is taken to have no more."""
+"""Requests in a row without a new instruction, or failed prompts, after which the command ends."""
 MORE_PROMPTS = """Here are {count} instructions that people gave to an assistant:
 
 {examples}
@@ -104,7 +104,9 @@ class Synthesis:
             count = min(self.options.parallel, -(-(num - len(own)) // NUM_REQUESTED))
             shown = [_examples(seeds, own, f"{seed}/{i}") for i in range(first, first + count)]
             for examples, reply in self._in_parallel(self._more, shown):
-                step = _new_prompts(reply, pool, num - len(own))
+                step = (
+                    reply if isinstance(reply, Step) else _new_prompts(reply, pool, num - len(own))
+                )
                 self.output.add(step.records, step.entry(examples=len(examples)))
                 own += [record["prompt"] for record in step.records]
                 fruitless = 0 if step.records or len(own) >= num else fruitless + 1
@@ -118,12 +120,13 @@ class Synthesis:
     def answers(self, prompts: Sequence[Prompt]) -> None:
         """Appends an answer to each conversation that has none yet.
 
-        An answer that was cut at `max_tokens` is not kept: it would teach to stop there.
+        One that was cut at `max_tokens` is not kept, since it would teach to stop there, nor one
+        that a content filter changed.
         """
 
         def answer(number: int) -> Step:
             reply = self._answer(prompts[number])
-            outcome = _fault(reply) or "kept"
+            outcome = reply.fault or "kept"
             record = {"id": number, "prompt": prompts[number], "completion": reply.text}
             return Step([record] if outcome == "kept" else [], Counter([outcome]), [reply])
 
@@ -140,7 +143,8 @@ class Synthesis:
             prompt = prompts[number]
             replies = [self._answer(prompt) for _ in range(2)]
             one, two = (reply.text for reply in replies)
-            fault = next(filter(None, map(_fault, replies)), "equal" if one == two else None)
+            faults = filter(None, (reply.fault for reply in replies))
+            fault = next(faults, "equal" if one == two else None)
             if fault is not None:
                 return Step([], Counter([fault]), replies)
             request = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
@@ -161,17 +165,23 @@ class Synthesis:
 
     def _for_each(self, make: Callable[[int], Step], num: int, name: str) -> None:
         done = self.output.done()
-        left = [number for number in range(num) if number not in done]
+        left, in_a_row = [number for number in range(num) if number not in done], 0
         for count, (number, step) in enumerate(self._in_parallel(make, left), start=1):
-            self.output.add(step.records, step.entry(id=number))
+            failed = "failed" in step.outcomes  # without `id` it is tried again by the next run
+            self.output.add(step.records, step.entry(**({} if failed else {"id": number})))
+            in_a_row = in_a_row + 1 if failed else 0
+            if in_a_row == FRUITLESS or (in_a_row == len(left) and not self.output.records):
+                raise EndpointError(f"{in_a_row} prompts in a row failed, for the reasons above")
             if count % max(1, len(left) // 20) == 0 or count == len(left):
                 total = f"{num - len(left) + count} of {num} prompts"
                 tell(f"{total}: {len(self.output.records)} {name}")
 
     def _in_parallel(
         self, function: Callable[[Item], Result], items: Sequence[Item]
-    ) -> Iterator[tuple[Item, Result]]:
+    ) -> Iterator[tuple[Item, Result | Step]]:
         """Each item with the function's result, in the order in which they are done.
+
+        A bad reply is printed and gives a step of the outcome `failed`.
 
         Raises:
             EndpointError: of the first that failed, after those that were under way.
@@ -189,6 +199,9 @@ class Synthesis:
                     item = running.pop(future)
                     try:
                         result = future.result()
+                    except BadReply as error:
+                        tell(str(error))
+                        yield item, Step([], Counter(["failed"]), [])
                     except EndpointError as error:
                         failed = failed or error
                     else:
@@ -227,8 +240,10 @@ def request_for_more(examples: Sequence[str]) -> str:
 
 def _new_prompts(reply: Reply, pool: Pool, wanted: int) -> Step:
     """The instructions of a numbered list that are new; the last is left out where it was cut."""
+    if reply.fault not in (None, "empty", CUT):
+        return Step([], Counter([reply.fault]), [reply])
     listed: list[str] = _NUMBERED.findall(reply.text)
-    if not reply.finished:
+    if reply.fault == CUT:
         listed = listed[:-1]
     outcomes: Counter[str] = Counter()
     records: list[dict[str, Any]] = []
@@ -245,12 +260,6 @@ def _new_prompts(reply: Reply, pool: Pool, wanted: int) -> Step:
     if not listed:
         outcomes["no list"] += 1
     return Step(records, outcomes, [reply])
-
-
-def _fault(reply: Reply) -> str | None:
-    if not reply.finished:
-        return "cut at max_tokens"
-    return None if reply.text else "empty"
 
 
 def _verdict(text: str) -> str | None:

@@ -1,6 +1,7 @@
 """`chatllama data generate` against a small endpoint of our own on this machine."""
 
 import json
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from chatllama.config.sources import DataSource
 from chatllama.runtime.http_client import HttpClient
 from data.reading.source import read_source
 from data.similarity import Pool, rouge_l
-from data.synthesis.client import Endpoint, EndpointError, Pace
+from data.synthesis.client import BadReply, Endpoint, EndpointError, Pace
 from data.synthesis.command import estimate_answers, estimate_prompts
 from data.synthesis.generate import _verdict
 from data.synthesis.ledger import OutputFile
@@ -124,14 +125,14 @@ ASK: list[dict[str, str]] = [{"role": "user", "content": "Hello"}]
 
 def test_what_is_sent_and_what_comes_back(stub: Stub) -> None:
     reply = endpoint(stub, []).chat(ASK, temperature=0.5, max_tokens=7)
-    assert (reply.text, reply.finished, reply.prompt_tokens, reply.completion_tokens) == (
-        "Fine.", True, 10, 3,
-    )  # fmt: skip
+    assert (reply.text, reply.fault) == ("Fine.", None)
+    assert (reply.prompt_tokens, reply.completion_tokens) == (10, 3)
     assert stub.asked == [{"model": "m", "messages": ASK, "temperature": 0.5, "max_tokens": 7}]
     assert stub.headers[0]["path"] == "/v1/chat/completions"
     assert stub.headers[0]["Authorization"] == "Bearer secret"
     stub.finish = "length"
-    assert not endpoint(stub, []).chat(ASK, temperature=0.5, max_tokens=7).finished
+    cut = endpoint(stub, []).chat(ASK, temperature=0.5, max_tokens=7)
+    assert cut.fault == "cut at max_tokens"
 
 
 def test_busy_and_broken_servers_are_asked_again(stub: Stub) -> None:
@@ -158,9 +159,7 @@ def test_busy_and_broken_servers_are_asked_again(stub: Stub) -> None:
         ((401, {}, b'{"error": "no such key"}'), "HTTP 401 Unauthorized: no such key"),
         ((404, {}, b"<html>"), "HTTP 404 Not Found: <html>"),
         ((302, {"Location": "http://elsewhere.invalid/"}, b""), "HTTP 302"),
-        ((200, {}, b"hello"), "this is no chat completion: 'hello'"),
-        ((200, {}, b'{"choices": []}'), "this is no chat completion"),
-        ((200, {}, b"[]"), "this is no chat completion"),
+        ((405, {}, b""), "HTTP 405 Method Not Allowed"),
     ],
 )
 def test_what_no_second_try_cures(stub: Stub, answer: Answer, message: str) -> None:
@@ -168,6 +167,66 @@ def test_what_no_second_try_cures(stub: Stub, answer: Answer, message: str) -> N
     with pytest.raises(EndpointError, match=message):
         endpoint(stub, []).chat(ASK, temperature=1, max_tokens=7)
     assert len(stub.asked) == 1
+
+
+GOOD = {"choices": [{"message": {"content": "Fine."}, "finish_reason": "stop"}]}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (b'{"error": {"message": "overloaded", "code": 503}}', "overloaded"),
+        (b'{"error": "no capacity", "choices": []}', "no capacity"),
+        (json.dumps(GOOD | {"error": "cut off"}).encode(), "cut off"),
+        (json.dumps(GOOD).replace("stop", "error").encode(), '{"choices": '),
+        (b"hello", "hello"),
+        (b'{"choices": []}', '{"choices": '),
+        (b"[]", ""),
+        (b"[" * 100_000, "["),
+        (b'{"choices": [{"message": {"content": 5}}]}', '{"choices": '),
+        (json.dumps(GOOD | {"usage": {"prompt_tokens": float("inf")}}).encode(), '{"choices": '),
+    ],
+)
+def test_http_200_without_an_answer_is_tried_again(stub: Stub, bad: bytes, message: str) -> None:
+    answers: list[Answer] = [(200, {}, bad), (200, {}, bad), "At last."]
+    stub.reply = lambda body: answers.pop(0)
+    waits: list[float] = []
+    assert endpoint(stub, waits).chat(ASK, temperature=1, max_tokens=7).text == "At last."
+    assert len(waits) == 2
+    stub.reply = lambda body: (200, {}, bad)
+    expected = re.escape(f"HTTP 200 OK: this is no chat completion: {message}")
+    with pytest.raises(BadReply, match=expected) as caught:
+        endpoint(stub, waits, retries=1).chat(ASK, temperature=1, max_tokens=7)
+    assert str(caught.value).endswith("(given up after 2 tries)")
+
+
+@pytest.mark.parametrize(
+    "complaint",
+    [
+        "Unsupported parameter: 'max_tokens' is not supported with this model. "
+        "Use 'max_completion_tokens' instead.",
+        "max_tokens is deprecated, use max_completion_tokens",
+        "this model knows max_completion_tokens only",
+    ],
+)
+def test_the_newer_name_of_the_limit_is_used_where_the_older_is_refused(
+    stub: Stub, complaint: str
+) -> None:
+    def reply(body: dict[str, Any]) -> Answer:
+        if "max_tokens" in body:
+            return (400, {}, json.dumps({"error": {"message": complaint}}).encode())
+        return "Fine."
+
+    stub.reply = reply
+    model = endpoint(stub, [])
+    for _ in range(2):
+        assert model.chat(ASK, temperature=1, max_tokens=7).text == "Fine."
+    assert [body.get("max_completion_tokens") for body in stub.asked] == [None, 7, 7]
+    # A model that refuses both is asked once with each.
+    stub.reply, before = lambda body: (400, {}, b"max_completion_tokens: 7"), len(stub.asked)
+    with pytest.raises(BadReply, match="HTTP 400"):
+        endpoint(stub, []).chat(ASK, temperature=1, max_tokens=7)
+    assert len(stub.asked) - before == 2
 
 
 def test_pace_by_hand() -> None:
@@ -229,7 +288,7 @@ def test_answers_go_on_where_they_stopped(
 ) -> None:
     def reply(body: dict[str, Any]) -> Answer:
         asked = body["messages"][0]["content"]
-        return (400, {}, b"not today") if "tree" in asked else f"On {asked}"
+        return (403, {}, b"not today") if "tree" in asked else f"On {asked}"
 
     stub.reply = reply
     assert grow("answers", "--parallel", "1") == 2
@@ -267,6 +326,93 @@ def test_cut_and_empty_answers_are_not_kept(
     ledger = lines(tmp_path / "out.jsonl.ledger")
     assert [entry["outcomes"] for entry in ledger] == [{"cut at max_tokens": 1}] * 2
     assert not (tmp_path / "out.jsonl").read_text()
+
+
+def completion(text: str, finish: str = "stop") -> Answer:
+    """The answer as JSON with escapes only, as many servers send it."""
+    choice = {"message": {"content": text}, "finish_reason": finish}
+    return (200, {}, json.dumps({"choices": [choice]}).encode())
+
+
+REFUSED = json.dumps({"error": {"message": "policy", "code": "content_filter"}}).encode()
+
+
+@pytest.mark.parametrize(
+    ("bad", "outcome", "requests"),
+    [
+        (completion("", "content_filter"), "content filter", 1),
+        (completion("I will", "content_filter"), "content filter", 1),
+        ((400, {}, REFUSED), "content filter", 1),
+        (completion("Oak \ud83d"), "half surrogates", 1),
+        (completion("\udc00 oak"), "half surrogates", 1),
+        (completion("oak \ude00\ud83d"), "half surrogates", 1),
+        ((400, {}, b"too long"), "failed", 0),
+        ((422, {}, b""), "failed", 0),
+        ((500, {}, b"out of memory"), "failed", 0),
+        ((200, {}, b'{"error": "broken"}'), "failed", 0),
+    ],
+)
+@pytest.mark.parametrize("what", ["answers", "pairs"])
+def test_one_bad_reply_never_ends_the_command(
+    what: str, bad: Answer, outcome: str, requests: int,
+    stub: Stub, grow: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    count = iter(range(1000))
+
+    def reply(body: dict[str, Any]) -> Answer:
+        asked = body["messages"][0]["content"]
+        if "[Answer A]" in asked:
+            return "A" if asked.index("Answer 1") < asked.index("Answer 2") else "B"
+        return bad if "tree" in asked else f"Answer {next(count) % 2 + 1}"
+
+    stub.reply = reply
+    words = ("--retries", "0", "--parallel", "1")
+    assert grow(what, *words) == 0
+    out = tmp_path / "out.jsonl"
+    assert [line["id"] for line in lines(out)] == [0, 2]
+    ledger = lines(tmp_path / "out.jsonl.ledger")
+    assert [entry["outcomes"] for entry in ledger] == [{"kept": 1}, {outcome: 1}, {"kept": 1}]
+    assert ledger[1]["requests"] == (2 if requests and what == "pairs" else requests)
+    said = capsys.readouterr().err
+    assert f"1 {outcome}" in said
+    # What failed is tried again by the same command, the rest is decided.
+    assert ("1 prompts failed, and the same command tries them again" in said) == (requests == 0)
+    stub.asked.clear()
+    assert grow(what, *words) == 0 and bool(stub.asked) == (requests == 0)
+
+
+def test_an_endpoint_that_always_fails_ends_the_command(
+    stub: Stub, grow: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub.reply = lambda body: (400, {}, b"temperature must be 1")
+    assert grow("answers", "--parallel", "1") == 2
+    said = capsys.readouterr().err
+    assert said.count("temperature must be 1") == 3
+    assert "3 prompts in a row failed" in said and len(stub.asked) == 3
+    many = tmp_path / "many.jsonl"
+    many.write_text("".join(json.dumps({"prompt": f"Say {i}."}) + "\n" for i in range(40)))
+    words = ("--file", str(many), "--out", str(tmp_path / "b.jsonl"), "--parallel", "1")
+    assert grow("answers", *words) == 2
+    assert "10 prompts in a row failed" in capsys.readouterr().err and len(stub.asked) <= 15
+
+
+@pytest.mark.parametrize(
+    ("bad", "outcome"),
+    [
+        (completion("1. Why is grass green here?", "content_filter"), "content filter"),
+        (completion("1. Why is grass \ud83d green?"), "half surrogates"),
+        ((400, {}, b"no"), "failed"),
+    ],
+)
+def test_one_bad_reply_never_ends_prompts(
+    bad: Answer, outcome: str, stub: Stub, grow: Callable[..., int], tmp_path: Path
+) -> None:
+    answers = [bad, completion("1. Why is the sky blue?\n2. Count to five in French.")]
+    stub.reply = lambda body: answers.pop(0)
+    assert grow("prompts", "--num", "2", "--parallel", "1") == 0
+    assert len(lines(tmp_path / "out.jsonl")) == 2
+    ledger = lines(tmp_path / "out.jsonl.ledger")
+    assert [entry["outcomes"] for entry in ledger] == [{outcome: 1}, {"kept": 2}]
 
 
 def test_pairs_need_one_verdict_in_both_orders(
