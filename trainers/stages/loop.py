@@ -38,7 +38,7 @@ def train_steps(
     """Makes all optimizer steps of a stage; returns the loss of the last one.
 
     Args:
-        stage: names them; its metric `<stage>/loss` is the loss.
+        stage: names the checkpoints and the metric `<stage>/loss`.
         tracker: opened, and not yet logged to.
         steps: optimizer steps of the whole stage.
         resume: go on from the newest checkpoint, if there is one.
