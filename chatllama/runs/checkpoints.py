@@ -30,6 +30,10 @@ class DamagedError(ValueError):
     """A folder does not hold what its manifest lists."""
 
 
+class NotFiniteError(ValueError):
+    """A tensor that was to be written holds NaN or infinity."""
+
+
 def step_folders(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest step first."""
     found = [p for p in folder.glob(f"{STEP}*") if p.name.removeprefix(STEP).isdigit()]
@@ -54,14 +58,15 @@ def layout_of(section: DeepSpeedSection, microbatch_size: int) -> dict[str, Any]
 
 
 def checkpoint_to_resume(
-    run: RunFolder, stage: Stage, resume: bool, layout: dict[str, Any]
+    run: RunFolder, stage: Stage, resume: bool, layout: dict[str, Any], steps: int | None = None
 ) -> Path | None:
     """The newest good checkpoint; None: start from the beginning. Every rank must call.
 
-    A damaged one is set aside as `damaged-step-N`, with a warning; another layout is reported.
+    Those beyond `steps`, the steps of the whole stage, are left alone. A damaged one is set aside
+    as `damaged-step-N`, with a warning; another layout is reported.
 
     Raises:
-        ValueError: there are checkpoints, and no `--resume` or none that is undamaged.
+        ValueError: there are checkpoints, and no `--resume` or none that can be used.
     """
     folder = run.checkpoints(stage)
     if rank() == 0:
@@ -71,7 +76,7 @@ def checkpoint_to_resume(
     if not found:
         return None
     check_resume(found[-1], resume)
-    checkpoint, manifest = newest_good(folder)
+    checkpoint, manifest = newest_good(folder, steps)
     if manifest["layout"] != layout and rank() == 0:
         print(
             f"{checkpoint} was written by {_words(manifest['layout'])}; going on with "
@@ -90,24 +95,28 @@ def check_resume(existing: Path, resume: bool) -> None:
         )
 
 
-def newest_good(folder: Path) -> tuple[Path, dict[str, Any]]:
+def newest_good(folder: Path, last: int | None = None) -> tuple[Path, dict[str, Any]]:
     """The newest checkpoint whose files are as they were written, and its manifest.
 
-    Every rank must call; rank 0 reads, and sets damaged ones aside.
+    Every rank must call; rank 0 reads, and sets damaged ones aside. None is of a step after `last`.
 
     Raises:
-        ValueError: all of them are damaged: names what is wrong with each.
+        ValueError: all of them are later or damaged: names what is wrong with each.
     """
-    chosen = all_gather_objects(_newest_good(folder) if rank() == 0 else None)[0]
+    chosen = all_gather_objects(_newest_good(folder, last) if rank() == 0 else None)[0]
     if isinstance(chosen, str):
         raise ValueError(chosen)
     return chosen
 
 
-def _newest_good(folder: Path) -> tuple[Path, dict[str, Any]] | str:
+def _newest_good(folder: Path, last: int | None) -> tuple[Path, dict[str, Any]] | str:
     """The result of `newest_good`, or the message of its error."""
-    wrong = []
-    for checkpoint in reversed(step_folders(folder)):
+    wrong, found = [], step_folders(folder)
+    early = [path for path in found if last is None or step_of(path) <= last]
+    if not early:
+        names = ", ".join(path.name for path in found)
+        return f"{folder} holds {names}, all beyond the stage's {last} steps: raise its `steps`"
+    for checkpoint in reversed(early):
         try:
             manifest = verify(checkpoint)
         except (DamagedError, OSError) as error:
@@ -180,18 +189,27 @@ def _explained(unfinished: Path, folder: Path, step: int) -> Iterator[None]:
     """Removes `unfinished` after a failed write, and raises a ValueError that says what is left."""
     try:
         yield
+    except NotFiniteError as error:
+        raise ValueError(
+            f"stopped after step {step}: {error}, so no checkpoint was written; "
+            f"{_newest_words(folder)}. Lower the stage's learning_rate, and go on with --resume"
+        ) from error
     except (OSError, RuntimeError, SafetensorError) as error:
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free  # before `unfinished` is removed
         shutil.rmtree(unfinished, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        good = step_folders(folder)
-        kept = f"{good[-1]} is as it was" if good else "there is no earlier one"
         raise ValueError(
             f"the checkpoint of step {step} could not be written below {unfinished.parent}: "
-            f"{reason.strip().splitlines()[0]} ({free / 1e9:.2f} GB free there). {kept}. Make "
-            "room or give the right to write, and go on with --resume"
+            f"{reason.strip().splitlines()[0]} ({free / 1e9:.2f} GB free there). "
+            f"{_newest_words(folder)}. Make room or give the right to write, and go on "
+            "with --resume"
         ) from error
+
+
+def _newest_words(folder: Path) -> str:
+    good = step_folders(folder)
+    return f"{good[-1]} is as it was" if good else "there is no earlier one"
 
 
 def _clean_up(folder: Path) -> None:

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import nn
 
 from chatllama.model.weight_files import write_file
+from chatllama.runs.checkpoints import NotFiniteError
 from chatllama.runtime.distributed import rank
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -109,6 +110,9 @@ def write_shards(folder: Path, model: nn.Module, optimizer: Any) -> None:
     Args:
         folder: of the checkpoint.
         optimizer: torch's AdamW, or DeepSpeed's wrapper of it.
+
+    Raises:
+        NotFiniteError: a tensor holds NaN or infinity.
     """
     shards: dict[str, tuple[Shard, str]] = {}
     steps: set[float] = set()
@@ -128,6 +132,8 @@ def write_shards(folder: Path, model: nn.Module, optimizer: Any) -> None:
         shard, kind = shards[key]
         with swapped_in(shard, optimizer):
             held = {VALUE: shard.owner, **state_of(shard.owner, optimizer)}
+            if not shard.of(held[kind]).isfinite().all():
+                raise NotFiniteError(f"{kind} of {key.split(':', 2)[2]} holds NaN or infinity")
             return shard.of(held[kind]).to("cpu", copy=shard.swapped is not None)
 
     shapes = {key: (shard.count,) for key, (shard, _) in shards.items()}

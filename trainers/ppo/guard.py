@@ -16,13 +16,13 @@ from trainers.ppo.health.monitor import (
     Decision,
     HealthMonitor,
     decide,
-    dump_batch,
     start_diagnoses,
     write_diagnoses,
 )
 from trainers.ppo.rollout import Rollout
 from trainers.ppo.servers.pool import NoServerLeft
 from trainers.ppo.state import PpoState, load_state, save_state
+from trainers.stages.not_finite import dump_batch
 
 
 class Guard:
@@ -32,6 +32,7 @@ class Guard:
         self.cfg, self.section, self.run, self.engine = cfg, cfg.ppo.health, run, engine
         self.monitor = HealthMonitor(self.section)
         self.path = run.stage("ppo") / "health.jsonl"
+        self.fatal = False
 
     def begin(self, state: PpoState) -> None:
         """Restores the monitor's state: at the start, on resuming and after a rollback."""
@@ -86,6 +87,7 @@ class Guard:
         The rollout batch is written to a file where a metric is not finite.
         """
         diagnoses = self.monitor.observe(state.step, metrics)
+        self.fatal = any(diagnosis.severity == "fatal" for diagnosis in diagnoses)
         decision = from_rank_zero(decide(self.section, diagnoses, state.rollbacks))
         if rank() == 0 and diagnoses:
             if any(diagnosis.name == "not_finite" for diagnosis in diagnoses):
@@ -99,14 +101,18 @@ class Guard:
         """The error that ends the stage, with what the user can do."""
         found = step_folders(self.run.checkpoints("ppo"))
         newest = f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint"
+        remedy = " and go on with --resume"
+        remedy += "" if self.fatal else ", or set ppo.health.action: warn"
         return ValueError(
             f"stopped after step {state.step} by the health monitor (see above and {self.path}); "
-            f"{newest}. Change the config keys named there, or set ppo.health.action: warn"
+            f"{newest}. Change the config keys named there{remedy}"
         )
 
     def _rolled_back(self, state: PpoState) -> PpoState:
         """The last good checkpoint restored, with lower learning rates from there on."""
-        good = load_state(self.cfg, self.engine, newest_good(self.run.checkpoints("ppo"))[0])
+        good = load_state(
+            self.cfg, self.engine, newest_good(self.run.checkpoints("ppo"), state.step)[0]
+        )
         scale = state.lr_scale * self.section.rollback_lr_factor
         good = replace(good, lr_scale=scale, rollbacks=state.rollbacks + 1)
         self.begin(good)

@@ -40,6 +40,7 @@ from trainers.ppo.rollout import Collector, Rollout
 from trainers.ppo.servers.pool import ServerPool, compare
 from trainers.ppo.state import PpoState, load_state
 from trainers.ppo.update import Targets, Update
+from trainers.stages.loop import warn_of_warmup
 
 
 class PpoTrainer:
@@ -75,7 +76,7 @@ class PpoTrainer:
         section = self.cfg.ppo
         started = time.monotonic()
         layout = layout_of(self.cfg.deepspeed, section.microbatch_size)
-        checkpoint = checkpoint_to_resume(self.run, "ppo", resume, layout)
+        checkpoint = checkpoint_to_resume(self.run, "ppo", resume, layout, section.steps)
         metrics: dict[str, float] = {}
         with Tracker(self.run, "ppo", self.cfg.tracking, section.steps, rank()) as tracker:
             if checkpoint is None:
@@ -87,6 +88,8 @@ class PpoTrainer:
                 tracker.resume_from(state.step)
                 metrics = logged_metrics(self.run, "ppo", state.step)  # no step may be left
             self.guard.begin(state)
+            done = self.total_optimizer_steps * state.step // section.steps
+            warn_of_warmup("ppo", section.warmup_steps, self.total_optimizer_steps, done)
             with interruption.steps(), closing(self.servers) if self.servers else nullcontext():
                 while state.step < section.steps:
                     with self.guard.saving_without_servers(state):

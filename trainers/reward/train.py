@@ -26,7 +26,7 @@ from chatllama.runs.checkpoints import check_resume
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.distributed import all_sum, barrier, device, rank, to_device
 from chatllama.runtime.files import write_json
-from data.batches import batch_indices
+from data.batches import PreferenceCollator, batch_indices
 from trainers.engine.engine import Engine
 from trainers.engine.microbatches import microbatches
 from trainers.reward.data import Preferences
@@ -116,6 +116,11 @@ def train_member(
         batch = batch_indices(len(data.train), section.batch_size, step, seed)
         return optimizer_step(cfg, engine, data.train, batch, collator, factor)
 
+    def whole_batch(step: int) -> dict[str, torch.Tensor]:
+        rows = batch_indices(len(data.train), section.batch_size, step, seed)
+        (tokens, mask), pairs = PreferenceCollator(pad_id)([data.train[row] for row in rows])
+        return {"rows": torch.tensor(rows), "tokens": tokens, "mask": mask, **vars(pairs)}
+
     title = f"reward, member {number + 1} of {section.ensemble}" if section.ensemble > 1 else None
     with Tracker(own_run, "reward", cfg.tracking, total, rank(), title) as tracker:
         loss = train_steps(
@@ -130,6 +135,7 @@ def train_member(
             resume=resume,
             optimizer_step=step_on_batch,
             evaluate=lambda: evaluation_metrics(data.held_out, score()),
+            batch=whole_batch,
             interrupted=run,
         )
         scores = score()

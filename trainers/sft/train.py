@@ -80,6 +80,7 @@ def train_sft(
             resume=resume,
             optimizer_step=step_and_tokens,
             evaluate=partial(evaluate, trained),
+            batch=partial(whole_batch, trained),
             interrupted=None if is_backbone else run,
         )
         held_out = evaluate(trained)
@@ -119,6 +120,12 @@ def optimizer_step(trained: Trained, step: int, factor: float) -> dict[str, floa
         "sft/lr": section.learning_rate * factor,
         "sft/grad_norm": norm,
     }
+
+
+def whole_batch(trained: Trained, step: int) -> dict[str, torch.Tensor]:
+    """The batch of all ranks in a step from 0, for the file that shows why it is not finite."""
+    first, count = step * trained.section.batch_size, trained.section.batch_size
+    return trained.collator([trained.rows.train[first + place] for place in range(count)])
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from chatllama.config.schema import Config
+from chatllama.runs.checkpoints import step_folders, step_of
 from chatllama.runs.folder import INFO, STAGES, RunFolder, Stage
 from trainers.stages import lineage
 
@@ -76,7 +77,8 @@ def _decide_begun(
     reasons, notes = [], [f"{run.lineage} has no record of it: kept as it is"]
     if record is not None:
         now = lineage.gather(cfg, run, stage, record)
-        reasons, notes = lineage.differences(record, now), lineage.other_versions(record, now)
+        free = {} if finished else lineage.resumable(record, now, stage, _saved(run, stage))
+        reasons, notes = lineage.differences(record, now, free), lineage.other_versions(record, now)
     if finished:
         if not reasons and record is not None:
             _check_outputs(cfg, run, stage, record)
@@ -115,7 +117,7 @@ def finished_before(cfg: Config, run: RunFolder, stage: Stage) -> bool:
 
 
 def check_resumed(cfg: Config, run: RunFolder, stage: Stage) -> dict[str, Any]:
-    """The lineage record with which a stage begins or goes on.
+    """The lineage record with which a stage begins or goes on; prints the settings that changed.
 
     Raises:
         ValueError: it has checkpoints from other settings, data, base or parents.
@@ -124,13 +126,23 @@ def check_resumed(cfg: Config, run: RunFolder, stage: Stage) -> dict[str, Any]:
     now = lineage.gather(cfg, run, stage, record or {})
     if record is None or not run.was_begun(stage):
         return now
-    if reasons := lineage.differences(record | {"finished": None}, now):
+    changed = lineage.resumable(record, now, stage, _saved(run, stage))
+    if reasons := lineage.differences(record, now, changed):
         raise ValueError(
             f"stage {stage} of {run.root} was begun otherwise, and it cannot go on:\n"
             f"{_lines(reasons)}\nPut that right, or remove {run.checkpoints(stage)} to start the "
             "stage anew"
         )
-    return now | {"begun": record["begun"]}
+    changes = [f"{key}: {was!r} before, {is_!r} now" for key, (was, is_) in changed.items()]
+    if changes:
+        print(f"stage {stage} goes on with other settings:", *changes, sep="\n  ", flush=True)
+    earlier = record.get("changed", [])
+    return now | {"begun": record["begun"], "changed": earlier + ([changes] if changes else [])}
+
+
+def _saved(run: RunFolder, stage: Stage) -> set[int]:
+    """Steps of the stage's checkpoints."""
+    return {step_of(path) for path in step_folders(run.checkpoints(stage))}
 
 
 def _check_outputs(cfg: Config, run: RunFolder, stage: Stage, record: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ Records are made and compared here; `decisions.py` decides which stages must run
 import hashlib
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,6 +36,8 @@ FREE_KEYS = ("save_every", "save_total_limit", "eval_every", "allow_weak", "grad
              "liger_kernel")  # fmt: skip
 FREE = ("sft.microbatch_size", "reward.microbatch_size")
 """Keys that do not change what a stage learns: by their last part (FREE_KEYS) and in full."""
+RESUMABLE = ("learning_rate", "value_learning_rate", "warmup_steps", "max_grad_norm")
+"""Keys that a resumed stage may change, by their last part: they act on later steps alone."""
 
 
 def gather(cfg: Config, run: RunFolder, stage: Stage, known: dict[str, Any]) -> dict[str, Any]:
@@ -75,22 +77,16 @@ def flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
     return out
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any], free: Collection[str] = ()) -> list[str]:
     """The differences for which the result of `old` is not that of `new`; empty if there are none.
 
-    Versions of code and packages do not count, nor does what only one record knows: data that has
-    been removed, a base that is not in the hub's cache.
+    Keys in `free` and versions of code and packages do not count, nor does what only one record
+    knows: data that has been removed, a base that is not in the hub's cache.
     """
-    known, now = old["config"], new["config"]
-    # A key missing in the record came with a later version, so it had its default value, unless
-    # its whole section was null (`lora: null`).
-    later = [key for key in now if not any(key.startswith(f"{name}.") for name in known)]
-    before = dict.fromkeys(now) | {key: _default(key) for key in later} | known
-    free = () if old["finished"] else ("evaluation",)  # not evaluated yet
     found = [
-        f"{key}: {value!r} there, {now.get(key)!r} now"
-        for key, value in sorted(before.items())
-        if value != now.get(key) and key.split(".")[0] not in free
+        f"{key}: {was!r} there, {is_!r} now"
+        for key, (was, is_) in changed_keys(old, new).items()
+        if key not in free
     ]
     was, is_ = (record["base"]["fingerprint"] for record in (old, new))
     if was and is_ and was != is_:
@@ -106,6 +102,54 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         if was != is_:
             found.append(f"it was made from another {name}")
     return found
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> its values in two records' configs, where they differ."""
+    known, now = old["config"], new["config"]
+    # A key missing in the record came with a later version, so it had its default value, unless
+    # its whole section was null (`lora: null`).
+    later = [key for key in now if not any(key.startswith(f"{name}.") for name in known)]
+    before = dict.fromkeys(now) | {key: _default(key) for key in later} | known
+    return {k: (v, now.get(k)) for k, v in sorted(before.items()) if v != now.get(k)}
+
+
+def resumable(
+    old: dict[str, Any], new: dict[str, Any], stage: Stage, saved: Collection[int]
+) -> dict[str, tuple[Any, Any]]:
+    """Changed keys that an unfinished stage may be resumed with -> (value before, value now).
+
+    The number of steps is one where no learning rate depends on it, or where no step is left; a
+    path where the files are the same. Nothing has been evaluated yet.
+
+    Args:
+        saved: steps of its checkpoints.
+    """
+    last_parts = list(RESUMABLE)
+    schedules = {record["config"].get(f"{stage}.lr_schedule") for record in (old, new)}
+    if schedules == {"constant"} or new["config"].get(f"{stage}.steps") in saved:
+        last_parts += ["steps"] if stage == "ppo" else ["steps", "epochs"]  # PPO's are of a batch
+    keys = [f"{stage}.{each}" for each in last_parts]
+    bases = [record["base"]["fingerprint"] for record in (old, new)]
+    keys += ["backbone.path"] if bases[0] and bases[0] == bases[1] else []
+    hashes = [[each["sha256"] for each in record["data"].values()] for record in (old, new)]
+    same_data = hashes[0] == hashes[1] and None not in hashes[0]
+    return {
+        key: (was, now)
+        for key, (was, now) in changed_keys(old, new).items()
+        if key in keys
+        or key.startswith(("evaluation.", "ppo.health."))
+        or (same_data and _without_paths(now) and _without_paths(was) == _without_paths(now))
+    }
+
+
+def _without_paths(sources: Any) -> list[dict[str, Any]] | None:
+    """Data sources of a config but for their paths; None for a value that is no list of them."""
+    if not isinstance(sources, list) or not all(
+        isinstance(s, dict) and "path" in s for s in sources
+    ):
+        return None
+    return [{key: value for key, value in s.items() if key != "path"} for s in sources]
 
 
 def _default(key: str) -> Any:

@@ -5,17 +5,10 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 from pydantic import BaseModel, ValidationError
 
 from chatllama.config.ppo import HealthSection
-from trainers.ppo.health.monitor import (
-    Diagnosis,
-    decide,
-    dump_batch,
-    start_diagnoses,
-    write_diagnoses,
-)
+from trainers.ppo.health.monitor import Diagnosis, decide, start_diagnoses, write_diagnoses
 from trainers.ppo.health.rules import RULES
 
 PROJECT = Path(__file__).resolve().parents[3]
@@ -79,21 +72,6 @@ def test_diagnoses_are_written_and_cut_at_a_resume(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [3, 9]
     start_diagnoses(path, 0)
     assert path.read_text() == ""
-
-
-def test_a_bad_batch_is_dumped_with_its_rows(tmp_path: Path) -> None:
-    scores = torch.tensor([0.0, math.nan, 1.0])
-    logprobs = torch.zeros(3, 2)
-    logprobs[2, 1] = -math.inf
-    tokens = torch.arange(6).view(3, 2)
-    path = dump_batch(
-        tmp_path / "ppo", 12, {"scores": scores, "logprobs": logprobs, "tokens": tokens}
-    )
-    assert path == tmp_path / "ppo" / "bad_batch-step-12.pt"
-    content = torch.load(path, weights_only=True)
-    assert content["not_finite_rows"] == {"scores": [1], "logprobs": [2]}
-    assert torch.equal(content["tokens"], tokens)
-    assert torch.equal(content["logprobs"], logprobs)
 
 
 def test_wrong_settings_are_refused() -> None:

@@ -25,9 +25,10 @@ from trainers.ppo import model as ppo_setup
 from trainers.ppo import rollout
 from trainers.ppo import train as ppo
 from trainers.ppo.data import Prompts
-from trainers.ppo.health.monitor import Diagnosis, HealthMonitor, decide, dump_batch
+from trainers.ppo.health.monitor import Diagnosis, HealthMonitor, decide
 from trainers.ppo.ppo_math import masked
 from trainers.ppo.rewards import Scorer
+from trainers.stages.not_finite import dump_batch
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from chatllama.config.ppo import HealthSection
 from chatllama.runtime.jsonl import append_lines, keep_lines
 from trainers.ppo.health.checks import History, TooFewSteps
@@ -155,21 +153,3 @@ def write_diagnoses(path: Path, diagnoses: Sequence[Diagnosis], decision: Decisi
         if not math.isfinite(line["figure"]):
             line["figure"] = None
     append_lines(path, lines, finite=True)
-
-
-def dump_batch(folder: Path, step: int, tensors: Mapping[str, torch.Tensor]) -> Path:
-    """Writes a step's tensors to folder/bad_batch-step-N.pt, with the rows that are not finite.
-
-    The file holds a dict for `torch.load`: the tensors (rows first) by name, on the CPU, and
-    `not_finite_rows`, name -> indices of the rows with NaN or infinity.
-    """
-    content: dict[str, Any] = {name: t.detach().cpu() for name, t in tensors.items()}
-    content["not_finite_rows"] = {
-        name: (~t.isfinite()).reshape(len(t), -1).any(1).nonzero().flatten().tolist()
-        for name, t in content.items()
-        if t.is_floating_point() and t.dim() > 0
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"bad_batch-step-{step}.pt"
-    torch.save(content, path)
-    return path
