@@ -130,7 +130,7 @@ def test_it_goes_on_from_the_last_good_checkpoint_with_another_learning_rate(
         main(stage, [*command, *exploding])
     assert [path.name for path in step_folders(run.checkpoints(stage))] == ["step-3", "step-4"]
     assert_finite(run, stage)
-    with pytest.raises(ValueError, match=r"stopped at step 5: .*step-4 are too large .* remove it"):
+    with pytest.raises(ValueError, match=r"stopped at step 5: .*step-4 are too large: remove it"):
         main(stage, command)
     shutil.rmtree(run.checkpoints(stage) / "step-4")
     main(stage, command)
