@@ -139,6 +139,18 @@ def _failure(error: Exception) -> tuple[int, str]:
     if "WORLD_SIZE" not in os.environ:
         run_lock.release_all()
         raise error
+    if "EADDRINUSE" in str(error):
+        return 2, _prefixed(
+            f"error: port {os.environ.get('MASTER_PORT')} is taken by another program. Give "
+            "`deepspeed` a free one with --master_port, `chatllama run` with --master-port; "
+            "without it `chatllama run` chooses one on a single machine"
+        )
+    if "Timed out waiting" in str(error):
+        limit = os.environ.get("DEEPSPEED_TIMEOUT", "10")
+        return 1, _prefixed(
+            f"error: another rank did not answer within {limit} minutes (DEEPSPEED_TIMEOUT sets "
+            "how many): it hangs, or was stopped. Go on from the newest checkpoint with --resume"
+        )
     if _lost_a_rank(error):
         interruption.restore_default_handlers()
         time.sleep(LOST_RANK_SECONDS)
