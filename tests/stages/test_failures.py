@@ -3,11 +3,15 @@
 import os
 import socket
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
-import torch.distributed as dist
+import torch
 
 from trainers.stages.arguments import _failure
+
+dist: Any = torch.distributed
 
 
 def listening(family: int, host: str) -> socket.socket:
@@ -46,8 +50,6 @@ def silent_rank(folder: str, limit: float) -> Exception:
         group = dist.ProcessGroupGloo(store, 1, 2, timedelta(seconds=60))
         os.kill(os.getpid(), 19)  # SIGSTOP
         os._exit(len(repr(group)) and 1)
-    import torch
-
     try:
         group = dist.ProcessGroupGloo(store, 0, 2, timedelta(seconds=limit))
         with pytest.raises(RuntimeError) as caught:
@@ -59,7 +61,7 @@ def silent_rank(folder: str, limit: float) -> Exception:
 
 
 def test_a_stopped_rank_ends_the_job_with_the_limit_that_can_be_set(
-    tmp_path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("DEEPSPEED_TIMEOUT", "7")
