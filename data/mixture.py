@@ -20,6 +20,7 @@ from chatllama.config.schema import Config
 from chatllama.config.sources import DataSource
 from chatllama.config.stages import StageSection
 from chatllama.runtime.distributed import rank
+from chatllama.text.tokenizer import within_positions
 from data.decontaminate import build_index, contamination
 from data.reading.records import Kind
 from data.reading.source import ReadReport, read_source
@@ -154,6 +155,8 @@ def load_examples(
         section.decontaminate,
     )
     lines, parts, reports = [mixture.summary()], [], []
+    if (most := within_positions(tokenizer, max_length)) < max_length:
+        lines.append(f"limit {most} tokens, not {max_length}: the model's max_position_embeddings")
     for name, records in (("training", mixture.train), ("held-out", mixture.held_out)):
         if len(records):
             records, report = tokenize(records, kind, tokenizer, cfg.chat, max_length)

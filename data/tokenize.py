@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from chatllama.config.model import ChatSection
 from chatllama.text.chat_format import Message, render
 from chatllama.text.encoding import encode
+from chatllama.text.tokenizer import within_positions
 from data.caching import cached_map
 
 
@@ -54,6 +55,8 @@ def tokenize(
 ) -> tuple[Dataset, TokenReport]:
     """The examples of at most `max_length` tokens for a stage, and what was cut or left out.
 
+    The model's max_position_embeddings is a limit, too.
+
     The kind decides the columns: see `_conversation`, `_preference` and `_prompt`. Every rank calls
     this; later ones find the cache, simultaneous ones do the same work with the same result.
 
@@ -65,6 +68,7 @@ def tokenize(
         "preferences": (_preference, _PREFERENCE),
         "prompts": (_prompt, {"input_ids": List(Value("int32")), "text": Value("string")}),
     }[kind]
+    max_length = within_positions(tokenizer, max_length)
     features = features | {"changed": Value("string"), "left_out": Value("string")}
     rows = cached_map(
         records, _by_record, features, make, (tokenizer, chat, max_length), batched=True
@@ -107,6 +111,7 @@ def tokenize_text(
     only the first begins with BOS and only the last ends with EOS.
     """
     features = {"input_ids": List(Value("int32"))}
+    max_length = max_length and within_positions(tokenizer, max_length)
     examples = cached_map(dataset, _texts, features, tokenizer, max_length, batched=True)
     extra = len(examples) - len(dataset)
     changed = {"more examples by cutting long texts": extra} if extra else {}

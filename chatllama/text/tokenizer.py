@@ -69,7 +69,26 @@ def load_tokenizer(
         )
     if model is not None:
         tokenizer.vocab_file = str(model_file)
-    return _apply_policy(tokenizer, str(path), _read_json(folder / "config.json").get("vocab_size"))
+    llama = _read_json(folder / "config.json")
+    _check_embeddings(tokenizer, str(path), llama.get("vocab_size"))
+    vars(tokenizer)["max_positions"] = llama.get("max_position_embeddings")
+    return _apply_policy(tokenizer, str(path), llama.get("vocab_size"))
+
+
+def within_positions(tokenizer: PreTrainedTokenizerFast, max_length: int) -> int:
+    """A limit in tokens, at most the max_position_embeddings of the model beside the tokenizer."""
+    return min(max_length, vars(tokenizer).get("max_positions") or max_length)
+
+
+def _check_embeddings(tokenizer: PreTrainedTokenizerFast, path: str, rows: int | None) -> None:
+    """Refuses ids without a row of the embedding, but for a pad token, which is replaced."""
+    vocab = {i: token for token, i in tokenizer.get_vocab().items() if token != tokenizer.pad_token}
+    if rows is not None and (beyond := [index for index in sorted(vocab) if index >= rows]):
+        raise ValueError(
+            f"{path}: token {vocab[beyond[0]]!r} has id {beyond[0]}, but the model's embedding has "
+            f"{rows} rows (vocab_size of config.json), so {len(beyond)} tokens have none: take the "
+            "tokenizer of this model, or remove these tokens from its files"
+        )
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from chatllama.config.model import ChatSection
 from chatllama.text.chat_format import end_of_turn_ids, render
 from chatllama.text.encoding import decode, encode
+from chatllama.text.tokenizer import within_positions
 from data.caching import cached_map
 from data.checking.records import iterate
 from data.checking.report import MESSAGES, Findings, StageSource, percentiles
@@ -66,6 +67,7 @@ def check_tokens(
 
     Fills in the source's figures, which hold its limit; the defects go into `findings`.
     """
+    part.max_length = part.max_length and within_positions(tokenizer, part.max_length)
     shown = cached_map(good, _measure, _MEASURED, tokenizer, chat, part.max_length)
     lengths: list[int] = shown["length"][:]
     part.num_tokens = sum(shown["tokens"][:])

@@ -56,6 +56,30 @@ def test_only_answers_are_trained(tokenizer: PreTrainedTokenizerFast) -> None:
     assert (report.num_read, report.num_kept, report.changed, report.left_out) == (1, 1, {}, {})
 
 
+def test_the_models_positions_are_a_limit_in_every_stage(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(vars(tokenizer), "max_positions", 30)
+    long, prompt = "the river " * 60, turns("the river")
+    answers = {
+        "prompt": prompt,
+        "answers": [long, "a garden"],
+        "ranks": [0, 1],
+        "ratings": [0.0, 0.0],
+        "where": "x",
+    }
+    examples, report = tokenize(
+        records({"messages": turns("Hi", long)}), "sft", tokenizer, CHAT, 99
+    )
+    assert len(examples[0]["input_ids"]) == 30 and report.changed == {"cut inside the answer": 1}
+    with pytest.raises(ValueError, match="an answer is over 30 tokens"):
+        tokenize(records(answers), "preferences", tokenizer, CHAT, 99)
+    with pytest.raises(ValueError, match="over 30 tokens"):
+        tokenize(records({"messages": turns(long)}), "prompts", tokenizer, CHAT, 99)
+    texts, _ = tokenize_text(records({"text": long}), tokenizer, 99)
+    assert max(map(len, texts["input_ids"])) == 30
+
+
 def test_long_conversations_lose_exchanges_then_their_answers_end(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:

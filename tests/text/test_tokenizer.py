@@ -12,7 +12,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from chatllama.text.encoding import decode, encode, text_encoders
-from chatllama.text.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from chatllama.text.tokenizer import (
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+    within_positions,
+)
 
 HARD_TEXTS = [
     "", " ", "  ", "a", " a", "   a   b    c  ", "a ", "\n", "\n\n  a\n", "\t\ta", "\r\n", "a\0b",
@@ -197,6 +202,31 @@ def test_own_pad_is_kept_only_where_it_has_an_embedding(tmp_path: Path) -> None:
     assert load_tokenizer(folder).pad_token == "<pad>"
     (folder / "config.json").write_text('{"model_type": "llama", "vocab_size": 261}')
     assert load_tokenizer(folder).pad_token == LLAMA3[3]
+
+
+@pytest.mark.parametrize(
+    ("rows", "first", "count"), [(260, 260, 1), (259, 259, 2), (257, 257, 4), (256, 256, 5)]
+)
+def test_ids_beyond_the_embedding_are_refused_with_both_numbers(
+    tmp_path: Path, rows: int, first: int, count: int
+) -> None:
+    special = ["<|im_start|>", "<|im_end|>", "</s>", "<|more|>"]  # 257 to 260
+    folder = byte_level_folder(tmp_path, special, eos_token="</s>", pad_token="<|im_end|>")
+    (folder / "config.json").write_text(json.dumps({"vocab_size": rows}))
+    count -= rows <= 258  # the pad token, which is replaced, counts as none
+    with pytest.raises(ValueError, match=rf"id {first}, but .* has {rows} rows .* {count} tokens"):
+        load_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 261}))
+    assert load_tokenizer(folder).pad_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize(("positions", "limit"), [(None, 100), (512, 100), (7, 7)])
+def test_no_limit_is_beyond_the_models_positions(
+    tmp_path: Path, positions: int | None, limit: int
+) -> None:
+    folder = byte_level_folder(tmp_path, LLAMA3, eos_token=LLAMA3[1])
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": positions}))
+    assert within_positions(load_tokenizer(folder), 100) == limit
 
 
 def test_eos_is_required(tmp_path: Path) -> None:

@@ -249,6 +249,16 @@ def test_what_becomes_of_long_records(
     assert report.sources[0].truncated == 3
 
 
+def test_sequences_beyond_the_models_positions_are_reported(
+    config: Callable[..., Config],
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(vars(tokenizer), "max_positions", 300)
+    report = examine(config(sft={"data": [*SFT, ask("At length.", LONG)]}), tokenizer).report
+    assert "over 300 tokens: cut inside the answer" in {each.message for each in report.findings}
+
+
 def test_dropped_characters(
     tiny_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, config: Callable[..., Config]
 ) -> None:
