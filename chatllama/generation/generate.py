@@ -38,7 +38,6 @@ def generate(
     Args:
         prompts: token ids; none may be empty.
         sampling: also bounds the response's length.
-        stop_ids: ids that end a response.
         uniforms: (N, max_new_tokens) float32 in [0, 1), one row a prompt.
         any_running: called before every forward pass with whether this rank still samples; returns
             whether any rank does. Under ZeRO-3 ranks must stay in step: a finished rank idles.
@@ -56,9 +55,7 @@ def generate(
         compiled.reserve(min(batch_size, len(prompts)), longest)
     batch = DecodingBatch(llama, min(batch_size, max(1, len(prompts))), compiled)
     # The longest last: `pop` takes from the end, so prompts are read from the shortest on.
-    queue = sorted(
-        range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i]), i), reverse=True
-    )
+    queue = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i]), i))[::-1]
     taken: list[int] = []
     responses: list[list[int]] = [[] for _ in prompts]
     while any_running(bool(queue or batch.running)):

@@ -97,29 +97,31 @@ def import_meta(
         _check_room(beside, shards, chosen)
         inputs = [folder / "params.json", tokenizer_file, *shards.files]
         hashes = {file.name: _checked_hash(file) for file in inputs}
-        positions = max_positions or params.max_seq_len or ASSUMED_POSITIONS
-        if max_positions is None and params.max_seq_len is None:
-            print(f"longest text: {positions} tokens assumed (LLaMA-2: --max-positions 4096)")
+        positions = max_positions or params.max_seq_len or _assumed_positions()
         config = _config(shards, tokenizer, positions, chosen)
         _write(beside, config, shards, max_file_bytes)
-        difference = _check(beside, config, shards)
         info = {
             "stage": "import",
             "source": folder.name,
             "sha256": hashes,
             "params": asdict(params),
             "dtype": dtype_name(chosen),
-            "logit_difference": difference,
+            "logit_difference": _check(beside, config, shards),
             "num_checked_tokens": NUM_CHECKED_TOKENS,
         }
         write_json(beside / INFO, info)
         replace_folder(beside, out)
     kinds = ", ".join(sorted(map(dtype_name, shards.dtypes)))
     print(
-        f"{out}: {params.n_layers} layers, {kinds} -> {info['dtype']}; logits "
-        f"differ from Meta's architecture by at most {difference:.1e} of their deviation"
+        f"{out}: {params.n_layers} layers, {kinds} -> {info['dtype']}; logits differ from "
+        f"Meta's architecture by at most {info['logit_difference']:.1e} of their deviation"
     )
     return out
+
+
+def _assumed_positions() -> int:
+    print(f"longest text: {ASSUMED_POSITIONS} tokens assumed (LLaMA-2: --max-positions 4096)")
+    return ASSUMED_POSITIONS
 
 
 def hf_name(name: str) -> str:

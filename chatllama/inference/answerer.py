@@ -107,8 +107,7 @@ class Answerer:
         for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)
             if with_logprobs:
-                temperature = sampling.temperature or 1.0
-                found = self.logprobs(prompts[rows], sampled[rows], temperature)
+                found = self.logprobs(prompts[rows], sampled[rows], sampling.temperature or 1.0)
                 for answer, logprobs in zip(answers[rows], found, strict=True):
                     answer.logprobs = logprobs
             if self.loaded.reward_roles:

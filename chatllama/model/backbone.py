@@ -46,17 +46,7 @@ def load_backbone(
     """
     revision = section.revision if path == section.path else None
     common = {"revision": revision, "trust_remote_code": section.trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(path, **common)
-    except OSError as error:
-        raise ValueError(
-            f"backbone.path: no model at {path!r}. Give a local Hugging Face folder (with "
-            f"config.json and model.safetensors) or a hub id. {_first_line(error)}"
-        ) from error
-    except ValueError as error:  # no known model_type, or code that we do not run
-        raise ValueError(f"backbone.path: {path!r} cannot be loaded: {error}") from error
-    if not isinstance(config, LlamaConfig):
-        raise ValueError(f"backbone.path: {path!r} is a {config.model_type!r} model, not a LLaMA")
+    config = _read_config(path, common)
     check_kernels(section, config)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
@@ -97,6 +87,21 @@ def load_backbone(
         memory = f"{section.quantization}, {megabytes(weight_bytes(model))} of weights"
         print(f"backbone: {memory}", file=sys.stderr)  # answers go to stdout
     return model.eval()
+
+
+def _read_config(path: str, common: dict[str, Any]) -> LlamaConfig:
+    try:
+        config = AutoConfig.from_pretrained(path, **common)
+    except OSError as error:
+        raise ValueError(
+            f"backbone.path: no model at {path!r}. Give a local Hugging Face folder (with "
+            f"config.json and model.safetensors) or a hub id. {_first_line(error)}"
+        ) from error
+    except ValueError as error:  # no known model_type, or code that we do not run
+        raise ValueError(f"backbone.path: {path!r} cannot be loaded: {error}") from error
+    if not isinstance(config, LlamaConfig):
+        raise ValueError(f"backbone.path: {path!r} is a {config.model_type!r} model, not a LLaMA")
+    return config
 
 
 def _quantized(
