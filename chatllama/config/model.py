@@ -7,6 +7,8 @@ from pydantic import Field, field_validator, model_validator
 from chatllama.config.base import Fraction, NonNegative, Positive, PositiveFloat, Section
 from chatllama.config.sources import DataSource
 
+Day = Annotated[str, Field(pattern=r"^\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])$")]
+
 
 class FromScratch(Section):
     """A tokenizer and a small LLaMA made from plain text, by `train_sft.py`, before SFT."""
@@ -124,6 +126,8 @@ class ChatSection(Section):
     """Chat template. `tokenizer`: the one that comes with the tokenizer."""
     system: str | None = None
     """System prompt for conversations that have none."""
+    date: Day | None = None
+    """Day that a tokenizer's template writes, YYYY-MM-DD. null: that on which the run starts."""
 
 
 class LoraSection(Section):

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from chatllama.config.model import ChatSection
 from chatllama.config.schema import GenerationSection
 from chatllama.text.chat_format import default_system, end_of_turn_ids
+from chatllama.text.tokenizer_template import frozen_template
 
 _SYSTEM = """\
 {%- if messages[0]['role'] == 'system' -%}
@@ -145,8 +146,7 @@ def jinja_template(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> str
     """The layout as a Jinja chat template."""
     system = json.dumps(default_system(chat), ensure_ascii=False)
     if chat.template == "tokenizer":
-        own = tokenizer.chat_template
-        assert isinstance(own, str)
+        own = frozen_template(tokenizer.get_chat_template(), chat.date)
         if chat.system is None:
             return own
         default = f"[{{'role': 'system', 'content': {system}}}]"

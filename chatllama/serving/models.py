@@ -141,7 +141,7 @@ class Models:
             contract = saved.info.get("contract")
             if not isinstance(contract, dict):
                 raise ValueError("chatllama.json names no chat contract")
-            check_contract(contract, self._run.tokenizer, self._run.chat, "the adapter")
+            check_contract(contract, self._run.tokenizer, self._run.config.chat, "the adapter")
         except (ValueError, OSError) as error:
             raise _bad_path(str(error).replace(str(folder), "the folder")) from error
         return saved

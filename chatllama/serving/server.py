@@ -5,11 +5,13 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 
 import uvicorn
 
 from chatllama.config.loader import load_config
+from chatllama.config.model import ChatSection
 from chatllama.config.schema import with_weights
 from chatllama.inference.chat_model import describe_model
 from chatllama.inference.load import load_run
@@ -105,7 +107,11 @@ def serve(settings: ServerSettings) -> None:
     with open_socket(settings) as bound:
         run = RunFolder(settings.run)
         cfg = load_config(run.existing_config())
-        loaded = load_run(run, with_weights(cfg, settings.dtype, settings.quantization))
+        chat = cfg.chat
+        if settings.date is not None:
+            chat = ChatSection.model_validate(chat.model_dump() | {"date": settings.date})
+        weights = (settings.dtype, settings.quantization)
+        loaded = replace(load_run(run, with_weights(cfg, *weights)), chat=chat)
         quantization = loaded.config.backbone.quantization
         tell(f"{settings.run}: {describe_model(loaded.model, quantization)}")
         service = Service(settings, loaded)

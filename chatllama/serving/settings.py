@@ -43,6 +43,9 @@ class ServerSettings(WeightsOptions):
         metavar="ORIGIN",
         flag="--allow-origin",
     )
+    date: str | None = option(
+        None, "day that the tokenizer's template writes (default: the run's)", metavar="YYYY-MM-DD"
+    )
     adapter_root: Path | None = option(
         None, "the folder that /v1/load_lora_adapter may load from (default: RUN)", metavar="DIR"
     )

@@ -140,6 +140,7 @@ def describe_contract(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> 
     return {
         "template": chat.template,
         "system": chat.system,
+        "date": chat.date,
         "hash": contract_hash(tokenizer, chat),
         "vocabulary_hash": _vocabulary_hash(tokenizer),
         "chat_template_hash": _digest(tokenizer.chat_template) if own else None,
@@ -158,7 +159,9 @@ def check_contract(
     `expected` is from `describe_contract`; `where` names the path or stage that holds it.
     """
     found = describe_contract(tokenizer, chat)
+    expected = {"date": found["date"], **expected}  # not recorded by earlier versions
     labels = {
+        "date": "chat.date (which can be set in the config)",
         "template": "chat.template",
         "system": "chat.system (system prompt)",
         "vocabulary_hash": "tokenizer (vocabulary)",
@@ -187,7 +190,7 @@ def _segments(
     if chat.template == "tokenizer":
         if messages[0]["role"] != "system" and chat.system is not None:
             messages = [{"role": "system", "content": chat.system}, *messages]
-        return template_segments(tokenizer, messages, prompt)
+        return template_segments(tokenizer, messages, prompt, chat.date)
     for name in _CONTROLS.get(chat.template, ()):
         if name not in control_tokens(tokenizer):
             raise ValueError(

@@ -4,9 +4,11 @@ The template only writes text. Where answers start and end is found by rendering
 conversation, and checked: the mask and the prompt are right, or the template is refused.
 """
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
@@ -16,17 +18,18 @@ from transformers import PreTrainedTokenizerFast
 from chatllama.text.chat_templates import Segment
 from chatllama.text.encoding import control_tokens, text_encoders
 
+_CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _PRIVATE_USE = range(0xE000, 0xF900)
 
 
 def template_segments(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Any], prompt: bool
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Any], prompt: bool, date: str | None
 ) -> list[Segment]:
     """Segments of the text that the tokenizer's `chat_template` writes for checked messages.
 
     Text after the last answer's end-of-turn token is left out, so that a finished conversation
     ends there. `{% generation %}` tags are allowed and not needed. `prompt` opens an answer after
-    the last user message.
+    the last user message. `date` (YYYY-MM-DD) stands for the day of the template's strftime_now.
 
     Raises:
         ValueError: no template; the template refuses the conversation, rewrites an answer, does
@@ -40,11 +43,11 @@ def template_segments(
     names = sorted(control_tokens(tokenizer), key=len, reverse=True)
     controls = _control_pattern(tokenizer, names)
     mark, escaped = _escape(messages, names)
-    text = _write(tokenizer, escaped, prompt)
+    text = _write(tokenizer, escaped, prompt, date)
     spans: list[tuple[int, int]] = []
     for index, message in enumerate(escaped):
         if message["role"] == "assistant":
-            opening = _write(tokenizer, escaped[:index], True)
+            opening = _write(tokenizer, escaped[:index], True, date)
             spans.append(_answer_span(text, opening, message["content"], index, controls))
     if spans and messages[-1]["role"] == "assistant":
         text = text[: spans[-1][1]]
@@ -58,10 +61,27 @@ def template_segments(
     return segments
 
 
-def _write(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Any], prompt: bool) -> str:
+def frozen_template(template: str, date: str | None) -> str:
+    """The template with a day in the place of the clock; ValueError where that cannot be done."""
+    if date is None:
+        return template
+    day = datetime.fromisoformat(date)
+    frozen = _CLOCK.sub(lambda call: json.dumps(day.strftime(call[2])), template)
+    if found := re.search(r"strftime_now(?!\s+is\b).{,40}", frozen):
+        raise ValueError(
+            f"the tokenizer's chat template reads the clock in a way that cannot be frozen: "
+            f"{found[0]!r}; write the format into the call, as in strftime_now('%d %b %Y')"
+        )
+    return frozen
+
+
+def _write(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Any], prompt: bool, date: str | None
+) -> str:
+    template = frozen_template(tokenizer.get_chat_template(), date)
     try:
         text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=prompt
+            list(messages), chat_template=template, tokenize=False, add_generation_prompt=prompt
         )
     except TemplateError as error:
         raise ValueError(f"the tokenizer's chat template refuses this: {error}") from error

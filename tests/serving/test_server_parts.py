@@ -13,8 +13,9 @@ from pydantic import ValidationError
 
 from chatllama import cli
 from chatllama.config.sources import DataSource
+from chatllama.inference.load import LoadedRun
 from chatllama.serving import requests as calls
-from chatllama.serving import votes
+from chatllama.serving import server, votes
 from chatllama.serving.errors import of_validation, shown
 from chatllama.serving.metrics import Metrics
 from chatllama.serving.schema import ChatRequest, CompletionRequest, Vote
@@ -275,3 +276,29 @@ def test_a_stream_that_nobody_reads_ends_with_its_work(
     wire = Wire(leaves)
     asyncio.run(stream({"type": "http"}, wire.receive, wire.send))
     assert closed == [True] and f"chatllama_{counted}_total 1.0" in metrics.text()
+
+
+@pytest.mark.parametrize(
+    ("day", "shown"),
+    [(None, "2024-01-02"), ("2030-05-06", "2030-05-06"), ("1999-12-31", "1999-12-31")],
+)
+def test_the_server_may_be_given_another_day_than_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, day: str | None, shown: str
+) -> None:
+    text = "run_dir: r\nbackbone: {path: m}\nchat: {template: tokenizer, date: 2024-01-02}\n"
+    (tmp_path / "config.yaml").write_text(text)
+    nothing: Any = None
+
+    def service(_: object, loaded: LoadedRun) -> None:
+        assert (loaded.chat.date, loaded.config.chat.date) == (shown, "2024-01-02")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        server, "load_run", lambda _, cfg: LoadedRun(nothing, nothing, cfg.chat, cfg, [])
+    )
+    monkeypatch.setattr(server, "describe_model", lambda *_: "")
+    monkeypatch.setattr(server, "Service", service)
+    with pytest.raises(KeyboardInterrupt):
+        server.serve(ServerSettings(run=tmp_path, port=0, date=day))
+    with pytest.raises(ValueError, match="date"):
+        server.serve(ServerSettings(run=tmp_path, port=0, date="soon"))

@@ -2,10 +2,13 @@ import os
 import re
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import pytest
 
+from chatllama.config.loader import ConfigError
+from trainers.stages import arguments
 from trainers.stages.arguments import parse_stage_arguments
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -92,3 +95,28 @@ def test_help_names_the_options_and_needs_nothing_heavy() -> None:
     for part in ("X.", "CONFIG", "section.key=value", "--resume", "configs/reference.yaml"):
         assert part in shown
     assert "local_rank" not in shown
+
+
+@pytest.mark.parametrize("recorded", [None, "2020-02-03", "null"])
+def test_the_day_is_frozen_when_a_run_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: str | None
+) -> None:
+    class Today(date):
+        @classmethod
+        def today(cls) -> "Today":
+            return cls(2031, 5, 6)
+
+    monkeypatch.setattr(arguments, "date", Today)
+    base = "backbone: {path: m}\n"
+    file, chat = tmp_path / "mine.yaml", f"{base}chat: {{template: tokenizer, date: "
+    file.write_text(f"run_dir: {tmp_path / 'run'}\nchat: {{template: tokenizer}}\n{base}")
+    if recorded is not None:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.yaml").write_text(f"run_dir: r\n{chat}{recorded}}}\n")
+    # A run that an earlier version began has none.
+    expected = {None: "2031-05-06", "null": None}.get(recorded, recorded)
+    assert arguments.load_stage_config(file, []).chat.date == expected
+    assert arguments.load_stage_config(file, ["chat.date=1999-12-31"]).chat.date == "1999-12-31"
+    assert arguments.load_stage_config(file, ["chat.template=llama2"]).chat.date is None
+    with pytest.raises(ConfigError, match=r"chat\.date"):
+        arguments.load_stage_config(file, ["chat.date=2026-13-01"])

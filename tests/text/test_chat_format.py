@@ -3,14 +3,17 @@
 import json
 import random
 import shutil
+from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import sentencepiece
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from chatllama.config.model import ChatSection
+from chatllama.exporting.templates import jinja_template
 from chatllama.text.chat_format import (
     Message,
     Rendered,
@@ -37,6 +40,7 @@ LLAMA2 = (
     "{{ raise_exception('no system here') }}"
     "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
+DAY = "2024-01-02"
 LAYOUTS = ["llama2", "llama3", "alpaca", "vicuna", "chatml", "own chatml", "own llama2"]
 
 
@@ -287,6 +291,8 @@ def test_own_llama2_template_equals_plain_tokenisation(tokenizer: PreTrainedToke
         (CHATML.replace("{% if add_generation_prompt", "{% if false"), "generation prompt missing"),
         (CHATML.replace("{{ m.content }}", "{{ m.content | upper }}"), "changes answers"),
         ("{{ raise_exception('only poems') }}", "only poems"),
+        ("{{ strftime_now(form) }}", "cannot be frozen"),
+        ("{% set clock = strftime_now %}{{ clock('%d') }}", "cannot be frozen"),
     ],
 )
 def test_own_templates_that_cannot_be_masked_are_refused(
@@ -294,7 +300,7 @@ def test_own_templates_that_cannot_be_masked_are_refused(
 ) -> None:
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match=reason):
-        render(tokenizer, ChatSection(template="tokenizer"), conversation("a", "b"))
+        render(tokenizer, ChatSection(template="tokenizer", date=DAY), conversation("a", "b"))
 
 
 @pytest.mark.parametrize("layout", ["llama2", "llama3", "alpaca", "vicuna", "chatml", "own chatml"])
@@ -347,6 +353,50 @@ def test_content_must_be_text_and_prompts_end_with_the_user(
         check_messages(wrong)
     with pytest.raises(ValueError, match="add_generation_prompt needs a user message"):
         render(tokenizer, ChatSection(), conversation("a", "b"), add_generation_prompt=True)
+
+
+# As Llama-3.x's templates write the day.
+DATED = (
+    "{%- if strftime_now is defined -%}{%- set day = strftime_now('FORMAT') -%}{%- else -%}"
+    "{%- set day = '26 Jul 2024' -%}{%- endif -%}<|im_start|>system\nToday: {{ day }}<|im_end|>\n"
+) + CHATML
+
+
+class OtherDay(datetime):
+    """A clock that is years away."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> "OtherDay":
+        return cls(2031, 5, 7, 23, 59)
+
+
+@pytest.mark.parametrize(
+    ("form", "written"),
+    [("%d %b %Y", "02 Jan 2024"), ("%A", "Tuesday"), ("%Y-%m-%d %H", "2024-01-02 00")],
+)
+def test_the_day_of_a_template_is_the_configs_whatever_the_clock_says(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, form: str, written: str
+) -> None:
+    tokenizer.chat_template = DATED.replace("FORMAT", form)
+    chat = ChatSection(template="tokenizer", date="2024-01-02")
+    messages = conversation("Anna", "Victor")
+    before = render(tokenizer, chat, messages)
+    assert f"Today: {written}" in decode(tokenizer, before.ids)
+    contract = describe_contract(tokenizer, chat)
+    assert contract["date"] == "2024-01-02"
+    exported = jinja_template(tokenizer, chat)
+    monkeypatch.setattr(chat_template_utils, "datetime", OtherDay)
+    assert render(tokenizer, chat, messages) == before
+    check_contract(contract, tokenizer, chat, "here")
+    text = tokenizer.apply_chat_template(
+        cast(Any, messages), chat_template=exported, tokenize=False
+    )
+    assert f"Today: {written}" in cast(str, text)
+    live = ChatSection(template="tokenizer")
+    assert render(tokenizer, live, messages) != before
+    with pytest.raises(ValueError, match=r"chat\.date .*'2024-01-02' there, None here"):
+        check_contract(contract, tokenizer, live, "here")
+    check_contract({k: v for k, v in contract.items() if k != "date"}, tokenizer, chat, "older")
 
 
 def test_contract_names_what_differs(

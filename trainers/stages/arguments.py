@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import NoReturn
 
@@ -87,13 +88,29 @@ def parse_stage_arguments(description: str, argv: Sequence[str] | None = None) -
     add("--local_rank", "--local-rank", type=int, help=hidden)
     arguments = parser.parse_intermixed_args(argv)
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        config = load_stage_config(arguments.config, arguments.overrides)
         check_batches(config, int(os.environ.get("WORLD_SIZE", "1")))
     except ConfigError as error:
         if _is_printing_rank():
             print(error, file=sys.stderr)
         raise SystemExit(2) from error
     return StageArguments(config=config, resume=arguments.resume, lock=arguments.run_lock)
+
+
+def load_stage_config(path: str | Path, overrides: Sequence[str]) -> Config:
+    """The config, with the day of the chat template frozen when the run starts.
+
+    That is the one that the run folder records; today in a new run.
+    """
+    cfg = load_config(path, overrides)
+    recorded = RunFolder(Path(cfg.run_dir)).config
+    if cfg.chat.template != "tokenizer" or cfg.chat.date is not None:
+        return cfg
+    old = load_config(recorded).chat if recorded.is_file() else None
+    day = date.today().isoformat()
+    if old is not None and old.template == "tokenizer":
+        day = old.date
+    return cfg.model_copy(update={"chat": cfg.chat.model_copy(update={"date": day})})
 
 
 def run_stage(main: Callable[[], None]) -> None:

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from chatllama.config.batch_sizes import check_batches
-from chatllama.config.loader import dump_config, load_config
+from chatllama.config.loader import dump_config
 from chatllama.config.schema import Config
 from chatllama.reporting.page import write_report
 from chatllama.reporting.summary import (
@@ -33,6 +33,7 @@ from chatllama.runs.folder import RunFolder, Stage
 from chatllama.runs.interruption import EXIT_CODE
 from chatllama.runs.lock import lock_path, locked, read_owner
 from chatllama.runtime.command_line import duration
+from trainers.stages.arguments import load_stage_config
 from trainers.stages.decisions import Decision, decide, forget, set_aside
 from trainers.stages.launcher import (
     Launch,
@@ -77,7 +78,7 @@ def run_pipeline(
         ValueError: the config is wrong or does not fit what the run folder holds.
         StageFailed: a stage failed; later ones were not run.
     """
-    cfg = load_config(config_path, overrides)
+    cfg = load_stage_config(config_path, overrides)
     run = RunFolder(Path(cfg.run_dir))
     launch = launch or Launch()
     # Machines that are started one by one may have run folders of their own.
