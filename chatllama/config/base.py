@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -18,6 +18,8 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
 Schedule = Literal["linear", "cosine", "constant"]
+FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path; `~` is expanded once, here, since some libraries would expand it and others not."""
 
 
 class Section(BaseModel):

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from chatllama.config.base import Fraction, NonNegative, Positive, PositiveFloat, Section
+from chatllama.config.base import FilePath, Fraction, NonNegative, Positive, PositiveFloat, Section
 from chatllama.config.sources import DataSource
 
 Day = Annotated[str, Field(pattern=r"^\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])$")]
@@ -56,7 +56,7 @@ class FromScratch(Section):
 class BackboneSection(Section):
     """The LLaMA that all roles share, frozen."""
 
-    path: str | None = None
+    path: FilePath | None = None
     """Local Hugging Face folder or hub id. null only with from_scratch."""
     revision: str | None = None
     """Hub revision (commit, tag or branch). null: the default branch."""

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from chatllama.config.base import (
+    FilePath,
     Fraction,
     NonNegative,
     NonNegativeFloat,
@@ -88,7 +89,7 @@ class HealthSection(Section):
 class RewardSource(Section):
     """One term of the score: a reward adapter, or a Python function."""
 
-    adapter: str | None = None
+    adapter: FilePath | None = None
     """Folder of a reward adapter; `run`: the one that this run trained (with its ensemble)."""
     function: str | None = None
     """`module:function` from (prompt, response) strings to a float."""
@@ -229,6 +230,10 @@ class PpoSection(StageSection):
             raise ValueError("ptx_coef and ptx_data go together: give both or neither")
         if self.health.action == "rollback" and not self.save_every:
             raise ValueError("health.action rollback goes back to checkpoints: set save_every")
+        if self.score_normalization == "reference" and self.score_normalization_samples < 2:
+            raise ValueError(
+                "score_normalization_samples: one response has no deviation; give 2 or more"
+            )
         if not self.rewards:
             raise ValueError("rewards: give at least one source")
         return self

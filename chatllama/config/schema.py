@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from chatllama.config.base import NonNegative, Positive, PositiveFloat, Section
+from chatllama.config.base import FilePath, NonNegative, Positive, PositiveFloat, Section
 from chatllama.config.generation import GenerationSection
 from chatllama.config.model import BackboneSection, ChatSection, LoraSection
 from chatllama.config.ppo import PpoSection
@@ -24,7 +24,7 @@ class DeepSpeedSection(Section):
     """Where optimizer state is stored (cpu: stages 1 to 3; nvme: stage 3, with GPUs only)."""
     offload_param: Literal["none", "cpu", "nvme"] = "none"
     """Where parameters are stored (stage 3)."""
-    nvme_path: str | None = None
+    nvme_path: FilePath | None = None
     """Folder on a local NVMe disk for offloading to nvme; the same path on every node. Needs the
     system's libaio (Debian: libaio-dev) and a C++ compiler."""
     stage3_param_persistence_threshold: NonNegative = 100_000
@@ -81,7 +81,7 @@ class TrackingSection(Section):
 class Config(Section):
     """The whole YAML."""
 
-    run_dir: str
+    run_dir: FilePath
     """Folder of everything that the run writes."""
     seed: NonNegative = 0
     """Seed of data order, splits, initial weights and sampling."""

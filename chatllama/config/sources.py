@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from chatllama.config.base import PositiveFloat, Section
+from chatllama.config.base import FilePath, PositiveFloat, Section
 
 Format = Literal[
     "alpaca", "messages", "sharegpt", "prompt_completion", "question_answer", "self_instruct",
@@ -122,7 +122,7 @@ FormatOrMapping = Annotated[
 class DataSource(Section):
     """One data set of a stage's mixture."""
 
-    path: str
+    path: FilePath
     """A file (json, jsonl, csv, tsv, parquet, txt; also .gz, .bz2, .xz, .zst), a folder of such
     files, a pattern (`notes/*.jsonl`), or the id of a data set on the hub."""
     format: FormatOrMapping | None = None

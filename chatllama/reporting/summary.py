@@ -125,7 +125,7 @@ def _about_gold(summary: dict[str, Any]) -> Finding | None:
         return None
     errors = number(summary, "sft.gold_se"), number(summary, "ppo.gold_se")
     spread = math.hypot(*(error or 0.0 for error in errors))
-    if not spread:
+    if spread <= 1e-6 * max(abs(before), abs(after)):  # rounding, or not known
         return Finding("neutral", f"Gold score: SFT {before:.2f}, PPO {after:.2f}, errors unknown.")
     distance = (after - before) / spread
     change = f"from {before:.2f} to {after:.2f} ({abs(distance):.1f} standard errors)"

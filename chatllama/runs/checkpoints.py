@@ -8,7 +8,7 @@ is in it is up to the writer (`trainers/engine/engine.py`).
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,13 +150,14 @@ def save_step(
     step: int,
     limit: int,
     layout: dict[str, Any],
-    write: Callable[[Path], None],
+    write: Callable[[Path], Sequence[str] | None],
 ) -> None:
     """Writes the checkpoint of `step` and removes all but the newest `limit`; every rank must call.
 
     Args:
         layout: of `layout_of`.
-        write: writes this rank's part into a folder, which replaces `step-N` once it is complete.
+        write: writes this rank's part into a folder, which replaces `step-N` once it is complete;
+            returns the names of files that must be there.
 
     Raises:
         ValueError: the disk is full or cannot be written; older checkpoints are as they were.
@@ -168,12 +169,12 @@ def save_step(
             unfinished.mkdir(parents=True)
     barrier()
     with _explained(unfinished, folder, step):
-        write(unfinished)
-    barrier()
+        expected = all_gather_objects(write(unfinished) or [])
     if rank() == 0:
         with _explained(unfinished, folder, step):
             folder.mkdir(parents=True, exist_ok=True)
-            write_manifest(unfinished, {"step": step, "layout": layout})
+            names = [name for part in expected for name in part]
+            write_manifest(unfinished, {"step": step, "layout": layout}, names)
             replace_folder(unfinished, folder / f"{STEP}{step}")
             for outdated in step_folders(folder)[:-limit]:
                 # Renamed first: what a kill leaves half removed is no checkpoint.
@@ -220,9 +221,15 @@ def _clean_up(folder: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def write_manifest(folder: Path, about: dict[str, Any]) -> None:
-    """Writes manifest.json: `about`, and size and SHA-256 of every file below `folder`."""
+def write_manifest(folder: Path, about: dict[str, Any], expected: Sequence[str] = ()) -> None:
+    """Writes manifest.json: `about`, and size and SHA-256 of every file below `folder`.
+
+    Raises:
+        DamagedError: there is no file, or one of those `expected` is missing.
+    """
     files = {name: {"bytes": size, "sha256": sha} for name, (size, sha) in _files(folder).items()}
+    if missing := sorted({*expected, *([] if files else ["all files"])} - files.keys()):
+        raise DamagedError(f"{folder} lacks {', '.join(missing)} and is not published")
     write_json(folder / MANIFEST, {**about, "files": files})
 
 
@@ -240,9 +247,9 @@ def verify(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"{path} is missing: this is no complete checkpoint") from None
     except ValueError as error:
         raise DamagedError(f"{path} is damaged: {error}") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+    expected = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(expected, dict) or not expected:
         raise DamagedError(f"{path} is damaged: it lists no files")
-    expected = manifest["files"]
     for name, entry in expected.items():
         path = folder / name
         if not path.is_file():

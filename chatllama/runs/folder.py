@@ -4,6 +4,7 @@ What lineage.json records, and what follows from it, is in `trainers/stages/`.
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -107,6 +108,23 @@ class RunFolder:
         if not path.is_file():
             raise ValueError(f"stage {stage} of {self.root} has not finished: {path} is missing")
         return json.loads(path.read_text(encoding="utf-8"))
+
+
+def check_run_dir(root: Path) -> None:
+    """Raises ValueError if `root` is not, and cannot become, a folder that this process writes."""
+    try:
+        if root.is_symlink() and not root.exists():
+            reason = f"it is a link to {os.readlink(root)}, which is not there"
+        else:
+            root.mkdir(parents=True, exist_ok=True)
+            if os.access(root, os.W_OK):
+                return
+            reason = "there is no right to write in it"
+    except FileExistsError:
+        reason = "it is a file"
+    except OSError as error:
+        reason = str(error.strerror)
+    raise ValueError(f"run_dir: {root} cannot be the run folder: {reason}. Give another run_dir")
 
 
 def read_lineage(run: RunFolder) -> dict[str, dict[str, Any]]:

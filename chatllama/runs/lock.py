@@ -20,7 +20,7 @@ from typing import Literal, get_args
 
 import psutil
 
-from chatllama.runs.folder import RunFolder
+from chatllama.runs.folder import RunFolder, check_run_dir
 from chatllama.runtime.command_line import duration
 
 Holder = Literal["run", "stage"]
@@ -89,7 +89,7 @@ def acquire(run: RunFolder, holder: Holder, token: str | None = None) -> str:
     Raises:
         ValueError: another process works there: names it, its machine and since when.
     """
-    run.root.mkdir(parents=True, exist_ok=True)
+    check_run_dir(run.root)
     path = lock_path(run, holder)
     with _alone(run.root):
         for each in get_args(Holder):

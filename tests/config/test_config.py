@@ -9,6 +9,7 @@ import pytest
 from chatllama.config.errors import schema_paths
 from chatllama.config.loader import ConfigError, dump_config, load_config
 from chatllama.config.model import BackboneSection, LoraSection
+from chatllama.config.ppo import PpoSection
 from chatllama.config.reference import render_reference
 from chatllama.config.schema import Config
 from chatllama.config.stages import OptimizerSection
@@ -297,3 +298,27 @@ def test_loading_imports_nothing_heavy() -> None:
         cwd=PROJECT, env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert shown.stdout.strip() == "[]"
+
+
+def test_a_home_folder_is_expanded_once_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/anna")
+    cfg = Config.model_validate(
+        {
+            "run_dir": "~/runs/x",
+            "backbone": {"path": "~/llama"},
+            "sft": {"data": [{"path": "~/a/*.jsonl"}], "eval_data": [{"path": "b~/c"}]},
+            "ppo": {"rewards": [{"adapter": "~/rm"}]},
+        }
+    )
+    assert (cfg.run_dir, cfg.backbone.path) == ("/home/anna/runs/x", "/home/anna/llama")
+    assert cfg.sft.data[0].path == "/home/anna/a/*.jsonl" and cfg.sft.eval_data[0].path == "b~/c"
+    assert cfg.ppo.rewards[0].adapter == "/home/anna/rm"
+    for run_dir in ("Läufe/[1] x", "relative", "/a b"):
+        assert cfg.model_validate({**cfg.model_dump(), "run_dir": run_dir}).run_dir == run_dir
+
+
+def test_one_sample_cannot_normalise_scores() -> None:
+    section = {"score_normalization_samples": 1}
+    with pytest.raises(ValueError, match="score_normalization_samples: one response has no devi"):
+        PpoSection.model_validate(section)
+    assert PpoSection.model_validate({**section, "score_normalization": "running"})

@@ -244,15 +244,15 @@ ADVANTAGE_BUGS = (
     Mutation(
         "grpo without the deviation",
         PPO_MATH,
-        "advantages = centred / (totals.std(1, keepdim=True) + 1e-6)",
+        "advantages = masked(centred / (deviation + 1e-6), ~equal)",
         "advantages = centred",
         (GRPO, _TARGETS),
     ),
     Mutation(
         "samples compared with those of other prompts",
         PPO_MATH,
-        "totals = masked(rewards, mask).sum(1).view(-1, group_size)",
-        "totals = masked(rewards, mask).sum(1).view(group_size, -1).T",
+        "totals = masked(rewards, mask).double().sum(1).view(-1, group_size)",
+        "totals = masked(rewards, mask).double().sum(1).view(group_size, -1).T",
         (RLOO, _TARGETS),
     ),
     Mutation(

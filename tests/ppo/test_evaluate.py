@@ -1,6 +1,7 @@
 """Held-out answers measured: gold, win rates and KL against numbers of plain Python."""
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,13 @@ def test_measuring_the_policy_gives_the_evaluations_numbers(tiny: TinyRun, tmp_p
         if not name.startswith("win_rate")
     }
     assert measure_policy(trainer.cfg, *arguments) == found
+
+
+def test_one_held_out_prompt_gives_metrics_without_errors(tiny: TinyRun):
+    trainer = tiny.trainer(evaluation={"num_prompts": 1, "gold": GOLD})
+    found = measure_policy(trainer.cfg, trainer.collector, trainer.prompts)
+    assert "ppo/eval_gold_mean" in found and not any(name.endswith("_se") for name in found)
+    assert all(math.isfinite(value) for value in found.values())
 
 
 def test_an_average_is_measured_too(tiny: TinyRun, tmp_path: Path):

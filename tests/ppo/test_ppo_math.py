@@ -9,6 +9,7 @@ from trainers.ppo.ppo_math import (
     adapted_kl_coef,
     explained_variance,
     gae,
+    group_advantages,
     last_index,
     masked,
     mean_and_variance,
@@ -80,6 +81,35 @@ def test_whitened_numbers_have_variance_1(shift_mean: bool):
 def test_whitening_equal_numbers_gives_zeros():
     x = torch.full((2, 2), 4.0)
     assert whiten(x, rows("11", "10")).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("size", [0.1, 7.3, -1234.5])
+def test_rounding_is_not_whitened(size: float):
+    x = torch.full((2, 3), size)
+    x[0, 1] = torch.nextafter(x[0, 1], torch.tensor(math.inf))  # one unit in the last place
+    mask = rows("111", "110")
+    assert mean_and_variance(x, mask)[1] == 0.0
+    assert not whiten(x, mask).any()
+    kept = whiten(x, mask, shift_mean=False)
+    torch.testing.assert_close(kept[mask], torch.full((5,), size), rtol=1e-6, atol=0)
+    x[0, 1] += 1e-4 * size  # a difference that means something
+    assert whiten(x, mask).any()
+
+
+@pytest.mark.parametrize("size", [0.7, 13.1, -2500.3])
+def test_grpo_does_not_divide_rounding_by_rounding(size: float):
+    scores = torch.full((4, 1), size)
+    scores[1] = torch.nextafter(scores[1], torch.tensor(math.inf))
+    rewards = torch.cat([torch.tensor([[0.1], [0.1], [0.1], [0.1]]), scores], 1)
+    mask = rows("11", "11", "11", "11")
+    assert not group_advantages(rewards, mask, 4, divide=True).any()
+    # A second group stands by itself: 1 and 3, mean 2, unbiased deviation sqrt(2).
+    rewards = torch.tensor([[size], [size], [1.0], [3.0]])
+    found = group_advantages(rewards, rows("1", "1", "1", "1"), 2, divide=True)
+    expected = torch.tensor([[0.0], [0.0], [-1 / math.sqrt(2)], [1 / math.sqrt(2)]])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    broken = group_advantages(torch.tensor([[math.nan], [1.0]]), rows("1", "1"), 2, divide=True)
+    assert broken.isnan().all()  # a fault is never taken for rounding
 
 
 def test_last_index():

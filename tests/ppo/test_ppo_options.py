@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -384,3 +385,27 @@ def test_functions_and_adapters_are_added_in_the_loop(tiny: TinyRun):
         expected += 0.5 * raw_score(trainer, ids, "reward_1")
         assert float(rollout.scores[row]) == pytest.approx(expected, abs=1e-5)
     assert "ppo/ensemble_disagreement" not in metrics
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_response_has_no_standard_error(
+    tiny: TinyRun, nudged: PpoTrainer, updates: list[Update], count: int
+):
+    sizes = dict.fromkeys(("rollout_batch_size", "minibatch_size", "microbatch_size"), count)
+    trainer = with_section(tiny, nudged, {"score_normalization": "none", **sizes})
+    metrics = trainer.advance(PpoState(1, 0.5, Statistics()))[3]
+    assert ("ppo/kl_sequence_se" in metrics) == (count > 1)
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_a_filter_that_leaves_no_response_is_said(
+    tiny: TinyRun, nudged: PpoTrainer, updates: list[Update], capsys: pytest.CaptureFixture[str]
+):
+    trainer = with_section(tiny, nudged, {"missing_eos": "filter", "score_normalization": "none"})
+    trainer.advance(PpoState(1, 0.5, Statistics()))
+    assert "trains on nothing" not in capsys.readouterr().err
+    rollout = updates[-1].rollout
+    unfinished = replace(rollout, finished=torch.zeros_like(rollout.finished))
+    trainer._targets(unfinished, PpoState(1, 0.5, Statistics()))
+    said = capsys.readouterr().err
+    assert "step 2 trains on nothing" in said and "all 8 responses" in said

@@ -145,6 +145,16 @@ def test_statistics_by_hand():
     assert Statistics().merged(torch.full((3,), 7.0)).deviation == 1.0
 
 
+@pytest.mark.parametrize("size", [0.3, -7.7, 4096.1])
+def test_scores_that_differ_by_rounding_do_not_vary(size: float):
+    scores = torch.full((5,), size)
+    scores[2] = torch.nextafter(scores[2], torch.tensor(0.0))
+    same = Statistics().merged(scores)
+    assert same.squares > 0 and not same.varies and same.deviation == 1.0
+    scores[2] *= 1.0001
+    assert Statistics().merged(scores).varies
+
+
 def test_statistics_far_from_zero_keep_their_digits():
     numbers = 1e6 + torch.arange(100, dtype=torch.float32)
     merged = Statistics()

@@ -245,3 +245,16 @@ def test_two_ranks_equal_one_process(
     torch.testing.assert_close(
         torch.tensor(scores[1]), torch.tensor(scores[0]), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "rated"), [("chosen", True), ("answers", False)])
+def test_margin_coef_needs_margins(config_file: Path, file: str, rated: bool):
+    path = config_file.parent / f"{file}.jsonl"
+    cfg = load_config(config_file, ["reward.margin_coef=0.5", f"reward.data=[{{path: {path}}}]"])
+    tokenizer = load_tokenizer(str(cfg.backbone.path))
+    if rated:
+        assert len(load_preferences(cfg, tokenizer).train)
+        return
+    with pytest.raises(ValueError, match=r"reward\.margin_coef 0\.5: no pair .* margin_coef=0$"):
+        load_preferences(cfg, tokenizer)

@@ -112,6 +112,35 @@ def test_other_names_are_not_taken_for_checkpoints(run: RunFolder):
     assert step_folders(folder) == []
 
 
+@pytest.mark.parametrize("written", [[], ["state.pt"], ["trained-0.safetensors", "other"]])
+def test_a_checkpoint_without_an_expected_file_is_not_published(run: RunFolder, written: list[str]):
+    save(run, 3)
+    expected = ["trained-0.safetensors", "state.pt"]
+
+    def write(folder: Path) -> list[str]:
+        for name in written:
+            (folder / name).write_text("x")
+        return expected
+
+    lacking = ", ".join(sorted(set(expected) - set(written)))
+    with pytest.raises(DamagedError, match=rf"lacks .*{lacking} and is not published"):
+        save_step(run, "ppo", 4, 2, LAYOUT, write)
+    assert names(run) == ["step-3"] and resume(run)
+    with pytest.raises(DamagedError, match="lacks all files"):
+        save_step(run, "ppo", 4, 2, LAYOUT, lambda folder: [])
+
+
+def test_checkpoints_beyond_the_stage_are_left_alone(run: RunFolder):
+    for step in (3, 5, 8):
+        save(run, step, limit=3)
+    for steps, expected in ((9, 8), (8, 8), (7, 5), (3, 3)):
+        found = checkpoint_to_resume(run, "ppo", True, LAYOUT, steps)
+        assert found == run.checkpoints("ppo") / f"step-{expected}"
+    with pytest.raises(ValueError, match=r"holds step-3, step-5, step-8, all beyond .* 2 steps"):
+        checkpoint_to_resume(run, "ppo", True, LAYOUT, 2)
+    assert names(run) == ["step-3", "step-5", "step-8"]
+
+
 # --- damage --------------------------------------------------------------------------------------
 
 
@@ -129,6 +158,9 @@ DAMAGES = {
     r"part is missing": lambda folder: (folder / "part").unlink(),
     r"manifest\.json is missing": lambda folder: (folder / MANIFEST).unlink(),
     r"manifest\.json is damaged": lambda folder: os.truncate(folder / MANIFEST, 20),
+    r"manifest\.json is damaged: it lists no": lambda folder: (folder / MANIFEST).write_text(
+        '{"step": 4, "files": {}}'
+    ),
     r"manifest\.json is damaged: it lists": lambda folder: (folder / MANIFEST).write_text("[]"),
 }
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from chatllama.runs.folder import RunFolder, read_lineage, write_record
+from chatllama.runs.folder import RunFolder, check_run_dir, read_lineage, write_record
 from chatllama.runtime.files import write_json
 
 
@@ -52,3 +52,26 @@ def test_records_of_lineage_are_replaced_and_removed(tmp_path: Path):
     run.lineage.write_text("{")
     with pytest.raises(ValueError, match=r"lineage\.json is damaged"):
         read_lineage(run)
+
+
+def test_what_cannot_be_a_run_folder_is_refused(tmp_path: Path):
+    for good in ("new/run", "with blank", "Läufe", "[1] (b)", "~x"):
+        check_run_dir(tmp_path / good)
+        assert (tmp_path / good).is_dir()
+    (tmp_path / "link").symlink_to(tmp_path / "new")
+    check_run_dir(tmp_path / "link" / "run")
+    check_run_dir(tmp_path / "link")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    wrong = {
+        "file": "it is a file",
+        "file/run": "Not a directory",
+        "dangling": f"it is a link to {tmp_path}/nowhere, which is not there",
+        "x" * 300: "File name too long",
+        "a/" * 3000: "File name too long",
+    }
+    for name, reason in wrong.items():
+        with pytest.raises(ValueError, match=f"^run_dir: .*: {reason}. Give another run_dir$"):
+            check_run_dir(tmp_path / name)
+    with pytest.raises(ValueError, match=r"run_dir: /proc/run cannot be the run folder: "):
+        check_run_dir(Path("/proc/run"))

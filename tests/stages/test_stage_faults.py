@@ -115,3 +115,73 @@ def test_a_run_that_is_told_to_stop_saves_and_keeps_others_out(prepared: Path, t
     assert f"is saved at step {told['step']}" in said and "--resume" in said
     assert verify(checkpoint)["layout"] == {"ranks": 2, "zero_stage": 2, "microbatch_size": 2}
     assert not list(run.root.glob(".lock-*"))
+
+
+@pytest.mark.parametrize("name", ["~/runs/x", "a blank", "Läufe ß", "[1]{2}*", "link/run", "."])
+def test_any_name_of_a_run_folder(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    import train_sft
+
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    work = tmp_path / "cwd"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    run_dir, place = str(tmp_path / name), tmp_path / name
+    if name[0] == "~":
+        run_dir, place = name, tmp_path / "home/runs/x"
+    elif name == ".":
+        run_dir, place = "run", work / "run"
+    command = [str(prepared / "config.yaml"), f"run_dir={json.dumps(run_dir)}"]
+    command += ["sft.lr_schedule=constant", "sft.warmup_steps=0"]
+    train_sft.main([*command, "sft.steps=1"])
+    run = RunFolder(place)
+    (kept,) = step_folders(run.checkpoints("sft"))
+    assert verify(kept)["files"].keys() == {"state.pt", "trained-0.safetensors"}
+    run.result("sft").unlink()
+    train_sft.main([*command, "sft.steps=2", "--resume"])
+    assert run.read_result("sft")["steps"] == 2
+    assert "~" not in {path.name for path in (*tmp_path.iterdir(), *work.iterdir())}
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle", b"cos\nsystem\n(S'exit 3'\ntR."])
+def test_a_state_that_is_none_is_refused_with_a_message(
+    prepared: Path, tmp_path: Path, content: bytes
+):
+    import train_sft
+    from chatllama.runs.checkpoints import write_manifest
+
+    run = RunFolder(tmp_path / "run")
+    command = [str(prepared / "config.yaml"), f"run_dir={run.root}", "sft.lr_schedule=constant"]
+    train_sft.main([*command, "sft.steps=1"])
+    run.result("sft").unlink()
+    (kept,) = step_folders(run.checkpoints("sft"))
+    about = json.loads((kept / "manifest.json").read_text())
+    (kept / "state.pt").write_bytes(content)
+    write_manifest(kept, {"step": about["step"], "layout": about["layout"]})
+    with pytest.raises(ValueError, match=r"step-1/state\.pt is refused, .*: remove .*step-1 to go"):
+        train_sft.main([*command, "sft.steps=2", "--resume"])
+
+
+def test_the_last_evaluation_of_sft_is_one_row_also_after_a_kill(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import train_sft
+    from trainers.sft import model
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    run = RunFolder(tmp_path / "run")
+    command = [str(prepared / "config.yaml"), f"run_dir={run.root}", "sft.steps=3", "--resume"]
+    for _ in range(3):  # while it exports
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "export_sft", killed)
+            with pytest.raises(KeyboardInterrupt):
+                train_sft.main(command)
+    train_sft.main(command)
+    lines = [json.loads(line) for line in run.metrics("sft").open()]
+    assert [line["step"] for line in lines if "sft/eval_loss" in line] == [3]
+    assert [line["step"] for line in lines if "sft/loss" in line] == [1, 2, 3]

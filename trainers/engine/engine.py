@@ -5,6 +5,7 @@ keep their type and trained ones are float32: DeepSpeed's bf16 and fp16 modes ar
 ways give the same gradients, so that the training loops do not depend on which one is in use.
 """
 
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -271,14 +272,17 @@ class Engine:
                     coordinator._invalidate_trace()
                 offload._register_deepspeed_module(offload.module)
 
-    def save(self, folder: Path, state: dict[str, Any]) -> None:
+    def save(self, folder: Path, state: dict[str, Any]) -> list[str]:
         """Writes trained weights, optimizer and `state` into `folder`; every rank must call.
+
+        Returns the names of files that the folder must hold then.
 
         Frozen weights are left out: they come from the adapters that the stage starts from.
         """
         write_shards(folder, self.model, self.optimizer)
         if rank() == 0:
             torch.save(state, folder / "state.pt")
+        return [f"trained-{rank()}.safetensors", "state.pt"]
 
     @torch.no_grad()
     def load(self, folder: Path) -> dict[str, Any]:
@@ -303,7 +307,14 @@ class Engine:
                     whole = saved.read(VALUE, name, 0, parameter.numel())
                     parameter.copy_(whole.view_as(parameter))
         restore_optimizer(saved, self.model, self.optimizer)
-        return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        try:
+            return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
+            reason = (str(error).strip() or "it is empty").splitlines()[0]
+            raise ValueError(
+                f"{folder / 'state.pt'} is refused, since it is damaged or not a state that was "
+                f"saved here ({reason}): remove {folder} to go on from an earlier checkpoint"
+            ) from error
 
     def is_zero3(self) -> bool:
         """Whether parameters are sharded, and whole only inside `gathered`."""

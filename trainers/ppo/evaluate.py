@@ -4,6 +4,7 @@ Runs at the end of the PPO stage, on the loaded roles and with all ranks. Where 
 known, `evaluation.gold` names a Python function that computes it.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -65,7 +66,11 @@ def measure_policy(cfg: Config, collector: Collector, prompts: Prompts) -> dict[
         return {}
     numbers = _measure(cfg, collector, "policy", prompts, count).numbers
     names = {"kl": "kl_sequence", "kl_se": "kl_sequence_se"}
-    return {f"ppo/eval_{names.get(name, name)}": value for name, value in numbers.items()}
+    return {
+        f"ppo/eval_{names.get(name, name)}": value
+        for name, value in numbers.items()
+        if not (name.endswith("_se") and math.isinf(value))  # of one answer
+    }
 
 
 @dataclass(frozen=True)

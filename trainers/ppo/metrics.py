@@ -21,13 +21,14 @@ def rollout_metrics(rollout: Rollout, scores: Tensor, rewards: Tensor) -> dict[s
     kl = token_kl.sum(1)
     # Mean 0 where tokens come from the distribution that scores them.
     surprise = masked(-rollout.logprobs - rollout.entropy, mask)
-    return {
+    # One response has no standard error.
+    error = {"ppo/kl_sequence_se": float(kl.std() / len(kl) ** 0.5)} if len(kl) > 1 else {}
+    return error | {
         "ppo/score_mean": float(scores.mean()),
         "ppo/score_std": float(scores.std(correction=0)),
         "ppo/rm_score_mean": float(rollout.scores.mean()),
         "ppo/reward_mean": float(rewards.sum(1).mean()),
         "ppo/kl_sequence": float(kl.mean()),
-        "ppo/kl_sequence_se": float(kl.std() / len(kl) ** 0.5),
         "ppo/kl_token": float(kl.sum() / mask.sum()),
         "ppo/kl_abs_max": float(token_kl.abs().max()),
         "ppo/surprise_gap": float(surprise.sum() / mask.sum()),

@@ -14,6 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+ROUNDING = 1e-6
+"""A deviation below this share of the values' size is rounding: nothing is divided by it."""
+
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
     """`x` inside the mask, 0 outside, also where x is NaN there."""
@@ -21,11 +24,15 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def mean_and_variance(x: Tensor, mask: Tensor) -> tuple[float, float]:
-    """Mean and biased variance (as in lm-human-preferences) of `x` inside the mask."""
+    """Mean and biased variance (as in lm-human-preferences) of `x` inside the mask.
+
+    The variance is 0 where the values differ by rounding alone.
+    """
     inside = masked(x, mask).double()
     count = float(mask.sum())
     mean = float(inside.sum()) / count
-    return mean, max(float(inside.square().sum()) / count - mean**2, 0.0)
+    variance = float(inside.square().sum()) / count - mean**2
+    return mean, 0.0 if variance <= (ROUNDING * float(inside.abs().max())) ** 2 else variance
 
 
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
@@ -36,7 +43,7 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     has a meaning.
     """
     mean, var = mean_and_variance(x, mask)
-    scaled = (x - mean) * (var + 1e-8) ** -0.5
+    scaled = (x - mean) * (var + 1e-8) ** -0.5 if var else torch.zeros_like(x)
     return masked(scaled if shift_mean else scaled + mean, mask)
 
 
@@ -87,19 +94,21 @@ def group_advantages(rewards: Tensor, mask: Tensor, group_size: int, divide: boo
 
     rloo (Ahmadian 2024, arXiv 2402.14740, eq. 7): G_i less the mean of the others' G. With
     `divide` grpo (Shao 2024, arXiv 2402.03300, 4.1.2): G_i less the group's mean, over its unbiased
-    deviation + 1e-6. G is the sum of all rewards of the response, its KL penalty included. Every
-    token of a response gets the same number.
+    deviation + 1e-6; 0 in a group whose deviation is rounding. G is the sum of all rewards of the
+    response, its KL penalty included. Every token of a response gets the same number.
 
     Args:
         rewards: the `group_size` (2 or more) samples of a prompt stand together.
     """
-    totals = masked(rewards, mask).sum(1).view(-1, group_size)
+    totals = masked(rewards, mask).double().sum(1).view(-1, group_size)
     centred = totals - totals.mean(1, keepdim=True)
     if divide:
-        advantages = centred / (totals.std(1, keepdim=True) + 1e-6)
+        deviation = totals.std(1, keepdim=True)
+        equal = deviation <= ROUNDING * totals.abs().amax(1, keepdim=True)
+        advantages = masked(centred / (deviation + 1e-6), ~equal)
     else:
         advantages = centred * group_size / (group_size - 1)
-    return masked(advantages.view(-1, 1).expand_as(rewards), mask).detach()
+    return masked(advantages.view(-1, 1).expand_as(rewards).to(rewards.dtype), mask).detach()
 
 
 @dataclass(frozen=True)

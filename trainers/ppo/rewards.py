@@ -15,6 +15,7 @@ from chatllama.config.ppo import PpoSection
 from chatllama.config.schema import Config
 from chatllama.model.roles import Role
 from chatllama.runtime.distributed import all_gather_objects, rank, world_size
+from trainers.ppo.ppo_math import ROUNDING
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,13 @@ class Statistics:
 
     @property
     def deviation(self) -> float:
-        """Standard deviation; 1 before there are two different scores."""
-        variance = self.squares / (self.count - 1) if self.count > 1 else 0.0
-        return math.sqrt(variance) if variance > 0 else 1.0
+        """Standard deviation; 1 while all scores are the same but for rounding."""
+        return math.sqrt(self.squares / (self.count - 1)) if self.varies else 1.0
+
+    @property
+    def varies(self) -> bool:
+        """Whether there are two scores that differ by more than rounding."""
+        return self.squares > (self.count - 1) * (ROUNDING * self.mean) ** 2
 
     def merged(self, scores: Tensor) -> "Statistics":
         """Statistics with `scores` (N,) added."""

@@ -43,14 +43,15 @@ def adapters_that_change(cfg: Config) -> list[Role]:
 def save_state(cfg: Config, run: RunFolder, engine: Engine, state: PpoState) -> None:
     """Writes the checkpoint of `state`; every rank must call."""
 
-    def write(folder: Path) -> None:
-        engine.save(folder, asdict(state))
+    def write(folder: Path) -> list[str]:
+        names = engine.save(folder, asdict(state))
         for role in adapters_that_change(cfg):
             with gathered(adapter_parameters(engine.model, role)):
                 if rank() == 0:
                     tensors = adapter_state(engine.model, role)
                     whole = {name: t.cpu().contiguous() for name, t in tensors.items()}
                     save_file(whole, folder / f"{role}.safetensors")
+        return names + [f"{role}.safetensors" for role in adapters_that_change(cfg)]
 
     limit, layout = cfg.ppo.save_total_limit, layout_of(cfg.deepspeed, cfg.ppo.microbatch_size)
     save_step(run, "ppo", state.step, limit, layout, write)

@@ -4,6 +4,7 @@ The arithmetic is in `ppo_math.py`, sampling and scoring in `rollout.py`, scores
 the optimizer steps in `update.py`, models and exports in `model.py`.
 """
 
+import sys
 import time
 from contextlib import closing, nullcontext
 from dataclasses import replace
@@ -122,7 +123,7 @@ class PpoTrainer:
         records = [self.prompts.train[i] for i in chosen]
         rollout, _ = self._collect("reference", records, (self.cfg.seed, 0))
         statistics = Statistics().merged(rollout.scores)
-        if statistics.squares == 0:
+        if not statistics.varies:
             raise ValueError(
                 f"all {count} answers of the reference get the same score {statistics.mean:g}: "
                 "the rewards give PPO nothing to follow. Check ppo.rewards and the reward model"
@@ -191,6 +192,11 @@ class PpoTrainer:
             returns = torch.zeros_like(advantages)
         if section.missing_eos == "filter":
             mask = mask & rollout.finished[:, None]
+            if not mask.any() and rank() == 0:
+                print(f"warning: step {state.step + 1} trains on nothing: ppo.missing_eos filter "
+                      f"leaves out all {len(mask)} responses, as none ends with a stop token. "
+                      "Raise generation.max_new_tokens, or use ppo.missing_eos penalty",
+                      file=sys.stderr, flush=True)  # fmt: skip
         if section.whitens and mask.any():
             advantages = whiten(advantages, mask)
         disagreement = self.scorer.disagreement(rollout.member_scores)

@@ -36,6 +36,13 @@ def load_preferences(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Prefere
     examples = load_examples(cfg.reward, "preferences", cfg.reward.max_length, cfg, tokenizer)
     if not len(examples.held_out):
         raise ValueError("reward: no held-out pairs; set reward.eval_data or eval_fraction")
+    rated = any(len(set(ratings)) > 1 for ratings in examples.train["ratings"][:])
+    if cfg.reward.margin_coef and not rated:
+        raise ValueError(
+            f"reward.margin_coef {cfg.reward.margin_coef:g}: no pair of reward.data has a margin; "
+            "give the records a `margin` (or name its column in `format`), or set "
+            "reward.margin_coef=0"
+        )
     left_out: Counter[str] = Counter()
     for read in examples.mixture.reports:
         left_out.update(read.left_out)

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from chatllama.config.batch_sizes import check_batches
-from chatllama.config.loader import ConfigError, load_config
+from chatllama.config.loader import load_config
 from chatllama.config.schema import Config
 from chatllama.runs import interruption
 from chatllama.runs import lock as run_lock
-from chatllama.runs.folder import RunFolder
+from chatllama.runs.folder import RunFolder, check_run_dir
 from chatllama.runtime.command_line import shown_only
 
 _EXAMPLES = """\
@@ -90,7 +90,8 @@ def parse_stage_arguments(description: str, argv: Sequence[str] | None = None) -
     try:
         config = load_stage_config(arguments.config, arguments.overrides)
         check_batches(config, int(os.environ.get("WORLD_SIZE", "1")))
-    except ConfigError as error:
+        check_run_dir(Path(config.run_dir))
+    except ValueError as error:
         if _is_printing_rank():
             print(error, file=sys.stderr)
         raise SystemExit(2) from error
