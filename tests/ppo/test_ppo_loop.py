@@ -103,7 +103,7 @@ def test_a_reference_that_is_another_model_is_refused(
     nudge(trainer)
     with pytest.raises(
         ValueError,
-        match="stopped after step 1 by the health monitor.*named there and go on with --resume$",
+        match=r"stopped after step 1 by the health .*named there and go on with --resume$",
     ):
         trainer.train(resume=False)
     assert "initial_kl_not_zero at step 1" in capsys.readouterr().err
@@ -124,7 +124,7 @@ def test_a_forward_pass_that_does_not_repeat_is_refused(
     trainer = apart(build(tiny), tmp_path)
     with pytest.raises(
         ValueError,
-        match="stopped after step 1 by the health monitor.*named there and go on with --resume$",
+        match=r"stopped after step 1 by the health .*named there and go on with --resume$",
     ):
         trainer.train(resume=False)
     assert "first_ratio_not_one at step 1" in capsys.readouterr().err

@@ -256,5 +256,5 @@ def test_margin_coef_needs_margins(config_file: Path, file: str, rated: bool):
     if rated:
         assert len(load_preferences(cfg, tokenizer).train)
         return
-    with pytest.raises(ValueError, match=r"reward\.margin_coef 0\.5: no pair .* margin_coef=0$"):
+    with pytest.raises(ValueError, match=r"reward\.margin_coef 0\.5: no pair .*margin_coef=0$"):
         load_preferences(cfg, tokenizer)

@@ -53,8 +53,7 @@ def train_steps(
             and a signal ends the process at once.
 
     Raises:
-        ValueError: there are checkpoints and `resume` is off, or they do not fit; a loss or a
-            gradient norm is not finite.
+        ValueError: checkpoints do not fit or `resume` is off; a metric is not finite.
         Interrupted: a signal came; the step is saved.
     """
     layout = layout_of(cfg.deepspeed, section.microbatch_size)
