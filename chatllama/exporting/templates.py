@@ -1,6 +1,7 @@
 """The chat layouts in Jinja (transformers, vLLM, llama.cpp) and in Go's templates (Ollama).
 
-Each writes the text whose tokens are those of `chat_format.render`.
+Each writes the text whose tokens are those of `chat_format.render`; those in Jinja refuse what it
+refuses.
 """
 
 import json
@@ -14,9 +15,19 @@ from chatllama.text.tokenizer_template import frozen_template
 
 _SYSTEM = """\
 {%- if messages[0]['role'] == 'system' -%}
-{%- set system = messages[0]['content'] | trim -%}{%- set turns = messages[1:] -%}
+{%- set system = messages[0]['content'] -%}
+{%- set system = system | trim if system is string else none -%}{%- set turns = messages[1:] -%}
 {%- else -%}
 {%- set system = DEFAULT -%}{%- set turns = messages -%}
+{%- endif -%}
+{%- for message in turns -%}
+{%- if message['role'] != ('assistant' if loop.index0 % 2 else 'user')
+    or message['content'] is not string -%}
+{{- raise_exception('expected texts by user and assistant in turn, one system text before') -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if not turns or system is not string or add_generation_prompt and turns | length % 2 == 0 -%}
+{{- raise_exception('a conversation needs a user message, an answer follows the user only') -}}
 {%- endif -%}
 """
 _JINJA = {

@@ -1,12 +1,15 @@
 """Chat layouts in Jinja and Go against the segments that the model is trained on."""
 
 import json
+import random
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.model import ChatSection
@@ -38,13 +41,15 @@ def tokenizer(
     return load_tokenizer(folder)
 
 
-def written(tokenizer: PreTrainedTokenizerFast, chat: ChatSection, messages: Any) -> str:
+def written(
+    tokenizer: PreTrainedTokenizerFast, chat: ChatSection, messages: Any, asks: bool | None = None
+) -> str:
     return str(
         tokenizer.apply_chat_template(
             messages,
             tokenize=False,
             chat_template=jinja_template(tokenizer, chat),
-            add_generation_prompt=messages[-1]["role"] == "user",
+            add_generation_prompt=messages[-1]["role"] == "user" if asks is None else asks,
         )
     )
 
@@ -59,6 +64,59 @@ def test_jinja_writes_the_text_of_training(
         asks = messages[-1]["role"] == "user"
         expected = "".join(part.text for part in _segments(tokenizer, chat, messages, asks))
         assert written(tokenizer, chat, messages) == expected
+
+
+def either(make: Callable[[], str]) -> str | None:
+    """The text, or None where the conversation is refused."""
+    try:
+        return make()
+    except (ValueError, TemplateError):
+        return None
+
+
+INVALID: list[list[dict[str, Any]]] = [
+    [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}],
+    [{"role": "developer", "content": "a"}, {"role": "user", "content": "b"}],
+    [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}],
+    [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}],
+    [{"role": "system", "content": ["a"]}, {"role": "user", "content": "a"}],
+    [{"role": "system", "content": "a"}],
+    [{"role": "user"}],
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_jinja_refuses_what_training_refuses(
+    tokenizer: PreTrainedTokenizerFast, layout: Any
+) -> None:
+    luck, refused = random.Random(5), 0
+    chat = ChatSection(template=layout)
+    roles = ["user", "assistant"] * 6 + ["system", "tool", "developer", "User", None]
+    texts: list[Any] = ["a", " b\n", ""] * 6 + [None, 1, ["a"], [{"type": "text", "text": "a"}]]
+    made = [[("user", "assistant")[i % 2] for i in range(luck.randrange(1, 5))] for _ in range(300)]
+    conversations = list(INVALID)
+    for number, order in enumerate(made):
+        if number % 3 == 0:
+            order[luck.randrange(len(order))] = luck.choice(roles)  # type: ignore[call-overload]
+        if number % 2 == 0:
+            order.insert(0, "system")
+        found = [{"role": role, "content": luck.choice(texts)} for role in order]
+        conversations.append(found)
+    for messages in conversations:
+        for asks in (True, False):
+
+            def ours(messages: Any = messages, asks: bool = asks) -> str:
+                render(tokenizer, chat, messages, add_generation_prompt=asks)
+                return "".join(p.text for p in _segments(tokenizer, chat, messages, asks))
+
+            def theirs(messages: Any = messages, asks: bool = asks) -> str:
+                return written(tokenizer, chat, messages, asks)
+
+            expected = either(ours)
+            assert either(theirs) == expected, messages
+            refused += expected is None
+    assert 100 < refused < 500
 
 
 @pytest.mark.parametrize("layout", ["llama2", "vicuna"])
