@@ -7,7 +7,7 @@ adding a source, reordering a file or training another stage moves none across.
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -106,6 +106,7 @@ def load_mixture(
         raise ValueError(
             f"nothing to train on: {sizes} records remain after holding out {eval_fraction:.0%} "
             f"and leaving out {sum(contaminated.values())} with words of an evaluation set"
+            f"{_one_question(data for data, _ in reads)}"
         )
     return Mixture(
         train=_draw(trains, counts, seed),
@@ -113,6 +114,16 @@ def load_mixture(
         shares=list(map(SourceShare, [source.path for source in sources], sizes, counts)),
         reports=[report for _, report in reads + eval_reads],
         contaminated=dict(contaminated.most_common()),
+    )
+
+
+def _one_question(reads: Iterable[Dataset]) -> str:
+    """What to do where all records are on one side of the split because they begin alike."""
+    if len({key for data in reads for key in data["key"][:]}) > 1:
+        return ""
+    return (
+        "; all begin with the same user turn, and such records stay together: give `eval_data`, or "
+        "`eval_fraction: 0`, or put what they share into a system prompt"
     )
 
 

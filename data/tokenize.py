@@ -5,7 +5,7 @@ Batches and their order are in `batches.py`; the layout of a conversation is in
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -119,7 +119,11 @@ def tokenize_text(
 
 
 def fit(
-    messages: list[Message], tokenizer: PreTrainedTokenizerFast, chat: ChatSection, max_length: int
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerFast,
+    chat: ChatSection,
+    max_length: int,
+    untrained: Sequence[int] = (),
 ) -> tuple[list[int], list[int], str]:
     """Ids and mask of a conversation within `max_length` tokens, and what was cut ("": nothing)."""
     rendered, changed = render(tokenizer, chat, messages), ""
@@ -127,10 +131,22 @@ def fit(
     while len(rendered.ids) > max_length and len(messages) > shortest:
         messages = messages[:-2]
         rendered, changed = render(tokenizer, chat, messages), "lost whole exchanges at the end"
-    ids, mask = rendered.ids, [int(trained) for trained in rendered.mask]
+    ids, mask = rendered.ids, without_turns(rendered.mask, messages, untrained)
     if len(ids) > max_length:
         ids, mask, changed = ids[:max_length], mask[:max_length], "cut inside the answer"
     return ids, mask, changed
+
+
+def without_turns(
+    mask: Sequence[bool], messages: Sequence[Message], untrained: Sequence[int]
+) -> list[int]:
+    """The mask of a conversation, 0 on the turns of the given numbers."""
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    answer, made = -1, list[int]()
+    for i, trained in enumerate(mask):
+        answer += trained and (i == 0 or not mask[i - 1])  # between two answers is a question
+        made.append(int(trained and turns[answer] not in untrained))
+    return made
 
 
 def nothing_within(max_length: int) -> str:
@@ -147,7 +163,8 @@ def _conversation(
     is already over is cut in the middle of the answer, so that it has no EOS: a cut never teaches
     to stop. What then has no token to train on is left out.
     """
-    ids, mask, changed = fit(record["messages"], tokenizer, chat, max_length)
+    turns, untrained = record["messages"], record.get("untrained") or ()
+    ids, mask, changed = fit(turns, tokenizer, chat, max_length, untrained)
     left_out = "" if any(mask) else nothing_within(max_length)
     return {"input_ids": ids, "mask": mask, "changed": changed, "left_out": left_out}
 

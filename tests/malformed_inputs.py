@@ -76,7 +76,6 @@ BASE: list[Bad] = [
     raw(b"\x00\x00", "broken JSON"),
     raw(b"plain text", "broken JSON"),
     Bad("a.jsonl", lines(GOOD_SFT).decode().encode("utf-16"), "a.jsonl:1", "this is UTF-16"),
-    Bad("a.jsonl", lines(GOOD_SFT, GOOD_SFT).replace(b"\n", b"\r"), "a.jsonl:1", "CR alone"),
     Bad("a.json", json.dumps(GOOD_SFT, indent=1).encode(), "a.json:1", "an array, or one object"),
     Bad("a.json", b"[\n" + lines(GOOD_SFT)[:-1] + b",\n{", "a.json:3", "broken JSON"),
     Bad("a.json", b"[\n{\n\n\"a\": 1\n\"b\": 2}]", "a.json:5", "Expecting ',' delimiter"),
@@ -134,7 +133,7 @@ BASE: list[Bad] = [
     second({**GOOD_ALPACA, "history": [1]}, "history: expected a list", "sft", GOOD_ALPACA),
     second({**GOOD_ALPACA, "output": {}}, "output: expected a string", "sft", GOOD_ALPACA),
     second({"prompt": "q"}, "chosen: expected a list", "preferences", GOOD_PAIR),
-    second({**GOOD_PAIR, "margin": "1"}, "margin: expected", "preferences", GOOD_PAIR),
+    second({**GOOD_PAIR, "margin": "high"}, "margin: expected", "preferences", GOOD_PAIR),
     second({**GOOD_PAIR, "chosen": []}, "does not begin with the prompt", "preferences", GOOD_PAIR),
     second({**TWO, "preference": 9}, "preference: expected", "preferences", TWO),
     second({**TWO, "output_2": None}, "rejected: expected", "preferences", TWO),
@@ -174,7 +173,7 @@ def read_bytes(
     source = DataSource.model_validate({"path": name, **options})
     decoded = list(decode(DataFile(file, name), source))
     try:
-        rows: list[dict[str, Any]] = list(_rows(iter(decoded), source, kind))
+        rows: list[dict[str, Any]] = list(_rows(lambda: iter(decoded), source, kind))
     except ValueError as error:
         assert not decoded and name in str(error)
         raise

@@ -103,8 +103,7 @@ def _reason(kind: str, ctx: Mapping[str, Any], message: str, place: Place) -> st
         return "unknown key" + _suggestion(place)
     if kind == "value_error":
         return str(ctx["error"])
-    if kind == "literal_error":
-        allowed = _allowed(place)
+    if kind == "literal_error" and (allowed := _allowed(place)):
         one_of = "one of " if len(allowed) > 1 else ""
         return f"must be {one_of}{', '.join(map(_show, allowed))}"
     if kind in _REASONS:

@@ -4,6 +4,7 @@ The keys are in `schema.py`, the wording of schema errors in `errors.py`. Import
 that a misspelt key is reported within a second.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -33,7 +34,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         try:
             _apply_override(content, override, places)
         except ValueError as error:
-            problems.append(f"override {override!r}: {error}")
+            shown = override if len(override) <= 200 else override[:197] + "..."
+            problems.append(f"override {shown!r}: {error}")
     config = _validate(content, places, problems)
     if problems or config is None:
         raise ConfigError(str(path), problems)
@@ -54,7 +56,7 @@ def _read_with_parents(
     path: Path, problems: list[str], places: dict[Place, Position], children: tuple[Path, ...] = ()
 ) -> dict[str, Any]:
     """The file's mapping merged over its parents'; fills `problems` and `places`."""
-    chain = (*children, path.resolve())
+    chain = (*children, Path(os.path.realpath(path)))  # resolve() raises on a circle of links
     if chain[-1] in children:
         names = " -> ".join(map(str, chain))
         raise ConfigError(str(chain[0]), [f"extends goes round in a circle: {names}"])

@@ -137,6 +137,14 @@ class DataSource(Section):
     """Configuration of a hub data set that has several."""
     columns: list[str] | None = None
     """Names of the columns of a csv or tsv file without a header line."""
+    verdicts: dict[str, Literal["first", "second", "tie"]] | None = None
+    """Which of two answers a verdict is for, as in {0: first, 1: second, 2: tie}; numbers between
+    first and second are for the nearer one. null: what the whole column leaves no doubt of."""
+    quoting: Literal["double", "backslash", "none"] | None = None
+    """Cells of a csv or tsv may be in quotation marks, inside which a mark is doubled or follows a
+    backslash; none: marks are text. null: double in csv, none in tsv."""
+    keep_deleted: bool = False
+    """Use records and messages of `deleted: true` or `review_result: false` (OASST) too."""
     encoding: str = "utf-8"
     """Encoding of text files, such as latin-1."""
     weight: PositiveFloat | None = None

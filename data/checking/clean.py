@@ -115,7 +115,10 @@ def _record(row: dict[str, Any], one: CheckedSource, pairs: bool) -> dict[str, A
             order = {"scores": ratings} if any(ratings) else {"ranks": row["ranks"]}
             return {"messages": row["prompt"], "answers": row["answers"], **order, **source}
         case _:
-            return {"messages": row["messages"], **source}
+            turns = [dict(turn) for turn in row["messages"]]
+            for number in row.get("untrained") or []:
+                turns[number]["weight"] = 0
+            return {"messages": turns, **source}
 
 
 def _stem(path: str) -> str:

@@ -10,7 +10,8 @@ from datasets import Dataset
 
 from data.checking.report import Findings, StageSource
 from data.decontaminate import record_texts
-from data.reading.grouped import JOINED
+from data.reading import notes
+from data.reading.grouped import BELOW, JOINED
 from data.reading.source import GOOD, MALFORMED
 from data.similarity import near_duplicates, script, words
 
@@ -22,6 +23,9 @@ EXPECTED = (
     "all answers are tied",
     "the annotators disagree",
     "no ranked answers in the tree",
+    "deleted: true",
+    "review_result: false",
+    BELOW,
 )
 # Nothing is lost: the record is a part of another one.
 _PARTS = ("joined with the other answers to its prompt", JOINED)
@@ -47,6 +51,7 @@ def check_records(rows: Dataset, part: StageSource, findings: Findings) -> list[
     formats = {each for each in rows.unique("format") if each}
     part.format = "/".join(sorted(formats))
     part.num_records, part.num_usable = len(rows), len(usable)
+    part.notes = notes.summary(notes.count(rows["notes"][:]))
     for i, severity in enumerate(severities):
         if severity != GOOD:
             _unusable(rows[i], severity == MALFORMED, part.name, findings)

@@ -79,6 +79,8 @@ class StageSource:
     num_usable: int = 0
     share: float | None = None
     """Part of the stage's training mixture; None for held-out sources."""
+    notes: list[str] = field(default_factory=list)
+    """What the verdicts say, keys that are not used, and other facts that are no defects."""
     scripts: dict[str, int] = field(default_factory=dict)
     """Usable records by script."""
     num_tokens: int | None = None
@@ -188,6 +190,7 @@ def _lines(source: StageSource) -> list[str]:
     top = sorted(source.scripts.items(), key=lambda item: -item[1])[:4]
     scripts = ", ".join(f"{name} {count / total:.1%}" for name, count in top)
     lines.append(f"  {source.num_usable} of {source.num_records} records usable; {scripts}")
+    lines += [f"  {note}" for note in source.notes]
     if source.lengths and source.num_tokens:
         each = source.lengths
         text = f"  tokens of a record: median {each['p50']}, 99 % within {each['p99']}, "

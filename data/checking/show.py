@@ -16,6 +16,7 @@ from data.checking.check import stage_sources
 from data.checking.report import StageSource
 from data.checking.tokens import conversations
 from data.reading.source import read_source
+from data.tokenize import without_turns
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,14 @@ def _sequences(
     opened = part.kind == "prompts"
     for turns, rank in zip(conversations(row), ranks, strict=True):
         rendered = render(tokenizer, cfg.chat, turns, add_generation_prompt=opened)
-        yield _shown(place + rank, rendered.ids, rendered.mask, part, tokenizer)
+        mask = without_turns(rendered.mask, turns, row.get("untrained") or ())
+        yield _shown(place + rank, rendered.ids, mask, part, tokenizer)
 
 
 def _shown(
     title: str,
     ids: list[int],
-    mask: Sequence[bool],
+    mask: Sequence[int],
     part: StageSource,
     tokenizer: PreTrainedTokenizerFast,
 ) -> Shown:

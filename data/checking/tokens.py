@@ -16,12 +16,12 @@ from data.caching import cached_map
 from data.checking.records import iterate
 from data.checking.report import MESSAGES, Findings, StageSource, percentiles
 from data.decontaminate import record_texts
-from data.tokenize import fit, nothing_within
+from data.tokenize import fit, nothing_within, without_turns
 
 
 def sequence_problems(
     ids: Sequence[int],
-    mask: Sequence[bool],
+    mask: Sequence[int],
     prompt_ids: Sequence[int],
     bos_id: int | None,
     end_ids: Sequence[int],
@@ -130,8 +130,9 @@ def _measure(
                 continue
             whole = render(tokenizer, chat, conversation)
             lengths.append(len(whole.ids))
-            trained += sum(whole.mask)
-            problems += sequence_problems(whole.ids, whole.mask, prompt.ids, bos_id, end_ids)
+            mask = without_turns(whole.mask, conversation, row.get("untrained") or ())
+            trained += sum(mask)
+            problems += sequence_problems(whole.ids, mask, prompt.ids, bos_id, end_ids)
     except ValueError as error:
         problems.append(f"cannot_be_rendered: {error}")
     return {
@@ -150,7 +151,8 @@ def _cut(
     """What training does with a record that is too long."""
     if row.get("answers") or row["messages"][-1]["role"] != "assistant":
         return "left out"
-    _, mask, changed = fit(row["messages"], tokenizer, chat, limit)
+    untrained = row.get("untrained") or ()
+    _, mask, changed = fit(row["messages"], tokenizer, chat, limit, untrained)
     return changed if any(mask) else f"left out, {nothing_within(limit)}"
 
 

@@ -6,8 +6,6 @@ config. What they can be used for is decided in `records.py`.
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -20,44 +18,28 @@ from data.reading.formats import (
     checked_list,
     keys_of,
     mapping,
+    number,
     objects,
     shorten,
 )
+from data.reading.marks import KEEP, deletion
 from data.reading.translation import as_instruction
+from data.reading.verdicts import TWO_ANSWERS, VERDICTS, two_answer_keys, verdict
 
 Converted = tuple[str, Raw, Format]
 """What to append to the place, an object, and its format."""
 
 QUESTION_KEYS, ANSWER_KEYS = ("question", "q", "query"), ("answer", "a", "response")
-TWO_ANSWERS = (
-    ("output_1", "output_2"),
-    ("response1", "response2"),
-    ("response_1", "response_2"),
-    ("answer_1", "answer_2"),
-    ("response_0", "response_1"),
-    ("response_a", "response_b"),
-    ("conversation_a", "conversation_b"),
-)
-VERDICTS = ("preference", "label", "winner", "better_response_id")
-# 0: the first answer is better, 1: the second, 0.5: a tie.
-WINNERS = {"model_a": 0.0, "a": 0.0, "model_b": 1.0, "b": 1.0, "tie": 0.5, "tie (bothbad)": 0.5}
 _MISSING = object()
 OPTIONAL = ("input", "system", "history", "margin", "ranks", "scores")
 
 
-def _question_answer_keys(fields: Raw) -> tuple[str, str] | None:
+def question_answer_keys(fields: Raw) -> tuple[str, str] | None:
     """The columns of question and answer, in any case; None if one is missing."""
     found = {str(key).strip().casefold(): str(key) for key in fields}
     question = next((found[key] for key in QUESTION_KEYS if key in found), None)
     answer = next((found[key] for key in ANSWER_KEYS if key in found), None)
     return None if question is None or answer is None else (question, answer)
-
-
-def _two_answer_keys(fields: Raw) -> tuple[str, str] | None:
-    """The columns of two answers with a verdict; None if there are none."""
-    if not any(key in fields for key in VERDICTS) and not _annotators(fields):
-        return None
-    return next((pair for pair in TWO_ANSWERS if set(pair) <= fields.keys()), None)
 
 
 def apply_mapping(fields: Raw, columns: ColumnMapping, *, answers_optional: bool) -> Raw:
@@ -96,12 +78,12 @@ def fitting_formats(fields: Raw) -> list[Format]:
     """Every format whose keys the object has."""
     has = fields.keys()
     if {"chosen", "rejected"} <= has:
-        transcript = isinstance(fields["chosen"], str) and not has & set(PROMPT_KEYS)
+        transcript = isinstance(fields["chosen"], str) and not has & {*PROMPT_KEYS, "question"}
         return ["hh" if transcript else "preference"]
     is_tree = "message_tree_id" in has and isinstance(fields.get("prompt"), Mapping)
     if is_tree or ({"message_id", "role", "text"} <= has and "prompt" not in has):
         return ["oasst"]
-    if _two_answer_keys(fields):
+    if two_answer_keys(fields):
         return ["comparison"]
     if isinstance(fields.get("answers"), list) or isinstance(fields.get("output"), list):
         return ["ranked"]
@@ -115,7 +97,7 @@ def fitting_formats(fields: Raw) -> list[Format]:
         "prompts": "prompt" in has and "completion" not in has,
         "text": "text" in has,
         "turns": isinstance(fields.get("turns"), list),
-        "question_answer": _question_answer_keys(fields) is not None,
+        "question_answer": question_answer_keys(fields) is not None,
         "translation": isinstance(fields.get("translation"), Mapping),
     }
     fitting: list[Format] = [format for format, fits in tests.items() if fits]
@@ -145,6 +127,11 @@ def convert(fields: Raw, format: Format, kind: str) -> list[Converted]:
             return [("", {"prompt": fields.get("text")}, "prompts")]
         case "lines":
             return [("", fields, "text")]
+        case "alpaca" if "output" not in fields and "response" in fields:  # Dolly
+            dolly = {"output": fields["response"], "input": fields.get("context")}
+            return [("", {**fields, **dolly}, "alpaca")]
+        case "preference":
+            return [("", _scored(fields), "preference")]
         case "comparison":
             return [("", _comparison(fields), "preference")]
         case "kto":
@@ -172,7 +159,7 @@ def _instances(fields: Raw) -> list[Converted]:
 
 
 def _question_answer(fields: Raw) -> Raw:
-    keys = _question_answer_keys(fields)
+    keys = question_answer_keys(fields)
     if keys is None:
         known = f"one of {QUESTION_KEYS} and one of {ANSWER_KEYS}"
         raise Malformed(f"expected the columns {known}, got {keys_of(fields)}")
@@ -226,57 +213,50 @@ def label(fields: Raw) -> bool:
 
 def _comparison(fields: Raw) -> Raw:
     """`chosen` and `rejected` from two answers and the verdict on them."""
-    keys = _two_answer_keys(fields)
+    keys = two_answer_keys(fields)
     if keys is None:
         known = " or ".join(f"{a} and {b}" for a, b in TWO_ANSWERS)
         raise Malformed(f"expected {known}, with one of the keys {VERDICTS}")
-    verdict = _verdict(fields, from_zero=keys[0].endswith("_0"))
-    if verdict == 0.5:
+    _, side = verdict(fields)
+    if side == "tie":
         raise Unusable("a tie")
-    better, worse = keys if verdict < 0.5 else keys[::-1]
+    better, worse = keys if side == "first" else keys[::-1]
     made = {key: value for key, value in fields.items() if key not in (*keys, *VERDICTS)}
-    if not any(key in made for key in PROMPT_KEYS):
-        question = next((key for key in ("question", "input") if key in made), None)
-        if question is not None:
-            made["prompt"] = made.pop(question)
-    return {**made, "chosen": fields[better], "rejected": fields[worse]}
+    return {**_with_prompt(made), "chosen": fields[better], "rejected": fields[worse]}
 
 
-def _verdict(fields: Raw, *, from_zero: bool) -> float:
-    """From 0 (the first answer is better) to 1 (the second is); 0.5 is a tie."""
-    annotators = _annotators(fields)
-    if annotators:
-        votes = Counter(_verdict({"label": vote}, from_zero=False) for vote in annotators)
-        (best, count), *others = votes.most_common()
-        if others and others[0][1] == count:
-            raise Unusable("the annotators disagree")
-        return best
-    key = next(key for key in VERDICTS if key in fields)
-    value = fields[key]
-    if isinstance(value, str) and value.strip().lower() in WINNERS:
-        return WINNERS[value.strip().lower()]
-    try:
-        number = -1.0 if isinstance(value, bool) else float(cast(Any, value))
-    except (TypeError, ValueError):
-        number = -1.0
-    low = 0.0 if from_zero else 1.0
-    if number == 0.0 and not from_zero:
-        return 0.5  # how PandaLM and AlpacaFarm write a tie
-    if not low <= number <= low + 1:
-        allowed = f"{low:g} (the first is better) to {low + 1:g} (the second), or {[*WINNERS]}"
-        raise Malformed(f"{key}: expected {allowed}, got {shorten(value)}")
-    return number - low
+def _with_prompt(fields: Raw) -> Raw:
+    """The fields with the question under `prompt`, where no prompt key is."""
+    if any(key in fields for key in PROMPT_KEYS):
+        return fields
+    question = next((key for key in ("question", "input") if key in fields), None)
+    return fields if question is None else {**fields, "prompt": fields[question]}
 
 
-def _annotators(fields: Raw) -> list[object]:
-    return [fields[key] for key in fields if re.fullmatch(r"annotator\d+", str(key))]
+def _scored(fields: Raw) -> Raw:
+    """A pair with UltraFeedback's scores: their difference is the margin.
+
+    Raises:
+        Unusable: the scores are equal, or are for the rejected answer.
+    """
+    by = [fields.get("score_chosen"), fields.get("score_rejected")]
+    if None in by:
+        return _with_prompt(fields)
+    chosen, rejected = (number(each, "score_*") for each in by)
+    if chosen == rejected:
+        raise Unusable("a tie")
+    if chosen < rejected:
+        raise Unusable("score_chosen is below score_rejected")
+    return {"margin": chosen - rejected, **_with_prompt(fields)}
 
 
 def _tree(fields: Raw, kind: str) -> list[Converted]:
     """The contents of an OASST tree: threads of best answers, their prompts, or all rankings."""
     root = mapping(fields.get("prompt"), "prompt")
     made: list[tuple[Raw, Format]] = []
-    for path, replies in _nodes(root, only_best=kind != "preferences"):
+    if reason := deletion({**root, KEEP: fields.get(KEEP)}):
+        raise Unusable(reason)
+    for path, replies in _nodes(root, kind != "preferences", bool(fields.get(KEEP))):
         is_question = path[-1].get("role") != "assistant"
         turns = [{"role": node.get("role"), "content": node.get("text")} for node in path]
         ranked = [reply for reply in replies if _rank(reply) is not None]
@@ -297,21 +277,37 @@ def _tree(fields: Raw, kind: str) -> list[Converted]:
     return _numbered("thread", made)
 
 
-def _nodes(root: Raw, *, only_best: bool) -> Iterator[tuple[list[Raw], list[Raw]]]:
+def _nodes(root: Raw, only_best: bool, keep: bool) -> Iterator[tuple[list[Raw], list[Raw]]]:
     """Every message of a tree with those above it, and its replies; the best one first.
 
-    With `only_best`, of the answers to a question only the best-ranked is followed.
+    With `only_best`, of the answers to a question only the best-ranked is followed. Deleted and
+    rejected messages, and what is below them, are passed over unless `keep`.
     """
     waiting: list[list[Raw]] = [[root]]
     while waiting:
         path = waiting.pop()
-        value = path[-1].get("replies")
-        replies = objects([] if value is None else value, "replies")
+        replies = [each for each in _replies(path[-1]) if keep or not deletion(each)]
         yield path, replies
         followed = sorted(replies, key=_order)
         if only_best and path[-1].get("role") != "assistant":
             followed = followed[:1]
         waiting += [[*path, reply] for reply in reversed(followed)]
+
+
+def _replies(message: Raw) -> list[Raw]:
+    value = message.get("replies")
+    return objects([] if value is None else value, "replies")
+
+
+def deletions(tree: Raw) -> Iterator[str]:
+    """The reason for each message below a tree's root that is passed over."""
+    waiting = _replies(mapping(tree.get("prompt"), "prompt"))
+    while waiting and not tree.get(KEEP):
+        message = waiting.pop()
+        if reason := deletion(message):
+            yield reason
+        else:
+            waiting += _replies(message)
 
 
 def _rank(reply: Raw) -> int | None:

@@ -3,29 +3,31 @@
 What a record means is in `formats.py` and `records.py`.
 """
 
-import bz2
 import csv
-import gzip
-import io
 import json
-import lzma
 import sys
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from itertools import chain, islice, zip_longest
-from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
-import pyarrow
 import pyarrow.parquet
 
 from chatllama.config.sources import DataSource
 from data.reading.files import COMPRESSIONS, TYPES, DataFile, suffix
 from data.reading.formats import RecordError, shorten, unique_keys
 from data.reading.json_arrays import ArrayReader, Line
+from data.reading.lines import DAMAGES, check_file, not_read, open_unpacked, read_lines
 
 Decoded = tuple[str, object]
-DAMAGES = (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
+_QUOTING: dict[str, dict[str, Any]] = {
+    "double": {},
+    "backslash": {"doublequote": False, "escapechar": "\\"},
+    "none": {"quoting": csv.QUOTE_NONE},
+}
+_QUOTING_HINT = (
+    "cells in quotation marks have `quoting: double` (a mark inside is doubled) or `backslash`; "
+    "with `none` marks are text"
+)
 
 
 def decode(file: DataFile, source: DataSource) -> Iterator[Decoded]:
@@ -60,57 +62,31 @@ def _records(file: DataFile, source: DataSource) -> Iterator[Decoded]:
         hint = "for plain text of any name give format: text (or lines)"
         yield _error(file.name, f"unknown file type {kind!r}; {known}; {hint}")
         return
-    if source.columns is not None and kind not in (".csv", ".tsv"):
-        yield _error(file.name, "`columns` is for csv and tsv files without a header line")
+    if kind not in (".csv", ".tsv") and (source.columns or source.quoting):
+        key = "columns` is for csv and tsv files without a header line"
+        key = key if source.columns else "quoting` is for csv and tsv files"
+        yield _error(file.name, f"`{key}")
         return
+    for path in filter(None, (file.path, file.aligned)):
+        check_file(path, file.name)
     if kind == ".parquet" and file.aligned is None:
         yield from _parquet(file)
         return
-    with _open(file.path) as stream:
-        lines = _lines(stream, file.name, source.encoding)
-        if file.aligned is not None:
-            with _open(file.aligned) as other:
-                there = _lines(other, file.aligned.name, source.encoding)
-                yield from _aligned(lines, there, file)
-        elif kind in (".csv", ".tsv"):
-            yield from _table(lines, file.name, "," if kind == ".csv" else "\t", source.columns)
-        elif kind in (".json", ".jsonl", ".ndjson"):
-            yield from _json(lines, file.name)
-        else:
-            yield from _texts(lines, by_line=source.format == "lines")
-
-
-def _open(file: Path) -> BinaryIO:
-    """The unpacked bytes of a file."""
-    packing = file.suffix.lower()
-    if packing == ".zst":
-        packed = pyarrow.input_stream(str(file), compression="zstd")
-        return io.BufferedReader(cast(Any, packed), buffer_size=1 << 16)
-    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    return openers.get(packing, Path.open)(file, "rb")
-
-
-def _lines(stream: Iterable[bytes], name: str, encoding: str) -> Iterator[Line]:
-    """`name:line` and text of each line, without its end; an error for undecodable bytes."""
-    for number, line in enumerate(stream, start=1):
-        where = f"{name}:{number}"
-        if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise RecordError(f"{where}: this is UTF-16; convert the file to UTF-8")
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
+    with open_unpacked(file.path) as stream:
+        lines = read_lines(stream, file.name, source.encoding)
         try:
-            yield where, line.decode(encoding).rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            yield where, RecordError(f"{where}: {_undecodable(line, error)}")
-
-
-def _undecodable(line: bytes, error: UnicodeDecodeError) -> str:
-    """What is wrong with a line, and what it would be as latin-1."""
-    around = line[max(0, error.start - 20) : error.end + 20]
-    reads = around.decode("latin-1").strip()
-    hint = f"; as latin-1 it reads {shorten(reads)}: if that is right, set `encoding: latin-1`"
-    wrong = f"not {error.encoding.upper()} ({error.reason} at byte {error.start + 1})"
-    return wrong + (hint if error.encoding.startswith("utf") and reads.isprintable() else "")
+            if file.aligned is not None:
+                with open_unpacked(file.aligned) as other:
+                    there = read_lines(other, file.aligned.name, source.encoding)
+                    yield from _aligned(lines, there, file)
+            elif kind in (".csv", ".tsv"):
+                yield from _table(lines, file.name, "," if kind == ".csv" else "\t", source)
+            elif kind in (".json", ".jsonl", ".ndjson"):
+                yield from _json(lines, file.name)
+            else:
+                yield from _texts(lines, by_line=source.format == "lines")
+        except RecordError as error:
+            raise RecordError(f"{error}{not_read(str(error), file.path)}") from None
 
 
 def _aligned(here: Iterator[Line], there: Iterator[Line], file: DataFile) -> Iterator[Decoded]:
@@ -167,8 +143,8 @@ def _parse(text: str, where: str, hint: str = "") -> object:
     try:
         return json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
-        if "\r" in text.strip():
-            hint = "; the lines end with CR alone: convert the file to LF"
+        if error.msg == "Extra data" and text[error.pos :].strip() == ",":
+            hint = "; it ends with a comma: remove those, or put [ and ] around the records"
         reason = f"{error.msg}, column {error.colno}"
     except RecursionError:
         reason, hint = "nested too deeply", ""
@@ -177,10 +153,16 @@ def _parse(text: str, where: str, hint: str = "") -> object:
     return RecordError(f"{where}: broken JSON ({reason}): {shorten(text)}{hint}")
 
 
+class Cells(dict[str, object]):
+    """A row of a table, and what was done to its cells, to be reported."""
+
+    notes: tuple[str, ...] = ()
+
+
 def _table(
-    lines: Iterator[Line], name: str, delimiter: str, columns: Sequence[str] | None
+    lines: Iterator[Line], name: str, delimiter: str, source: DataSource
 ) -> Iterator[Decoded]:
-    """Rows of a csv or tsv; every cell is text."""
+    """Rows of a csv or tsv; cells are text; a cell `nan`, a missing value of pandas, is empty."""
     csv.field_size_limit(sys.maxsize)  # its default refuses cells over 131,072 characters
 
     def texts() -> Iterator[str]:
@@ -189,23 +171,36 @@ def _table(
                 raise line  # a quoted cell may go on behind it
             yield line + "\n"
 
-    rows = csv.reader(texts(), delimiter=delimiter, strict=True)
-    header = None if columns is None else list(columns)
+    quoting = source.quoting or ("double" if delimiter == "," else "none")
+    rows = csv.reader(texts(), delimiter=delimiter, strict=True, **_QUOTING[quoting])
+    header = None if source.columns is None else list(source.columns)
     while True:
-        where = f"{name}:{rows.line_num + 1}"
+        begin = rows.line_num + 1
+        where = f"{name}:{begin}"
         try:
             cells = next(rows)
         except StopIteration:
             return
         except csv.Error as error:
-            raise RecordError(f"{where}: {error}") from None
+            raise RecordError(f"{where}: {error}; {_QUOTING_HINT}") from None
         if header is None:
             header = _header(cells, where, delimiter)
         elif len(cells) == len(header):
-            yield where, dict(zip(header, cells, strict=True))
+            yield where, _cells(header, cells, rows.line_num > begin)
         elif cells:
             wrong = f"{len(cells)} cells under a header of {len(header)}: {shorten(cells)}"
-            yield _error(where, wrong)
+            yield _error(where, f"{wrong}; {_QUOTING_HINT}" if '"' in "".join(cells) else wrong)
+
+
+def _cells(header: list[str], cells: list[str], over_lines: bool) -> Cells:
+    row = Cells(
+        zip(header, ("" if cell in ("nan", "NaN") else cell for cell in cells), strict=True)
+    )
+    notes = ["a cell over several lines: are its quotation marks right?"] if over_lines else []
+    if any(cell in ("nan", "NaN") for cell in cells):
+        notes.append("a cell 'nan' read as empty")
+    row.notes = tuple(notes)
+    return row
 
 
 def _header(cells: list[str], where: str, delimiter: str) -> list[str]:
@@ -220,6 +215,8 @@ def _header(cells: list[str], where: str, delimiter: str) -> list[str]:
         hint = kinds.get(other, repr(other))
         raise RecordError(f"{where}: one column {cells[0]!r}; is the delimiter {hint}?")
     names = [cell.strip() for cell in cells]
+    if len(names) > 1 and not names[0]:
+        names[0] = "(row number)"  # of pandas, which writes its index without a name
     for name in names:
         if not name or names.count(name) > 1:
             wrong = "twice" if name else "without a name"

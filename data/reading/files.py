@@ -69,6 +69,8 @@ def find_files(path: str, split: str = "train") -> list[DataFile] | None:
         if place.is_dir():
             return _files_of_split(place, path, split)
         if place.exists():
+            if not place.is_file():
+                raise ValueError(f"{path}: not a regular file")
             return [DataFile(place, path)]
         if re.search(r"[*?]", path):
             root = Path(given.anchor) if given.is_absolute() else base

@@ -7,6 +7,7 @@ words are converted in `conversions.py`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
@@ -20,10 +21,17 @@ Raw = Mapping[str, object]
 ROLES = {
     "system": "system",
     **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "agent", "bot", "chatbot"), "assistant"),
+    **dict.fromkeys(
+        ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "agent", "bot", "chatbot"),
+        "assistant",
+    ),
 }
 PROMPT_KEYS = ("prompt", "messages", "conversations", "instruction")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+WEIGHTS = ("weight", "loss_weight", "train", "training")
+_FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+UNTRAINED = "untrained"
+"""The key of a message that is not trained on; `records.py` moves it out of the messages."""
 
 
 class RecordError(ValueError):
@@ -43,7 +51,9 @@ def conversation(fields: Raw, format: Format, *, prompts_only: bool) -> list[Mes
     if format == "messages" or (format == "prompts" and "messages" in fields):
         return _with_system(fields, _turns(fields.get("messages"), "messages"))
     if format == "sharegpt":
-        return _with_system(fields, _turns(fields.get("conversations"), "conversations"))
+        return _from_question(
+            _with_system(fields, _turns(fields.get("conversations"), "conversations"))
+        )
     answer = "output" if format == "alpaca" else "completion"
     prompt = _prompt_under(fields, "instruction" if format == "alpaca" else "prompt")
     if format == "prompts" or (prompts_only and fields.get(answer) is None):
@@ -53,9 +63,21 @@ def conversation(fields: Raw, format: Format, *, prompts_only: bool) -> list[Mes
     return prompt + _turns_or_text(fields.get(answer), answer, "assistant")
 
 
+def _from_question(turns: list[Message]) -> list[Message]:
+    """ShareGPT's dialogues may open with the assistant; its turns before the question are cut."""
+    begin = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), 0)
+    return [turn for i, turn in enumerate(turns) if i >= begin or turn["role"] == "system"]
+
+
+def role_of(turn: object) -> str | None:
+    """The role of a turn of a ShareGPT dialogue; None for an unknown one."""
+    speaker = turn.get("from", turn.get("role")) if isinstance(turn, Mapping) else None
+    return ROLES.get(str(speaker).strip().lower())
+
+
 def _alpaca_prompt(fields: Raw) -> list[Message]:
     """System, history and instruction; the input follows its instruction after a blank line."""
-    system = string(fields, "system", "")
+    system = _system(fields)
     turns = [_message("system", system)] if system else []
     history = fields.get("history")
     for past in checked_list([] if history is None else history, "history"):
@@ -71,10 +93,15 @@ def _alpaca_prompt(fields: Raw) -> list[Message]:
 
 def _with_system(fields: Raw, turns: list[Message]) -> list[Message]:
     """`turns` after the system prompt that is in a column of its own."""
-    system = string(fields, "system", "")
+    system = _system(fields)
     if not system.strip() or (turns and turns[0] == _message("system", system)):
         return turns
     return [_message("system", system), *turns]
+
+
+def _system(fields: Raw) -> str:
+    """The system prompt; Orca's is under `system_prompt`."""
+    return string(fields, "system_prompt" if fields.get("system") is None else "system", "")
 
 
 def _turns_or_text(value: object, name: str, role: str) -> list[Message]:
@@ -97,18 +124,42 @@ def _turn(turn: Raw, name: str) -> Message:
     role = turn.get(role_key)
     if not isinstance(role, str):
         raise Malformed(f"{name}: {role_key!r} must name the speaker, got {shorten(role)}")
-    if role not in ROLES:
+    name_of_role = role.strip().lower()
+    if name_of_role not in ROLES:
         raise Unusable(f"role {role!r} (known: {', '.join(ROLES)})")
-    trained = turn.get("loss_weight")
-    if trained is not None and trained != (1 if ROLES[role] == "assistant" else 0):
-        raise Unusable("a loss_weight other than 1 for the assistant and 0 for the others")
+    role = ROLES[name_of_role]
+    trained = _is_trained(turn, role)
     content = turn.get(content_key)
     if isinstance(content, list):
         parts = [_part(part, name) for part in cast("list[object]", content)]
-        return _message(ROLES[role], "".join(parts))
-    if content is None and turn.get("tool_calls"):
+        content = "".join(parts)
+    message = _message(role, _checked(content, f"{name}.{content_key}"))
+    return message if trained else cast("Message", {**message, UNTRAINED: True})
+
+
+def flag(value: object) -> bool | None:
+    """True or False of a boolean, of 0 and 1, and of either as text (csv); None for others."""
+    return _FLAGS.get(str(value).strip().lower())
+
+
+def _is_trained(turn: Raw, role: str) -> bool:
+    """Whether the marks of a turn leave it in the training.
+
+    Raises:
+        Unusable: a mark that cannot be honoured.
+    """
+    if turn.get("tool_calls") or turn.get("function_call"):
         raise Unusable("tool calls")
-    return _message(ROLES[role], _checked(content, f"{name}.{content_key}"))
+    trained = True
+    for key in (*WEIGHTS, "mask"):
+        value = turn.get(key)
+        if value is None or value == "":
+            continue
+        given = flag(value)
+        if key == "mask" or given is None or (given and role != "assistant"):
+            raise Unusable(f"{key}: {shorten(value)} on a turn of the {role}")
+        trained = trained and (given or role != "assistant")
+    return trained
 
 
 def _part(part: object, name: str) -> str:
@@ -194,17 +245,22 @@ def _side(fields: Raw, key: str, prompt: list[Message] | None) -> list[Message]:
 def margin(fields: Raw) -> float:
     """How much better `chosen` is; 0 if the record does not say."""
     value = fields.get("margin")
-    return 0.0 if value is None else _number(value, "margin")
+    return 0.0 if value is None else number(value, "margin")
 
 
 def _numbers(value: object, name: str, count: int) -> list[float]:
-    numbers = [_number(each, name) for each in checked_list(value, name)]
+    numbers = [number(each, name) for each in checked_list(value, name)]
     if len(numbers) != count:
         raise Malformed(f"{name}: expected one number for each of {count} answers, got {numbers}")
     return numbers
 
 
-def _number(value: object, name: str) -> float:
+def number(value: object, name: str) -> float:
+    """`value`, if it is a finite number; of a csv also as text."""
+    if isinstance(value, str) and re.fullmatch(
+        r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", value
+    ):
+        value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise Malformed(f"{name}: expected a finite number, got {shorten(value)}")
     return float(value)
@@ -265,7 +321,8 @@ def string(fields: Raw, key: str, default: str | None = None) -> str:
     if value is None and default is not None:
         return default
     if key not in fields:
-        raise Malformed(f"key {key!r} is missing; the record has {keys_of(fields)}")
+        hint = "or say which column holds what, as in `format: {prompt: question, completion: a}`"
+        raise Malformed(f"key {key!r} is missing; the record has {keys_of(fields)}; {hint}")
     return _checked(value, key)
 
 

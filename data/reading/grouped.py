@@ -5,9 +5,13 @@ from collections.abc import Iterator, Sequence
 from typing import cast
 
 from data.reading.formats import Raw, RecordError, Unusable, shorten
+from data.reading.marks import DELETED, KEEP, NOT_REVIEWED, deletion
 from data.reading.records import Kind, Labelled, Preference, Record, parse_records
 
 JOINED = "joined to the tree of its first message"
+BELOW = "below a message that is left out"
+PASSED_OVER = (JOINED, BELOW, DELETED, NOT_REVIEWED)
+"""Reasons of single messages that do not mean a wrong format."""
 ORPHAN = "the messages above it are not in the source"
 Found = tuple[int, str, Record | Unusable | RecordError]
 """Number of the object, its place, and the record or why there is none."""
@@ -37,7 +41,8 @@ class MessageTrees:
         if name in self._messages:
             before = self._messages[name][1]
             raise RecordError(f"{where}: message_id {name!r} is at {before} too")
-        message = {key: fields.get(key) for key in ("role", "text", "rank", "parent_id")}
+        keys = ("role", "text", "rank", "parent_id", "deleted", "review_result", KEEP)
+        message = {key: fields.get(key) for key in keys}
         self._messages[name] = number, where, {**message, "replies": []}
 
     def records(self, kind: Kind) -> Iterator[Found]:
@@ -50,25 +55,30 @@ class MessageTrees:
                 roots[name] = None
             elif isinstance(parent, str) and parent in self._messages:
                 children.setdefault(parent, []).append(name)
-        joined: set[str] = set()
+        joined, below = set[str](), set[str]()
         for root in roots:
             number, where, first = self._messages[root]
-            waiting = [root]
+            waiting = [(root, False)]
             while waiting:
-                name = waiting.pop()
-                joined.add(name)
-                below = children.get(name, [])
-                waiting += below
-                self._messages[name][2]["replies"] = [self._messages[each][2] for each in below]
+                name, lost = waiting.pop()
+                (below if lost else joined).add(name)
+                message, replies = self._messages[name][2], children.get(name, [])
+                waiting += [(each, lost or bool(deletion(message))) for each in replies]
+                kept = [self._messages[each][2] for each in replies]
+                message["replies"] = [each for each in kept if not deletion(each)]
             try:
-                found = parse_records({"prompt": first}, "oasst", kind, where)
+                tree = {"prompt": first, KEEP: first[KEEP]}
+                found = parse_records(tree, "oasst", kind, where)
             except RecordError as error:
                 yield number, where, error
                 continue
             yield from ((number, place, record) for place, record in found)
-        for name, (number, where, _) in self._messages.items():
+        for name, (number, where, message) in self._messages.items():
             if name not in roots:
-                yield number, where, Unusable(JOINED if name in joined else ORPHAN)
+                reason = BELOW if name in below else ORPHAN
+                if name in joined:
+                    reason = deletion(message) or JOINED
+                yield number, where, Unusable(reason)
 
 
 class LabelledAnswers:

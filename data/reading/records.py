@@ -12,20 +12,30 @@ and its reason is counted and reported.
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, cast
 
 from chatllama.config.sources import ColumnMapping, Format
 from data.reading import formats
-from data.reading.conversions import apply_mapping, convert, fitting_formats, label
-from data.reading.formats import Malformed, Raw, RecordError, Unusable, mapping, shorten
+from data.reading.conversions import (
+    apply_mapping,
+    convert,
+    deletions,
+    fitting_formats,
+    label,
+)
+from data.reading.formats import UNTRAINED, Malformed, Raw, RecordError, Unusable, mapping, shorten
+from data.reading.marks import KEEP, check_record
+from data.reading.verdicts import SETTLED
 
 if TYPE_CHECKING:  # importing it takes seconds
     from chatllama.text.chat_format import Message
 
 Kind = Literal["sft", "preferences", "prompts", "text"]
 
+_BLANK = ("Zs", "Zl", "Zp", "Cc", "Cf")
 # The formats that can be used for each kind, in the order in which they are tried.
 _CONVERSATIONS: tuple[Format, ...] = (
     "self_instruct", "alpaca", "messages", "sharegpt", "prompt_completion", "utterances", "oasst",
@@ -47,12 +57,15 @@ class Conversation:
     """Turns; the last one is the assistant's."""
 
     messages: list[Message]
+    untrained: list[int] = field(default_factory=list[int])
+    """Numbers of the assistant's turns that are marked as not to be trained on."""
 
 
 @dataclass(frozen=True)
-class Labelled(Conversation):
+class Labelled:
     """A conversation whose answer has a label; becomes a preference with others like it."""
 
+    messages: list[Message]
     good: bool
 
 
@@ -82,7 +95,7 @@ class Text:
     text: str
 
 
-Record = Conversation | Preference | Prompt | Text
+Record = Conversation | Labelled | Preference | Prompt | Text
 
 
 def parse_records(
@@ -98,7 +111,8 @@ def parse_records(
     """
     found: list[tuple[str, Record | Unusable]] = []
     try:
-        fields, name = _named(raw, format, kind)
+        fields, name = named(raw, format, kind)
+        check_record(mapping(raw, "the record"))
         if name not in KIND_FORMATS[kind]:
             raise Malformed(f"format {name} cannot be used for {kind}; {_formats_for(kind)}")
         for place, converted, plain in convert(fields, name, kind):
@@ -106,6 +120,8 @@ def parse_records(
                 found.append((where + place, _parse(converted, plain, kind)))
             except Unusable as reason:
                 found.append((where + place, reason))
+        if name == "oasst":
+            found += [(where, Unusable(reason)) for reason in deletions(fields)]
     except Malformed as error:
         raise RecordError(f"{where}: {error}") from None
     except Unusable as reason:
@@ -113,12 +129,13 @@ def parse_records(
     return found
 
 
-def _named(raw: object, format: Format | ColumnMapping, kind: Kind) -> tuple[Raw, Format]:
+def named(raw: object, format: Format | ColumnMapping, kind: Kind) -> tuple[Raw, Format]:
     """The object and the name of its format, after a mapping of columns."""
     fields = mapping(raw, "the record")
     if not isinstance(format, ColumnMapping):
         return fields, format
-    fields = apply_mapping(fields, format, answers_optional=kind == "prompts")
+    added = {key: fields[key] for key in (KEEP, SETTLED) if key in fields}
+    fields = {**apply_mapping(fields, format, answers_optional=kind == "prompts"), **added}
     if format.label is not None:
         return fields, "kto"
     if (name := _fitting_for(kind, fitting_formats(fields))) is None:
@@ -131,18 +148,18 @@ def _parse(fields: Raw, format: Format, kind: Kind) -> Record:
     if format == "text":
         return Text(_not_empty(formats.string(fields, "text"), "text"))
     if format in ("hh", "preference"):
-        chosen, rejected = formats.pair(fields, format)
+        chosen, rejected = map(_without_marks, formats.pair(fields, format))
         if kind == "preferences":
             return _preference(chosen, rejected, formats.margin(fields))
         return _for_kind(chosen, kind)
     if format == "ranked":
         prompt, answers, ranks, ratings = formats.ranking(fields)
         if kind == "preferences":
-            return _ranked(prompt, answers, ranks, ratings)
+            return _ranked(_without_marks(prompt), answers, ranks, ratings)
         return _for_kind([*prompt, {"role": "assistant", "content": answers[0]}], kind)
     turns = formats.conversation(fields, format, prompts_only=kind == "prompts")
     if kind == "preferences":
-        return Labelled(_alternating(turns, "assistant"), label(fields))
+        return Labelled(_alternating(_without_marks(turns), "assistant"), label(fields))
     return _for_kind(turns, kind)
 
 
@@ -180,7 +197,7 @@ def record_key(record: Record) -> str:
     match record:
         case Text(text):
             question = text
-        case Conversation(messages) | Prompt(messages) | Preference(messages):
+        case Conversation(messages) | Labelled(messages) | Prompt(messages) | Preference(messages):
             question = next(turn["content"] for turn in messages if turn["role"] == "user")
     return hashlib.blake2b(question.strip().encode(), digest_size=16).hexdigest()
 
@@ -193,8 +210,23 @@ def _for_kind(turns: list[Message], kind: Kind) -> Record:
     """The conversation, or its prompt if `kind` is prompts."""
     if kind == "prompts":
         prompt = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
-        return Prompt(_alternating(prompt, "user"))
-    return Conversation(_alternating(turns, "assistant"))
+        return Prompt(_alternating(_plain(prompt), "user"))
+    untrained = [i for i, turn in enumerate(turns) if UNTRAINED in turn]
+    answers = [turn for turn in turns if turn["role"] == "assistant"]
+    if answers and len(untrained) == len(answers):
+        raise Unusable("every turn of the assistant is marked as not to be trained on")
+    return Conversation(_alternating(_plain(turns), "assistant"), untrained)
+
+
+def _plain(turns: list[Message]) -> list[Message]:
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+
+
+def _without_marks(turns: list[Message]) -> list[Message]:
+    """The turns of a prompt and an answer to compare; only the answer's mark matters."""
+    if turns and UNTRAINED in turns[-1]:
+        raise Unusable("the answer is marked as not to be trained on")
+    return _plain(turns)
 
 
 def _preference(chosen: list[Message], rejected: list[Message], by: float) -> Preference:
@@ -225,6 +257,8 @@ def _ranked(
 
 def _alternating(turns: list[Message], last: str) -> list[Message]:
     """`turns`, if they are system? user assistant user ... and end with `last`."""
+    if [turn["role"] for turn in turns].count("system") > 1:
+        raise Unusable("two system prompts")
     spoken = turns[1:] if turns and turns[0]["role"] == "system" else turns
     if not spoken:
         raise Unusable("no turns")
@@ -238,6 +272,11 @@ def _alternating(turns: list[Message], last: str) -> list[Message]:
 
 
 def _not_empty(text: str, name: str) -> str:
-    if not text.strip():
+    if all(_is_blank(char) for char in text):
         raise Unusable(f"empty {name}")
     return text
+
+
+def _is_blank(char: str) -> bool:
+    """Whether nothing is seen of a character: white space, control or of zero width."""
+    return char in "\u2800\u3164" or unicodedata.category(char) in _BLANK

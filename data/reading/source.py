@@ -9,7 +9,7 @@ the files and of this package's code, so that neither can be stale.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
@@ -20,11 +20,21 @@ from datasets.exceptions import DatasetGenerationError
 
 from chatllama.config.sources import ColumnMapping, DataSource, Format, language_codes
 from data.caching import code_digest
-from data.reading.decode import decode
+from data.reading import notes, verdicts
+from data.reading.conversions import apply_mapping
+from data.reading.decode import Cells, decode
 from data.reading.files import DataFile, find_aligned, find_files
-from data.reading.formats import RecordError
-from data.reading.grouped import JOINED, Found, LabelledAnswers, MessageTrees, is_tree_message
-from data.reading.records import Kind, Labelled, detect_format, parse_records, record_key
+from data.reading.formats import Malformed, RecordError
+from data.reading.grouped import PASSED_OVER, Found, LabelledAnswers, MessageTrees, is_tree_message
+from data.reading.marks import KEEP
+from data.reading.records import (
+    Kind,
+    Labelled,
+    detect_format,
+    named,
+    parse_records,
+    record_key,
+)
 
 MAX_LEFT_OUT = 0.5  # above this share, the format is probably not what the file holds
 MAX_MALFORMED = 10_000  # a file with more is not what the config says
@@ -37,10 +47,11 @@ ROW_COLUMNS = {
     "severity": Value("int8"),
     "problem": Value("string"),
     "format": Value("string"),
+    "notes": datasets.List(Value("string")),
 }
 MESSAGE_COLUMNS = Features({"messages": MESSAGES, **COMMON})
 COLUMNS: dict[Kind, Features] = {
-    "sft": MESSAGE_COLUMNS,
+    "sft": Features({"messages": MESSAGES, "untrained": datasets.List(Value("int32")), **COMMON}),
     "preferences": Features(
         {
             "prompt": MESSAGES,
@@ -68,6 +79,8 @@ class ReadReport:
     """Number of records by reason, most frequent first."""
     examples: list[str]
     """`file:line: reason` of the first few left out."""
+    notes: dict[str, int]
+    """Number of records by note (see `notes.py`), most frequent first."""
 
     def summary(self) -> str:
         """A line for the log, and a line for each example left out."""
@@ -75,14 +88,15 @@ class ReadReport:
         if self.left_out:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
             line += f"; left out: {reasons}"
-        return "\n  ".join([line, *self.examples])
+        said = [each for each in notes.summary(self.notes) if "keys not used" not in each]
+        return "\n  ".join([line, *self.examples, *said])
 
 
 def read_source(source: DataSource, kind: Kind) -> tuple[Dataset, ReadReport]:
     """Every usable record of a source, in the file's order, and the report.
 
-    Columns are the record's fields (`messages`; or `prompt`, `answers`, `ranks`, `ratings`; or
-    `text`), `key` (see `record_key`) and `where` (`file:line`).
+    Columns are the record's fields (`messages`, with `untrained` for SFT; or `prompt`, `answers`,
+    `ranks`, `ratings`; or `text`), `key` (see `record_key`) and `where` (`file:line`).
 
     Raises:
         ValueError: there is no such file or data set; a malformed file or record; no usable record,
@@ -103,7 +117,7 @@ def read_rows(source: DataSource, kind: Kind) -> Dataset:
     """A row for each record of a source, usable or not.
 
     Columns are those of `read_source`, `number` (of the object it is in, from 0), `severity`
-    (`GOOD`, `UNUSABLE` or `MALFORMED`), `problem` (why it is unusable) and `format`.
+    (`GOOD`, `UNUSABLE` or `MALFORMED`), `problem` (why it is unusable), `format` and `notes`.
 
     Raises:
         ValueError: there is no such file or data set, or it is empty.
@@ -168,7 +182,7 @@ def _generate(
 ) -> Iterator[dict[str, object]]:
     """Rows of a source. `digests` only names the cache entry."""
     source = DataSource(**reading)
-    yield from _rows(_decode(source, data), source, kind)
+    yield from _rows(lambda: _decode(source, data), source, kind)
 
 
 def _decode(source: DataSource, data: list[DataFile] | Dataset) -> Iterator[tuple[str, object]]:
@@ -182,29 +196,41 @@ def _decode(source: DataSource, data: list[DataFile] | Dataset) -> Iterator[tupl
 
 
 def _rows(
-    objects: Iterator[tuple[str, object]], source: DataSource, kind: Kind
+    decoded: Callable[[], Iterator[tuple[str, object]]], source: DataSource, kind: Kind
 ) -> Iterator[dict[str, object]]:
     """A row for each record of the decoded objects, usable or not."""
     format, num_malformed = source.format, 0
     number = -1
     answers, trees = LabelledAnswers(), MessageTrees()
+    said: dict[int, list[str]] = {}
+    added: dict[str, object] = {KEEP: True} if source.keep_deleted else {}
+    if source.languages is not None:
+        added["languages"] = source.languages
+    objects = decoded()
     for number, (where, raw) in enumerate(objects):
         try:
             if isinstance(raw, RecordError):
                 raise raw
             if format is None:
                 format = detect_format(raw, kind, where)
-            if source.languages is not None and isinstance(raw, dict):
-                raw = {**raw, "languages": source.languages}
+            compared = isinstance(format, ColumnMapping) and format.output_1 is not None
+            if (compared or format == "comparison") and verdicts.SETTLED not in added:
+                added[verdicts.SETTLED] = _meanings(decoded(), source)
+            of_cells = [*raw.notes] if isinstance(raw, Cells) else []
+            if isinstance(raw, dict):
+                raw = {**raw, **added}
             if format == "oasst" and is_tree_message(raw):
                 trees.add(number, where, raw)
                 continue
             found = parse_records(raw, format, kind, where)
+            said[number] = of_cells + notes.notes(*named(raw, format, kind))
         except RecordError as error:
             num_malformed += 1
             yield _row(kind, (number, where, error), format)
             if num_malformed == MAX_MALFORMED:
+                rest = sum(1 for _ in objects)
                 end = f"{where}: reading stopped after {MAX_MALFORMED} malformed records"
+                end += f", {rest} not read"
                 yield _row(kind, (number, where, RecordError(end)), format)
                 return
             continue
@@ -212,14 +238,40 @@ def _rows(
             if isinstance(record, Labelled):
                 answers.add(number, place, record)
             else:
-                yield _row(kind, (number, place, record), format)
+                yield _row(kind, (number, place, record), format, said.pop(number, []))
     for grouped in chain(answers.preferences(), trees.records(kind)):
-        yield _row(kind, grouped, format)
+        yield _row(kind, grouped, format, said.pop(grouped[0], []))
     if number < 0:
         raise RecordError(f"{source.path}: no records")
 
 
-def _row(kind: Kind, found: Found, format: Format | ColumnMapping | None) -> dict[str, object]:
+def _meanings(objects: Iterator[tuple[str, object]], source: DataSource) -> dict[str, str]:
+    """What the verdicts of a source mean: the config's word, or what its whole column leaves.
+
+    Raises:
+        ValueError: neither says it.
+    """
+    if source.verdicts is not None:
+        return {str(verdicts.written(key)): side for key, side in source.verdicts.items()}
+    counts, keys = Counter[tuple[str, str]](), ("", "")
+    for _, raw in objects:
+        try:
+            fields = cast("dict[str, object]", raw) if isinstance(raw, dict) else {}
+            if isinstance(source.format, ColumnMapping):
+                fields = apply_mapping(fields, source.format, answers_optional=True)
+        except Malformed:  # reported when the record is read
+            continue
+        keys = verdicts.two_answer_keys(fields) or keys
+        verdicts.count(fields, counts)
+    try:
+        return verdicts.settle(counts, keys)
+    except Malformed as error:
+        raise ValueError(f"{source.path}: {error}") from None
+
+
+def _row(
+    kind: Kind, found: Found, format: Format | ColumnMapping | None, said: Sequence[str] = ()
+) -> dict[str, object]:
     number, where, record = found
     bad = isinstance(record, ValueError)
     fields: dict[str, Any] = dict.fromkeys(COLUMNS[kind])
@@ -233,6 +285,7 @@ def _row(kind: Kind, found: Found, format: Format | ColumnMapping | None) -> dic
         "severity": severity,
         "problem": str(record) if bad else "",
         "format": "mapping" if isinstance(format, ColumnMapping) else format,
+        "notes": [*said],
     }
 
 
@@ -249,10 +302,11 @@ def _keep_usable(
         num_kept=len(rows) - len(bad),
         left_out=dict(Counter(problems).most_common()),
         examples=[f"{rows[i]['where']}: {rows[i]['problem']}" for i in bad[:NUM_EXAMPLES]],
+        notes=notes.count(rows["notes"][:]),
     )
     # Unpaired labels, and bad answers in SFT, do not mean a wrong format.
     too_many = 1.0 if report.format == "kto" else MAX_LEFT_OUT
-    num_joined = report.left_out.get(JOINED, 0)
+    num_joined = sum(report.left_out.get(each, 0) for each in PASSED_OVER)
     if len(bad) - num_joined > too_many * (len(rows) - num_joined) or not report.num_kept:
         raise RecordError(
             f"more than {MAX_LEFT_OUT:.0%} of the records cannot be used for {kind}; is the format "

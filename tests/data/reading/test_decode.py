@@ -78,7 +78,7 @@ def test_many_packed_lines_end_before_the_damage(tmp_path: Path) -> None:
         ("a.JSONL", LINES, EXPECTED),
         ("a.csv", b"\xef\xbb\xbfa\r\nx\r\ny\r\n", EXPECTED),
         ("a.csv", b'a,b\n"x\n1","2"""\n', [{"a": "x\n1", "b": '2"'}]),
-        ("a.tsv", b'a\tb\nx, 1\t"2"\n', [{"a": "x, 1", "b": "2"}]),
+        ("a.tsv", b'a\tb\nx, 1\t"2"\n', [{"a": "x, 1", "b": '"2"'}]),
         ("a.csv", b"a\n" + b"x" * 200_000, [{"a": "x" * 200_000}]),
         ("a.jsonl", '{"a": "x\u2028y\x85"}'.encode(), [{"a": "x\u2028y\x85"}]),
         ("a.json", b"[]", []),

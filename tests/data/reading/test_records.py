@@ -145,7 +145,7 @@ UNUSABLE: list[tuple[Any, Any, dict[str, Any], str]] = [
     ("messages", "sft", {"messages": [*turns((U, "q")), {"role": A, "content": None,
                                                        "tool_calls": [{}]}]}, "tool calls"),
     ("messages", "sft", {"messages": [*turns((U, "q")), {"role": A, "content": "a",
-                                                       "loss_weight": 0.0}]}, "a loss_weight"),
+                                                       "loss_weight": 0.0}]}, "every turn"),
     ("messages", "sft", {"messages": [{"role": U, "content": [{"type": "image"}]}]},
      "content of type 'image'"),
     ("alpaca", "sft", {"instruction": " ", "output": "a"}, "empty user turn"),

@@ -9,7 +9,8 @@ import pytest
 from malformed_inputs import lines, read_bytes
 
 from chatllama.config.sources import DataSource
-from data.reading.grouped import JOINED, ORPHAN
+from data.reading.grouped import BELOW, JOINED, ORPHAN
+from data.reading.marks import DELETED, NOT_REVIEWED
 from data.reading.records import Kind
 from data.reading.source import GOOD, read_source
 
@@ -112,3 +113,55 @@ def test_real_trees_as_rows_give_the_same(testdata: Path, tmp_path: Path) -> Non
     found = {(texts(row, "prompt")[0], *row["answers"]) for row in ours.to_list()}
     expected = {(texts(row, "prompt")[-1], *row["answers"]) for row in theirs.to_list()}
     assert len(found) > 190 and found < expected
+
+
+REMOVED: list[tuple[dict[str, Any], str]] = [
+    ({"deleted": True}, DELETED),
+    ({"review_result": False}, NOT_REVIEWED),
+    ({"deleted": "True"}, DELETED),
+]
+
+
+def nested(rows: list[dict[str, Any]], parent: str | None = None) -> list[dict[str, Any]]:
+    """The messages as OASST's whole trees have them."""
+    below = [row for row in rows if row["parent_id"] == parent]
+    return [{**row, "replies": nested(rows, row["message_id"])} for row in below]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(("mark", "reason"), REMOVED)
+def test_removed_messages_are_left_out_and_counted(
+    mark: dict[str, Any], reason: str, whole: bool, tmp_path: Path
+) -> None:
+    """The best answer is removed, and with it what is below it: the worse one is followed."""
+    rows: list[Any] = [ROWS[0], ROWS[1], {**ROWS[2], **mark}, *ROWS[3:]]
+    rows.append(message("b2", "b", "other", 1))
+    if whole:
+        rows = [{"message_tree_id": "t", "prompt": tree} for tree in nested(rows)]
+    found = read_bytes(tmp_path, "a.jsonl", lines(*rows), "sft")
+    assert [texts(row) for row in found if row["severity"] == GOOD] == [
+        ["q1", "worse"], ["q3", "only"],
+    ]  # fmt: skip
+    problems = [row["problem"] for row in found if row["problem"] not in ("", JOINED)]
+    assert problems == ([reason] if whole else [reason, BELOW, BELOW])
+    found = read_bytes(tmp_path, "a.jsonl", lines(*rows), "preferences")
+    assert [row["answers"] for row in found if row["severity"] == GOOD] == [["only", "other"]]
+    kept = read_bytes(tmp_path, "a.jsonl", lines(*rows), "sft", keep_deleted=True)
+    best = [texts(row) for row in kept if row["severity"] == GOOD]
+    assert best == [["q1", "better", "q2", "last"], ["q3", "only"]]
+
+
+@pytest.mark.parametrize("mark", [mark for mark, _ in REMOVED])
+def test_a_removed_first_message_takes_its_tree_along(mark: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{**ROWS[0], **mark}, *ROWS[1:]]
+    found = read_bytes(tmp_path, "a.jsonl", lines(*rows), "prompts")
+    assert [texts(row) for row in found if row["severity"] == GOOD] == [["q3"]]
+    assert [row["problem"] for row in found].count(BELOW) == 4
+
+
+def test_many_removed_messages_are_no_wrong_format(tmp_path: Path) -> None:
+    removed = [{**message(f"a{i}x", "a", "bad", i + 2), "deleted": True} for i in range(20)]
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(lines(*ROWS, *removed))
+    _, report = read_source(DataSource(path=str(file)), "sft")
+    assert report.left_out[DELETED] == 20 and report.num_kept == 2
