@@ -19,13 +19,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from chatllama.config.sources import ColumnMapping, Format
 from data.reading import formats
-from data.reading.conversions import (
-    apply_mapping,
-    convert,
-    deletions,
-    fitting_formats,
-    label,
-)
+from data.reading.conversions import apply_mapping, convert, deletions, fitting_formats, label
 from data.reading.formats import UNTRAINED, Malformed, Raw, RecordError, Unusable, mapping, shorten
 from data.reading.marks import KEEP, check_record
 from data.reading.verdicts import SETTLED

@@ -27,14 +27,7 @@ from data.reading.files import DataFile, find_aligned, find_files
 from data.reading.formats import Malformed, RecordError
 from data.reading.grouped import PASSED_OVER, Found, LabelledAnswers, MessageTrees, is_tree_message
 from data.reading.marks import KEEP
-from data.reading.records import (
-    Kind,
-    Labelled,
-    detect_format,
-    named,
-    parse_records,
-    record_key,
-)
+from data.reading.records import Kind, Labelled, detect_format, named, parse_records, record_key
 
 MAX_LEFT_OUT = 0.5  # above this share, the format is probably not what the file holds
 MAX_MALFORMED = 10_000  # a file with more is not what the config says
