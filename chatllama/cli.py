@@ -23,28 +23,22 @@ FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code of one command: 0, 2 for a user's mistake, 130 after Ctrl-C, or a stage's own."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
-    # Where stdout is the result, a reader that has closed the pipe ends the command.
-    shown = ("stderr",) if arguments.command in (_chat, _generate) else ("stdout", "stderr")
-    with shown_only(*shown):
-        return _exit_code(arguments)
-
-
-def _exit_code(arguments: argparse.Namespace) -> int:
     command: Command = arguments.command
-    try:
-        command(arguments)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # Without this Python reports it again at exit.
-        sys.stdout = None
-        return 0
-    except (ValueError, FileNotFoundError) as error:
-        if arguments.debug:
-            raise
-        print(f"chatllama: {error}", file=sys.stderr)
-        return USER_ERROR
+    # Where stdout is the result, a reader that has closed the pipe ends the command.
+    shown = ("stderr",) if command in (_chat, _generate) else ("stdout", "stderr")
+    with shown_only(*shown):
+        try:
+            command(arguments)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return INTERRUPTED
+        except BrokenPipeError:
+            sys.stdout = None  # else Python reports it again at exit
+        except (ValueError, FileNotFoundError) as error:
+            if arguments.debug:
+                raise
+            print(f"chatllama: {error}", file=sys.stderr)
+            return USER_ERROR
     return 0
 
 

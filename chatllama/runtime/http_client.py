@@ -15,6 +15,8 @@ from urllib.request import getproxies, proxy_bypass
 import httpx2
 
 Result = TypeVar("Result")
+Body = Mapping[str, object] | None
+Parse = Callable[[bytes], Result]
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 LONGEST_WAIT = 60.0
 """Seconds between two tries at most, unless the server requests more."""
@@ -25,18 +27,13 @@ SHOWN = 500
 class HttpError(Exception):
     """No usable answer; the message begins with the address."""
 
-    def __init__(
-        self,
-        message: str,
-        status: int | None = None,
-        retry_after: float = 0.0,
-        content: bytes = b"",
-    ) -> None:
+    retry_after = 0.0
+    """Seconds to wait before the next try, by the server."""
+
+    def __init__(self, message: str, status: int | None = None, content: bytes = b"") -> None:
         super().__init__(message)
         self.status, self.content = status, content
         """Of the answer; the status is None if there was none."""
-        self.retry_after = retry_after
-        """Seconds to wait before the next try, by the server."""
 
 
 class HttpClient:
@@ -89,11 +86,7 @@ class HttpClient:
         )
 
     def send(
-        self,
-        method: str,
-        path: str,
-        body: Mapping[str, object] | None = None,
-        parse: Callable[[bytes], Result] = bytes,
+        self, method: str, path: str, body: Body = None, parse: Parse[Result] = bytes
     ) -> Result:
         """What `parse` makes of the answer's body; a ValueError of it is followed by another try.
 
@@ -103,7 +96,7 @@ class HttpClient:
         for tries in range(self.retries + 1):
             self._wait()
             try:
-                return self._send_once(method, path, body, parse)
+                return self._send_once(method, self.url + path, body, parse)
             except HttpError as error:
                 if 300 <= (error.status or 0) < 500 and error.status != 429:
                     raise
@@ -115,31 +108,22 @@ class HttpClient:
                 self._sleep(max(error.retry_after, patience))
         raise AssertionError("the last try returns or raises")
 
-    def _send_once(
-        self,
-        method: str,
-        path: str,
-        body: Mapping[str, object] | None,
-        parse: Callable[[bytes], Result],
-    ) -> Result:
-        address, content = self.url + path, None if body is None else json.dumps(body)
+    def _send_once(self, method: str, address: str, body: Body, parse: Parse[Result]) -> Result:
+        content = None if body is None else json.dumps(body)
         try:
             response = self._client.request(method, address, content=content)
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise HttpError(f"{address}: {str(error) or type(error).__name__}") from None
-        reason = complaint(response.content)
+        code, answer = response.status_code, response.content
         if response.is_success:
             try:
-                return parse(response.content)
+                return parse(answer)
             except ValueError as error:
-                reason = str(error)
-        status = f"{response.status_code} {response.reason_phrase}"
-        raise HttpError(
-            f"{address}: HTTP {status}: {reason}",
-            response.status_code,
-            _seconds(response.headers.get("retry-after", "0")),
-            response.content,
-        )
+                raise HttpError(f"{address}: {error}", code, answer) from None
+        reason = f"HTTP {code} {response.reason_phrase}: {complaint(answer)}"
+        failure = HttpError(f"{address}: {reason}", code, answer)
+        failure.retry_after = _seconds(response.headers.get("retry-after", "0"))
+        raise failure
 
 
 def _proxy(url: str) -> str | None:

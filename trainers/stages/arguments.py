@@ -114,6 +114,7 @@ def load_stage_config(path: str | Path, overrides: Sequence[str]) -> Config:
     return cfg.model_copy(update={"chat": cfg.chat.model_copy(update={"date": day})})
 
 
+@shown_only("stdout", "stderr")
 def run_stage(main: Callable[[], None]) -> None:
     """Runs a script's `main`; the first error of a job is printed and ends all of its ranks.
 
@@ -124,11 +125,6 @@ def run_stage(main: Callable[[], None]) -> None:
     be written is dropped.
     """
     interruption.listen()
-    with shown_only("stdout", "stderr"):
-        _run_stage(main)
-
-
-def _run_stage(main: Callable[[], None]) -> None:
     try:
         main()
         return

@@ -194,7 +194,7 @@ def test_http_200_without_an_answer_is_tried_again(stub: Stub, bad: bytes, messa
     assert endpoint(stub, waits).chat(ASK, temperature=1, max_tokens=7).text == "At last."
     assert len(waits) == 2
     stub.reply = lambda body: (200, {}, bad)
-    expected = re.escape(f"HTTP 200 OK: this is no chat completion: {message}")
+    expected = re.escape(f"/chat/completions: this is no chat completion: {message}")
     with pytest.raises(BadReply, match=expected) as caught:
         endpoint(stub, waits, retries=1).chat(ASK, temperature=1, max_tokens=7)
     assert str(caught.value).endswith("(given up after 2 tries)")
