@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from chatllama.config.base import NonNegative, Positive, PositiveFloat, Section
+from chatllama.config.limits import LEAST_TEMPERATURE, MOST_NEW_TOKENS, MOST_TEMPERATURE, MOST_TOP_K
 
 
 class ServersSection(Section):
@@ -46,11 +47,11 @@ class ServersSection(Section):
 class GenerationSection(Section):
     """How rollouts are sampled."""
 
-    max_new_tokens: Positive = 256
+    max_new_tokens: Annotated[int, Field(gt=0, le=MOST_NEW_TOKENS)] = 256
     """Longest response, in tokens."""
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, Field(ge=LEAST_TEMPERATURE, le=MOST_TEMPERATURE)] = 1.0
     """Divisor of the logits, in sampling and in every log-probability."""
-    top_k: NonNegative = 0
+    top_k: Annotated[int, Field(ge=0, le=MOST_TOP_K)] = 0
     """Sample from the k likeliest tokens only. 0: all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample from the likeliest tokens of this total probability only. 1: all."""

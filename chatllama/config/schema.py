@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from chatllama.config.base import FilePath, NonNegative, Positive, PositiveFloat, Section
 from chatllama.config.generation import GenerationSection
+from chatllama.config.limits import MOST_SEED
 from chatllama.config.model import BackboneSection, ChatSection, LoraSection
 from chatllama.config.ppo import PpoSection
 from chatllama.config.stages import RewardSection, SftSection
@@ -83,7 +84,7 @@ class Config(Section):
 
     run_dir: FilePath
     """Folder of everything that the run writes."""
-    seed: NonNegative = 0
+    seed: Annotated[int, Field(ge=0, le=MOST_SEED)] = 0
     """Seed of data order, splits, initial weights and sampling."""
     backbone: BackboneSection
     """The LLaMA that all roles share."""

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM
 
 from chatllama.generation.kv_cache import KVCache
-from chatllama.generation.sampling import RowSampling, Sampling, next_tokens
+from chatllama.generation.sampling import NO_TOKEN, RowSampling, Sampling, next_tokens
 from chatllama.generation.static_kv_cache import StaticKVCache
 
 
@@ -37,8 +37,9 @@ class Sampled(NamedTuple):
     row: int
     """Number of the row, from `admit`."""
     token: int
-    ended: Literal["stop", "length"] | None
-    """Why this token is the row's last; the row is removed then."""
+    ended: Literal["stop", "length", "failed"] | None
+    """Why this token is the row's last; the row is removed then. failed: there is no token, since
+    its logits are NaN or infinite."""
     logprob: float | None
     """Under softmax(logits / temperature) of all tokens (temperature 1 where greedy)."""
     top: list[tuple[int, float]]
@@ -99,13 +100,13 @@ class DecodingBatch:
         for request in requests:
             check_request(self._llama, request.prompt, request.sampling.max_new_tokens)
             assert len(request.uniforms) >= request.sampling.max_new_tokens
+        sampling = RowSampling([r.sampling for r in requests], self._llama.device)
         first = len(self._rows)
         hidden = self._read_prompts(requests)
         for request in requests:
             uniforms, stops = request.uniforms.tolist(), frozenset(request.stop_ids)
             self._rows.append(_Row(self._next_number, request, uniforms, stops))
             self._next_number += 1
-        sampling = RowSampling([r.sampling for r in requests], self._llama.device)
         return self._sample(hidden, first, sampling)
 
     @torch.no_grad()
@@ -185,13 +186,17 @@ class DecodingBatch:
         for row, token, (logprob, top) in zip(rows, tokens, details, strict=True):
             row.produced.append(token)
             ended = None
-            if token in row.stops:
+            if token == NO_TOKEN:
+                ended = "failed"
+            elif token in row.stops:
                 ended = "stop"
             elif len(row.produced) == row.request.sampling.max_new_tokens:
                 ended = "length"
             sampled.append(Sampled(row.number, token, ended, logprob, top))
         if first:
             self._sampling = None
+        # What a later row finds in the cache is multiplied by 0, which leaves NaN as it is.
+        self._cache.wipe([first + i for i, one in enumerate(sampled) if one.ended == "failed"])
         self._remove([first + i for i, one in enumerate(sampled) if one.ended])
         return sampled
 
@@ -200,7 +205,11 @@ class DecodingBatch:
     ) -> list[tuple[float | None, list[tuple[int, float]]]]:
         """Log-probability and likeliest tokens of the rows that request them."""
         details: list[tuple[float | None, list[tuple[int, float]]]] = [(None, []) for _ in rows]
-        requested = [i for i, row in enumerate(rows) if row.request.logprobs is not None]
+        requested = [
+            i
+            for i, row in enumerate(rows)
+            if row.request.logprobs is not None and tokens[i] != NO_TOKEN
+        ]
         if not requested:
             return details
         temperatures = [[rows[i].request.sampling.temperature or 1.0] for i in requested]

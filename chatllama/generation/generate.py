@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from transformers import LlamaForCausalLM
 
-from chatllama.generation.decoding_batch import DecodingBatch, Request, check_request
-from chatllama.generation.sampling import Sampling
+from chatllama.generation.decoding_batch import DecodingBatch, Request, Sampled, check_request
+from chatllama.generation.sampling import BROKEN, Sampling
 from chatllama.generation.static_kv_cache import StaticKVCache
 
 REFILL_SHARE = 8
@@ -46,7 +46,8 @@ def generate(
         compiled: of the same model, for compiled steps; reuse it in the next call.
 
     Raises:
-        ValueError: an empty prompt, or prompt and response do not fit the model's positions.
+        ValueError: an empty prompt, prompt and response do not fit the model's positions, or its
+            logits are NaN or infinite.
     """
     for prompt in prompts:
         check_request(llama, prompt, sampling.max_new_tokens)
@@ -70,7 +71,7 @@ def generate(
             sampled = []
             batch.idle()
         stopped: list[int] = []
-        for one in sampled:
+        for one in _sound(sampled):
             number = taken[one.row]
             responses[number].append(one.token)
             if ends_with is None or one.ended == "stop" or not ends_with(number, one.token):
@@ -79,6 +80,12 @@ def generate(
                 stopped.append(one.row)
         batch.drop(stopped)
     return responses
+
+
+def _sound(sampled: list[Sampled]) -> list[Sampled]:
+    if any(one.ended == "failed" for one in sampled):
+        raise ValueError(BROKEN)
+    return sampled
 
 
 def _next_prompts(queue: list[int], prompts: Sequence[Sequence[int]], most: int) -> list[int]:
@@ -107,7 +114,7 @@ def stream(
     uniforms = torch.rand(sampling.max_new_tokens, generator=generator)
     sampled = batch.admit([Request(prompt, sampling, stop_ids, uniforms)])
     while True:
-        newest = sampled[0]
+        (newest,) = _sound(sampled)
         if newest.ended == "stop":
             return
         yield newest.token

@@ -35,6 +35,11 @@ class RowLayer(CacheLayerMixin):
         assert self.keys is not None and self.values is not None
         return self.keys, self.values
 
+    def wipe(self, rows: Sequence[int]) -> None:
+        """Sets cache rows to zero."""
+        for tensor in self.tensors:
+            tensor[list(rows)] = 0.0
+
     def get_max_length(self) -> int:
         """Columns."""
         return self.cache.capacity
@@ -162,6 +167,11 @@ class KVCache:
     def close_token(self) -> None:
         """Adds the token's column to the rows."""
         self.end += 1
+
+    def wipe(self, rows: Sequence[int]) -> None:
+        """Sets to zero what is cached of some rows, which may hold NaN."""
+        for layer in self._layers if rows else []:
+            layer.wipe(rows)
 
     def remove(self, rows: Sequence[int]) -> list[tuple[int, int]]:
         """Removes rows; the last rows move into the gaps.

@@ -14,6 +14,8 @@ from chatllama.config.schema import GenerationSection
 
 CANDIDATES = 1024
 BLOCK = 256
+NO_TOKEN = -1
+BROKEN = "the model's logits are NaN or infinite: its weights are broken"
 
 
 @dataclass(frozen=True)
@@ -60,19 +62,28 @@ class RowSampling:
 
 
 def next_tokens(logits: torch.Tensor, uniforms: torch.Tensor, rows: RowSampling) -> torch.Tensor:
-    """One token id per row: (B,) int64.
+    """One token id per row: (B,) int64; NO_TOKEN in a row that cannot be sampled.
 
     Args:
-        logits: (B, V) float, of the next position.
+        logits: (B, V) float, of the next position; NaN and infinity spoil their own row only.
         uniforms: (B,) float32 in [0, 1).
         rows: sampling of each row, or of all.
     """
-    if not bool(logits.amax(-1).isfinite().all()):
-        raise ValueError("the model's logits are NaN or infinite: its weights are broken")
+    scaled = logits.float() / rows.temperature if rows.tempered else logits.float()
+    sound = scaled.amax(-1).isfinite()
+    if bool(sound.all()):
+        return _tokens(logits, scaled, uniforms, rows)
+    keep = sound[:, None]
+    tokens = _tokens(logits.where(keep, 0.0), scaled.where(keep, 0.0), uniforms, rows)
+    return tokens.where(sound, NO_TOKEN)
+
+
+def _tokens(
+    logits: torch.Tensor, scaled: torch.Tensor, uniforms: torch.Tensor, rows: RowSampling
+) -> torch.Tensor:
     count = len(rows.greedy)
     if rows.greedy_rows == count:
         return logits.argmax(-1)
-    scaled = logits.float() / rows.temperature if rows.tempered else logits.float()
     probabilities = scaled.softmax(-1)
     if rows.truncated_rows == count:
         chosen = _truncated(probabilities, uniforms, rows.top_k, rows.top_p, rows.largest_top_k)

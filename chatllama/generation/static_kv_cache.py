@@ -159,6 +159,11 @@ class StaticKVCache:
         self._lengths = [length + 1 for length in self._lengths]
         return hidden[torch.tensor(places, device=hidden.device)]  # a copy: graphs reuse the memory
 
+    def wipe(self, rows: Sequence[int]) -> None:
+        """As `KVCache.wipe`."""
+        for layer in self._layers if rows else []:
+            layer.wipe([self._places[row] for row in rows])
+
     def remove(self, rows: Sequence[int]) -> list[tuple[int, int]]:
         """Removes rows as `KVCache.remove`; the rows that move keep their cache rows."""
         moved = closing_moves(len(self._lengths), rows)

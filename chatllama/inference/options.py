@@ -11,9 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from chatllama.config.limits import (
+    LEAST_TEMPERATURE,
+    MOST_NEW_TOKENS,
+    MOST_SEED,
+    MOST_TEMPERATURE,
+    MOST_TOP_K,
+)
 from chatllama.inference.prompt_files import Prompt
 from chatllama.runs.folder import RunFolder
-from chatllama.runtime.declared_options import Limit, at_least, check_limits, option
+from chatllama.runtime.declared_options import Limit, at_least, between, check_limits, option
 
 if TYPE_CHECKING:  # importing them takes seconds
     from chatllama.config.schema import Config
@@ -23,7 +30,10 @@ GenerationRole = Literal["base", "sft", "policy", "ema"]
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TEMPERATURE: dict[str, Any] = {
     "help": "0: the likeliest token",
-    "limit": Limit("must be 0 or more", lambda value: 0 <= value < math.inf),
+    "limit": Limit(
+        f"must be 0, or between {LEAST_TEMPERATURE:g} and {MOST_TEMPERATURE:g}",
+        lambda value: value == 0 or LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE,
+    ),
     "metavar": "T",
 }
 TOP_P: dict[str, Any] = {
@@ -31,6 +41,10 @@ TOP_P: dict[str, Any] = {
     "limit": Limit("must be above 0 and at most 1", lambda value: 0 < value <= 1),
     "metavar": "P",
 }
+NEW_TOKENS, TOP_K, SEED = (
+    between(*bounds) for bounds in ((1, MOST_NEW_TOKENS), (0, MOST_TOP_K), (0, MOST_SEED))
+)
+SAMPLES = between(1, 10_000)
 STOPS = Limit("an empty string would end every answer at once", lambda stops: "" not in stops)
 
 
@@ -56,7 +70,7 @@ class AnswerOptions:
     temperature: float | None = option(None, **TEMPERATURE)
     top_p: float | None = option(None, **TOP_P)
     max_new_tokens: int | None = option(
-        None, "longest answer (default: the config's)", limit=at_least(1)
+        None, "longest answer (default: the config's)", limit=NEW_TOKENS
     )
     stops: tuple[str, ...] = option(
         (),
@@ -74,14 +88,14 @@ class ChatOptions(WeightsOptions, AnswerOptions):
     temperature: float = option(0.7, **TEMPERATURE)
     top_p: float = option(0.9, **TOP_P)
     system: str | None = option(None, "system prompt (default: the config's)")
-    seed: int | None = option(None, "for answers that can be repeated")
+    seed: int | None = option(None, "for answers that can be repeated", limit=SEED)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(WeightsOptions, AnswerOptions):
     """What `chatllama generate` takes, beside prompts and files."""
 
-    top_k: int | None = option(None, "0: all tokens", limit=at_least(0), metavar="K")
+    top_k: int | None = option(None, "0: all tokens", limit=TOP_K, metavar="K")
     batch_size: int | None = option(
         None, "answers at a time; changes answers by rounding only", limit=at_least(1)
     )
@@ -90,10 +104,10 @@ class GenerateOptions(WeightsOptions, AnswerOptions):
         "compile the decode step: a minute or so before the first answer, then for a GPU and "
         "many prompts; changes answers by rounding only",
     )
-    seed: int = option(0, "of the random numbers", limit=at_least(0))
-    num_samples: int = option(1, "answers to each prompt", limit=at_least(1), flag="--n")
+    seed: int = option(0, "of the random numbers", limit=SEED)
+    num_samples: int = option(1, "answers to each prompt", limit=SAMPLES, flag="--n")
     best_of: int | None = option(
-        None, "of N samples keep the one that the reward model scores highest", limit=at_least(1)
+        None, "of N samples keep the one that the reward model scores highest", limit=SAMPLES
     )
     token_ids: bool = option(False, "write the sampled token ids, too")
     logprobs: bool = option(

@@ -27,6 +27,11 @@ def at_least(least: int) -> Limit:
     return Limit(f"must be at least {least}", lambda value: value >= least)
 
 
+def between(least: int, most: int) -> Limit:
+    """The limit of a number with bounds."""
+    return Limit(f"must be between {least} and {most}", lambda value: least <= value <= most)
+
+
 ABOVE_0 = Limit("must be above 0", lambda value: value > 0)
 
 

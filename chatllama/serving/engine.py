@@ -8,12 +8,13 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
 from chatllama.generation.decoding_batch import DecodingBatch, Sampled
+from chatllama.generation.sampling import RowSampling
 from chatllama.model.roles import Role, RoleModel, acting_as, autocast
 from chatllama.serving.errors import ApiError, timed_out
 from chatllama.serving.jobs import Delta, Job, Row
@@ -176,6 +177,9 @@ class Engine:
             group = self._next_group(role)
             if not group:
                 return
+            group = [row for row in group if self._can_be_sampled(row)]
+            if not group:
+                continue
             batch = self._batches.setdefault(role, _RoleBatch(self._model, self.limits.rows))
 
             def read(batch: _RoleBatch = batch, group: list[Row] = group) -> list[Sampled]:
@@ -187,6 +191,15 @@ class Engine:
             if not self._guarded(role, batch, read):
                 for row in group:
                     self._fail(row.job, _broken())
+
+    def _can_be_sampled(self, row: Row) -> bool:
+        """Fails a row whose settings make no tensors, before it can fail a batch."""
+        try:
+            RowSampling([row.request.sampling])
+        except Exception as error:
+            self._break([row.job], error)
+            return False
+        return True
 
     def _next_group(self, role: Role) -> list[Row]:
         """Rows at the head of the queue, all of one role, that fit rows, cache and one pass."""
@@ -215,11 +228,8 @@ class Engine:
             with acting_as(self._model, role), autocast(self._model):
                 sampled = work()
             self._deliver(batch, sampled)
-        except Exception:
-            traceback.print_exc()
-            self._metrics.count("engine_errors")
-            for row in batch.rows.values():
-                self._fail(row.job, _broken())
+        except Exception as error:
+            self._break([row.job for row in batch.rows.values()], error)
             self._batches.pop(role, None)
             return False
         return True
@@ -229,9 +239,14 @@ class Engine:
         stopped: list[int] = []
         for one in sampled:
             row = batch.rows[one.row]
-            delta = row.advance(one)
-            deltas.setdefault(row.job, []).append(delta)
-            if delta.ended:
+            try:
+                delta = row.advance(one)
+            except Exception as error:  # this row's alone
+                self._break([row.job], error)
+                delta = None
+            else:
+                deltas.setdefault(row.job, []).append(delta)
+            if delta is None or delta.ended:
                 del batch.rows[one.row]
                 row.job.remaining -= 1
                 if not one.ended:
@@ -241,6 +256,13 @@ class Engine:
         for job, some in deltas.items():
             if not (job.cancelled or job.failed):
                 job.deliver(job, some)
+
+    def _break(self, jobs: Sequence[Job], error: Exception) -> None:
+        """Fails jobs by an exception, which is logged."""
+        traceback.print_exception(error)
+        self._metrics.count("engine_errors")
+        for job in jobs:
+            self._fail(job, error if isinstance(error, ApiError) else _broken())
 
     def _fail(self, job: Job, error: ApiError) -> None:
         if not (job.failed or job.cancelled):

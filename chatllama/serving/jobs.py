@@ -11,6 +11,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.generation.decoding_batch import Request, Sampled
+from chatllama.generation.sampling import BROKEN
 from chatllama.model.roles import Role
 from chatllama.serving.errors import ApiError
 from chatllama.text.detokenizing import AnswerText
@@ -45,7 +46,12 @@ class Row:
         return len(self.request.prompt) + self.request.sampling.max_new_tokens
 
     def advance(self, sampled: Sampled) -> Delta:
-        """What a new token adds; a stop string may end the row before the model does."""
+        """What a new token adds; a stop string may end the row before the model does.
+
+        ApiError: the row could not be sampled.
+        """
+        if sampled.ended == "failed":
+            raise ApiError(500, BROKEN, "broken_model")
         ended: Ended | None = sampled.ended
         text = "" if ended == "stop" else self.text.push(sampled.token)
         if self.text.stopped:

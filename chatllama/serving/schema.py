@@ -21,7 +21,6 @@ from pydantic_core import PydanticCustomError
 from chatllama.config.limits import (
     LEAST_TEMPERATURE,
     MOST_NEW_TOKENS,
-    MOST_SEED,
     MOST_TEMPERATURE,
     MOST_TOP_K,
 )
@@ -36,7 +35,7 @@ def _temperature(value: float) -> float:
 
 
 Temperature = Annotated[float, Field(ge=0, le=MOST_TEMPERATURE), AfterValidator(_temperature)]
-Seed = Annotated[int, Field(ge=-(2**63), le=MOST_SEED)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 AdapterName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 StopString = Annotated[str, StringConstraints(max_length=200)]

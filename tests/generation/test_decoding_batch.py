@@ -10,9 +10,10 @@ from tiny_models import tiny_llama
 from transformers import LlamaForCausalLM
 
 from chatllama.generation.decoding_batch import DecodingBatch, Request, Sampled
-from chatllama.generation.generate import generate
+from chatllama.generation.generate import generate, stream
 from chatllama.generation.kv_cache import KVCache
 from chatllama.generation.sampling import Sampling
+from chatllama.generation.static_kv_cache import StaticKVCache
 
 WIDE = [2, *range(10, 30)]
 SAMPLINGS = (
@@ -87,6 +88,48 @@ def test_rows_are_what_they_would_be_alone_however_they_come_and_go(llama: Llama
             assert produced[row] == expected, row
             assert ended[row] == ("stop" if expected[-1] in request.stop_ids else "length")
     assert set(ended.values()) == {"stop", "length"}
+
+
+BAD = 94
+
+
+def broken_llama() -> LlamaForCausalLM:
+    """A model whose token BAD is NaN."""
+    llama = tiny_llama()
+    llama.model.embed_tokens.weight.data[BAD] = torch.nan
+    return llama
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_a_row_that_cannot_be_sampled_leaves_alone(compiled: bool, logprobs: int | None) -> None:
+    llama = broken_llama()
+    zeros = torch.zeros(40)
+    good = [Request([5, 9, 30], Sampling(20, 0.0), [], zeros, logprobs),
+            Request([7, *range(20, 40)], Sampling(16), [], zeros, logprobs)]  # fmt: skip
+    bad = Request([8, *range(3, 30), BAD], Sampling(9, top_k=3), [], zeros, logprobs)
+    hot = Request([8, 9], Sampling(9, 1e-39), [], zeros, logprobs)
+    static = StaticKVCache(llama, "eager") if compiled else None
+    batch = DecodingBatch(llama, 4, static)
+    produced: dict[int, list[int]] = {}
+    first = batch.admit([good[0], bad, good[1], hot])
+    assert [one.ended for one in first] == [None, "failed", None, "failed"]
+    note(produced, first)
+    note(produced, batch.step())
+    late = Request([5, 9], Sampling(30, 0.0), [], zeros, logprobs)  # takes a place with NaN in it
+    note(produced, batch.admit([late, Request([4] * 12, Sampling(3), [], zeros)]))
+    while batch.running:
+        note(produced, batch.step())
+    assert produced[1] == produced[3] == [-1]
+    assert [produced[row] for row in (0, 2, 4)] == [alone(llama, each) for each in (*good, late)]
+
+
+def test_a_model_that_breaks_ends_generate_and_stream() -> None:
+    llama = broken_llama()
+    with pytest.raises(ValueError, match="its weights are broken"):
+        generate(llama, [[5], [BAD]], Sampling(4), [], torch.zeros(2, 4), 2)
+    with pytest.raises(ValueError, match="its weights are broken"):
+        list(stream(llama, [BAD], Sampling(4, 0.0), [], torch.Generator()))
 
 
 def test_a_prompt_longer_than_all_that_runs_may_join(llama: LlamaForCausalLM):

@@ -150,16 +150,23 @@ def test_every_row_in_its_own_way():
     ]
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_broken_logits_are_refused(bad: float):
-    logits = torch.zeros(2, 10)
-    logits[1, 3] = bad
-    for sampling in (Sampling(1), Sampling(1, 0.0), Sampling(1, top_p=0.5)):
-        with pytest.raises(ValueError, match="its weights are broken"):
-            next_tokens(logits, torch.zeros(2), sampling)
-    logits[1] = -math.inf
-    with pytest.raises(ValueError, match="its weights are broken"):
-        next_tokens(logits, torch.zeros(2), Sampling(1))
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("sampling", [Sampling(1), Sampling(1, 0.0), Sampling(1, top_p=0.5)])
+def test_broken_logits_give_no_token_and_spoil_no_other_row(bad: float, sampling: Sampling):
+    logits = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
+    uniforms = torch.tensor([0.3, 0.5, 0.7])
+    alone = [int(next_tokens(logits[i : i + 1], uniforms[i : i + 1], sampling)) for i in (0, 2)]
+    logits[1] = bad
+    assert next_tokens(logits, uniforms, sampling).tolist() == [alone[0], -1, alone[1]]
+    logits[1] = torch.tensor([0.0] * 9 + [bad])
+    if bad != -math.inf:  # that one token is impossible
+        assert next_tokens(logits, uniforms, sampling).tolist() == [alone[0], -1, alone[1]]
+
+
+def test_logits_that_overflow_at_their_temperature_give_no_token():
+    logits = torch.tensor([[1.0, 2.0, 3.0]] * 3)
+    rows = [Sampling(1), Sampling(1, 1e-39), Sampling(1, 0.0)]
+    assert next_tokens(logits, torch.zeros(3), rows).tolist() == [2, -1, 2]
 
 
 def test_temperature_zero_takes_the_likeliest():

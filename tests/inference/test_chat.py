@@ -251,10 +251,12 @@ def test_chat_reads_lines_from_a_pipe(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -1.0}, "--temperature -1.0: must be 0 or more"),
+        ({"temperature": -1.0}, "--temperature -1.0: must be 0, or between"),
+        ({"temperature": 1e-39}, "--temperature 1e-39: must be 0, or between"),
+        ({"seed": 2**70}, "--seed 1180591620717411303424: must be between"),
         ({"temperature": float("nan")}, "--temperature nan"),
         ({"top_p": 0.0}, "--top-p 0.0: must be above 0"),
-        ({"max_new_tokens": 0}, "--max-new-tokens 0: must be at least 1"),
+        ({"max_new_tokens": 0}, "--max-new-tokens 0: must be between 1"),
         ({"stops": ("a", "")}, r"--stop \('a', ''\): an empty string"),
         ({}, "is not a run folder"),
     ],
