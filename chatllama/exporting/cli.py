@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from chatllama.inference.options import TRUST
 from chatllama.runtime.declared_options import add_options, option
 
 
@@ -24,6 +25,7 @@ class ExportOptions:
     base_name: str | None = option(
         None, "hub id of the base (default: as in the config)", metavar="ID"
     )
+    trust_remote_code: bool = option(False, TRUST)
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:

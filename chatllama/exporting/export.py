@@ -280,7 +280,8 @@ def export_run(run_dir: Path, options: ExportOptions, out: Path | None = None) -
         raise ValueError(f"--reward: {run.root} has no reward model")
     active: Role = "reference" if role == "sft" else role
     members = len(run.reward_members()) if options.reward else 0
-    loaded = load_run(run, cfg, [active, *(reward_role(number) for number in range(members))])
+    roles = [active, *(reward_role(number) for number in range(members))]
+    loaded = load_run(run, cfg, roles, trust_remote_code=options.trust_remote_code)
     reference = reference_outputs(loaded, active)
     config, tokenizer = cast(LlamaConfig, loaded.model.llama.config), loaded.tokenizer
     del loaded

@@ -84,7 +84,8 @@ def _answer_all(
     acting = "reference" if settings.role == "sft" else settings.role
     rewards = [reward_role(number) for number in range(len(settings.rewards))]
     cfg = with_weights(cfg, settings.dtype, settings.quantization)
-    loaded = load_run(run, cfg, [acting, *rewards])
+    trusted = settings.options.trust_remote_code
+    loaded = load_run(run, cfg, [acting, *rewards], trust_remote_code=trusted)
     answerer = Answerer(loaded, acting, settings.options.compile)
     longest = _check_lengths(answerer, prompts, settings.sampling.max_new_tokens)
     # Batches begin where they would without an interruption, so that not even rounding differs.

@@ -72,7 +72,8 @@ def chat(run_dir: Path, options: ChatOptions | None = None) -> None:
         generator.seed()
     else:
         generator.manual_seed(options.seed)
-    loaded = load_run(run, with_weights(load_config(config), options.dtype, options.quantization))
+    cfg = with_weights(load_config(config), options.dtype, options.quantization)
+    loaded = load_run(run, cfg, trust_remote_code=options.trust_remote_code)
     longest = options.max_new_tokens or loaded.config.generation.max_new_tokens
     sampling = Sampling(longest, temperature=options.temperature, top_p=options.top_p)
     model = ChatModel(loaded, sampling, generator, options.stops)

@@ -6,7 +6,14 @@ from pathlib import Path
 from chatllama.inference.options import ChatOptions, GenerateOptions
 from chatllama.runtime.declared_options import add_options
 
-EVAL_OPTIONS = ("role", "max_new_tokens", "batch_size", "dtype", "quantization")
+EVAL_OPTIONS = (
+    "role",
+    "max_new_tokens",
+    "batch_size",
+    "dtype",
+    "quantization",
+    "trust_remote_code",
+)
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
 """A run opened for inference: its backbone once, its adapters as roles."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,10 @@ def reward_role(member: int) -> Role:
 
 
 def load_run(
-    run: RunFolder, cfg: Config | None = None, roles: Sequence[Role] | None = None
+    run: RunFolder,
+    cfg: Config | None = None,
+    roles: Sequence[Role] | None = None,
+    trust_remote_code: bool = False,
 ) -> LoadedRun:
     """The run's backbone with its adapters.
 
@@ -58,6 +62,8 @@ def load_run(
         cfg: None: the run's own.
         roles: None: all that have adapters. `base`, and `reference` after full fine-tuning, need
             none.
+        trust_remote_code: runs Python code that comes with the model. The config's own key does
+            not count here: a folder from elsewhere would grant itself that trust.
 
     Raises:
         ValueError: not a run folder, nothing trained yet, or an adapter that is missing, damaged
@@ -72,18 +78,22 @@ def load_run(
     names = list(folders) if roles is None else [role for role in roles if role not in bare]
     if missing := [role for role in names if role not in folders]:
         raise ValueError(f"{run.root} has no adapter for {missing[0]}; there: {sorted(folders)}")
-    tokenizer = load_tokenizer(
-        backbone_path(cfg.backbone, run),
-        revision=cfg.backbone.revision,
-        trust_remote_code=cfg.backbone.trust_remote_code,
-    )
+    backbone = cfg.backbone.model_copy(update={"trust_remote_code": trust_remote_code})
+    cfg = cfg.model_copy(update={"backbone": backbone})
+    path = backbone_path(backbone, run)
+    with _naming_the_flag(path):
+        tokenizer = load_tokenizer(
+            path, revision=backbone.revision, trust_remote_code=trust_remote_code
+        )
     saved = {role: load_adapter(folders[role]) for role in names}
     for role, adapter in saved.items():
         check_contract(adapter.info["contract"], tokenizer, cfg.chat, str(folders[role]))
         check_base(cfg, run, adapter.info, str(folders[role]))
     rewards = [role for role in names if role.startswith("reward")]
+    with _naming_the_flag(path):
+        llama = load_backbone(without_training_kernels(backbone), base_path(cfg, run))
     model = RoleModel(
-        load_backbone(without_training_kernels(cfg.backbone), base_path(cfg, run)),
+        llama,
         {role: Adapter(adapter.lora, adapter.state) for role, adapter in saved.items()},
         heads=tuple(rewards),
     )
@@ -91,3 +101,17 @@ def load_run(
         model.heads[role].load_state_dict(saved[role].head)
     model.to(device()).eval().requires_grad_(False)
     return LoadedRun(model, tokenizer, cfg.chat, cfg, rewards)
+
+
+@contextmanager
+def _naming_the_flag(path: str) -> Iterator[None]:
+    """Says which option allows a model's own code, where transformers names its own argument."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{path} brings Python code of its own, which is not run. If you trust whoever wrote "
+            "it, give --trust-remote-code; the key in the run's config does not count here"
+        ) from error

@@ -45,6 +45,7 @@ NEW_TOKENS, TOP_K, SEED = (
     between(*bounds) for bounds in ((1, MOST_NEW_TOKENS), (0, MOST_TOP_K), (0, MOST_SEED))
 )
 SAMPLES = between(1, 10_000)
+TRUST = "run Python code that comes with the model; the run's own config cannot allow it"
 STOPS = Limit("an empty string would end every answer at once", lambda stops: "" not in stops)
 
 
@@ -58,6 +59,7 @@ class WeightsOptions:
     quantization: Literal["none", "int8", "nf4"] | None = option(
         None, "of the frozen weights (default: the config's; extra: bitsandbytes)"
     )
+    trust_remote_code: bool = option(False, TRUST)
 
 
 @dataclass(frozen=True, kw_only=True)

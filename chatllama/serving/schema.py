@@ -18,12 +18,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from chatllama.config.limits import (
-    LEAST_TEMPERATURE,
-    MOST_NEW_TOKENS,
-    MOST_TEMPERATURE,
-    MOST_TOP_K,
-)
+from chatllama.config.limits import LEAST_TEMPERATURE, MOST_NEW_TOKENS, MOST_TEMPERATURE, MOST_TOP_K
 from chatllama.text.chat_format import Message
 
 

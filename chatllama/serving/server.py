@@ -110,8 +110,9 @@ def serve(settings: ServerSettings) -> None:
         chat = cfg.chat
         if settings.date is not None:
             chat = ChatSection.model_validate(chat.model_dump() | {"date": settings.date})
-        weights = (settings.dtype, settings.quantization)
-        loaded = replace(load_run(run, with_weights(cfg, *weights)), chat=chat)
+        cfg = with_weights(cfg, settings.dtype, settings.quantization)
+        loaded = load_run(run, cfg, trust_remote_code=settings.trust_remote_code)
+        loaded = replace(loaded, chat=chat)
         quantization = loaded.config.backbone.quantization
         tell(f"{settings.run}: {describe_model(loaded.model, quantization)}")
         service = Service(settings, loaded)

@@ -235,7 +235,7 @@ def test_chat_reads_lines_from_a_pipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loading: Any = types.ModuleType("chatllama.inference.load")
-    loading.load_run = lambda run, cfg: types.SimpleNamespace(config=cfg)
+    loading.load_run = lambda run, cfg, **_: types.SimpleNamespace(config=cfg)
     monkeypatch.setitem(sys.modules, "chatllama.inference.load", loading)
     echo = Echo()
     monkeypatch.setattr(chat_model, "ChatModel", lambda *args: echo)
