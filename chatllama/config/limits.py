@@ -8,7 +8,7 @@ LEAST_TEMPERATURE = 1e-4
 MOST_TEMPERATURE = 100.0
 MOST_TOP_K = 1_000_000
 """Above any vocabulary."""
-MOST_NEW_TOKENS = 2**24
+MOST_NEW_TOKENS = 10_000_000
 """Above any model's positions."""
 MOST_SEED = 2**62
 """torch's generators take twice as much; stages add small numbers to it."""

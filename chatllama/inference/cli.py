@@ -21,7 +21,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run", metavar="RUN", type=Path, help="run folder")
     add("prompts", metavar="PROMPT", nargs="*", help="what to answer (default: lines of stdin)")
-    about = "prompts: .jsonl with `prompt` or `messages`, or .txt, one a line"
+    about = "prompts: .jsonl or .json with `prompt` or `messages`, or .txt, one a line"
     add("--file", type=Path, metavar="F", help=about)
     add_options(parser, GenerateOptions)
     add("--out", type=Path, metavar="F.jsonl", help="write here; an interrupted run is continued")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:  # importing it takes seconds
     from chatllama.text.chat_format import Message
 
-SUFFIXES = (".jsonl", ".txt")
+SUFFIXES = (".jsonl", ".json", ".txt")
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ def read_prompts(
     """The prompts of exactly one source, in order; ValueError if it is missing or invalid.
 
     Args:
-        file: .jsonl with `prompt` (text or messages) or `messages`, and perhaps `id`, in each
-            record; or .txt, one prompt a line. Empty lines are skipped.
+        file: .jsonl, or an array in .json or .jsonl, with `prompt` (text or messages) or
+            `messages`, and perhaps `id`, in each record; an array may hold texts, too. Or .txt, one
+            prompt a line. Empty lines are skipped.
         lines: read where the others are empty; None: there is no such input.
     """
     if arguments and file is not None:
@@ -78,10 +79,16 @@ def _of_file(file: Path) -> list[Prompt]:
     # Not splitlines(): that also breaks at U+2028, which JSON strings may hold as it is.
     if file.suffix == ".txt":
         return _of_text(text.split("\n"), str(file))
+    if file.suffix == ".json" or text.lstrip().startswith("["):
+        records = _json(text, str(file))
+        if not isinstance(records, list):
+            raise ValueError(f"--file {file}: expected an array; one record a line is .jsonl")
+        return [_of_record(each, i, f"{file}[{i}]") for i, each in enumerate(records)]
     prompts: list[Prompt] = []
     for number, line in enumerate(text.split("\n"), start=1):
+        where = f"{file}:{number}"
         if line.strip():
-            prompts.append(_of_record(line, len(prompts), f"{file}:{number}"))
+            prompts.append(_of_record(_json(line, where), len(prompts), where))
     return prompts
 
 
@@ -92,18 +99,34 @@ def _of_text(lines: Iterable[str], source: str) -> list[Prompt]:
     return [Prompt(i, text, where) for i, (where, text) in enumerate(full)]
 
 
-def _of_record(line: str, index: int, where: str) -> Prompt:
+def _json(text: str, where: str) -> Any:
     try:
-        record = json.loads(line)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: broken JSON ({error.msg}, column {error.colno})") from None
+        at = (
+            f"line {error.lineno}, column {error.colno}"
+            if "\n" in text
+            else f"column {error.colno}"
+        )
+        raise ValueError(f"{where}: broken JSON ({error.msg}, {at})") from None
+    except RecursionError:
+        raise ValueError(f"{where}: JSON nested too deep") from None
+
+
+def _of_record(record: Any, index: int, where: str) -> Prompt:
+    if isinstance(record, str):
+        return Prompt(index, record, where)
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected an object with `prompt` or `messages`")
-    given = [key for key in ("prompt", "messages") if key in record]
+    given = [key for key in ("prompt", "messages") if record.get(key) is not None]
     if len(given) != 1:
         keys = ", ".join(map(repr, record)) or "no key"
         raise ValueError(f"{where}: expected one of `prompt` and `messages`; it has {keys}")
-    identity, content = record.get("id", index), record[given[0]]
+    identity, content = record.get("id"), record[given[0]]
+    if identity is None:
+        identity = index
+    elif isinstance(identity, float) and identity.is_integer():  # of a column with gaps
+        identity = int(identity)
     if isinstance(identity, bool) or not isinstance(identity, int | str):
         raise ValueError(f"{where}: `id` must be a number or a string, not {identity!r}")
     if isinstance(content, str) and given[0] == "prompt":

@@ -100,7 +100,7 @@ class RoleModel(nn.Module):
             self._make_adapter(role, lora_config(adapter.lora))
             self._lora_layers = _lora_layers(self.backbone)
             _load_state(self, role, adapter.state)
-        except ValueError:
+        except BaseException:
             self.remove(role)
             raise
         self.lora[role] = adapter.lora
@@ -112,9 +112,12 @@ class RoleModel(nn.Module):
         assert role != self.acting
         self.adapter_names.pop(role, None)
         self.lora.pop(role, None)
-        if role in self.peft_model.peft_config:
-            self.peft_model.delete_adapter(role)
+        if isinstance(self.backbone, PeftModel) and role in self.backbone.peft_config:
+            self.backbone.delete_adapter(role)
         self._lora_layers = _lora_layers(self.backbone)
+        for layer in self._lora_layers:  # PEFT leaves these where it failed half way
+            if role in layer.lora_A:
+                layer.delete_adapter(role)
         _activate(self, self.acting)
 
     @property

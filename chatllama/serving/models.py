@@ -105,8 +105,10 @@ class Models:
             add = self._engine.run(lambda: self._run.model.add(role, adapter))
             try:
                 await asyncio.wrap_future(add)
-            except ValueError as error:
-                raise _bad_path(str(error)) from error
+            except ApiError:
+                raise
+            except Exception as error:  # nothing of it is left in the model
+                raise _bad_path(str(error) or repr(error)) from error
             self._served[name] = ServedModel(name, role, int(time.time()), True)
             if old is not None:
                 await self._retire(old)
@@ -142,8 +144,13 @@ class Models:
             if not isinstance(contract, dict):
                 raise ValueError("chatllama.json names no chat contract")
             check_contract(contract, self._run.tokenizer, self._run.config.chat, "the adapter")
-        except (ValueError, OSError) as error:
-            raise _bad_path(str(error).replace(str(folder), "the folder")) from error
+            ranks = {len(each) for name, each in saved.state.items() if ".lora_A." in name}
+            if ranks != {saved.lora.r}:
+                found = ", ".join(map(str, sorted(ranks))) or "none"
+                raise ValueError(f"adapter_config.json: r {saved.lora.r}; the weights have {found}")
+        except Exception as error:  # files of a stranger
+            text = str(error) or repr(error)
+            raise _bad_path(text.replace(str(folder), "the folder")) from error
         return saved
 
 

@@ -21,6 +21,30 @@ def test_prompts_of_a_jsonl_file(tmp_path: Path) -> None:
     assert (third.id, third.messages) == (2, turns)
 
 
+@pytest.mark.parametrize("name", ["p.json", "p.jsonl"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_is_read_as_its_records(tmp_path: Path, name: str, indent: int | None) -> None:
+    file = tmp_path / name
+    turns = [{"role": "user", "content": "c"}]
+    file.write_text(
+        json.dumps(
+            ["a", {"prompt": "b", "id": 7.0}, {"messages": turns, "id": None}], indent=indent
+        )
+    )
+    found = read_prompts([], file, None)
+    assert [(p.id, p.messages[0]["content"]) for p in found] == [(0, "a"), (7, "b"), (2, "c")]
+    assert found[1].where == f"{file}[1]"
+
+
+@pytest.mark.parametrize(("given", "id"), [("1.0", 1), ("null", 1), ('"x"', "x"), ("-3.0", -3)])
+def test_ids_of_columns_with_gaps(tmp_path: Path, given: str, id: int | str) -> None:
+    file = tmp_path / "p.jsonl"
+    line = '{"prompt": "b", "messages": null, "id": %s}\n'
+    file.write_text('{"prompt": "a"}\n' + line % given)
+    found = read_prompts([], file, None)[1].id
+    assert found == id and type(found) is type(id)
+
+
 def test_prompts_of_text_and_arguments(tmp_path: Path) -> None:
     file = tmp_path / "p.txt"
     file.write_bytes(b"one \r\n\r\ntwo\n")
@@ -35,7 +59,7 @@ def test_prompts_of_text_and_arguments(tmp_path: Path) -> None:
         ("", "no prompts"),
         ("\n\n", "no prompts"),
         ('{"prompt": "a"}\n{"prompt": ', r"p.jsonl:2: broken JSON \(.*, column 12\)"),
-        ('"a"', "p.jsonl:1: expected an object"),
+        ("5", "p.jsonl:1: expected an object"),
         ('{"text": "a"}', "expected one of `prompt` and `messages`; it has 'text'"),
         ('{"prompt": "a", "messages": []}', "expected one of"),
         ('{"messages": "a"}', "`messages` must be a list"),
@@ -45,6 +69,11 @@ def test_prompts_of_text_and_arguments(tmp_path: Path) -> None:
         ('{"prompt": "  "}', "p.jsonl:1: the prompt is empty"),
         ('{"prompt": "a", "id": [1]}', r"`id` must be a number or a string, not \[1\]"),
         ('{"prompt": "a", "id": true}', "`id` must be"),
+        ('{"prompt": "a", "id": 1.5}', "`id` must be a number"),
+        ("[]", "no prompts"),
+        ('["a", {"text": "b"}]', r"p.jsonl\[1\]: expected one of"),
+        ('[\n"a",\n]', r"p.jsonl: broken JSON \(.*, line 3, column 1\)"),
+        ("[" * 100_000, "nested too deep"),
     ],
 )
 def test_bad_prompts_are_named(tmp_path: Path, content: str, message: str) -> None:
@@ -59,7 +88,7 @@ def test_one_source_of_prompts(tmp_path: Path) -> None:
     for arguments, name, message in (
         (["a"], file, "give one of the two"),
         ([], None, "no prompts: give them"),
-        ([], file, "unknown type '.csv'; known: .jsonl, .txt"),
+        ([], file, "unknown type '.csv'; known: .jsonl, .json, .txt"),
         ([], tmp_path / "none.txt", "no such file"),
         ([" "], None, "prompt 0: the prompt is empty"),
     ):
