@@ -1,0 +1,98 @@
+"""Adapters of strangers get 400 with a reason, and nothing of them stays in memory."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft.tuners.lora import LoraLayer
+from serving_setup import make_served_run, post, serving
+
+from chatllama.inference.load import LoadedRun, load_run
+from chatllama.runs.folder import RunFolder
+
+pytestmark = pytest.mark.slow
+Change = Callable[[Path], Any]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> RunFolder:
+    return make_served_run(tmp_path_factory.mktemp("run"), tiny_tokenizer_dir)
+
+
+@pytest.fixture(scope="module")
+def loaded(run: RunFolder) -> LoadedRun:
+    return load_run(run)
+
+
+def text(name: str, content: str) -> Change:
+    return lambda folder: (folder / name).write_text(content)
+
+
+def key(**values: Any) -> Change:
+    def change(folder: Path) -> None:
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return change
+
+
+CHANGES: list[Change] = [
+    *(text("chatllama.json", content) for content in ("[]", "5", "{}", "[" * 100_000)),
+    *(text("chatllama.json", f'{{"contract": {what}}}') for what in ("[]", "{}", '{"hash": 1}')),
+    *(text("adapter_config.json", content) for content in ("[]", "null", "{}", "[" * 100_000, "{")),
+    *(text("adapter_model.safetensors", content) for content in ("", "x" * 100, "\x08\0\0{}")),
+    key(r=10**9), key(r=-1), key(r="8"), key(r=2), key(lora_alpha="x"), key(lora_alpha=None),
+    key(target_modules=5), key(target_modules=[1]), key(target_modules=["nothing"]),
+    key(target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "lm_head"]),
+]  # fmt: skip
+
+
+def names(loaded: LoadedRun) -> set[str]:
+    """Every parameter in memory, and every adapter that a layer holds."""
+    layers = [module for module in loaded.model.modules() if isinstance(module, LoraLayer)]
+    adapters = {name for layer in layers for name in (*layer.lora_A, *layer.scaling)}
+    return {name for name, _ in loaded.model.named_parameters()} | adapters
+
+
+def test_strange_adapters_are_refused_and_leave_nothing(run: RunFolder, loaded: LoadedRun) -> None:
+    before = names(loaded)
+    with serving(run, loaded) as url:
+        for number, change in enumerate(CHANGES):
+            folder = run.root / f"strange{number}"
+            shutil.copytree(run.root / "extra", folder)
+            change(folder)
+            asked = {"lora_name": "strange", "lora_path": str(folder)}
+            status, told = post(url, "/v1/load_lora_adapter", asked)
+            assert status == 400, (number, told)
+            assert told["error"]["message"].startswith("lora_path: "), told
+            assert str(run.root) not in str(told)
+            assert names(loaded) == before, number
+        assert post(url, "/v1/completions", {"model": "policy", "prompt": "a"})[0] == 200
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), MemoryError(), KeyError("x")])
+def test_a_load_that_fails_half_way_leaves_nothing(
+    run: RunFolder, loaded: LoadedRun, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    before = names(loaded)
+    update, calls = LoraLayer.update_layer, []
+
+    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise error
+        return update(self, *args, **kwargs)
+
+    with serving(run, loaded) as url:
+        asked = {"lora_name": "half", "lora_path": str(run.root / "extra")}
+        with monkeypatch.context() as broken:
+            for layer in {type(m) for m in loaded.model.modules() if isinstance(m, LoraLayer)}:
+                update = layer.update_layer
+                broken.setattr(layer, "update_layer", failing)
+            assert post(url, "/v1/load_lora_adapter", asked)[0] == 400
+        assert len(calls) == 3 and names(loaded) == before
+        assert post(url, "/v1/load_lora_adapter", asked)[0] == 200
+        assert post(url, "/v1/unload_lora_adapter", {"lora_name": "half"})[0] == 200
