@@ -294,7 +294,7 @@ def test_the_server_may_be_given_another_day_than_its_run(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(
-        server, "load_run", lambda _, cfg: LoadedRun(nothing, nothing, cfg.chat, cfg, [])
+        server, "load_run", lambda _, cfg, **more: LoadedRun(nothing, nothing, cfg.chat, cfg, [])
     )
     monkeypatch.setattr(server, "describe_model", lambda *_: "")
     monkeypatch.setattr(server, "Service", service)
