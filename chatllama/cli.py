@@ -55,6 +55,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, command, add_arguments, about in (
         ("run", _run, _run_arguments, "train: SFT, reward model, PPO; then evaluation and report"),
+        ("finish", _finish, _finish_arguments, "end an interrupted stage at a checkpoint"),
         ("chat", _chat, add_chat_arguments, "talk to the model of a run in the terminal"),
         ("generate", _generate, add_generate_arguments, "answer many prompts, into a file or here"),
         ("export", _export, add_export_arguments, "adapter, merged or reward model, GGUF files"),
@@ -112,6 +113,12 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-positions", type=int, metavar="N", help=about)
 
 
+def _finish_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    about = "step of the checkpoint (default: the newest)"
+    parser.add_argument("--step", type=int, metavar="N", help=about)
+
+
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
 
@@ -137,6 +144,16 @@ def _run(arguments: argparse.Namespace) -> None:
             resume=arguments.resume,
             redo_from=arguments.redo_from,
         )
+    except StageFailed as error:
+        print(f"chatllama: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from error
+
+
+def _finish(arguments: argparse.Namespace) -> None:
+    from trainers.stages.pipeline import StageFailed, finish_run
+
+    try:
+        finish_run(arguments.run, arguments.step)
     except StageFailed as error:
         print(f"chatllama: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from error

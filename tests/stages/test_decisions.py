@@ -410,3 +410,43 @@ def test_a_section_that_was_null_did_not_have_its_defaults(world: World):
     assert [line.partition(":")[0] for line in differences(record, now)] == sorted(
         key for key in lora if now["config"][key] is not None
     )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "goes_on"),
+    [("constant", 40, True), ("constant", 6, True), ("linear", 5, True), ("linear", 6, False),
+     ("cosine", 40, False)],
+)  # fmt: skip
+def test_steps_may_change_where_no_learning_rate_depends_on_them(
+    world: World, schedule: str, steps: int, goes_on: bool
+):
+    world.train("sft")
+    world.train("reward")
+    before = world.config(ppo__lr_schedule=schedule, ppo__steps=30)
+    world.begin("ppo", before)
+    (world.run.checkpoints("ppo") / "step-5").mkdir(parents=True)
+    cfg = world.config(ppo__lr_schedule=schedule, ppo__steps=steps, ppo__save_every=7)
+    if not goes_on:
+        with pytest.raises(ValueError, match=rf"ppo\.steps: 30 there, {steps} now"):
+            check_resumed(cfg, world.run, "ppo")
+        return
+    assert world.actions(cfg, resume=True)[2] == "go on"
+    assert check_resumed(cfg, world.run, "ppo")["changed"] == [
+        [f"ppo.steps: 30 before, {steps} now"]
+    ]
+    with pytest.raises(ValueError, match=r"ppo\.epochs: 4 there, 5 now"):
+        check_resumed(world.config(ppo__epochs=5), world.run, "ppo")
+
+
+def test_moved_data_and_bases_may_be_gone_on_with(world: World):
+    world.interrupt("sft")
+    for name in ("base", "sft.jsonl"):
+        (world.folder / name).rename(world.folder / f"moved-{name}")
+    cfg = world.config(
+        backbone={"path": str(world.folder / "moved-base")},
+        sft={"data": [{"path": str(world.folder / "moved-sft.jsonl")}]},
+    )
+    assert len(check_resumed(cfg, world.run, "sft")["changed"][0]) == 2
+    (world.folder / "moved-sft.jsonl").write_text('{"other": 1}\n')
+    with pytest.raises(ValueError, match=r"sft\.data: "):
+        check_resumed(cfg, world.run, "sft")

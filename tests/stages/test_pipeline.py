@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from chatllama.config.loader import load_config
+from chatllama.config.loader import dump_config, load_config
 from chatllama.config.schema import Config
 from chatllama.runs.folder import STAGES, RunFolder, Stage
 from chatllama.runtime.files import write_json
@@ -334,3 +334,22 @@ def test_every_stage_has_its_script() -> None:
         "train_rm.py",
         "train_ppo.py",
     ]
+
+
+def test_finishing_an_interrupted_stage_at_a_checkpoint(
+    config: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(pipeline, "run_pipeline", lambda *a, **k: calls.append((*a, k)))
+    dump_config(load_config(config), run.config)
+    with pytest.raises(ValueError, match="no stage is interrupted"):
+        pipeline.finish_run(run.root, None)
+    for step in (3, 17):
+        (run.checkpoints("ppo") / f"step-{step}").mkdir(parents=True)
+    for given, expected in ((None, 17), (17, 17), (3, 3)):
+        pipeline.finish_run(run.root, given)
+        path, overrides, options = calls.pop()
+        assert path == str(run.config) and overrides[1] == f"ppo.steps={expected}"
+        assert options == {"resume": True, "only": "ppo"}
+    with pytest.raises(ValueError, match=r"cannot be finished at step 5: .* of steps 3, 17 "):
+        pipeline.finish_run(run.root, 5)

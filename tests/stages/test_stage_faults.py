@@ -185,3 +185,18 @@ def test_the_last_evaluation_of_sft_is_one_row_also_after_a_kill(
     lines = [json.loads(line) for line in run.metrics("sft").open()]
     assert [line["step"] for line in lines if "sft/eval_loss" in line] == [3]
     assert [line["step"] for line in lines if "sft/loss" in line] == [1, 2, 3]
+
+
+def test_a_stage_can_be_ended_at_any_of_its_checkpoints(prepared: Path, tmp_path: Path):
+    import train_sft
+
+    run = RunFolder(tmp_path / "run")
+    command = [str(prepared / "config.yaml"), f"run_dir={run.root}", "sft.lr_schedule=cosine"]
+    train_sft.main([*command, "sft.steps=5"])
+    run.result("sft").unlink()
+    for steps in (4, 5):  # the two that are kept; no learning rate is left to depend on them
+        train_sft.main([*command, f"sft.steps={steps}", "--resume"])
+        assert run.read_result("sft")["steps"] == steps and run.sft_adapter.is_dir()
+        run.result("sft").unlink()
+    with pytest.raises(ValueError, match=r"sft\.steps: 5 there, 3 now"):
+        train_sft.main([*command, "sft.steps=3", "--resume"])

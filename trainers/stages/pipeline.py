@@ -29,7 +29,8 @@ from chatllama.reporting.summary import (
     reward_accuracy,
     write_summary,
 )
-from chatllama.runs.folder import RunFolder, Stage
+from chatllama.runs.checkpoints import step_folders, step_of
+from chatllama.runs.folder import STAGES, RunFolder, Stage
 from chatllama.runs.interruption import EXIT_CODE
 from chatllama.runs.lock import lock_path, locked, read_owner
 from chatllama.runtime.command_line import duration
@@ -66,12 +67,14 @@ def run_pipeline(
     launch: Launch | None = None,
     resume: bool = False,
     redo_from: Stage | None = None,
+    only: Stage | None = None,
 ) -> None:
-    """Runs every stage that must run, then writes the summary and the report and prints the table.
+    """Runs every stage that must run, then writes summary and report and prints the table.
 
     Args:
         overrides: `section.key=value` each.
         resume: go on from the newest checkpoint of an interrupted stage.
+        only: run no other stage than this one.
         redo_from: run this stage and the later ones again; their results and checkpoints go.
 
     Raises:
@@ -86,6 +89,7 @@ def run_pipeline(
     # Another machine holds the lock of a shared run folder.
     with locked(run, "run") if launch.leads else nullcontext("") as lock:
         decisions = decide(cfg, run, redo_from, resume)
+        decisions = {s: each for s, each in decisions.items() if only in (None, s)}
         _check_machines(launch, decisions)
         pending: list[Stage] = [s for s, each in decisions.items() if each.action != "keep"]
         gpus, ranks = _plan_ranks(cfg, launch) if pending else (0, 1)
@@ -102,6 +106,34 @@ def run_pipeline(
         if launch.leads:
             write_summary(run)
             print_results(run, write_report(run))
+
+
+def finish_run(folder: Path, step: int | None) -> None:
+    """Ends the interrupted stage of a run at a checkpoint: its result, as if `steps` had been that.
+
+    Args:
+        step: of the checkpoint. None: the newest.
+
+    Raises:
+        ValueError: no stage is interrupted, or it has no such checkpoint.
+    """
+    run = RunFolder(folder)
+    config = str(run.existing_config())
+    begun = [s for s in STAGES if run.was_begun(s) and not run.result(s).is_file()]
+    if not begun:
+        raise ValueError(f"{folder}: no stage is interrupted with a checkpoint to finish from")
+    stage = begun[0]
+    saved = [step_of(path) for path in step_folders(run.checkpoints(stage))]
+    step = step if step is not None or not saved else saved[-1]
+    if step not in saved or (
+        stage == "reward" and load_stage_config(config, ()).reward.ensemble > 1
+    ):
+        raise ValueError(
+            f"{folder}: stage {stage} cannot be finished at step {step}: it has checkpoints of "
+            f"steps {', '.join(map(str, saved)) or 'none'} (an ensemble must train to its end)"
+        )
+    overrides = [f"run_dir={json.dumps(str(folder))}", f"{stage}.steps={step}"]
+    run_pipeline(config, overrides, resume=True, only=stage)
 
 
 def _check_machines(launch: Launch, decisions: Mapping[Stage, Decision]) -> None:
