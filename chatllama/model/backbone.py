@@ -47,31 +47,32 @@ def load_backbone(
     revision = section.revision if path == section.path else None
     common = {"revision": revision, "trust_remote_code": section.trust_remote_code}
     config = _read_config(path, common)
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if method not in (None, "bitsandbytes"):
+        raise ValueError(
+            f"backbone.path: {path!r} is quantised by {method} (config.json) and cannot be "
+            "trained here: take the unquantised model; backbone.quantization quantises it"
+        )
     check_kernels(section, config)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             path,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported by name below
             dtype=dtype or getattr(torch, section.dtype),
             attn_implementation=registered(section.attn_implementation),
             use_safetensors=True,
             **_quantized(section, config, dtype),
             **common,
         )
-    except OSError as error:
-        raise ValueError(
-            f"backbone.path: {path!r} holds no safetensors weights (pickled checkpoints are not "
-            f"loaded). {_first_line(error)}"
-        ) from error
-    except ImportError as error:  # attention from a package of its own
-        raise ValueError(
-            f"backbone.attn_implementation: {section.attn_implementation} does not work here. "
-            f"{_first_line(error)} Install flash-attn (CUDA only) or choose sdpa"
-        ) from error
-    except SafetensorError as error:
-        reason = _first_line(error)
-        raise ValueError(f"backbone.path: damaged weights in {path!r}: {reason}") from error
+    except (OSError, ImportError, SafetensorError) as error:
+        raise ValueError(_load_failure(section, path, error)) from error
     model, report = cast(tuple[LlamaForCausalLM, dict], loaded)
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        raise ValueError(
+            f"backbone.path: {path!r}: {name} has shape {tuple(found)}, but by config.json it "
+            f"should have {tuple(expected)}: they do not belong together"
+        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ValueError(
@@ -102,6 +103,22 @@ def _read_config(path: str, common: dict[str, Any]) -> LlamaConfig:
     if not isinstance(config, LlamaConfig):
         raise ValueError(f"backbone.path: {path!r} is a {config.model_type!r} model, not a LLaMA")
     return config
+
+
+def _load_failure(section: BackboneSection, path: str, error: Exception) -> str:
+    """Message for weights that do not load."""
+    reason = _first_line(error)
+    if isinstance(error, ImportError):  # attention from a package of its own
+        return (
+            f"backbone.attn_implementation: {section.attn_implementation} does not work here. "
+            f"{reason} Install flash-attn (CUDA only) or choose sdpa"
+        )
+    if isinstance(error, SafetensorError):
+        return f"backbone.path: damaged weights in {path!r}: {reason}"
+    return (
+        f"backbone.path: {path!r} holds no safetensors weights (pickled checkpoints are not "
+        f"loaded). {reason}"
+    )
 
 
 def _quantized(

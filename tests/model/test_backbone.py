@@ -101,6 +101,25 @@ def test_weights_cut_off_are_refused(damaged: Path):
 
 
 @pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed")
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vocab_size": 70}, r"(embed_tokens|lm_head)\.weight has shape .* should have \(70, 32\)"),
+        ({"intermediate_size": 48}, r"mlp\.\w+\.weight has shape"),
+        ({"hidden_size": 40, "head_dim": 10}, "do not belong together"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantised by gptq"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "is quantised by awq"),
+    ],
+)
+def test_weights_that_are_not_what_the_config_says_are_refused(
+    damaged: Path, changes: dict[str, object], words: str
+):
+    file = damaged / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ValueError, match=rf"backbone\.path: .*{words}"):
+        load_backbone(section(damaged), str(damaged))
+
+
 def test_attention_without_its_package_is_refused(base: Path):
     section = BackboneSection(path=str(base), attn_implementation="flash_attention_2")
     with pytest.raises(ValueError, match=r"attn_implementation: flash_attention_2 .* flash-attn"):
