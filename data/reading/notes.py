@@ -78,7 +78,7 @@ def _unused(fields: Raw, format: Format) -> Iterator[str]:
         known = known | set(question_answer_keys(fields) or ())
     for key, value in fields.items():
         if key in known:
-            if isinstance(value, list):
+            if isinstance(value, list) and key != "instances":
                 names = {str(k) for turn in value if isinstance(turn, Mapping) for k in turn}
                 yield from (f"{key}[].{name}" for name in names - _TURN_KEYS)
         elif key not in _MARKS and not re.fullmatch(r"annotator\d+", str(key)):
