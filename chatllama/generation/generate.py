@@ -32,8 +32,7 @@ def generate(
 ) -> list[list[int]]:
     """Sampled responses, each up to and including the token that ends it, in the prompts' order.
 
-    Prompts of similar length run together, equal ones are read once; as responses end, the next
-    prompts take their rows.
+    Prompts run by length, equal ones are read once; as responses end, the next take their rows.
 
     Args:
         prompts: token ids; none may be empty.

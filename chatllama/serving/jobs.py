@@ -84,9 +84,12 @@ class Job:
         return self.cancelled or self.failed or self.remaining == 0
 
     def add_rows(
-        self, requests: Sequence[Request], tokenizer: PreTrainedTokenizerFast,
-        stops: Sequence[str], continues: bool,
-    ) -> None:  # fmt: skip
+        self,
+        requests: Sequence[Request],
+        tokenizer: PreTrainedTokenizerFast,
+        stops: Sequence[str],
+        continues: bool,
+    ) -> None:
         """One row for each request, in order; the others are arguments of `AnswerText`."""
         for index, request in enumerate(requests):
             self.rows.append(Row(self, index, request, AnswerText(tokenizer, stops, continues)))

@@ -48,7 +48,8 @@ def loaded(run: RunFolder) -> LoadedRun:
     """A run whose token BAD is NaN."""
     loaded = load_run(run)
     with torch.no_grad():
-        loaded.model.llama.get_input_embeddings().weight[BAD] = torch.nan
+        embeddings: Any = loaded.model.llama.get_input_embeddings()
+        embeddings.weight[BAD] = torch.nan
     return loaded
 
 
@@ -120,7 +121,7 @@ def test_settings_that_no_bound_has_stopped_fail_alone(
         made = Job("policy", lambda _, what: note(number, what), time.monotonic() + 60)
         prompt = encode(loaded.tokenizer, "the river")
         request = Request(prompt, how, [], torch.full((20,), 0.4))
-        made.add_rows([request], loaded.tokenizer, [])
+        made.add_rows([request], loaded.tokenizer, [], False)
         return made
 
     def note(number: int, what: Any) -> None:

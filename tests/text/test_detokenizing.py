@@ -65,6 +65,7 @@ def test_text_that_follows_other_text_keeps_its_first_space(
     assert cut(stopping, ids)[1:] == ("", True)
     texts = TokenTexts(tokenizer)
     assert sum(map(texts.width, ids)) == len(text)
+    assert isinstance(tokenizer.eos_token_id, int)
     assert texts.width(tokenizer.eos_token_id) == 0
 
 

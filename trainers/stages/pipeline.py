@@ -89,7 +89,8 @@ def run_pipeline(
     # Another machine holds the lock of a shared run folder.
     with locked(run, "run") if launch.leads else nullcontext("") as lock:
         decisions = decide(cfg, run, redo_from, resume)
-        decisions = {s: each for s, each in decisions.items() if only in (None, s)}
+        stages: tuple[Stage, ...] = STAGES if only is None else (only,)
+        decisions = {stage: decisions[stage] for stage in stages}
         _check_machines(launch, decisions)
         pending: list[Stage] = [s for s, each in decisions.items() if each.action != "keep"]
         gpus, ranks = _plan_ranks(cfg, launch) if pending else (0, 1)
@@ -119,7 +120,7 @@ def finish_run(folder: Path, step: int | None) -> None:
     """
     run = RunFolder(folder)
     config = str(run.existing_config())
-    begun = [s for s in STAGES if run.was_begun(s) and not run.result(s).is_file()]
+    begun: list[Stage] = [s for s in STAGES if run.was_begun(s) and not run.result(s).is_file()]
     if not begun:
         raise ValueError(f"{folder}: no stage is interrupted with a checkpoint to finish from")
     stage = begun[0]

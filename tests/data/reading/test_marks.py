@@ -60,7 +60,7 @@ def test_turns_that_are_not_to_be_trained(
     assert data[0]["messages"] == data[1]["messages"]
     examples, _ = tokenize(data, "sft", tokenizer, ChatSection(template=template), 200)
     trained = []
-    for example in examples:
+    for example in list[Any](examples):
         pairs = zip(example["input_ids"], example["mask"], strict=True)
         trained.append(decode(tokenizer, [token for token, mask in pairs if mask]))
     assert trained[0].split() == ["fine"]

@@ -69,8 +69,8 @@ def test_backslashes_before_marks(content: bytes, expected: Any, tmp_path: Path)
 def test_a_wrong_dialect_says_what_to_set(tmp_path: Path) -> None:
     (error,) = cells(tmp_path, BACKSLASHES[0][0], "a.csv")
     assert "a.csv:2" in str(error) and "`backslash`" in str(error)
-    source = {"path": "a.jsonl", "quoting": "none"}
-    (found,) = decode(DataFile(tmp_path / "a.jsonl", "a.jsonl"), DataSource(**source))
+    source = DataSource(path="a.jsonl", quoting="none")
+    (found,) = decode(DataFile(tmp_path / "a.jsonl", "a.jsonl"), source)
     assert "`quoting` is for csv and tsv" in str(found[1])
 
 
