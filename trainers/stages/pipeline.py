@@ -89,8 +89,8 @@ def run_pipeline(
     # Another machine holds the lock of a shared run folder.
     with locked(run, "run") if launch.leads else nullcontext("") as lock:
         decisions = decide(cfg, run, redo_from, resume)
-        stages: tuple[Stage, ...] = STAGES if only is None else (only,)
-        decisions = {stage: decisions[stage] for stage in stages}
+        if only is not None:
+            decisions = dict[Stage, Decision]({only: decisions[only]})
         _check_machines(launch, decisions)
         pending: list[Stage] = [s for s, each in decisions.items() if each.action != "keep"]
         gpus, ranks = _plan_ranks(cfg, launch) if pending else (0, 1)
