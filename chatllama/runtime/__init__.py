@@ -1,1 +1,1 @@
-"""What any package may use: ranks, durable files, JSONL, HTTP, command line."""
+"""What any package may use: ranks, atomic files, JSONL, HTTP, command line."""
