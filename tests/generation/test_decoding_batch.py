@@ -100,7 +100,7 @@ def broken_llama() -> LlamaForCausalLM:
     return llama
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("logprobs", [None, 2])
 def test_a_row_that_cannot_be_sampled_leaves_alone(compiled: bool, logprobs: int | None) -> None:
     llama = broken_llama()

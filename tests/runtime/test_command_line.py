@@ -35,7 +35,8 @@ WORK = """
             print("n" * 100_000)
         Path("done").write_text("all")
 """
-DOORS = pytest.mark.parametrize("door", [STAGE, COMMAND], ids=["stage", "command"])
+COMMAND_DOOR = pytest.param(COMMAND, id="command", marks=pytest.mark.slow)
+DOORS = pytest.mark.parametrize("door", [pytest.param(STAGE, id="stage"), COMMAND_DOOR])
 
 
 def start(door: str, text: str, folder: Path, **options) -> subprocess.Popen:
