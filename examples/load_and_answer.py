@@ -16,6 +16,8 @@ from chatllama.inference.load import load_run
 from chatllama.runs.folder import RunFolder
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     folder, question = sys.argv[1:]
     loaded = load_run(RunFolder(Path(folder)))
     sampling = Sampling(max_new_tokens=48, temperature=0.7)
