@@ -26,6 +26,8 @@ def conversations(log: str) -> Iterator[dict[str, list[dict[str, str]]]]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     source, target = map(Path, sys.argv[1:])
     rows = conversations(source.read_text(encoding="utf-8"))
     target.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
