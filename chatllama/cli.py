@@ -13,7 +13,13 @@ from chatllama import __version__
 from chatllama.exporting.cli import ExportOptions, add_export_arguments
 from chatllama.inference.cli import add_chat_arguments, add_eval_arguments, add_generate_arguments
 from chatllama.inference.options import ChatOptions, GenerateOptions
-from chatllama.runtime.command_line import Command, add_command, add_config_arguments, shown_only
+from chatllama.runtime.command_line import (
+    Command,
+    add_command,
+    add_config_arguments,
+    shown_only,
+    tell,
+)
 from chatllama.runtime.declared_options import options_from
 from chatllama.serving.settings import add_serve_arguments, serve_settings
 
@@ -37,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ValueError, FileNotFoundError) as error:
             if arguments.debug:
                 raise
-            print(f"chatllama: {error}", file=sys.stderr)
+            tell(f"chatllama: {error}")
             return USER_ERROR
     return 0
 
@@ -145,7 +151,7 @@ def _run(arguments: argparse.Namespace) -> None:
             redo_from=arguments.redo_from,
         )
     except StageFailed as error:
-        print(f"chatllama: {error}", file=sys.stderr)
+        tell(f"chatllama: {error}")
         raise SystemExit(error.exit_code) from error
 
 
@@ -155,7 +161,7 @@ def _finish(arguments: argparse.Namespace) -> None:
     try:
         finish_run(arguments.run, arguments.step)
     except StageFailed as error:
-        print(f"chatllama: {error}", file=sys.stderr)
+        tell(f"chatllama: {error}")
         raise SystemExit(error.exit_code) from error
 
 

@@ -107,3 +107,11 @@ def test_help_needs_nothing_heavy() -> None:
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred", "a\x07b", "a\x9bb"])
+def test_an_error_cannot_steer_the_terminal(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", name]) == 2
+    shown = capsys.readouterr().err
+    assert "\N{REPLACEMENT CHARACTER}" in shown
+    assert not {"\x1b", "\x07", "\x9b"} & set(shown)

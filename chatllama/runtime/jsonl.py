@@ -41,7 +41,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def append_lines(path: Path, lines: Iterable[Mapping[str, Any]], *, finite: bool = False) -> None:
     """Adds whole lines in one write; with `finite`, numbers that are NaN or infinite raise."""
-    content = "".join(_line(line, finite) for line in lines).encode()
+    content = "".join(json_line(line, finite) for line in lines).encode()
     try:
         with path.open("ab") as file:
             file.write(content)
@@ -51,7 +51,7 @@ def append_lines(path: Path, lines: Iterable[Mapping[str, Any]], *, finite: bool
 
 def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     """Replaces the file, made if missing, by its lines that are wanted."""
-    replace_text(path, "".join(_line(line) for line in read_lines(path) if wanted(line)))
+    replace_text(path, "".join(json_line(line) for line in read_lines(path) if wanted(line)))
 
 
 def settings_path(path: Path) -> Path:
@@ -108,6 +108,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
         raise ValueError(f"--out {path} was made otherwise ({'; '.join(differing)}): {remedy}")
 
 
-def _line(content: Mapping[str, Any], finite: bool = False) -> str:
+def json_line(content: Mapping[str, Any], finite: bool = False) -> str:
+    """One line of JSON, with its line end."""
     text = json.dumps(content, ensure_ascii=False, allow_nan=not finite)
     return _BREAKS.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"

@@ -6,7 +6,6 @@ away an evaluation set. So no error is left but those that are not in a record. 
 long records stay: they need a judgement.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import yaml
 
 from chatllama.config.schema import Config
+from chatllama.runtime.jsonl import json_line
 from data.checking.check import CheckedSource, Examination, stage_section
 from data.checking.records import identity, iterate, question
 from data.checking.report import MESSAGES
@@ -59,7 +59,7 @@ def write_cleaned(
                     place = {"source": part.name, "where": row["where"], "reason": reason}
                     line = place if reason else _record(row, one, pairs)
                     to = dropped if reason else kept
-                    to.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    to.write(json_line(line))
             num_dropped += sum(map(bool, reasons))
             num_kept += sum(not reason for reason in reasons)
             entry = {"path": str(file.resolve()), "weight": source.weight, "epochs": source.epochs}

@@ -120,3 +120,12 @@ def test_the_day_is_frozen_when_a_run_starts(
     assert arguments.load_stage_config(file, ["chat.template=llama2"]).chat.date is None
     with pytest.raises(ConfigError, match=r"chat\.date"):
         arguments.load_stage_config(file, ["chat.date=2026-13-01"])
+
+
+def test_an_error_of_a_stage_cannot_steer_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_stage_arguments("X.", [str(tmp_path / "no\x1b[31m.yaml")])
+    shown = capsys.readouterr().err
+    assert "\N{REPLACEMENT CHARACTER}" in shown and "\x1b" not in shown

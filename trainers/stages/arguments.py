@@ -22,7 +22,7 @@ from chatllama.config.schema import Config
 from chatllama.runs import interruption
 from chatllama.runs import lock as run_lock
 from chatllama.runs.folder import RunFolder, check_run_dir
-from chatllama.runtime.command_line import shown_only
+from chatllama.runtime.command_line import printable, shown_only
 
 _EXAMPLES = """\
 examples:
@@ -93,7 +93,7 @@ def parse_stage_arguments(description: str, argv: Sequence[str] | None = None) -
         check_run_dir(Path(config.run_dir))
     except ValueError as error:
         if _is_printing_rank():
-            print(error, file=sys.stderr)
+            print(printable(str(error)), file=sys.stderr)
         raise SystemExit(2) from error
     return StageArguments(config=config, resume=arguments.resume, lock=arguments.run_lock)
 
@@ -137,7 +137,7 @@ def run_stage(main: Callable[[], None]) -> None:
     except Exception as error:
         code, message = _failure(error)
     sys.stdout.flush()
-    print(message, file=sys.stderr, end="\n" if message else "", flush=True)
+    print(printable(message), file=sys.stderr, end="\n" if message else "", flush=True)
     run_lock.release_all()
     if code not in (interruption.EXIT_CODE, interruption.CTRL_C_CODE):
         _release_other_nodes()
