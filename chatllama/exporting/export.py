@@ -34,6 +34,7 @@ from chatllama.inference.options import find_role
 from chatllama.model.adapters import SavedAdapter, load_adapter, save_adapter
 from chatllama.model.roles import Role
 from chatllama.model.weight_files import (
+    MAX_FILE_BYTES,
     ModelFiles,
     chosen_dtype,
     dtype_name,
@@ -47,7 +48,6 @@ from chatllama.runtime.files import replace_folder, write_json
 from chatllama.text.chat_format import Message, end_of_turn_ids
 from chatllama.text.tokenizer import save_tokenizer
 
-MAX_FILE_BYTES = 5 * 10**9
 BASE_KEYS = (
     "num_hidden_layers",
     "hidden_size",

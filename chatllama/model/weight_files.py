@@ -19,6 +19,8 @@ from chatllama.model.adapters import SavedAdapter
 from chatllama.runtime.files import write_json
 
 TORCH_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+MAX_FILE_BYTES = 5 * 10**9
+"""Of a file of weights; a model that needs several gets an index."""
 _NAMES = {dtype: name for name, dtype in TORCH_TYPES.items()}
 _PREFIX = "base_model.model."
 _FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja")

@@ -87,10 +87,9 @@ def num_elements(parameter: nn.Parameter) -> int:
     return cast(Any, parameter).ds_numel if hasattr(parameter, "ds_id") else parameter.numel()
 
 
-def is_vector(parameter: nn.Parameter) -> bool:
-    """Whether the whole parameter has one dimension, also where ZeRO-3 shards it."""
-    whole = cast(Any, parameter).ds_shape if hasattr(parameter, "ds_id") else parameter.shape
-    return len(whole) == 1
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Shape of the whole parameter, also where ZeRO-3 shards it."""
+    return tuple(cast(Any, parameter).ds_shape if hasattr(parameter, "ds_id") else parameter.shape)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

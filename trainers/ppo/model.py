@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.batch_sizes import microbatches_per_step
@@ -127,16 +128,18 @@ def fold_into_value_head(
 
 def export_ppo(run: RunFolder, model: RoleModel, info: dict[str, object]) -> None:
     """Writes RUN/ppo/policy, value (with a critic) and policy-ema (if kept); every rank calls."""
-    with gathered(list(model.parameters())):
-        if rank() == 0:
-            lora = model.lora["policy"]
-            save_adapter(run.policy_adapter, adapter_state(model, "policy"), lora, info)
-            if "ema" in model.adapter_names:
-                save_adapter(run.ema_adapter, adapter_state(model, "ema"), lora, info)
-            if "value" in model.heads:
-                # On the policy's trunk the value model is the policy's adapter with its own head.
-                trunk = model.adapter_names["value"] or "value"
-                head = dict(model.heads["value"].named_parameters())
-                lora = model.lora[trunk]
-                save_adapter(run.value_adapter, adapter_state(model, trunk), lora, info, head)
+
+    def export(folder: Path, role: Role, head: nn.Module | None = None) -> None:
+        weights = dict(head.named_parameters()) if head is not None else {}
+        with gathered([*adapter_parameters(model, role), *weights.values()]):
+            if rank() == 0:
+                save_adapter(folder, adapter_state(model, role), model.lora[role], info, weights)
+
+    export(run.policy_adapter, "policy")
+    if "ema" in model.adapter_names:
+        export(run.ema_adapter, "ema")
+    if "value" in model.heads:
+        # On the policy's trunk the value model is the policy's adapter with its own head.
+        trunk = model.adapter_names["value"] or "value"
+        export(run.value_adapter, trunk, model.heads["value"])
     barrier()

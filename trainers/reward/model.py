@@ -64,13 +64,8 @@ def build_engine(cfg: Config, model: RoleModel) -> Engine:
 
 def export_reward(cfg: Config, folder: Path, model: RoleModel, info: dict[str, object]) -> None:
     """Writes the reward adapter with its head to `folder`; every rank must call."""
-    with gathered(list(model.parameters())):
+    head = dict(model.heads["reward"].named_parameters())
+    with gathered([*adapter_parameters(model, "reward"), *head.values()]):
         if rank() == 0:
-            save_adapter(
-                folder,
-                adapter_state(model, "reward"),
-                cfg.adapter_lora,
-                info,
-                head=dict(model.heads["reward"].named_parameters()),
-            )
+            save_adapter(folder, adapter_state(model, "reward"), cfg.adapter_lora, info, head)
     barrier()

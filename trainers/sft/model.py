@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from chatllama.config.batch_sizes import microbatches_per_step
@@ -13,13 +12,14 @@ from chatllama.config.schema import Config
 from chatllama.model.adapters import check_tensors, save_adapter
 from chatllama.model.backbone import load_backbone
 from chatllama.model.lm_head import TokenLoss, token_loss
-from chatllama.model.roles import Adapter, RoleModel, acting_as, adapter_state
+from chatllama.model.roles import Adapter, RoleModel, acting_as, adapter_parameters, adapter_state
+from chatllama.model.weight_files import MAX_FILE_BYTES, open_model, write_model
 from chatllama.runs.folder import INFO, RunFolder, backbone_path
 from chatllama.runtime import distributed
 from chatllama.runtime.files import replace_folder, write_json
 from chatllama.text.tokenizer import save_tokenizer
 from trainers.engine.engine import Engine, ParameterGroup, gathered, partitioned_loading
-from trainers.engine.sharded_state import is_vector
+from trainers.engine.sharded_state import whole_shape
 from trainers.sft.data import IGNORED
 
 
@@ -43,8 +43,8 @@ def build_engine(cfg: Config, model: RoleModel) -> Engine:
     """The optimiser over all trained parameters; norms and biases, the vectors, do not decay."""
     section = cfg.sft
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if not is_vector(p)]
-    vectors = [p for p in trained if is_vector(p)]
+    matrices = [p for p in trained if len(whole_shape(p)) > 1]
+    vectors = [p for p in trained if len(whole_shape(p)) == 1]
     groups = [ParameterGroup("matrices", matrices, section.learning_rate)]
     if vectors:
         groups.append(ParameterGroup("vectors", vectors, section.learning_rate, decays=False))
@@ -90,11 +90,12 @@ def export_sft(
 
     Every rank must call.
     """
-    with gathered([p for p in model.parameters() if p.requires_grad]):
-        if distributed.rank() == 0 and cfg.lora is not None:
-            save_adapter(run.sft_adapter, adapter_state(model, "policy"), cfg.lora, info)
-        elif distributed.rank() == 0:
-            save_model(run.full_model, model.llama, tokenizer, info)
+    if cfg.lora is None:
+        save_model(run.full_model, model.llama, tokenizer, info)
+    else:
+        with gathered(adapter_parameters(model, "policy")):
+            if distributed.rank() == 0:
+                save_adapter(run.sft_adapter, adapter_state(model, "policy"), cfg.lora, info)
     distributed.barrier()
 
 
@@ -106,22 +107,37 @@ def save_model(
 ) -> None:
     """Replaces `folder` by a plain Hugging Face folder (float32), complete, or leaves it as it was.
 
+    Every rank must call; rank 0 writes. Under ZeRO-3 one tensor at a time is whole.
+
     Args:
         folder: where `from_pretrained` will read.
-        llama: its parameters whole (gathered under ZeRO-3).
 
     Raises:
         ValueError: a tensor is empty, all zero or not finite.
     """
+    weights = dict(llama.named_parameters())  # tied ones once
+
+    def whole(name: str) -> torch.Tensor:
+        with gathered([weights[name]]):
+            return weights[name].detach().to("cpu", torch.float32, copy=True)
+
+    if distributed.rank() > 0:
+        for name in weights:
+            with gathered([weights[name]]):
+                pass
+        return
     beside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     _align_special_tokens(llama, tokenizer)
-    llama.save_pretrained(beside)
+    llama.save_pretrained(beside, state_dict={})  # configs and, of remote models, the code
     save_tokenizer(tokenizer, beside)
     write_json(beside / INFO, dict(info))
-    for file in sorted(beside.glob("*.safetensors")):
-        check_tensors(load_file(file), str(file))
+    shapes = {name: whole_shape(parameter) for name, parameter in weights.items()}
+    write_model(beside, shapes, torch.float32, whole, MAX_FILE_BYTES)
+    written = open_model(beside)
+    for name in written.shapes:
+        check_tensors({name: written.tensor(name)}, str(beside))
     replace_folder(beside, folder)
 
 

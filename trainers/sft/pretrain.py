@@ -65,10 +65,10 @@ def ensure_backbone(cfg: Config, run: RunFolder) -> None:
     engine = build_engine(as_sft, model)
     pretraining = RunFolder(run.root / "pretraining")
     numbers = train_sft(as_sft, pretraining, rows, engine, tokenizer, False, is_backbone=True)
+    info = {"stage": "backbone", "config": backbone_config(cfg), **numbers}
+    info["wall_seconds"] = time.monotonic() - started
+    save_model(run.backbone, llama, tokenizer, info)
     if distributed.rank() == 0:
-        info = {"stage": "backbone", "config": backbone_config(cfg), **numbers}
-        info["wall_seconds"] = time.monotonic() - started
-        save_model(run.backbone, llama, tokenizer, info)
         shutil.rmtree(tokenizer_folder)
     elif distributed.leads_node():
         shutil.rmtree(tokenizer_folder, ignore_errors=True)
