@@ -24,7 +24,11 @@ READS |= {Tensor.__float__, Tensor.__index__}
 
 def llama_7b(num_layers: int) -> LlamaForCausalLM:
     """LLaMA-2-7B's layers, some of its 32, in bfloat16 on meta: no memory, no numbers."""
-    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
+    sizes: dict[str, Any] = {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+    }
     config = LlamaConfig(vocab_size=32000, num_hidden_layers=num_layers, **sizes)
     with torch.device("meta"):
         llama = LlamaForCausalLM(config)
