@@ -12,9 +12,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM
 
-from chatllama.generation.kv_cache import KVCache
+from chatllama.generation.kv_cache import KVCache, attention_mask
 from chatllama.generation.sampling import NO_TOKEN, RowSampling, Sampling, next_tokens
 from chatllama.generation.static_kv_cache import StaticKVCache
+from chatllama.generation.transfer import upload, upload_ids
 
 
 @dataclass(frozen=True)
@@ -59,22 +60,34 @@ class DecodingBatch:
     """Rows that are being sampled. All calls need the same active adapter, in eval mode.
 
     `admit`, `step` and `idle` are one forward pass of the whole model each: under ZeRO-3 with
-    sharded weights, ranks must make equally many calls. `compiled`, of the same model, is for
-    compiled steps; rows of another batch in it are lost.
+    sharded weights, ranks must make equally many calls.
+
+    Args:
+        llama: the model.
+        max_rows: that run at a time.
+        compiled: of the same model, for compiled steps; rows of another batch in it are lost.
+        longest: tokens of the longest row, prompt and response, where that is known: the KV cache
+            is then allocated once. None: it grows.
     """
 
     def __init__(
-        self, llama: LlamaForCausalLM, max_rows: int, compiled: StaticKVCache | None = None
+        self,
+        llama: LlamaForCausalLM,
+        max_rows: int,
+        compiled: StaticKVCache | None = None,
+        longest: int | None = None,
     ) -> None:
         assert not llama.training and max_rows > 0
         self._llama = llama
         self.max_rows = max_rows
         if compiled is None:
             self._cache = KVCache(llama.config.num_hidden_layers, max_rows, llama.device)
+            if longest is not None:
+                self._cache.reserve(longest)
         else:
             assert compiled.llama is llama
             compiled.clear()
-            compiled.reserve(max_rows, compiled.capacity)
+            compiled.reserve(max_rows, max(compiled.capacity, longest or 0))
             self._cache = compiled
         self._rows: list[_Row] = []
         self._sampling: RowSampling | None = None
@@ -151,22 +164,23 @@ class DecodingBatch:
         self._cache.open_prompts(prompt_of, lengths, longest)
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
         device = self._llama.device
+        seen = None if bool(mask.all()) else upload(mask, device)
         hidden = self._llama.model(
-            input_ids=tokens.to(device),
-            attention_mask=mask.to(device),
-            position_ids=positions.to(device),
+            input_ids=upload(tokens, device),
+            attention_mask=attention_mask(self._llama, seen, tokens.shape[1]),
+            position_ids=upload(positions, device),
             past_key_values=self._cache.cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
         self._cache.close_prompts(lengths)
-        return hidden[torch.tensor(prompt_of, device=device)]
+        return hidden[upload_ids(prompt_of, device)]
 
     def _read_tokens(self, cache: KVCache, newest: Sequence[int]) -> torch.Tensor:
         """Last hidden states (N, H) of all rows; caches their newest tokens."""
-        mask, positions = cache.open_token()
+        seen, positions = cache.open_token()
         hidden = self._llama.model(
-            input_ids=torch.tensor(newest, device=self._llama.device)[:, None],
-            attention_mask=mask,
+            input_ids=upload_ids(newest, self._llama.device)[:, None],
+            attention_mask=attention_mask(self._llama, seen, 1),
             position_ids=positions,
             past_key_values=cache.cache,
             use_cache=True,
@@ -175,13 +189,16 @@ class DecodingBatch:
         return hidden
 
     def _sample(self, hidden: torch.Tensor, first: int, sampling: RowSampling) -> list[Sampled]:
-        """Samples for the rows from `first` on; removes those that end."""
+        """Samples for the rows from `first` on; removes those that end.
+
+        The one place that waits for the device.
+        """
         rows = self._rows[first:]
         logits = self._llama.lm_head(hidden)
         next_uniforms = [row.uniforms[len(row.produced)] for row in rows]
-        uniforms = torch.tensor(next_uniforms, dtype=torch.float32, device=logits.device)
-        tokens = next_tokens(logits, uniforms, sampling).tolist()
-        details = self._details(logits, tokens, rows)
+        uniforms = upload(torch.tensor(next_uniforms, dtype=torch.float32), logits.device)
+        chosen = next_tokens(logits, uniforms, sampling)
+        tokens, details = _read(chosen, logits, [row.request for row in rows])
         sampled = []
         for row, token, (logprob, top) in zip(rows, tokens, details, strict=True):
             row.produced.append(token)
@@ -200,32 +217,6 @@ class DecodingBatch:
         self._remove([first + i for i, one in enumerate(sampled) if one.ended])
         return sampled
 
-    def _details(
-        self, logits: torch.Tensor, tokens: Sequence[int], rows: Sequence[_Row]
-    ) -> list[tuple[float | None, list[tuple[int, float]]]]:
-        """Log-probability and likeliest tokens of the rows that request them."""
-        details: list[tuple[float | None, list[tuple[int, float]]]] = [(None, []) for _ in rows]
-        requested = [
-            i
-            for i, row in enumerate(rows)
-            if row.request.logprobs is not None and tokens[i] != NO_TOKEN
-        ]
-        if not requested:
-            return details
-        temperatures = [[rows[i].request.sampling.temperature or 1.0] for i in requested]
-        scaled = logits[requested].float() / torch.tensor(temperatures, device=logits.device)
-        normalizer = scaled.logsumexp(-1, keepdim=True)
-        chosen = torch.tensor([[tokens[i]] for i in requested], device=logits.device)
-        logprobs = (scaled.gather(1, chosen) - normalizer).squeeze(1).tolist()
-        most = max(rows[i].request.logprobs or 0 for i in requested)
-        best = scaled.topk(min(most, scaled.shape[1]))
-        values, ids = (best.values - normalizer).tolist(), best.indices.tolist()
-        for place, i in enumerate(requested):
-            count = rows[i].request.logprobs or 0
-            top = list(zip(ids[place][:count], values[place][:count], strict=True))
-            details[i] = (logprobs[place], top)
-        return details
-
     def _remove(self, places: Sequence[int]) -> None:
         if not places:
             return
@@ -233,6 +224,45 @@ class DecodingBatch:
             self._rows[target] = self._rows[source]
         del self._rows[len(self._rows) - len(places) :]
         self._sampling = None
+
+
+Details = tuple[float | None, list[tuple[int, float]]]
+"""Log-probability of a row's token, and its likeliest tokens with theirs."""
+
+
+def _read(
+    chosen: torch.Tensor, logits: torch.Tensor, requests: Sequence[Request]
+) -> tuple[list[int], list[Details]]:
+    """Tokens and, for the rows that request them, log-probabilities, in one copy to the CPU.
+
+    Args:
+        chosen: (n,) int64, the sampled tokens.
+        logits: (n, V) float, that they were sampled from.
+        requests: of the n rows.
+    """
+    details: list[Details] = [(None, []) for _ in requests]
+    asking = [i for i, request in enumerate(requests) if request.logprobs is not None]
+    if not asking:
+        return chosen.tolist(), details
+    temperatures = [[requests[i].sampling.temperature or 1.0] for i in asking]
+    places = upload_ids(asking, logits.device)
+    scaled = logits[places].float() / upload(torch.tensor(temperatures), logits.device)
+    normalizer = scaled.logsumexp(-1, keepdim=True)
+    likelihood = scaled.gather(1, chosen[places, None].clamp(min=0)) - normalizer
+    best = scaled.topk(min(max(requests[i].logprobs or 0 for i in asking), scaled.shape[1]))
+    columns = (likelihood, best.values - normalizer, best.indices)
+    table = torch.cat([part.double() for part in columns], dim=1)  # exact: ids are below 2^53
+    numbers = torch.cat([chosen.double(), table.flatten()]).tolist()
+    tokens = [int(number) for number in numbers[: len(chosen)]]
+    count = best.values.shape[1]
+    for place, i in enumerate(asking):
+        start = len(chosen) + place * (1 + 2 * count)
+        logprob, values = numbers[start], numbers[start + 1 : start + 1 + count]
+        ids = [int(number) for number in numbers[start + 1 + count : start + 1 + 2 * count]]
+        if tokens[i] != NO_TOKEN:
+            top = list(zip(ids, values, strict=True))[: requests[i].logprobs]
+            details[i] = (logprob, top)
+    return tokens, details
 
 
 def check_request(llama: LlamaForCausalLM, prompt: Sequence[int], max_new_tokens: int) -> None:

@@ -50,10 +50,8 @@ def generate(
     """
     for prompt in prompts:
         check_request(llama, prompt, sampling.max_new_tokens)
-    if compiled is not None:
-        longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
-        compiled.reserve(min(batch_size, len(prompts)), longest)
-    batch = DecodingBatch(llama, min(batch_size, max(1, len(prompts))), compiled)
+    longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
+    batch = DecodingBatch(llama, min(batch_size, max(1, len(prompts))), compiled, longest)
     # The longest last: `pop` takes from the end, so prompts are read from the shortest on.
     queue = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i]), i))[::-1]
     taken: list[int] = []

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from chatllama.generation.transfer import upload_ids
 
 SPARE_COLUMNS = 64
 
@@ -96,11 +99,15 @@ class _Layer(RowLayer):
 
 
 class KVCache:
-    """The cache of a batch whose rows join and leave; memory is allocated as rows join."""
+    """The cache of a batch whose rows join and leave.
+
+    Memory is allocated as rows join, or once where it is reserved.
+    """
 
     def __init__(self, num_layers: int, max_rows: int, device: torch.device) -> None:
         self.max_rows, self.device = max_rows, device
         self.allocated = self.capacity = 0
+        self._reserved = False
         self.starts: list[int] = []
         """Column of each row's first token."""
         self.end = 0
@@ -117,6 +124,11 @@ class KVCache:
         """First column that any row uses."""
         return min(self.starts, default=self.end)
 
+    def reserve(self, longest: int) -> None:
+        """Makes the next allocation the last: room for `max_rows` rows of `longest` tokens."""
+        assert not self.allocated
+        self.allocated, self.capacity, self._reserved = self.max_rows, longest, True
+
     def open_prompts(self, prompt_of: Sequence[int], lengths: Sequence[int], longest: int) -> None:
         """Makes room for new rows; a forward pass over their prompts, padded left, must follow.
 
@@ -127,7 +139,8 @@ class KVCache:
         """
         rows, length = len(self.starts) + len(prompt_of), max(lengths)
         assert rows <= self.max_rows
-        if not self.starts and (self.capacity > 2 * longest or self.allocated > 2 * rows):
+        wide = self.capacity > 2 * longest or self.allocated > 2 * rows
+        if wide and not self.starts and not self._reserved:
             self.allocated = self.capacity = 0
             for layer in self._layers:
                 layer.free()
@@ -139,30 +152,33 @@ class KVCache:
             self.end = length
         elif self.end < length:
             self._slide(length)
-        self.prompt_of = torch.tensor(list(prompt_of), device=self.device)
+        self.prompt_of = upload_ids(prompt_of, self.device)
 
     def close_prompts(self, lengths: Sequence[int]) -> None:
         """Adds the new rows; `lengths`: their prompts' tokens."""
         self.prompt_of = None
         self.starts += [self.end - length for length in lengths]
 
-    def open_token(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def open_token(self) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Mask and positions for a forward pass of one token per row.
 
         Returns:
-            (n, W) int64, 1 where a column in use holds a token of the row; (n, 1) int64.
+            (n, W) bool, True where a column in use holds a token of the row, or None where all do;
+            (n, 1) int64.
         """
         if self.end == self.capacity:
-            # No row is that long, so there is room on the left; moving everything for a few
-            # columns is not worth it.
-            if self.low < SPARE_COLUMNS:
+            # No row is that long, so there is room on the left. Moving everything for a few columns
+            # is avoided where more memory may be allocated.
+            if self.low < SPARE_COLUMNS and not self._reserved:
                 more = max(SPARE_COLUMNS, self.capacity // 4)
                 self._resize(self.allocated, self.capacity + more)
             else:
                 self._slide(self.end - self.low)
-        starts = torch.tensor(self.starts, device=self.device)[:, None]
+        starts = upload_ids(self.starts, self.device)[:, None]
+        if self.low == max(self.starts):
+            return None, self.end - starts
         columns = torch.arange(self.low, self.end + 1, device=self.device)
-        return (columns >= starts).long(), self.end - starts
+        return columns >= starts, self.end - starts
 
     def close_token(self) -> None:
         """Adds the token's column to the rows."""
@@ -181,7 +197,7 @@ class KVCache:
         """
         moved = closing_moves(len(self.starts), rows)
         if moved:
-            sources, targets = torch.tensor(moved, device=self.device).T
+            sources, targets = (upload_ids(rows, self.device) for rows in zip(*moved, strict=True))
             for layer in self._layers:
                 layer.copy_rows(sources, targets)
         for source, target in moved:
@@ -203,6 +219,34 @@ class KVCache:
             layer.slide(low, end, new_end)
         self.starts = [start - end + new_end for start in self.starts]
         self.end = new_end
+
+
+def takes_boolean_mask(llama: LlamaForCausalLM) -> bool:
+    """Whether the model's attention takes a finished mask, True at what a query sees."""
+    kernel = str(llama.config._attn_implementation).removeprefix("chatllama_")
+    return kernel in ("sdpa", "varlen")  # the same where rows are not packed
+
+
+def attention_mask(
+    llama: LlamaForCausalLM, seen: torch.Tensor | None, num_queries: int
+) -> torch.Tensor | None:
+    """What to give transformers, so that it does not wait for the device to look at the mask.
+
+    Args:
+        llama: a mask that its attention does not take is left to transformers, which looks.
+        seen: (n, W) bool, True where a column holds a token of the row. None: everywhere.
+        num_queries: tokens of each row, in the last columns.
+
+    Returns:
+        (n, 1, num_queries, W) bool, True at what a query sees; or `seen` as (n, W) int64; or None.
+    """
+    if seen is None or not takes_boolean_mask(llama):
+        return seen if seen is None else seen.long()
+    if num_queries == 1:
+        return seen[:, None, None]
+    width = seen.shape[1]
+    causal = torch.ones(num_queries, width, dtype=torch.bool, device=seen.device)
+    return seen[:, None, None] & causal.tril(width - num_queries)
 
 
 def closing_moves(count: int, removed: Sequence[int]) -> list[tuple[int, int]]:

@@ -13,7 +13,8 @@ import torch
 from transformers import LlamaForCausalLM, LlamaModel
 from transformers.cache_utils import Cache
 
-from chatllama.generation.kv_cache import RowLayer, closing_moves
+from chatllama.generation.kv_cache import RowLayer, closing_moves, takes_boolean_mask
+from chatllama.generation.transfer import upload, upload_ids
 
 COLUMNS = 256
 """The cache's length is a multiple of it, so that few prompts cause another compilation."""
@@ -79,12 +80,10 @@ class StaticKVCache:
     def __init__(
         self, llama: LlamaForCausalLM, backend: str | Callable[..., Any] = "inductor"
     ) -> None:
-        attention = llama.config._attn_implementation
-        kernel = str(attention).removeprefix("chatllama_")  # the same where rows are not packed
-        if kernel not in ("sdpa", "varlen"):
+        if not takes_boolean_mask(llama):
             raise ValueError(
                 "a compiled step passes its mask in a form that only backbone.attn_implementation "
-                f"sdpa takes, not {attention}"
+                f"sdpa takes, not {llama.config._attn_implementation}"
             )
         self.llama = llama
         self.allocated = self.capacity = 0
@@ -131,10 +130,10 @@ class StaticKVCache:
         assert first + len(prompt_of) <= self.allocated
         self.reserve(self.allocated, longest)
         width = max(lengths)
-        padding = width - torch.tensor(list(lengths), device=device)[:, None]
+        padding = width - upload_ids(lengths, device)[:, None]
         columns = (torch.arange(width, device=device) + padding) % width
-        places = torch.tensor(self._places[first : first + len(prompt_of)], device=device)
-        self.prompts = (torch.tensor(list(prompt_of), device=device), columns, places)
+        places = upload_ids(self._places[first : first + len(prompt_of)], device)
+        self.prompts = (upload_ids(prompt_of, device), columns, places)
 
     def close_prompts(self, lengths: Sequence[int]) -> None:
         """Adds the new rows; `lengths`: their prompts' tokens."""
@@ -146,7 +145,7 @@ class StaticKVCache:
         places = self._places[: len(newest)]
         state = torch.zeros(2, self.allocated, dtype=torch.long)
         state[:, places] = torch.tensor([newest, self._lengths])
-        self.state.copy_(state)
+        self.state.copy_(upload(state, self.state.device))
         torch.compiler.cudagraph_mark_step_begin()
         try:
             with cast(Any, torch._dynamo.config).patch(recompile_limit=COMPILATIONS):
@@ -157,7 +156,7 @@ class StaticKVCache:
             raise ValueError(_explanation(error)) from error
         self._stepped = True
         self._lengths = [length + 1 for length in self._lengths]
-        return hidden[torch.tensor(places, device=hidden.device)]  # a copy: graphs reuse the memory
+        return hidden[upload_ids(places, hidden.device)]  # a copy: graphs reuse the memory
 
     def wipe(self, rows: Sequence[int]) -> None:
         """As `KVCache.wipe`."""
