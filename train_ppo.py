@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if any(source.adapter == "run" for source in cfg.ppo.rewards):
         stage.print_lines(check_gate(run, cfg.reward))
-    stage.join(run, "ppo", arguments.lock)
+    stage.join(cfg, run, "ppo", arguments.lock)
     tokenizer = stage.open_stage(cfg, run, "ppo")
 
     prompts, stop = data.load_prompts(cfg, tokenizer), data.stop_tokens(cfg, tokenizer)

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from trainers.reward.diagnosis import model_report
 
     run.read_result("sft")
-    stage.join(run, "reward", arguments.lock)
+    stage.join(cfg, run, "reward", arguments.lock)
     tokenizer = stage.open_stage(cfg, run, "reward")
 
     preferences = data.load_preferences(cfg, tokenizer)

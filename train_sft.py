@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     from trainers.sft import data, model, pretrain, train
 
-    stage.join(run, "sft", arguments.lock)
+    stage.join(cfg, run, "sft", arguments.lock)
     pretrain.ensure_backbone(cfg, run)
     tokenizer = stage.open_stage(cfg, run, "sft")
 

@@ -217,10 +217,11 @@ def main() -> None:
     arguments = parser.parse_args()
     sys.path.insert(0, str(PROJECT))
 
+    from chatllama.config.schema import DeepSpeedSection
     from chatllama.runtime import distributed
     from trainers.engine.engine import initialise
 
-    initialise()
+    initialise(DeepSpeedSection())
     # Every script ends by leaving the process group; here the next cell still needs it.
     leave, distributed.shut_down = distributed.shut_down, distributed.barrier
     ranks = distributed.world_size()

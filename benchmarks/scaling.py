@@ -17,6 +17,7 @@ import torch
 from measuring import VOCABULARY, Clock, hardware, launcher, publish, run_child
 from ppo_speed import PROMPT, make_trainer, write_models
 
+from chatllama.config.schema import DeepSpeedSection
 from chatllama.runtime.distributed import all_max, all_sum, rank, shut_down
 from trainers.engine.engine import initialise
 from trainers.ppo.rewards import Statistics
@@ -71,7 +72,7 @@ def launch(count: int, work: str, arguments: argparse.Namespace) -> dict[str, fl
 
 def measure(work: Path, stage: int, steps: int, batch: int) -> None:
     """One rank's part: the first step warms up."""
-    initialise()
+    initialise(DeepSpeedSection())
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(1000, VOCABULARY, (batch, PROMPT), generator=generator).tolist()
     trainer = make_trainer(work, prompts, NEW_TOKENS, [], steps + 1, stage)

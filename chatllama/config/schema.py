@@ -34,6 +34,9 @@ class DeepSpeedSection(Section):
     """Stage 3: true gathers the whole model on every rank once per rollout batch (fast; each GPU
     must hold it), false one layer at a time for every token (slow, little memory). auto: true if
     the model takes at most 80 % of every rank's free memory; else false, with a warning."""
+    timeout_minutes: PositiveFloat = 60.0
+    """Longest wait of a rank for the others, at the start, in a collective and while rank 0 alone
+    works (servers that sample, downloads); after it the job ends with an error."""
 
     @model_validator(mode="after")
     def _check_offload(self) -> "DeepSpeedSection":

@@ -8,7 +8,7 @@ is in it is up to the writer (`trainers/engine/engine.py`).
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +24,8 @@ from chatllama.runtime.files import file_hash, put_back, replace_folder, write_j
 STEP, DAMAGED, REMOVED = "step-", "damaged-", ".removed"
 MANIFEST = "manifest.json"
 HASHING_THREADS = 4
+FileEntry = tuple[int, str]
+"""Bytes and SHA-256."""
 
 
 class DamagedError(ValueError):
@@ -157,7 +159,7 @@ def save_step(
     Args:
         layout: of `layout_of`.
         write: writes this rank's part into a folder, which replaces `step-N` once it is complete;
-            returns the names of files that must be there.
+            returns the names of the files that this rank has written.
 
     Raises:
         ValueError: the disk is full or cannot be written; older checkpoints are as they were.
@@ -169,12 +171,14 @@ def save_step(
             unfinished.mkdir(parents=True)
     barrier()
     with _explained(unfinished, folder, step):
-        expected = all_gather_objects(write(unfinished) or [])
+        own = list(write(unfinished) or [])
+        hashed = _hashed(unfinished, [name for name in own if (unfinished / name).is_file()])
+        written = all_gather_objects(dict.fromkeys(own) | hashed)
     if rank() == 0:
         with _explained(unfinished, folder, step):
             folder.mkdir(parents=True, exist_ok=True)
-            names = [name for part in expected for name in part]
-            write_manifest(unfinished, {"step": step, "layout": layout}, names)
+            known = {name: entry for part in written for name, entry in part.items()}
+            write_manifest(unfinished, {"step": step, "layout": layout}, known)
             replace_folder(unfinished, folder / f"{STEP}{step}")
             for outdated in step_folders(folder)[:-limit]:
                 # Renamed first: what a kill leaves half removed is no checkpoint.
@@ -221,15 +225,26 @@ def _clean_up(folder: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def write_manifest(folder: Path, about: dict[str, Any], expected: Sequence[str] = ()) -> None:
+def write_manifest(
+    folder: Path, about: dict[str, Any], known: Mapping[str, FileEntry | None] | None = None
+) -> None:
     """Writes manifest.json: `about`, and size and SHA-256 of every file below `folder`.
 
+    Args:
+        known: files that must be there; those with an entry are not read again.
+
     Raises:
-        DamagedError: there is no file, or one of those `expected` is missing.
+        DamagedError: there is no file, or one of those `known` is missing or of another size.
     """
-    files = {name: {"bytes": size, "sha256": sha} for name, (size, sha) in _files(folder).items()}
-    if missing := sorted({*expected, *([] if files else ["all files"])} - files.keys()):
+    known, names = known or {}, _names(folder)
+    if missing := sorted({*known, *([] if names else ["all files"])} - set(names)):
         raise DamagedError(f"{folder} lacks {', '.join(missing)} and is not published")
+    entries = {name: entry for name, entry in known.items() if entry is not None}
+    for name, (size, _) in entries.items():
+        if (found := (folder / name).stat().st_size) != size:
+            raise DamagedError(f"{folder / name} has {found} bytes; {size} were written")
+    entries |= _hashed(folder, [name for name in names if name not in entries])
+    files = {name: {"bytes": entries[name][0], "sha256": entries[name][1]} for name in names}
     write_json(folder / MANIFEST, {**about, "files": files})
 
 
@@ -256,19 +271,21 @@ def verify(folder: Path) -> dict[str, Any]:
             raise DamagedError(f"{path} is missing")
         if (size := path.stat().st_size) != entry["bytes"]:
             raise DamagedError(f"{path} has {size} bytes; {entry['bytes']} were written")
-    found = _files(folder)
+    found = _hashed(folder, list(expected))
     for name, entry in expected.items():
         if found[name][1] != entry["sha256"]:
             raise DamagedError(f"{folder / name} is corrupted: its content is not what was written")
     return manifest
 
 
-def _files(folder: Path) -> dict[str, tuple[int, str]]:
-    """Path below `folder` -> (bytes, SHA-256) of every file but the manifest itself."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+def _names(folder: Path) -> list[str]:
+    """Every file below `folder` but the manifest."""
+    paths = (p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
+
+
+def _hashed(folder: Path, names: Sequence[str]) -> dict[str, FileEntry]:
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        hashes = list(pool.map(file_hash, paths))
-    return {
-        path.relative_to(folder).as_posix(): (path.stat().st_size, sha)
-        for path, sha in zip(paths, hashes, strict=True)
-    }
+        hashes = list(pool.map(lambda name: file_hash(folder / name), names))
+    sizes = [(folder / name).stat().st_size for name in names]
+    return dict(zip(names, zip(sizes, hashes, strict=True), strict=True))

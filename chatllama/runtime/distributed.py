@@ -42,10 +42,18 @@ def leads_node() -> bool:
 
 
 def device() -> torch.device:
-    """This process's device: its own GPU where there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    """This process's device: its own GPU where there is one, else the CPU.
+
+    GPUs are numbered among those that the process sees, which may be its own alone.
+    """
+    if gpus := visible_gpus():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % gpus)
     return torch.device("cpu")
+
+
+def visible_gpus() -> int:
+    """Number of GPUs that this process sees."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def to_device(tensor: torch.Tensor) -> torch.Tensor:
@@ -70,16 +78,53 @@ def free_memory() -> int:
     return psutil.virtual_memory().available // processes_here()
 
 
-def meet() -> None:
-    """Opens the process group, if it is not open yet, and waits up to a minute for all ranks.
+class _Waits:
+    """How long this process waits for other ranks, and over which group."""
 
-    Ranks of other machines wait half an hour for a rank that ends before it joined the group; the
-    end of one that joined is noticed at once.
+    minutes: float = 60.0
+    group: Any = None
+    """A gloo group beside NCCL; None: the process group, which is gloo's then."""
+
+
+_waits = _Waits()
+
+
+def work_backend() -> str:
+    """What the collectives of tensors go over."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def wait_limit() -> timedelta:
+    """The longest wait for another rank."""
+    return timedelta(minutes=_waits.minutes)
+
+
+def open_groups(minutes: float) -> None:
+    """Opens the process groups together with all other ranks; a no-op where they are open.
+
+    What waits on the CPU, such as for files, servers and downloads of rank 0, goes over gloo also
+    where tensors go over NCCL: gloo's start contacts every rank, NCCL's contacts none, and no GPU
+    spins meanwhile.
+
+    Args:
+        minutes: limit of every wait, that for ranks which have not started included.
     """
-    if not dist.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        with contextlib.suppress(dist.DistError, RuntimeError):
-            dist.init_process_group(backend, timeout=timedelta(minutes=1))
+    if dist.is_initialized():
+        return
+    _waits.minutes = minutes
+    dist.init_process_group(work_backend(), timeout=wait_limit())
+    if work_backend() != "gloo":
+        _waits.group = dist.new_group(backend="gloo", timeout=wait_limit())
+
+
+def meet() -> None:
+    """Joins the other ranks for a minute at most, if this rank has not; for one that fails early.
+
+    Ranks of other machines wait up to `deepspeed.timeout_minutes` for a rank that ends before it
+    joined them; the end of one that joined is noticed at once.
+    """
+    with contextlib.suppress(dist.DistError, RuntimeError):
+        open_groups(minutes=1)
 
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:
@@ -108,7 +153,7 @@ def all_gather_objects(value: object) -> list:
     if not dist.is_initialized():
         return [value]
     gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=_waits.group)
     return gathered
 
 
@@ -117,21 +162,22 @@ def from_rank_zero(value: Any) -> Any:
     if not dist.is_initialized():
         return value
     sent = [value]
-    dist.broadcast_object_list(sent, src=0)
+    dist.broadcast_object_list(sent, src=0, group=_waits.group)
     return sent[0]
 
 
 def barrier() -> None:
-    """Waits for all ranks."""
+    """Waits for all ranks, on the CPU: work on the GPU goes on."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=_waits.group)
 
 
 def shut_down() -> None:
     """Closes the process group after all ranks got here; without it, exit can abort."""
     if dist.is_initialized():
-        dist.barrier()
+        barrier()
         dist.destroy_process_group()
+        _waits.group = None
 
 
 def call_inside(modules: Sequence[nn.Module], function: Callable[..., T], *inputs: Any) -> T:

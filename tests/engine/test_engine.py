@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -167,6 +168,58 @@ def test_whether_to_gather_is_settled_once(base: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(split, "is_zero3", lambda: True)
     assert not split.gather_for_rollouts and not split.gather_for_rollouts
     assert asked == [split.model]
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "gpus", "index"), [("3", 1, "0"), ("3", 8, "3"), ("3", 0, "3")]
+)
+def test_deepspeed_is_told_the_gpu_and_the_limit(
+    base: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    local_rank: str,
+    gpus: int,
+    index: str,
+):
+    told: list[str] = []
+
+    def initialize(**given: Any) -> tuple:
+        told.append(os.environ["LOCAL_RANK"])
+        return SimpleNamespace(), given["optimizer"], None, None
+
+    stub = SimpleNamespace(
+        ops=SimpleNamespace(__compatible_ops__={}),
+        init_distributed=lambda verbose: None,
+        utils=SimpleNamespace(groups=SimpleNamespace(_WORLD_GROUP=None)),
+        initialize=initialize,
+    )
+    monkeypatch.setitem(sys.modules, "deepspeed", stub)
+    for name, value in {
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": local_rank,
+        "DEEPSPEED_TIMEOUT": "3",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.append(str(device)))
+    monkeypatch.setattr(engine_module, "open_groups", lambda minutes: told.append(minutes))
+    monkeypatch.setattr(torch.distributed, "new_group", lambda timeout: timeout)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    engine_module.initialise(DeepSpeedSection(timeout_minutes=7.0))
+    assert told == ([f"cuda:{index}"] if gpus else []) + [7.0]
+    assert engine_module.wait_limit() == stub.utils.groups._WORLD_GROUP
+    assert "DEEPSPEED_TIMEOUT has no effect here; deepspeed.timeout_minutes is 7" in (
+        capsys.readouterr().err
+    )
+    monkeypatch.setattr(
+        engine_module, "device", lambda: torch.device("cpu" if not gpus else f"cuda:{index}")
+    )
+    told.clear()
+    with engine_module._gpu_as_local_rank():
+        told.append(os.environ["LOCAL_RANK"])
+    build(base)
+    assert told == [index, index] and os.environ["LOCAL_RANK"] == local_rank
 
 
 # --- two ranks under the launcher ----------------------------------------------------------------

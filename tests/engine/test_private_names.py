@@ -44,6 +44,11 @@ ATTRIBUTES = {
         "param.ds_tensor",
         "param.ds_active_sub_modules",
     ),
+    "deepspeed.utils.groups": (
+        "if _WORLD_GROUP is None:",
+        "_WORLD_GROUP = dist.new_group(",
+        "return _clone_world_group()",
+    ),
     "deepspeed.utils.tensor_fragment": (
         "_hp_mapping",
         "lp_fragment_address",

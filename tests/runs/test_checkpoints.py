@@ -1,6 +1,7 @@
 """Checkpoints: the newest good one is found, and no fault of disk or process tears one."""
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -128,6 +129,35 @@ def test_a_checkpoint_without_an_expected_file_is_not_published(run: RunFolder, 
     assert names(run) == ["step-3"] and resume(run)
     with pytest.raises(DamagedError, match="lacks all files"):
         save_step(run, "ppo", 4, 2, LAYOUT, lambda folder: [])
+
+
+@pytest.mark.parametrize(("size", "good"), [(5, True), (4, False), (6, False)])
+def test_each_rank_hashes_the_files_that_it_wrote(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, size: int, good: bool
+):
+    read: list[str] = []
+
+    def hashes(path: Path) -> str:
+        read.append(path.name)
+        return "a hash of this rank"
+
+    def write(folder: Path) -> list[str]:
+        for name in ("trained-0", "trained-1", "of nobody"):
+            (folder / name).write_text("12345")
+        return ["trained-0"]
+
+    other = {"trained-1": (size, "a hash of the other rank")}
+    monkeypatch.setattr(checkpoints, "file_hash", hashes)
+    monkeypatch.setattr(checkpoints, "all_gather_objects", lambda own: [own, other])
+    if not good:
+        with pytest.raises(DamagedError, match=rf"trained-1 has 5 bytes; {size} were written"):
+            save_step(run, "ppo", 4, 2, LAYOUT, write)
+        return
+    save_step(run, "ppo", 4, 2, LAYOUT, write)
+    manifest = json.loads((run.checkpoints("ppo") / "step-4" / MANIFEST).read_text())
+    assert manifest["files"]["trained-1"] == {"bytes": 5, "sha256": "a hash of the other rank"}
+    assert manifest["files"]["trained-0"]["sha256"] == "a hash of this rank"
+    assert sorted(read) == ["of nobody", "trained-0"]
 
 
 def test_checkpoints_beyond_the_stage_are_left_alone(run: RunFolder):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from chatllama.runtime import distributed
 from trainers.stages.arguments import _failure
 
 dist: Any = torch.distributed
@@ -64,7 +65,7 @@ def test_a_stopped_rank_ends_the_job_with_the_limit_that_can_be_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("DEEPSPEED_TIMEOUT", "7")
+    monkeypatch.setattr(distributed._waits, "minutes", 7.0)
     code, message = _failure(silent_rank(str(tmp_path), 1.0))
-    assert code == 1 and "within 7 minutes" in message and "DEEPSPEED_TIMEOUT" in message
+    assert code == 1 and "within 7 minutes (deepspeed.timeout_minutes)" in message
     assert "--resume" in message and "Traceback" not in message

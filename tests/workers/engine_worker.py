@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("stage", type=int)
     parser.add_argument("alone", type=Path)
     arguments = parser.parse_args()
-    initialise()
+    initialise(DeepSpeedSection())
     out = run(arguments.base, arguments.folder, arguments.stage)
     other = {0: 3, 1: 2, 2: 0, 3: 1}[arguments.stage]
     for name, stage, checkpoint in (

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from chatllama.config.schema import Config
 from chatllama.runs.folder import RunFolder
 from chatllama.runs.replicas import views_of
 from chatllama.runtime.distributed import all_sum, barrier, rank, shut_down
@@ -23,7 +24,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if rank() == arguments.faulty and arguments.fault == "early":
         raise ValueError("a mistake before the ranks have met")
-    stage.join(RunFolder(arguments.folder), "sft", None)
+    cfg = Config.model_validate({"run_dir": str(arguments.folder), "backbone": {"path": "-"}})
+    stage.join(cfg, RunFolder(arguments.folder), "sft", None)
     views = [sees for _, sees in views_of(arguments.folder)]
     (arguments.folder / f"views-{rank()}").write_text(str(views))
     (arguments.folder / f"pid-{rank()}").write_text(str(os.getpid()))

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ppo_runs import TinyRun, tokenizer_of
 
+from chatllama.config.schema import DeepSpeedSection
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.distributed import barrier, rank, shut_down
 from trainers.engine.engine import gathered, initialise
@@ -120,7 +121,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
-    initialise()
+    initialise(DeepSpeedSection())
     gathers = run_all(TinyRun(arguments.base, arguments.run), arguments.folder)
     barrier()
     out = arguments.folder / f"gathers-{rank()}.json"

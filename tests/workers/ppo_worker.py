@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ppo_runs import TinyRun, make_ptx
 
+from chatllama.config.schema import DeepSpeedSection
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.distributed import barrier, rank, shut_down
 from trainers.engine.engine import initialise
@@ -126,7 +127,7 @@ def main() -> None:
     parser.add_argument("stage", type=int)
     parser.add_argument("variants", nargs="+")
     arguments = parser.parse_args()
-    initialise()
+    initialise(DeepSpeedSection())
     base = TinyRun(arguments.base, Path(arguments.run))
     found = {
         name: run_variant(base, arguments.folder, arguments.stage, name)

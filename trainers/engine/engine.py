@@ -5,7 +5,9 @@ keep their type and trained ones are float32: DeepSpeed's bf16 and fp16 modes ar
 ways give the same gradients, so that the training loops do not depend on which one is in use.
 """
 
+import os
 import pickle
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +23,15 @@ from chatllama.config.stages import StageSection
 from chatllama.generation.static_kv_cache import StaticKVCache
 from chatllama.model.lora import merge_products
 from chatllama.model.roles import RoleModel
-from chatllama.runtime.distributed import device, is_launched, rank, world_size
+from chatllama.runtime.distributed import (
+    barrier,
+    device,
+    is_launched,
+    open_groups,
+    rank,
+    wait_limit,
+    world_size,
+)
 from trainers.engine.sharded_state import (
     VALUE,
     SavedShards,
@@ -46,18 +56,44 @@ class ParameterGroup:
     """Whether weight decay applies."""
 
 
-def initialise() -> None:
+def initialise(section: DeepSpeedSection) -> None:
     """Joins the other ranks; must come before any model is made. Without a launcher a no-op."""
     if not is_launched():
         return
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+    open_groups(section.timeout_minutes)
+    barrier()  # from here on the end of a rank is noticed at once
     import deepspeed
 
     # The shared-memory op needs a C++ compiler and 40 s at first use; gloo serves as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if device().type == "cuda":
-        torch.cuda.set_device(device())
-    deepspeed.init_distributed(verbose=False)
+    deepspeed.init_distributed(verbose=False)  # takes the group that is open
+    # DeepSpeed's own copy of the group would have torch's default limit.
+    groups = deepspeed.utils.groups
+    groups._WORLD_GROUP = torch.distributed.new_group(timeout=wait_limit())
     assert torch.distributed.get_world_size() == world_size()
+    if rank() == 0 and "DEEPSPEED_TIMEOUT" in os.environ:
+        print(
+            "warning: DEEPSPEED_TIMEOUT has no effect here; deepspeed.timeout_minutes is "
+            f"{section.timeout_minutes:g}",
+            file=sys.stderr,
+        )
+
+
+@contextmanager
+def _gpu_as_local_rank() -> Iterator[None]:
+    """LOCAL_RANK is the number of this process's GPU inside: DeepSpeed takes one for the other.
+
+    They differ where every process sees its own GPU alone.
+    """
+    before, place = os.environ["LOCAL_RANK"], device()
+    if place.index is not None:
+        os.environ["LOCAL_RANK"] = str(place.index)
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = before
 
 
 @contextmanager
@@ -76,7 +112,8 @@ def partitioned_loading(section: DeepSpeedSection, dtype: str) -> Iterator[None]
     settings["bf16"] = {"enabled": dtype == "bfloat16"}  # else zero.Init makes float32 of all
     keep = HfDeepSpeedConfig(settings)
     try:
-        yield
+        with _gpu_as_local_rank():
+            yield
     finally:
         del keep
         unset_hf_deepspeed_config()
@@ -156,9 +193,10 @@ class Engine:
             settings = zero_settings(
                 zero, accumulation_steps=accumulation_steps, max_grad_norm=section.max_grad_norm
             )
-            self._deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-                model=model, optimizer=self.optimizer, config=settings
-            )
+            with _gpu_as_local_rank():
+                self._deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+                    model=model, optimizer=self.optimizer, config=settings
+                )
 
     def __call__(self, *args: object) -> Any:
         """The model's forward pass; every pass with gradient must come through here."""
@@ -275,14 +313,14 @@ class Engine:
     def save(self, folder: Path, state: dict[str, Any]) -> list[str]:
         """Writes trained weights, optimizer and `state` into `folder`; every rank must call.
 
-        Returns the names of files that the folder must hold then.
+        Returns the names of the files that this rank has written.
 
         Frozen weights are left out: they come from the adapters that the stage starts from.
         """
         write_shards(folder, self.model, self.optimizer)
         if rank() == 0:
             torch.save(state, folder / "state.pt")
-        return [f"trained-{rank()}.safetensors", "state.pt"]
+        return [f"trained-{rank()}.safetensors", *(["state.pt"] if rank() == 0 else [])]
 
     @torch.no_grad()
     def load(self, folder: Path) -> dict[str, Any]:

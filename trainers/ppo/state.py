@@ -51,7 +51,8 @@ def save_state(cfg: Config, run: RunFolder, engine: Engine, state: PpoState) -> 
                     tensors = adapter_state(engine.model, role)
                     whole = {name: t.cpu().contiguous() for name, t in tensors.items()}
                     save_file(whole, folder / f"{role}.safetensors")
-        return names + [f"{role}.safetensors" for role in adapters_that_change(cfg)]
+                    names.append(f"{role}.safetensors")
+        return names
 
     limit, layout = cfg.ppo.save_total_limit, layout_of(cfg.deepspeed, cfg.ppo.microbatch_size)
     save_step(run, "ppo", state.step, limit, layout, write)

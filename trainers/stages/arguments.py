@@ -160,10 +160,12 @@ def _failure(error: Exception) -> tuple[int, str]:
             "without it `chatllama run` chooses one on a single machine"
         )
     if "Timed out waiting" in str(error):
-        limit = os.environ.get("DEEPSPEED_TIMEOUT", "10")
+        from chatllama.runtime.distributed import wait_limit
+
         return 1, _prefixed(
-            f"error: another rank did not answer within {limit} minutes (DEEPSPEED_TIMEOUT sets "
-            "how many): it hangs, or was stopped. Go on from the newest checkpoint with --resume"
+            f"error: another rank did not answer within {wait_limit().total_seconds() / 60:g} "
+            "minutes (deepspeed.timeout_minutes): it hangs, or was stopped. Go on from the newest "
+            "checkpoint with --resume"
         )
     if _lost_a_rank(error):
         interruption.restore_default_handlers()

@@ -39,7 +39,7 @@ def print_lines(lines: Iterable[str]) -> None:
         print(line)
 
 
-def join(run: RunFolder, stage: Stage, lock: str | None) -> None:
+def join(cfg: Config, run: RunFolder, stage: Stage, lock: str | None) -> None:
     """Locks the run folder, quiets the libraries and joins the other ranks; comes first.
 
     Args:
@@ -52,7 +52,12 @@ def join(run: RunFolder, stage: Stage, lock: str | None) -> None:
         acquire(run, "stage", lock)
         run.interrupted(stage).unlink(missing_ok=True)
     quiet_libraries()
-    initialise()
+    gpus = distributed.visible_gpus()
+    if gpus > 1 and not distributed.is_launched():
+        print_lines(
+            [f"using one of {gpus} GPUs: `deepspeed` in place of `python` uses all of them"]
+        )
+    initialise(cfg.deepspeed)
 
 
 def open_stage(cfg: Config, run: RunFolder, stage: Stage) -> PreTrainedTokenizerFast:
