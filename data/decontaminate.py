@@ -15,6 +15,7 @@ from datasets import Dataset, Value
 
 from chatllama.config.sources import DataSource
 from data.caching import cached_map
+from data.reading.records import record_texts
 from data.reading.source import read_source
 from data.similarity import words
 
@@ -74,13 +75,6 @@ def contamination(data: Dataset, index: EvaluationIndex) -> list[str]:
     if not index.runs and not index.whole:
         return [""] * len(data)
     return cached_map(data, _mark, {"set": Value("string")}, index)["set"][:]
-
-
-def record_texts(record: dict[str, Any]) -> list[str]:
-    """Every text of a record: turns, answers, or the plain text."""
-    turns = record.get("messages") or record.get("prompt") or []
-    texts = [turn["content"] for turn in turns]
-    return [*texts, *(record.get("answers") or []), *([record["text"]] if "text" in record else [])]
 
 
 def _mark(record: dict[str, Any], index: EvaluationIndex) -> dict[str, str]:

@@ -106,7 +106,7 @@ def load_mixture(
         raise ValueError(
             f"nothing to train on: {sizes} records remain after holding out {eval_fraction:.0%} "
             f"and leaving out {sum(contaminated.values())} with words of an evaluation set"
-            f"{_one_question(data for data, _ in reads)}"
+            f"{all_begin_alike(data for data, _ in reads)}"
         )
     return Mixture(
         train=_draw(trains, counts, seed),
@@ -117,13 +117,13 @@ def load_mixture(
     )
 
 
-def _one_question(reads: Iterable[Dataset]) -> str:
-    """What to do where all records are on one side of the split because they begin alike."""
-    if len({key for data in reads for key in data["key"][:]}) > 1:
+def all_begin_alike(reads: Iterable[Dataset]) -> str:
+    """What to do where all records are on one side of the split because they begin alike, or ""."""
+    if len({key for data in reads for key in data["key"][:]}) != 1:
         return ""
     return (
         "; all begin with the same user turn, and such records stay together: give `eval_data`, or "
-        "`eval_fraction: 0`, or put what they share into a system prompt"
+        "put what they share into a system prompt (`eval_fraction: 0` holds nothing out)"
     )
 
 

@@ -6,17 +6,21 @@ Batches and their order are in `batches.py`; the layout of a conversation is in
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.model import ChatSection
-from chatllama.text.chat_format import Message, render
-from chatllama.text.encoding import encode
+from chatllama.text.chat_format import Message, end_of_turn_ids, render
+from chatllama.text.encoding import decode, encode
 from chatllama.text.tokenizer import within_positions
 from data.caching import cached_map
+from data.reading.records import record_texts
+
+NUM_EXAMPLES = 3
+NOT_RENDERED = "the chat template refuses or rewrites it"
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,25 @@ class TokenReport:
     """Kept but changed, by what was done."""
     left_out: dict[str, int]
     """Left out, by reason."""
+    lost: list[str] = field(default_factory=list[str])
+    """Of each kept record that has some, the characters that the tokenizer cannot write."""
+    examples: list[str] = field(default_factory=list[str])
+    """`file:line: reason` of the first few that the chat template refuses."""
 
     def summary(self) -> str:
-        """A line for the log."""
+        """A line for the log, and one for each example."""
         counts = [f"{count} {what}" for what, count in self.changed.items()]
         counts += [f"{count} left out: {reason}" for reason, count in self.left_out.items()]
-        return "; ".join([f"{self.num_kept} of {self.num_read} examples", *counts])
+        if self.lost:
+            characters = Counter("".join(self.lost)).most_common(5)
+            counts.append(
+                f"{len(self.lost)} with characters that this tokenizer cannot write, such as "
+                f"{', '.join(repr(char) for char, _ in characters)}: <unk> or nothing stands for "
+                "them. Take a tokenizer with byte fallback, or take them out (`chatllama data "
+                "check` counts each)"
+            )
+        line = "; ".join([f"{self.num_kept} of {self.num_read} examples", *counts])
+        return "\n  ".join([line, *self.examples])
 
     @property
     def facts(self) -> dict[str, float]:
@@ -61,17 +78,19 @@ def tokenize(
     this; later ones find the cache, simultaneous ones do the same work with the same result.
 
     Raises:
-        ValueError: there were records, and none could be used.
+        ValueError: there were records, and none could be used; a chat template that this tokenizer
+            cannot write at all.
     """
+    end_of_turn_ids(tokenizer, chat)
     make, features = {
         "sft": (_conversation, {"input_ids": List(Value("int32")), "mask": List(Value("int8"))}),
         "preferences": (_preference, _PREFERENCE),
         "prompts": (_prompt, {"input_ids": List(Value("int32")), "text": Value("string")}),
     }[kind]
     max_length = within_positions(tokenizer, max_length)
-    features = features | {"changed": Value("string"), "left_out": Value("string")}
+    features = features | dict.fromkeys(_NOTES, Value("string"))
     rows = cached_map(
-        records, _by_record, features, make, (tokenizer, chat, max_length), batched=True
+        records, _by_record, features, make, [*features], tokenizer, chat, max_length, batched=True
     )
     reasons: list[str] = rows["left_out"][:]
     kept = [i for i, reason in enumerate(reasons) if not reason]
@@ -81,25 +100,56 @@ def tokenize(
         num_kept=len(kept),
         changed=dict(changes.most_common()),
         left_out=dict(Counter(filter(None, reasons)).most_common()),
+        lost=[*filter(None, rows.select(kept)["lost"][:])],
+        examples=[*filter(None, rows["refusal"][:])][:NUM_EXAMPLES],
     )
     if reasons and not kept:
         raise ValueError(f"no record can be used ({report.summary()})")
-    return rows.select(kept).remove_columns(["changed", "left_out"]), report
+    return rows.select(kept).remove_columns([*_NOTES]), report
+
+
+_NOTES = ("changed", "left_out", "refusal", "lost")
+"""What was done to an example; why it cannot be used; its place and why the template refuses it;
+the characters that the tokenizer cannot write. Each "" where there is nothing to say."""
 
 
 def _by_record(
-    records: dict[str, list[Any]], make: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]
+    records: dict[str, list[Any]],
+    make: Callable[..., dict[str, Any]],
+    columns: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    *arguments: Any,
 ) -> dict[str, list[Any]]:
-    """What `make` gives for each record of a batch.
-
-    That is the columns of an example, `changed` (what was done to it, or "") and `left_out` (why it
-    cannot be used, or "").
-    """
-    made = [
-        make(dict(zip(records, values, strict=True)), *arguments)
-        for values in zip(*records.values(), strict=True)
+    """What `make` gives for each record of a batch, and the notes."""
+    each = [
+        dict(zip(records, values, strict=True)) for values in zip(*records.values(), strict=True)
     ]
-    return {name: [row[name] for row in made] for name in made[0]}
+    made: list[dict[str, Any]] = []
+    for record, lost in zip(each, _lost_characters(each, tokenizer), strict=True):
+        notes = {"changed": "", "left_out": "", "refusal": "", "lost": lost}
+        try:
+            made.append(notes | make(record, tokenizer, *arguments))
+        except ValueError as error:
+            refusal = f"{record.get('where', 'a record')}: {error}"
+            made.append(notes | {"left_out": NOT_RENDERED, "refusal": refusal})
+    return {name: [row.get(name) for row in made] for name in columns}
+
+
+def _lost_characters(
+    records: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerFast
+) -> list[str]:
+    """For each record, the characters of its texts that the tokenizer cannot write."""
+    present = [set[str]().union(*record_texts(record)) for record in records]
+    lost = {char for char in set[str]().union(*present) if drops(tokenizer, char)}
+    return ["".join(sorted(chars & lost)) for chars in present]
+
+
+def drops(tokenizer: PreTrainedTokenizerFast, char: str) -> bool:
+    """Whether a character is lost as tokens: nothing or the unknown token stands for it."""
+    if char.isspace():
+        return False
+    ids = encode(tokenizer, char)
+    return tokenizer.unk_token_id in ids or char not in decode(tokenizer, ids)
 
 
 def tokenize_text(
@@ -110,12 +160,14 @@ def tokenize_text(
     Texts over `max_length` are cut into examples of at most so many tokens, and nothing is lost;
     only the first begins with BOS and only the last ends with EOS.
     """
-    features = {"input_ids": List(Value("int32"))}
+    features = {"input_ids": List(Value("int32")), "lost": Value("string")}
     max_length = max_length and within_positions(tokenizer, max_length)
     examples = cached_map(dataset, _texts, features, tokenizer, max_length, batched=True)
     extra = len(examples) - len(dataset)
     changed = {"more examples by cutting long texts": extra} if extra else {}
-    return examples, TokenReport(len(dataset), len(dataset), changed, {})
+    lost = [*filter(None, examples["lost"][:])]
+    report = TokenReport(len(dataset), len(dataset), changed, {}, lost)
+    return examples.remove_columns("lost"), report
 
 
 def fit(
@@ -171,15 +223,19 @@ def _conversation(
 
 def _texts(
     records: dict[str, list[Any]], tokenizer: PreTrainedTokenizerFast, max_length: int | None
-) -> dict[str, list[list[int]]]:
-    """Examples of a batch of texts."""
+) -> dict[str, list[Any]]:
+    """Examples of a batch of texts; what a text loses is noted at its first example."""
     opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     examples: list[list[int]] = []
-    for text in records["text"]:
+    noted: list[str] = []
+    losses = _lost_characters([{"text": text} for text in records["text"]], tokenizer)
+    for text, lost in zip(records["text"], losses, strict=True):
         ids = [*opening, *encode(tokenizer, text), tokenizer.eos_token_id]
         size = max_length or len(ids)
-        examples += [ids[i : i + size] for i in range(0, len(ids), size)]
-    return {"input_ids": examples}
+        pieces = [ids[i : i + size] for i in range(0, len(ids), size)]
+        examples += pieces
+        noted += [lost, *[""] * (len(pieces) - 1)]
+    return {"input_ids": examples, "lost": noted}
 
 
 _PREFERENCE = {
@@ -238,4 +294,4 @@ def _prompt(
     ids = render(tokenizer, chat, messages, add_generation_prompt=True).ids
     left_out = f"over {max_length} tokens" if len(ids) > max_length else ""
     text = messages[-1]["content"]
-    return {"input_ids": ids, "text": text, "changed": "", "left_out": left_out}
+    return {"input_ids": ids, "text": text, "left_out": left_out}

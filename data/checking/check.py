@@ -17,7 +17,7 @@ from data.checking.records import check_records, iterate, question
 from data.checking.report import DataReport, Findings, StageSource
 from data.checking.tokens import check_tokens
 from data.decontaminate import build_index, contamination
-from data.mixture import is_held_out, source_counts
+from data.mixture import all_begin_alike, is_held_out, source_counts
 from data.reading.records import Kind
 from data.reading.source import read_rows
 
@@ -151,6 +151,7 @@ def _check_stage(
         _check_leaks(one, places, "leak", findings)
     if not held:
         _check_split(train, seed, section.eval_fraction, findings)
+        _check_sides(train, stage, seed, section.eval_fraction, findings)
     if section.decontaminate:
         try:
             index = build_index(section.decontaminate)
@@ -192,6 +193,19 @@ def _check_split(
             side.setdefault(out, where)
             if len(side) == 2 and side[out] == where:
                 findings.add("split_leak", one.part.name, f"{where} is like {side[not out]}")
+
+
+def _check_sides(
+    train: list[CheckedSource], stage: str, seed: int, fraction: float, findings: Findings
+) -> None:
+    """What a stage refuses: nothing to train on, or for the reward model nothing held out."""
+    held = [is_held_out(key, seed, fraction) for one in train for key in one.good["key"][:]]
+    alike = all_begin_alike(one.good for one in train)
+    if held and all(held):
+        findings.add("mixture", f"{stage}.data", f"every record is held out{alike}")
+    elif held and not any(held) and stage == "reward":
+        advice = alike or "; set reward.eval_data or a larger reward.eval_fraction"
+        findings.add("mixture", f"{stage}.data", f"no pair is held out{advice}")
 
 
 def _check_between_stages(checked: list[CheckedSource], findings: Findings) -> None:

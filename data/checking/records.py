@@ -9,9 +9,9 @@ from typing import Any, cast
 from datasets import Dataset
 
 from data.checking.report import Findings, StageSource
-from data.decontaminate import record_texts
 from data.reading import notes
 from data.reading.grouped import BELOW, JOINED
+from data.reading.records import record_texts
 from data.reading.source import GOOD, MALFORMED
 from data.similarity import near_duplicates, script, words
 

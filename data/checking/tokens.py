@@ -10,13 +10,13 @@ from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.model import ChatSection
 from chatllama.text.chat_format import end_of_turn_ids, render
-from chatllama.text.encoding import decode, encode
+from chatllama.text.encoding import encode
 from chatllama.text.tokenizer import within_positions
 from data.caching import cached_map
 from data.checking.records import iterate
 from data.checking.report import MESSAGES, Findings, StageSource, percentiles
-from data.decontaminate import record_texts
-from data.tokenize import fit, nothing_within, without_turns
+from data.reading.records import record_texts
+from data.tokenize import drops, fit, nothing_within, without_turns
 
 
 def sequence_problems(
@@ -97,14 +97,6 @@ def _check_characters(
     for char, count in sorted(dropped.items(), key=lambda item: -item[1]):
         example = f"{char!r} (U+{ord(char):04X}), {count} times"
         findings.add("dropped_character", part.name, example)
-
-
-def drops(tokenizer: PreTrainedTokenizerFast, char: str) -> bool:
-    """Whether a character is lost as tokens: nothing or the unknown token stands for it."""
-    if char.isspace():
-        return False
-    ids = encode(tokenizer, char)
-    return tokenizer.unk_token_id in ids or char not in decode(tokenizer, ids)
 
 
 def _measure(

@@ -15,7 +15,7 @@ import hashlib
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from chatllama.config.sources import ColumnMapping, Format
 from data.reading import formats
@@ -194,6 +194,13 @@ def record_key(record: Record) -> str:
         case Conversation(messages) | Labelled(messages) | Prompt(messages) | Preference(messages):
             question = next(turn["content"] for turn in messages if turn["role"] == "user")
     return hashlib.blake2b(question.strip().encode(), digest_size=16).hexdigest()
+
+
+def record_texts(record: dict[str, Any]) -> list[str]:
+    """Every text of a row of `read_source`: turns, answers, or the plain text."""
+    turns = cast("list[Message]", record.get("messages") or record.get("prompt") or [])
+    texts = [turn["content"] for turn in turns]
+    return [*texts, *(record.get("answers") or []), *([record["text"]] if "text" in record else [])]
 
 
 def _formats_for(kind: Kind) -> str:

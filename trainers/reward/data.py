@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from chatllama.config.base import load_function
 from chatllama.config.schema import Config, EvaluationSection
 from data.batches import ordered_pairs
-from data.mixture import load_examples
+from data.mixture import all_begin_alike, load_examples
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ def load_preferences(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Prefere
     """
     examples = load_examples(cfg.reward, "preferences", cfg.reward.max_length, cfg, tokenizer)
     if not len(examples.held_out):
-        raise ValueError("reward: no held-out pairs; set reward.eval_data or eval_fraction")
+        advice = all_begin_alike([examples.mixture.train])
+        advice = advice or "; set reward.eval_data or a larger reward.eval_fraction"
+        raise ValueError(f"reward: no held-out pairs{advice}")
     rated = any(len(set(ratings)) > 1 for ratings in examples.train["ratings"][:])
     if cfg.reward.margin_coef and not rated:
         raise ValueError(

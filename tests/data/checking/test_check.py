@@ -10,6 +10,7 @@ import yaml
 from planted_data import LONG, PAIRS, PLANTED_PAIRS, PLANTED_SFT, PROMPTS, SFT, TOPICS, ask
 from transformers import PreTrainedTokenizerFast
 
+import data.tokenize
 from chatllama import cli
 from chatllama.config.loader import load_config
 from chatllama.config.schema import Config
@@ -18,7 +19,8 @@ from data.checking.check import Examination, examine
 from data.checking.clean import write_cleaned
 from data.checking.report import MESSAGES
 from data.checking.show import page, shown_records
-from data.checking.tokens import drops, sequence_problems
+from data.checking.tokens import sequence_problems
+from data.tokenize import drops
 
 pytestmark = pytest.mark.usefixtures("data_cache")
 
@@ -264,14 +266,12 @@ def test_dropped_characters(
 ) -> None:
     tokenizer = load_tokenizer(tiny_tokenizer_dir)
     assert not drops(tokenizer, "\u6f22") and not drops(tokenizer, " ")  # byte fallback
-    from data.checking import tokens as token_checks
-
-    original = token_checks.encode
+    original = data.tokenize.encode
 
     def without_bytes(given: Any, text: str) -> list[int]:
         return [given.unk_token_id] if text == "\u6f22" else original(given, text)
 
-    monkeypatch.setattr(token_checks, "encode", without_bytes)
+    monkeypatch.setattr(data.tokenize, "encode", without_bytes)
     cfg = config(sft={"data": [*SFT, ask("What is \u6f22?", "A \u6f22.")]})
     (finding,) = examine(cfg, tokenizer).report.findings
     assert finding.check == "dropped_character"

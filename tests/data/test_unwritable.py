@@ -1,0 +1,167 @@
+"""Records that tokenizer or chat template cannot write as they are: counted, in every stage."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from chatllama.config.loader import load_config
+from chatllama.config.model import ChatSection
+from chatllama.config.sources import DataSource
+from chatllama.text.tokenizer import load_tokenizer
+from data.checking.check import examine
+from data.mixture import load_mixture
+from data.reading.records import Kind
+from data.tokenize import NOT_RENDERED, tokenize, tokenize_text
+
+pytestmark = pytest.mark.usefixtures("data_cache")
+
+LETTERS = ("漢", "é", "🙂")
+KINDS = ("sft", "preferences", "prompts")
+TEMPLATES = {
+    # As Qwen3's: earlier answers lose what they thought.
+    "thoughts": "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{{ m.content if loop.last else m.content.split('</think>')[-1] }}{{ eos_token }}"
+    "{% else %}Q: {{ m.content }}\nA:{% endif %}{% endfor %}",
+    # As Mistral's: the system prompt stands before the last question, wherever that is.
+    "system": "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{{ m.content }}{{ eos_token }}{% elif m.role == 'user' %}"
+    "{% if loop.index0 + 2 >= messages | length and messages[0].role == 'system' %}"
+    "{{ messages[0].content }}{% endif %}Q: {{ m.content }}\nA:{% endif %}{% endfor %}",
+    # Earlier answers are cut short.
+    "cut": "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{{ m.content if loop.last else m.content[:9] }}{{ eos_token }}"
+    "{% else %}Q: {{ m.content }}\nA:{% endif %}{% endfor %}",
+}
+
+
+def turns(*contents: str) -> list[Any]:
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": each} for i, each in enumerate(contents)]
+
+
+def write(file: Path, prompts: list[list[Any]], kind: str, answers: tuple[str, str]) -> DataSource:
+    """A file with a record of the kind for every prompt."""
+    better, worse = ({"role": "assistant", "content": each} for each in answers)
+    rows: dict[str, list[dict[str, Any]]] = {
+        "sft": [{"messages": [*p, better]} for p in prompts],
+        "preferences": [{"chosen": [*p, better], "rejected": [*p, worse]} for p in prompts],
+        "prompts": [{"messages": p} for p in prompts],
+    }
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[kind]))
+    return DataSource(path=str(file))
+
+
+def check_command(tmp_path: Path, kind: str, source: DataSource, backbone: Path, chat: Any) -> Any:
+    """What `data check` says of a source."""
+    stage = {"sft": "sft", "preferences": "reward", "prompts": "ppo"}[kind]
+    content = {
+        "run_dir": str(tmp_path / "run"),
+        "backbone": {"path": str(backbone)},
+        "chat": chat,
+        stage: {"data": [{"path": source.path}]},
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(backbone)
+    return examine(load_config(tmp_path / "config.yaml"), tokenizer, (stage,)).report
+
+
+@pytest.fixture(params=["unk", "nothing"])
+def without_fallback(
+    request: pytest.FixtureRequest, tmp_path: Path, tiny_tokenizer_dir: Path
+) -> Path:
+    """A folder with a tokenizer that writes <unk>, or nothing, for unknown letters."""
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tiny_tokenizer_dir, folder)
+    (folder / "tokenizer.model").unlink()
+    pipeline = json.loads((folder / "tokenizer.json").read_text())
+    pipeline["model"]["byte_fallback"] = False
+    if request.param == "nothing":
+        pipeline["model"]["unk_token"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(pipeline))
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_characters_without_a_token_are_counted(
+    kind: Kind, without_fallback: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(without_fallback)
+    prompts = [turns("the river"), *(turns(f"the {char} market") for char in LETTERS)]
+    source = write(tmp_path / "a.jsonl", prompts, kind, ("a house", "a forest"))
+    rows = load_mixture([source], [], 0.0, 0, kind).train
+    examples, report = tokenize(rows, kind, tokenizer, ChatSection(), 200)
+    assert len(examples) == 4 and "lost" not in examples.column_names
+    assert sorted(report.lost) == sorted(LETTERS)
+    assert "3 with characters that this tokenizer cannot write, such as '" in report.summary()
+    if kind == "prompts":
+        found = check_command(tmp_path, kind, source, without_fallback, {}).findings
+        dropped = [each for each in found if each.check == "dropped_character"]
+        assert [example for each in dropped for example in each.examples] == [
+            f"'{char}' (U+{ord(char):04X}), 1 times" for char in LETTERS
+        ]
+
+
+def test_characters_of_answers_and_of_plain_text_count_too(
+    without_fallback: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    bare = load_tokenizer(without_fallback)
+    source = write(tmp_path / "a.jsonl", [turns("the river")], "sft", ("a ß house 漢", ""))
+    rows = load_mixture([source], [], 0.0, 0, "sft").train
+    assert tokenize(rows, "sft", bare, ChatSection(), 200)[1].lost == ["ß漢"]
+    text = load_mixture([text_source(tmp_path, "the é river " * 20)], [], 0.0, 0, "text").train
+    pieces, report = tokenize_text(text, bare, 20)
+    assert len(pieces) > 1 and report.lost == ["é"] and pieces.column_names == ["input_ids"]
+    for rows_of, kind in ((rows, "sft"), (text, None)):  # with byte fallback nothing is lost
+        made = (
+            tokenize(rows_of, kind, tokenizer, ChatSection(), 200)
+            if kind
+            else (tokenize_text(rows_of, tokenizer))
+        )
+        assert made[1].lost == [] and "cannot write" not in made[1].summary()
+
+
+def text_source(folder: Path, text: str) -> DataSource:
+    (folder / "a.txt").write_text(text)
+    return DataSource(path=str(folder / "a.txt"), format="text")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_template_rewrites_is_left_out_counted_and_named(
+    name: str, kind: Kind, tmp_path: Path, tiny_tokenizer_dir: Path
+) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tiny_tokenizer_dir, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATES[name])
+    tokenizer, chat = load_tokenizer(folder), ChatSection(template="tokenizer", date="2026-01-02")
+    long = turns("the river", "<think>Hm, water.</think>It is wet.", "the market")
+    system = [{"role": "system", "content": "Be brief."}] if name == "system" else []
+    prompts = [turns("a garden"), [*system, *long], turns("a house")]
+    source = write(tmp_path / "a.jsonl", prompts, kind, ("yes", "no"))
+    rows = load_mixture([source], [], 0.0, 0, kind).train
+    examples, report = tokenize(rows, kind, tokenizer, chat, 200)
+    assert len(examples) == 2 and report.left_out == {NOT_RENDERED: 1}
+    place = f"{source.path}:2: the tokenizer's chat template: message"
+    assert f"1 left out: {NOT_RENDERED}\n  {place}" in report.summary()
+    if (kind, name) not in zip(KINDS, TEMPLATES, strict=True):
+        return
+    with pytest.raises(ValueError, match=r"no record can be used \(0 of 1 .*\n.*a\.jsonl:2: "):
+        tokenize(rows.filter(lambda row: ":2" in row["where"]), kind, tokenizer, chat, 200)
+    found = check_command(tmp_path, kind, source, folder, chat.model_dump()).findings
+    (error,) = (each for each in found if each.severity == "error")
+    assert error.check == "cannot_be_rendered" and error.examples[0].startswith(place)
+
+
+def test_a_template_that_no_record_can_have_is_no_fault_of_the_records(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "a.jsonl", [turns("the river")], "sft", ("yes", ""))
+    rows = load_mixture([source], [], 0.0, 0, "sft").train
+    for template, words in (("llama3", "needs the token"), ("tokenizer", "no chat_template")):
+        with pytest.raises(ValueError, match=words) as caught:
+            tokenize(rows, "sft", tokenizer, ChatSection(template=template), 200)
+        assert "no record can be used" not in str(caught.value)
