@@ -255,15 +255,19 @@ def _numbers(value: object, name: str, count: int) -> list[float]:
     return numbers
 
 
+def is_number(value: object) -> bool:
+    """Whether `value` is a number, of a csv also as text."""
+    if isinstance(value, str):
+        return bool(re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", value))
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def number(value: object, name: str) -> float:
     """`value`, if it is a finite number; of a csv also as text."""
-    if isinstance(value, str) and re.fullmatch(
-        r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", value
-    ):
-        value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    made = float(cast(float, value)) if is_number(value) else math.nan
+    if not math.isfinite(made):
         raise Malformed(f"{name}: expected a finite number, got {shorten(value)}")
-    return float(value)
+    return made
 
 
 def shorten(value: object, limit: int = 80) -> str:

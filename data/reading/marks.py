@@ -6,11 +6,12 @@ turns are in `formats.py`; keys without such a meaning are listed by `notes.py`.
 
 from __future__ import annotations
 
-from data.reading.formats import WEIGHTS, Raw, Unusable, flag, shorten
+from data.reading.formats import WEIGHTS, Raw, Unusable, flag, is_number, shorten
 
 KEEP = "keep deleted"
 """The key under which `source.py` adds the source's `keep_deleted` to a record."""
 DELETED, NOT_REVIEWED = "deleted: true", "review_result: false"
+WEIGHED = "a weight of the record that is neither 0 nor 1: only a source can have one"
 BESIDE = ("images", "image", "videos", "audios", "tools")
 
 
@@ -19,8 +20,11 @@ def check_record(fields: Raw) -> None:
     if reason := deletion(fields):
         raise Unusable(reason)
     for key in WEIGHTS:
-        if flag(fields.get(key)) is False:
-            raise Unusable(f"{key}: {shorten(fields[key])}")
+        value = fields.get(key)
+        if flag(value) is False:
+            raise Unusable(f"{key}: {shorten(value)}")
+        if flag(value) is None and is_number(value):  # a word is no weight: a city, a split
+            raise Unusable(WEIGHED)
     if fields.get("mask") not in (None, ""):
         raise Unusable("the key 'mask', which may mean either of two things")
     for key in BESIDE:

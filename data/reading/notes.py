@@ -9,7 +9,7 @@ from typing import cast
 
 from chatllama.config.sources import Format
 from data.reading.conversions import question_answer_keys
-from data.reading.formats import PROMPT_KEYS, WEIGHTS, Raw, role_of
+from data.reading.formats import PROMPT_KEYS, WEIGHTS, Raw, flag, role_of
 from data.reading.marks import KEEP
 from data.reading.verdicts import SETTLED, TWO_ANSWERS, VERDICTS, verdict
 
@@ -81,6 +81,8 @@ def _unused(fields: Raw, format: Format) -> Iterator[str]:
             if isinstance(value, list) and key != "instances":
                 names = {str(k) for turn in value if isinstance(turn, Mapping) for k in turn}
                 yield from (f"{key}[].{name}" for name in names - _TURN_KEYS)
+        elif key in WEIGHTS and flag(value) is not None:  # 1 and true, which change nothing
+            continue
         elif key not in _MARKS and not re.fullmatch(r"annotator\d+", str(key)):
             yield str(key)
 

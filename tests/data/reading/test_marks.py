@@ -15,6 +15,8 @@ from chatllama.config.sources import DataSource
 from chatllama.text.encoding import decode
 from data.checking.records import check_records
 from data.checking.report import Findings, StageSource
+from data.reading.marks import WEIGHED
+from data.reading.records import Kind
 from data.reading.source import read_rows, read_source
 from data.tokenize import tokenize
 
@@ -95,6 +97,10 @@ LEFT_OUT: list[tuple[dict[str, Any], str]] = [
      "train: True on a turn of the user"),
     (sft(weight=0), "weight: 0"),
     (sft(training=False), "training: False"),
+    (sft(weight=0.5), WEIGHED),
+    (sft(loss_weight=2), WEIGHED),
+    (sft(weight="0.25"), WEIGHED),
+    (sft(train=-1), WEIGHED),
     (sft(mask=[0, 1]), "the key 'mask', which may mean either of two things"),
     (sft(images=["cat.png"]), "images beside the text"),
     (sft(tools='[{"name": "f"}]'), "tools beside the text"),
@@ -112,11 +118,25 @@ def test_records_whose_text_is_not_all(row: dict[str, Any], reason: str, tmp_pat
 @pytest.mark.parametrize(
     "keys",
     [{"weight": 1}, {"tools": []}, {"tools": "[]"}, {"images": None}, {"deleted": False},
-     {"review_result": True}, {"review_result": None}, {"train": True}, {"mask": None}],
+     {"review_result": True}, {"review_result": None}, {"train": True}, {"mask": None},
+     {"train": "Berlin to Hamburg"}, {"weight": "heavy"}, {"weight": 1.0}, {"weight": ""}],
 )  # fmt: skip
 def test_marks_that_change_nothing(keys: dict[str, Any], tmp_path: Path) -> None:
     (row,) = read_bytes(tmp_path, "a.jsonl", lines(sft(**keys)), "sft")
     assert row["problem"] == ""
+
+
+@pytest.mark.parametrize("kind", ["sft", "preferences", "prompts"])
+def test_weights_of_records_are_counted_in_every_stage_and_refused_where_most_have_one(
+    kind: Kind, tmp_path: Path
+) -> None:
+    rows = [{**GOOD_PAIR, "weight": weight} for weight in (1, 1.0, 0.5, 3)]
+    (tmp_path / "a.jsonl").write_bytes(lines(*rows))
+    _, report = read_source(DataSource(path=str(tmp_path / "a.jsonl")), kind)
+    assert report.num_kept == 2 and report.left_out == {WEIGHED: 2}
+    (tmp_path / "b.jsonl").write_bytes(lines(*rows[1:]))
+    with pytest.raises(ValueError, match="cannot be used for.*\n.*2 a weight of the record"):
+        read_source(DataSource(path=str(tmp_path / "b.jsonl")), kind)
 
 
 def test_deleted_records_may_be_kept(tmp_path: Path) -> None:
@@ -147,9 +167,15 @@ def test_scores_of_a_pair(
 def test_the_check_lists_keys_that_are_not_used(tmp_path: Path) -> None:
     turn = {**message("user", "q"), "colour": "red"}
     file = tmp_path / "a.jsonl"
-    rows = [sft(id=1, synthetic=True), sft(id=2), {"messages": [turn, message("assistant", "b")]}]
+    rows = [
+        sft(id=1, synthetic=True, weight=1),
+        sft(id=2, training="tomorrow"),
+        {"messages": [turn, message("assistant", "b")]},
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = DataSource(path=str(file))
     part = StageSource("sft", "data", source, "sft", None)
     check_records(read_rows(source, "sft"), part, Findings())
-    assert part.notes == ["keys not used: id (2), synthetic (1), messages[].colour (1)"]
+    assert part.notes == [
+        "keys not used: id (2), synthetic (1), training (1), messages[].colour (1)"
+    ]
