@@ -142,7 +142,8 @@ class DataSource(Section):
     first and second are for the nearer one. null: what the whole column leaves no doubt of."""
     quoting: Literal["double", "backslash", "none"] | None = None
     """Cells of a csv or tsv may be in quotation marks, inside which a mark is doubled or follows a
-    backslash; none: marks are text. null: double in csv, none in tsv."""
+    backslash; none: marks are text. null: none in tsv; in csv double, or backslash where only that
+    gives every row the header's length, and no backslash stands before anything else."""
     keep_deleted: bool = False
     """Use records and messages of `deleted: true` or `review_result: false` (OASST) too."""
     encoding: str = "utf-8"

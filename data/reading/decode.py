@@ -5,8 +5,10 @@ What a record means is in `formats.py` and `records.py`.
 
 import csv
 import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import chain, islice, zip_longest
 from typing import Any
 
@@ -16,7 +18,7 @@ from chatllama.config.sources import DataSource
 from data.reading.files import COMPRESSIONS, TYPES, DataFile, suffix
 from data.reading.formats import RecordError, shorten, unique_keys
 from data.reading.json_arrays import ArrayReader, Line
-from data.reading.lines import DAMAGES, check_file, not_read, open_unpacked, read_lines
+from data.reading.lines import DAMAGES, MAX_BYTES, check_file, not_read, open_unpacked, read_lines
 
 Decoded = tuple[str, object]
 _QUOTING: dict[str, dict[str, Any]] = {
@@ -28,6 +30,7 @@ _QUOTING_HINT = (
     "cells in quotation marks have `quoting: double` (a mark inside is doubled) or `backslash`; "
     "with `none` marks are text"
 )
+_BACKSLASHES = "a backslash before a mark makes it text, as with `quoting: backslash`"
 
 
 def decode(file: DataFile, source: DataSource) -> Iterator[Decoded]:
@@ -80,7 +83,11 @@ def _records(file: DataFile, source: DataSource) -> Iterator[Decoded]:
                     there = read_lines(other, file.aligned.name, source.encoding)
                     yield from _aligned(lines, there, file)
             elif kind in (".csv", ".tsv"):
-                yield from _table(lines, file.name, "," if kind == ".csv" else "\t", source)
+                quoting = source.quoting or _quoting(file, kind, source)
+                for where, row in _table(lines, file.name, kind, quoting, source.columns):
+                    if isinstance(row, Cells) and quoting == "backslash" != source.quoting:
+                        row.notes += (_BACKSLASHES,)
+                    yield where, row
             elif kind in (".json", ".jsonl", ".ndjson"):
                 yield from _json(lines, file.name)
             else:
@@ -159,8 +166,33 @@ class Cells(dict[str, object]):
     notes: tuple[str, ...] = ()
 
 
+def _quoting(file: DataFile, kind: str, source: DataSource) -> str:
+    """How a table without `quoting` writes marks: none in a tsv, doubled ones in a csv.
+
+    But backslashes where these stand before marks and themselves alone, all other marks are at the
+    ends of cells, and more rows of the header's length, all of the table, are read so.
+    """
+    if kind == ".tsv":
+        return "none"
+    found = set[str]()
+    with open_unpacked(file.path) as stream:
+        for _, line in read_lines(stream, file.name, source.encoding):
+            found.update(re.findall(r"\\(.|$)", str(line)))
+            if re.search(r'[^,]"[^,]', re.sub(r"\\.", "", str(line))):
+                return "double"
+    if '"' not in found or not found <= {'"', "\\"}:
+        return "double"
+    num_rows = {"double": 0, "backslash": 0}
+    for quoting in num_rows:
+        with open_unpacked(file.path) as stream, suppress(RecordError):
+            lines = read_lines(stream, file.name, source.encoding)
+            rows = _table(lines, file.name, kind, quoting, source.columns)
+            num_rows[quoting] = sum(1 if isinstance(row, Cells) else -MAX_BYTES for _, row in rows)
+    return max(num_rows, key=num_rows.__getitem__)
+
+
 def _table(
-    lines: Iterator[Line], name: str, delimiter: str, source: DataSource
+    lines: Iterator[Line], name: str, kind: str, quoting: str, columns: Sequence[str] | None
 ) -> Iterator[Decoded]:
     """Rows of a csv or tsv; cells are text; a cell `nan`, a missing value of pandas, is empty."""
     csv.field_size_limit(sys.maxsize)  # its default refuses cells over 131,072 characters
@@ -171,9 +203,9 @@ def _table(
                 raise line  # a quoted cell may go on behind it
             yield line + "\n"
 
-    quoting = source.quoting or ("double" if delimiter == "," else "none")
+    delimiter = "," if kind == ".csv" else "\t"
     rows = csv.reader(texts(), delimiter=delimiter, strict=True, **_QUOTING[quoting])
-    header = None if source.columns is None else list(source.columns)
+    header = None if columns is None else list(columns)
     while True:
         begin = rows.line_num + 1
         where = f"{name}:{begin}"

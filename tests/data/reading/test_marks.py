@@ -135,7 +135,7 @@ def test_weights_of_records_are_counted_in_every_stage_and_refused_where_most_ha
     _, report = read_source(DataSource(path=str(tmp_path / "a.jsonl")), kind)
     assert report.num_kept == 2 and report.left_out == {WEIGHED: 2}
     (tmp_path / "b.jsonl").write_bytes(lines(*rows[1:]))
-    with pytest.raises(ValueError, match="cannot be used for.*\n.*2 a weight of the record"):
+    with pytest.raises(ValueError, match=r"cannot be used for.*\n.*2 a weight of the record"):
         read_source(DataSource(path=str(tmp_path / "b.jsonl")), kind)
 
 

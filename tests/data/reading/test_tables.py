@@ -1,5 +1,8 @@
 """Tables as they are written: quotation marks, line ends, row numbers, numbers, missing values."""
 
+import csv
+import gzip
+import io
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +40,8 @@ def test_marks_in_a_tsv_are_text(rows: list[tuple[str, str]], end: str, tmp_path
     content = "".join(f"{a}\t{b}{end}" for a, b in rows).encode()
     found = cells(tmp_path, content, columns=["de", "en"])
     assert [(row["de"], row["en"]) for row in found] == rows
-    csv = content.replace(b",", b";").replace(b"\t", b",")
-    found = cells(tmp_path, csv, "a.csv", columns=["de", "en"], quoting="none")
+    commas = content.replace(b",", b";").replace(b"\t", b",")
+    found = cells(tmp_path, commas, "a.csv", columns=["de", "en"], quoting="none")
     assert [(row["de"], row["en"]) for row in found] == [
         (a.replace(",", ";"), b.replace(",", ";")) for a, b in rows
     ]
@@ -66,9 +69,57 @@ def test_backslashes_before_marks(content: bytes, expected: Any, tmp_path: Path)
     assert cells(tmp_path, content, "a.csv", quoting="backslash") == [expected]
 
 
-def test_a_wrong_dialect_says_what_to_set(tmp_path: Path) -> None:
-    (error,) = cells(tmp_path, BACKSLASHES[0][0], "a.csv")
+DETECTED = [
+    ('say "hi", he said', "x"), ('"', '"'), ('"all of it"', 'one " mark'),
+    ('two\nlines "here"', "a,b"), ('a path c:\\d and "marks"', 'at the end "'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_backslashes_are_found(packed: bool, tmp_path: Path) -> None:
+    for row in DETECTED:
+        written = io.StringIO(newline="")
+        writer = csv.writer(written, doublequote=False, escapechar="\\", quoting=csv.QUOTE_ALL)
+        writer.writerows([("prompt", "completion"), ("q", "a"), row, ("r", "b")])
+        content = written.getvalue().encode()
+        assert b'\\"' in content
+        name = "a.csv.gz" if packed else "a.csv"
+        file = tmp_path / name
+        file.write_bytes(gzip.compress(content) if packed else content)
+        data, report = read_source(DataSource(path=str(file)), "sft")
+        found = [tuple(turn["content"] for turn in turns) for turns in data["messages"][:]]
+        assert found == [("q", "a"), row, ("r", "b")]
+        said = "3 records: a backslash before a mark makes it text, as with `quoting: backslash`"
+        assert said in report.summary()
+
+
+NOT_DETECTED = [
+    (b'a,b\n"c:\\",x\n"say ""hi""",x\n', [("c:\\", "x"), ('say "hi"', "x")]),
+    (b'a,b\nin c:\\"new",x\n', [('in c:\\"new"', "x")]),
+    (b'a,b\n"\\",""\n', [("\\", "")]),
+]
+
+
+@pytest.mark.parametrize(("content", "expected"), NOT_DETECTED)
+def test_backslashes_of_a_csv_with_doubled_marks_stay(
+    content: bytes, expected: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    found = cells(tmp_path, content, "a.csv")
+    assert [(row["a"], row["b"]) for row in found] == expected
+    assert all(row.notes == () for row in found)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'a,b\n"say \\"hi\\" in \\LaTeX",x\n', b'a,b\n"say \\"hi\\"",x\n"y"\n',
+     b'a,b\n"say \\"hi\\"",x\n"y ""z""",x\n'],
+)  # fmt: skip
+def test_a_wrong_dialect_says_what_to_set(content: bytes, tmp_path: Path) -> None:
+    error = cells(tmp_path, content, "a.csv")[-1]
     assert "a.csv:2" in str(error) and "`backslash`" in str(error)
+
+
+def test_quoting_is_for_tables(tmp_path: Path) -> None:
     source = DataSource(path="a.jsonl", quoting="none")
     (found,) = decode(DataFile(tmp_path / "a.jsonl", "a.jsonl"), source)
     assert "`quoting` is for csv and tsv" in str(found[1])
