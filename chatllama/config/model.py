@@ -139,7 +139,7 @@ class LoraSection(Section):
     """Scale: the adapter's output is multiplied by alpha / r."""
     dropout: Fraction = 0.0
     """Dropout before the adapter during SFT and reward training. PPO always runs without."""
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Layers that get an adapter: all linear ones but the LM head, or names such as q_proj."""
 
 

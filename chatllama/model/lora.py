@@ -5,7 +5,8 @@ large product, and as much again backward. Over many tokens W + scale B A is che
 one product only (backward makes it again), so no second copy of the weights is held.
 """
 
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, Literal, cast
 
 import torch
 from peft.tuners import lora
@@ -88,6 +89,25 @@ def merge_products(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, MergingLinear):
             layer.merges = True
+
+
+def check_targets(llama: nn.Module, targets: Literal["all-linear"] | Sequence[str]) -> None:
+    """Raises ValueError for a name of `lora.target_modules` that is no linear layer of the blocks.
+
+    PEFT passes over names that match nothing where others do, and the LM head is read without its
+    adapter.
+    """
+    if targets == "all-linear":
+        return
+    modules = [name for name, module in llama.named_modules() if isinstance(module, nn.Linear)]
+    linear = [name for name in modules if name.startswith("model.layers.")]
+    if wrong := [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in linear)]:
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        raise ValueError(
+            f"lora.target_modules: {', '.join(map(repr, wrong))} names no linear layer of the "
+            f"backbone's blocks; these have {known}. `target_modules: all-linear` (no list) takes "
+            "them all"
+        )
 
 
 def make_layer(target: nn.Module, adapter_name: str, **settings: Any) -> nn.Module | None:

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 from chatllama.config.model import LoraSection
 from chatllama.model.last_layer import trim_last_layer
-from chatllama.model.lora import make_layer
+from chatllama.model.lora import check_targets, make_layer
 from chatllama.model.packed_attention import registered
 
 T = TypeVar("T")
@@ -44,6 +44,9 @@ class RoleModel(nn.Module):
         heads: roles that get a scalar head.
         shared: role -> role whose adapter it uses (value head on the policy's trunk).
         dropout: whether the adapters keep their dropout (SFT and reward training only).
+
+    Raises:
+        ValueError: a new adapter names layers that are not there, or one does not fit.
     """
 
     def __init__(
@@ -61,6 +64,9 @@ class RoleModel(nn.Module):
         backbone.set_attn_implementation(registered(str(attention)))
         trim_last_layer(backbone)
         self.backbone: LlamaForCausalLM | PeftModel = backbone
+        for adapter in adapters.values():
+            if adapter.state is None:
+                check_targets(backbone, adapter.lora.target_modules)
         for role, adapter in adapters.items():
             self._make_adapter(role, lora_config(adapter.lora, dropout=dropout))
         width = backbone.config.hidden_size

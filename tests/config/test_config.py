@@ -122,6 +122,11 @@ def test_leading_zero_is_decimal_and_yes_is_text(tmp_path: Path) -> None:
             'must be one of "linear", "cosine", "constant", not "cosin"; did you mean "cosine"?',
         ),
         (
+            "lora: {target_modules: []}",
+            "lora.target_modules",
+            'must be "all-linear" or must have at least 1 entries, not []',
+        ),
+        (
             "lora: {target_modules: 5}",
             "lora.target_modules",
             'must be "all-linear" or must be a list, not 5',

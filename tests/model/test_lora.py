@@ -126,3 +126,33 @@ def test_other_kinds_of_matrices_keep_pefts_own_layer():
     config.task_type = None
     layer = cast(Any, get_peft_model(cast(Any, model), config)).base_model.model[0]
     assert type(layer) is lora.Linear
+
+
+WRONG_TARGETS = [
+    (["q_proj", "nonsense"], "'nonsense'"),
+    (["q_proj", "Q_proj", "c_attn"], "'Q_proj', 'c_attn'"),
+    (["q_proj", "lm_head"], "'lm_head'"),
+    (["embed_tokens", "v_proj"], "'embed_tokens'"),
+    (["self_attn"], "'self_attn'"),
+    (["q_proj", "layers.9.self_attn.q_proj"], "'layers.9.self_attn.q_proj'"),
+    (["q_proj", ""], "''"),
+    (["all-linear"], "'all-linear'"),
+]
+
+
+@pytest.mark.parametrize(("names", "wrong"), WRONG_TARGETS)
+def test_names_that_match_no_layer_are_refused_beside_others(names: list[str], wrong: str):
+    with pytest.raises(ValueError, match="target_modules: ") as caught:
+        RoleModel(tiny_llama(), {"reward": Adapter(LoraSection(r=2, target_modules=names))})
+    assert f"lora.target_modules: {wrong} names no linear layer" in str(caught.value)
+    assert "these have down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in (
+        str(caught.value)
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "layers"), [(["q_proj"], 2), (["self_attn.q_proj", "1.mlp.up_proj"], 3)]
+)
+def test_names_as_peft_matches_them(names: list[str], layers: int):
+    model = RoleModel(tiny_llama(), {"policy": Adapter(LoraSection(r=2, target_modules=names))})
+    assert len(model._lora_layers) == layers
