@@ -13,8 +13,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e38)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=1e38)]
+"""Within float32, in which they are computed with."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
 Schedule = Literal["linear", "cosine", "constant"]

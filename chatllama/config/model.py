@@ -37,7 +37,7 @@ class FromScratch(Section):
     """Packed sequences per forward pass, on one rank."""
     max_length: Positive = 128
     """Tokens of a packed sequence."""
-    learning_rate: PositiveFloat = 2e-3
+    learning_rate: Annotated[float, Field(gt=0, le=1e37)] = 2e-3
     """Peak learning rate (cosine to 10 %)."""
     warmup_steps: NonNegative = 20
     """Optimizer steps of linear warm-up."""

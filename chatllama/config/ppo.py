@@ -219,6 +219,8 @@ class PpoSection(StageSection):
         self.check_multiple("rollout_batch_size", "minibatch_size")
         self.check_multiple("rollout_batch_size", "samples_per_prompt")
         self.check_multiple("minibatch_size", "microbatch_size")
+        if self.value_learning_rate is not None:
+            self.check_float32("value_learning_rate", self.value_learning_rate)
         if self.advantage != "gae" and self.samples_per_prompt < 2:
             raise ValueError(
                 f"advantage {self.advantage} compares samples of one prompt: samples_per_prompt "

@@ -20,6 +20,8 @@ from chatllama.config.base import (
 )
 from chatllama.config.sources import DataSource
 
+FLOAT32_MAX = 3.4e38
+
 
 class StageSection(Section):
     """Data, checkpoints and AdamW of any stage."""
@@ -51,6 +53,21 @@ class StageSection(Section):
     """Epsilon of AdamW."""
     max_grad_norm: PositiveFloat = 1.0
     """Global norm that gradients are clipped to."""
+
+    @model_validator(mode="after")
+    def _check_rates(self) -> "StageSection":
+        self.check_float32("learning_rate", self.learning_rate)
+        return self
+
+    def check_float32(self, key: str, rate: float) -> None:
+        """Raises ValueError if AdamW would compute with a number beyond float32.
+
+        At step t it divides the learning rate by 1 - beta1^t, which is worst where warm-up ends,
+        and multiplies it by the weight decay.
+        """
+        correction = 1 - self.adam_betas[0] ** max(self.warmup_steps, 1)
+        if rate * max(1 / correction, self.weight_decay) > FLOAT32_MAX:
+            raise ValueError(f"{key} {rate:g} is too large: AdamW's step would be beyond float32")
 
 
 class OptimizerSection(StageSection):

@@ -57,6 +57,9 @@ def test_leading_zero_is_decimal_and_yes_is_text(tmp_path: Path) -> None:
     assert len(found) == 1 and found[0].endswith('must be true or false, not "yes"')
 
 
+TOO_LARGE = "is too large: AdamW's step would be beyond float32"
+
+
 @pytest.mark.parametrize(
     ("text", "dotted", "reason"),
     [
@@ -115,6 +118,21 @@ def test_leading_zero_is_decimal_and_yes_is_text(tmp_path: Path) -> None:
             "ppo.learning_rate",
             "must be a finite number, not Infinity",
         ),
+        ("sft: {learning_rate: 1e38}", "sft", f"learning_rate 1e+38 {TOO_LARGE}"),
+        ("reward: {learning_rate: 3.5e37}", "reward", f"learning_rate 3.5e+37 {TOO_LARGE}"),
+        ("ppo: {value_learning_rate: 5e37}", "ppo", f"value_learning_rate 5e+37 {TOO_LARGE}"),
+        (
+            "sft: {learning_rate: 1e30, weight_decay: 1e9}",
+            "sft",
+            f"learning_rate 1e+30 {TOO_LARGE}",
+        ),
+        (
+            "ppo: {adam_betas: [0.999, 0.9], learning_rate: 1e36}",
+            "ppo",
+            f"learning_rate 1e+36 {TOO_LARGE}",
+        ),
+        ("lora: {alpha: 1e39}", "lora.alpha", "must be at most 1e+38, not 1e+39"),
+        ("ppo: {kl_coef: 1e300}", "ppo.kl_coef", "must be at most 1e+38, not 1e+300"),
         ("ppo: {adam_betas: [0.9]}", "ppo.adam_betas", "must have at least 2 entries, not [0.9]"),
         (
             "ppo: {lr_schedule: cosin}",
@@ -352,3 +370,11 @@ def test_one_sample_cannot_normalise_scores() -> None:
     with pytest.raises(ValueError, match="score_normalization_samples: one response has no devi"):
         PpoSection.model_validate(section)
     assert PpoSection.model_validate({**section, "score_normalization": "running"})
+
+
+def test_a_rate_that_warm_up_keeps_within_float32_is_taken(tmp_path: Path) -> None:
+    content = MINIMAL + "sft: {learning_rate: 1e38, warmup_steps: 6}\n"
+    assert load_config(write(tmp_path, content)).sft.learning_rate == 1e38
+    text = "from_scratch: {data: [{path: a, format: text}], learning_rate: 1e38}"
+    (found,) = problems(tmp_path, MINIMAL.replace("path: some-model", text))
+    assert "learning_rate: must be at most 1e+37, not 1e+38" in found
