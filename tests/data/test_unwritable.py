@@ -152,8 +152,8 @@ def test_what_a_template_rewrites_is_left_out_counted_and_named(
     with pytest.raises(ValueError, match=r"no record can be used \(0 of 1 .*\n.*a\.jsonl:2: "):
         tokenize(rows.filter(lambda row: ":2" in row["where"]), kind, tokenizer, chat, 200)
     found = check_command(tmp_path, kind, source, folder, chat.model_dump()).findings
-    (error,) = (each for each in found if each.severity == "error")
-    assert error.check == "cannot_be_rendered" and error.examples[0].startswith(place)
+    (error,) = (each for each in found if each.check == "cannot_be_rendered")
+    assert error.severity == "error" and error.examples[0].startswith(place)
 
 
 def test_a_template_that_no_record_can_have_is_no_fault_of_the_records(
