@@ -215,10 +215,13 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    from chatllama.model.integrity import check_outputs
     from chatllama.reporting.page import write_report
     from chatllama.runs.folder import RunFolder
 
-    print(write_report(RunFolder(arguments.run)))
+    run = RunFolder(arguments.run)
+    check_outputs(run, fresh=False, complete=False)
+    print(write_report(run))
 
 
 def _selftest(arguments: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from chatllama.config.schema import Config
 from chatllama.model.adapters import load_adapter
 from chatllama.model.backbone import load_backbone
 from chatllama.model.fingerprint import check_base
+from chatllama.model.integrity import check_opened, tell_unknown
 from chatllama.model.roles import Adapter, Role, RoleModel
 from chatllama.runs.folder import RunFolder, backbone_path, base_path
 from chatllama.runtime.distributed import device
@@ -67,7 +68,7 @@ def load_run(
 
     Raises:
         ValueError: not a run folder, nothing trained yet, or an adapter that is missing, damaged
-            or made under another chat contract.
+            or made under another chat contract; or a file that is not as lineage.json says.
     """
     quiet_libraries()
     cfg = cfg or load_config(run.existing_config())
@@ -81,6 +82,8 @@ def load_run(
     backbone = cfg.backbone.model_copy(update={"trust_remote_code": trust_remote_code})
     cfg = cfg.model_copy(update={"backbone": backbone})
     path = backbone_path(backbone, run)
+    tell_unknown(run)
+    base_is_here = check_opened(cfg, run)
     with _naming_the_flag(path):
         tokenizer = load_tokenizer(
             path, revision=backbone.revision, trust_remote_code=trust_remote_code
@@ -92,6 +95,8 @@ def load_run(
     rewards = [role for role in names if role.startswith("reward")]
     with _naming_the_flag(path):
         llama = load_backbone(without_training_kernels(backbone), base_path(cfg, run))
+    if not base_is_here:
+        check_opened(cfg, run)
     model = RoleModel(
         llama,
         {role: Adapter(adapter.lora, adapter.state) for role, adapter in saved.items()},

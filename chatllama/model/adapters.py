@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from chatllama.config.model import LoraSection
+from chatllama.model.integrity import check_adapter
 from chatllama.runs.folder import INFO
 from chatllama.runtime.files import replace_folder, write_json
 
@@ -143,8 +144,10 @@ def load_adapter(folder: Path) -> SavedAdapter:
     """The adapter in `folder`, checked.
 
     Raises:
-        ValueError: a file is missing, cut off, or not an adapter that this project wrote.
+        ValueError: a file is missing, cut off, or not an adapter that this project wrote, or not
+            as its run wrote it.
     """
+    check_adapter(folder)
     for name in (WEIGHTS, "adapter_config.json", INFO):
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: no {name}; is this an adapter of a chatllama run?")

@@ -8,7 +8,7 @@ from typing import Any
 
 from chatllama.config.model import BackboneSection
 from chatllama.config.schema import Config
-from chatllama.runs.folder import RunFolder, backbone_path, base_path
+from chatllama.runs.folder import RunFolder, base_path
 from chatllama.runtime.files import file_hash
 
 SAMPLE = 64
@@ -27,12 +27,6 @@ def folder_hash(folder: Path) -> str | None:
     return digest.hexdigest()
 
 
-def base_record(cfg: Config, run: RunFolder) -> dict[str, str | None]:
-    """Path and fingerprint of the original backbone."""
-    path = backbone_path(cfg.backbone, run)
-    return {"path": path, "fingerprint": model_fingerprint(cfg.backbone, path)}
-
-
 def check_base(cfg: Config, run: RunFolder, info: dict[str, Any], where: str) -> None:
     """Raises ValueError if the adapter of `info` was trained on other weights than the base in use.
 
@@ -44,22 +38,29 @@ def check_base(cfg: Config, run: RunFolder, info: dict[str, Any], where: str) ->
         raise ValueError(
             f"{where} was trained on another base: {info['base']} with fingerprint "
             f"{expected[:12]}, and {path} has {found[:12]}. An adapter fits its own base only: "
-            "set backbone.path to that one, or train the earlier stages again"
+            "set backbone.path to that one (copy it again, if it was damaged), or train the "
+            "earlier stages again"
         )
 
 
-def model_fingerprint(section: BackboneSection, path: str) -> str | None:
-    """The fingerprint of the model at a path or, if it is in the cache, of a hub id."""
+def model_folder(section: BackboneSection, path: str) -> Path | None:
+    """The folder of the model at a path, or of a hub id if it is in the cache; else None."""
     if Path(path).is_dir():
-        return fingerprint(Path(path))
+        return Path(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     revision = section.revision if path == section.path else None
     try:
-        return fingerprint(Path(snapshot_download(path, revision=revision, local_files_only=True)))
+        return Path(snapshot_download(path, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
+
+
+def model_fingerprint(section: BackboneSection, path: str) -> str | None:
+    """The fingerprint of the model at a path or, if it is in the cache, of a hub id."""
+    folder = model_folder(section, path)
+    return None if folder is None else fingerprint(folder)
 
 
 def fingerprint(folder: Path) -> str | None:

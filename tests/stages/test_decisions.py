@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from chatllama.config.schema import Config
 from chatllama.model.fingerprint import check_base, fingerprint
 from chatllama.runs.folder import STAGES, RunFolder, Stage, read_lineage
-from chatllama.runtime.files import write_json
+from chatllama.runtime.files import file_hash, write_json
 from trainers.stages import lineage
 from trainers.stages.decisions import (
     Decision,
@@ -122,7 +122,13 @@ def test_the_record_says_what_a_stage_was_made_from(trained: World):
     assert list(records) == ["sft", "reward", "ppo"]
     reward, ppo = records["reward"], records["ppo"]
     assert reward["config"]["reward.ensemble"] == 2 and "sft.steps" not in reward["config"]
-    assert reward["base"] == {"path": str(trained.base), "fingerprint": fingerprint(trained.base)}
+    assert reward["base"] == {
+        "path": str(trained.base),
+        "fingerprint": fingerprint(trained.base),
+        "files": {"m.safetensors": file_hash(trained.base / "m.safetensors")},
+    }
+    weights = "sft/adapter/adapter_model.safetensors"
+    assert records["sft"]["files"] == {weights: file_hash(trained.run.root / weights)}
     assert {Path(name).name for name in reward["data"]} == {"pairs.jsonl", "held_out.jsonl"}
     assert list(reward["parents"]) == ["sft/adapter"]
     assert set(ppo["parents"]) == {"sft/adapter", "reward/adapter", "reward/adapter-1"}
@@ -216,10 +222,14 @@ def test_another_base_at_the_same_path(trained: World):
     assert decisions["sft"].reasons == (f"the base model has other weights ({trained.base})",)
 
 
-def test_the_same_base_at_another_path_is_another_setting_only(trained: World):
+def test_an_equal_base_or_equal_data_at_another_path_are_no_reason(trained: World):
     moved = trained.base.rename(trained.folder / "moved")
-    (reason,) = trained.decide(trained.config(backbone__path=str(moved)))["sft"].reasons
-    assert reason.startswith("backbone.path: ")
+    assert trained.actions(trained.config(backbone__path=str(moved))) == ["keep"] * 3
+    data = (trained.folder / "sft.jsonl").rename(trained.folder / "other.jsonl")
+    cfg = trained.config(backbone__path=str(moved), sft__data=[{"path": str(data)}])
+    assert trained.actions(cfg)[0] == "keep"
+    data.write_text("another content")
+    assert trained.actions(cfg)[0] == "again"
 
 
 def test_a_stage_that_was_trained_again_by_hand(trained: World):
@@ -251,7 +261,9 @@ def test_results_of_before_there_was_a_lineage_are_kept(trained: World):
 def test_damaged_results_are_named(trained: World, damage: str):
     file = trained.run.reward_adapter / "adapter_model.safetensors"
     os.truncate(file, 3) if damage == "truncated" else file.unlink()
-    with pytest.raises(ValueError, match=r"reward/adapter is not what .* run --from reward` make"):
+    what = "is not what" if damage == "truncated" else "is missing"
+    message = rf"adapter/adapter_model\.safetensors {what}.* run --from reward` make"
+    with pytest.raises(ValueError, match=message):
         trained.decide()
     assert trained.actions(redo_from="reward") == ["keep", "forget", "forget"]
 

@@ -83,8 +83,35 @@ def test_a_stage_of_another_base_or_template_is_refused(prepared: Path, tmp_path
     with pytest.raises(ValueError, match=r"sft/adapter was trained on another base: .*fingerprint"):
         train_rm.main(command)
     os.truncate(run.sft_adapter / "adapter_model.safetensors", 1000)
-    with pytest.raises(ValueError, match=r"sft/adapter: damaged adapter"):
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is not what the stage wrote"):
         train_rm.main(command)
+
+
+def test_one_flipped_bit_is_named_by_every_later_stage(prepared: Path, tmp_path: Path):
+    import train_ppo
+    import train_rm
+    import train_sft
+
+    def flip(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+    run, base = RunFolder(tmp_path / "run"), tmp_path / "base"
+    shutil.copytree(prepared / "base", base)
+    command = [str(prepared / "config.yaml"), f"run_dir={run.root}", f"backbone.path={base}"]
+    train_sft.main([*command, "sft.steps=1"])
+    adapters = [run.sft_adapter]
+    for script in (train_rm, train_ppo):
+        files = [folder / "adapter_model.safetensors" for folder in adapters]
+        for file in (*files, base / "model.safetensors"):
+            flip(file)
+            with pytest.raises(ValueError, match=rf"{file.name} is not .* changed or damaged"):
+                script.main(command)
+            flip(file)
+        if script is train_rm:
+            script.main([*command, "reward.epochs=0.1"])
+            adapters.append(run.reward_adapter)
 
 
 def test_a_run_that_is_told_to_stop_saves_and_keeps_others_out(prepared: Path, tmp_path: Path):

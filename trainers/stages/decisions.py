@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from chatllama.config.schema import Config
+from chatllama.model.integrity import check_base_files, check_outputs, tell_unknown
 from chatllama.runs.checkpoints import step_folders, step_of
 from chatllama.runs.folder import INFO, STAGES, RunFolder, Stage
 from trainers.stages import lineage
@@ -79,9 +80,10 @@ def _decide_begun(
         now = lineage.gather(cfg, run, stage, record)
         free = {} if finished else lineage.resumable(record, now, stage, _saved(run, stage))
         reasons, notes = lineage.differences(record, now, free), lineage.other_versions(record, now)
+        check_base_files(run, now["base"], [stage])
     if finished:
-        if not reasons and record is not None:
-            _check_outputs(cfg, run, stage, record)
+        if not reasons:
+            check_outputs(run, [stage])
         return Decision("again" if reasons else "keep", tuple(reasons), tuple(notes))
     if reasons:
         raise ValueError(
@@ -120,11 +122,18 @@ def check_resumed(cfg: Config, run: RunFolder, stage: Stage) -> dict[str, Any]:
     """The lineage record with which a stage begins or goes on; prints the settings that changed.
 
     Raises:
-        ValueError: it has checkpoints from other settings, data, base or parents.
+        ValueError: it has checkpoints from other settings, data, base or parents, or what it
+            starts from is not as the earlier stages read or wrote it.
     """
     record = lineage.read_lineage(run).get(stage)
-    now = lineage.gather(cfg, run, stage, record or {})
-    if record is None or not run.was_begun(stage):
+    now = lineage.gather(cfg, run, stage, record or {}, fresh=True)
+    goes_on = record is not None and run.was_begun(stage)
+    earlier = STAGES[: STAGES.index(stage)]
+    tell_unknown(run, earlier)
+    for name in now["parents"]:
+        check_outputs(run, earlier, name)
+    check_base_files(run, now["base"], (*earlier, stage) if goes_on else earlier)
+    if record is None or not goes_on:
         return now
     changed = lineage.resumable(record, now, stage, _saved(run, stage))
     if reasons := lineage.differences(record, now, changed):
@@ -143,18 +152,6 @@ def check_resumed(cfg: Config, run: RunFolder, stage: Stage) -> dict[str, Any]:
 def _saved(run: RunFolder, stage: Stage) -> set[int]:
     """Steps of the stage's checkpoints."""
     return {step_of(path) for path in step_folders(run.checkpoints(stage))}
-
-
-def _check_outputs(cfg: Config, run: RunFolder, stage: Stage, record: dict[str, Any]) -> None:
-    """Raises ValueError if a result of a finished stage is missing, changed or damaged."""
-    now = lineage.outputs(cfg, run, stage)
-    for name, before in record.get("outputs", {}).items():
-        if now.get(name) != before:
-            state = "is not what the stage wrote" if now.get(name) else "is missing"
-            raise ValueError(
-                f"{run.root / name} {state}: it was changed or damaged since {record['finished']}. "
-                f"Bring it back, or let `chatllama run --from {stage}` make it again"
-            )
 
 
 def _check_backbone(cfg: Config, run: RunFolder) -> None:

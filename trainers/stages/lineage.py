@@ -19,7 +19,8 @@ from chatllama.config.base import Section
 from chatllama.config.errors import nested_section
 from chatllama.config.schema import Config
 from chatllama.config.sources import DataSource
-from chatllama.model.fingerprint import base_record, folder_hash
+from chatllama.model.fingerprint import folder_hash
+from chatllama.model.integrity import base_record, output_files
 from chatllama.runs.folder import RunFolder, Stage, read_lineage, write_record
 from chatllama.runtime.files import file_hash
 from data.reading.files import named_files
@@ -40,11 +41,14 @@ RESUMABLE = ("learning_rate", "value_learning_rate", "warmup_steps", "max_grad_n
 """Keys that a resumed stage may change, by their last part: they act on later steps alone."""
 
 
-def gather(cfg: Config, run: RunFolder, stage: Stage, known: dict[str, Any]) -> dict[str, Any]:
+def gather(
+    cfg: Config, run: RunFolder, stage: Stage, known: dict[str, Any], fresh: bool = False
+) -> dict[str, Any]:
     """The record of a stage that would start now.
 
     Args:
-        known: an older record; files whose size and time it holds are not read again.
+        known: an older record; data files whose size and time it holds are not read again.
+        fresh: reads every byte of the base.
     """
     return {
         "begun": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -52,7 +56,7 @@ def gather(cfg: Config, run: RunFolder, stage: Stage, known: dict[str, Any]) -> 
         "code": {"version": __version__, "source": _source_hash()},
         "packages": _packages(),
         "config": binding_config(cfg, stage),
-        "base": base_record(cfg, run),
+        "base": base_record(cfg, run, fresh),
         "data": dict(_data(cfg, stage, known.get("data", {}))),
         "parents": parents(cfg, run, stage),
     }
@@ -80,9 +84,11 @@ def flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
 def differences(old: dict[str, Any], new: dict[str, Any], free: Collection[str] = ()) -> list[str]:
     """The differences for which the result of `old` is not that of `new`; empty if there are none.
 
-    Keys in `free` and versions of code and packages do not count, nor does what only one record
-    knows: data that has been removed, a base that is not in the hub's cache.
+    Keys in `free`, other paths of equal files and versions of code and packages do not count, nor
+    does what only one record knows: data that has been removed, a base that is not in the hub's
+    cache.
     """
+    free = {*free, *_moved(old, new)}
     found = [
         f"{key}: {was!r} there, {is_!r} now"
         for key, (was, is_) in changed_keys(old, new).items()
@@ -129,17 +135,25 @@ def resumable(
     schedules = {record["config"].get(f"{stage}.lr_schedule") for record in (old, new)}
     if schedules == {"constant"} or new["config"].get(f"{stage}.steps") in saved:
         last_parts += ["steps"] if stage == "ppo" else ["steps", "epochs"]  # PPO's are of a batch
-    keys = [f"{stage}.{each}" for each in last_parts]
-    bases = [record["base"]["fingerprint"] for record in (old, new)]
-    keys += ["backbone.path"] if bases[0] and bases[0] == bases[1] else []
-    hashes = [[each["sha256"] for each in record["data"].values()] for record in (old, new)]
-    same_data = hashes[0] == hashes[1] and None not in hashes[0]
+    keys = {f"{stage}.{each}" for each in last_parts} | _moved(old, new)
     return {
-        key: (was, now)
+        key: values
+        for key, values in changed_keys(old, new).items()
+        if key in keys or key.startswith(("evaluation.", "ppo.health."))
+    }
+
+
+def _moved(old: dict[str, Any], new: dict[str, Any]) -> set[str]:
+    """Changed keys that name an equal base, or equal data, by other paths."""
+    bases = [record["base"]["fingerprint"] for record in (old, new)]
+    keys = {"backbone.path"} if bases[0] and bases[0] == bases[1] else set()
+    hashes = [[each["sha256"] for each in record["data"].values()] for record in (old, new)]
+    if hashes[0] != hashes[1] or None in hashes[0]:
+        return keys
+    return keys | {
+        key
         for key, (was, now) in changed_keys(old, new).items()
-        if key in keys
-        or key.startswith(("evaluation.", "ppo.health."))
-        or (same_data and _without_paths(now) and _without_paths(was) == _without_paths(now))
+        if _without_paths(now) and _without_paths(was) == _without_paths(now)
     }
 
 
@@ -182,6 +196,7 @@ def finish(cfg: Config, run: RunFolder, stage: Stage) -> None:
     record = read_lineage(run)[stage]
     record["base"] = base_record(cfg, run)  # a hub model may have come in the meantime
     record["outputs"] = outputs(cfg, run, stage)
+    record["files"] = output_files(run, record["outputs"])
     record["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     write_record(run, stage, record)
 
