@@ -219,7 +219,7 @@ def main() -> None:
 
     from chatllama.config.schema import DeepSpeedSection
     from chatllama.runtime import distributed
-    from trainers.engine.engine import initialise
+    from trainers.engine.start import initialise
 
     initialise(DeepSpeedSection())
     # Every script ends by leaving the process group; here the next cell still needs it.

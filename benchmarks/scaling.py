@@ -19,7 +19,7 @@ from ppo_speed import PROMPT, make_trainer, write_models
 
 from chatllama.config.schema import DeepSpeedSection
 from chatllama.runtime.distributed import all_max, all_sum, rank, shut_down
-from trainers.engine.engine import initialise
+from trainers.engine.start import initialise
 from trainers.ppo.rewards import Statistics
 from trainers.ppo.state import PpoState
 

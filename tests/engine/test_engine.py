@@ -26,6 +26,7 @@ from chatllama.config.schema import DeepSpeedSection
 from chatllama.config.stages import StageSection
 from chatllama.model.roles import RoleModel, adapter_parameters
 from trainers.engine import engine as engine_module
+from trainers.engine import start
 from trainers.engine.engine import Engine, ParameterGroup, seed_step
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -203,20 +204,20 @@ def test_deepspeed_is_told_the_gpu_and_the_limit(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.append(str(device)))
-    monkeypatch.setattr(engine_module, "open_groups", lambda minutes: told.append(minutes))
+    monkeypatch.setattr(start, "open_groups", lambda minutes: told.append(minutes))
     monkeypatch.setattr(torch.distributed, "new_group", lambda timeout: timeout)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    engine_module.initialise(DeepSpeedSection(timeout_minutes=7.0))
+    start.initialise(DeepSpeedSection(timeout_minutes=7.0))
     assert told == ([f"cuda:{index}"] if gpus else []) + [7.0]
-    assert engine_module.wait_limit() == stub.utils.groups._WORLD_GROUP
+    assert start.wait_limit() == stub.utils.groups._WORLD_GROUP
     assert "DEEPSPEED_TIMEOUT has no effect here; deepspeed.timeout_minutes is 7" in (
         capsys.readouterr().err
     )
     monkeypatch.setattr(
-        engine_module, "device", lambda: torch.device("cpu" if not gpus else f"cuda:{index}")
+        start, "device", lambda: torch.device("cpu" if not gpus else f"cuda:{index}")
     )
     told.clear()
-    with engine_module._gpu_as_local_rank():
+    with start.gpu_as_local_rank():
         told.append(os.environ["LOCAL_RANK"])
     build(base)
     assert told == [index, index] and os.environ["LOCAL_RANK"] == local_rank

@@ -23,7 +23,8 @@ from chatllama.model.roles import (
 )
 from chatllama.model.scoring import policy_and_value, response_logprobs, score_sequences
 from chatllama.runtime.distributed import all_sum, rank, shut_down, world_size
-from trainers.engine.engine import Engine, ParameterGroup, gathered, initialise, partitioned_loading
+from trainers.engine.engine import Engine, ParameterGroup, gathered
+from trainers.engine.start import initialise, partitioned_loading
 
 LORA = LoraSection(r=4, alpha=6.0)
 ROLES: tuple[Role, ...] = ("reference", "policy", "reward", "value")

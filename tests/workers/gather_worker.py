@@ -18,7 +18,8 @@ from ppo_runs import TinyRun, tokenizer_of
 from chatllama.config.schema import DeepSpeedSection
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.distributed import barrier, rank, shut_down
-from trainers.engine.engine import gathered, initialise
+from trainers.engine.engine import gathered
+from trainers.engine.start import initialise
 from trainers.ppo.model import export_ppo
 from trainers.ppo.rewards import Statistics
 from trainers.ppo.servers.client import SamplingServer

@@ -16,7 +16,7 @@ from ppo_runs import TinyRun, make_ptx
 from chatllama.config.schema import DeepSpeedSection
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.distributed import barrier, rank, shut_down
-from trainers.engine.engine import initialise
+from trainers.engine.start import initialise
 from trainers.ppo.evaluate import evaluate_roles
 from trainers.ppo.model import export_ppo
 from trainers.ppo.rollout import sample_responses

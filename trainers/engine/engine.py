@@ -1,13 +1,12 @@
 """One optimiser over a model's trained parameters, in one process or under DeepSpeed ZeRO.
 
-The only module that imports deepspeed, and only when a launcher started the process. Frozen weights
-keep their type and trained ones are float32: DeepSpeed's bf16 and fp16 modes are not used. Both
-ways give the same gradients, so that the training loops do not depend on which one is in use.
+With `start.py` the only module that imports deepspeed, and only when a launcher started the
+process. Frozen weights keep their type and trained ones are float32: DeepSpeed's bf16 and fp16
+modes are not used. Both ways give the same gradients, so that the training loops do not depend on
+which one is in use.
 """
 
-import os
 import pickle
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,15 +22,7 @@ from chatllama.config.stages import StageSection
 from chatllama.generation.static_kv_cache import StaticKVCache
 from chatllama.model.lora import merge_products
 from chatllama.model.roles import RoleModel
-from chatllama.runtime.distributed import (
-    barrier,
-    device,
-    is_launched,
-    open_groups,
-    rank,
-    wait_limit,
-    world_size,
-)
+from chatllama.runtime.distributed import device, is_launched, rank, world_size
 from trainers.engine.sharded_state import (
     VALUE,
     SavedShards,
@@ -42,6 +33,7 @@ from trainers.engine.sharded_state import (
     trained_parameters,
     write_shards,
 )
+from trainers.engine.start import gpu_as_local_rank
 from trainers.engine.zero import whole_model_fits, zero_settings
 
 
@@ -54,69 +46,6 @@ class ParameterGroup:
     learning_rate: float
     decays: bool = True
     """Whether weight decay applies."""
-
-
-def initialise(section: DeepSpeedSection) -> None:
-    """Joins the other ranks; must come before any model is made. Without a launcher a no-op."""
-    if not is_launched():
-        return
-    if device().type == "cuda":
-        torch.cuda.set_device(device())
-    open_groups(section.timeout_minutes)
-    barrier()  # from here on the end of a rank is noticed at once
-    import deepspeed
-
-    # The shared-memory op needs a C++ compiler and 40 s at first use; gloo serves as well.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=False)  # takes the group that is open
-    # DeepSpeed's own copy of the group would have torch's default limit.
-    groups = deepspeed.utils.groups
-    groups._WORLD_GROUP = torch.distributed.new_group(timeout=wait_limit())
-    assert torch.distributed.get_world_size() == world_size()
-    if rank() == 0 and "DEEPSPEED_TIMEOUT" in os.environ:
-        print(
-            "warning: DEEPSPEED_TIMEOUT has no effect here; deepspeed.timeout_minutes is "
-            f"{section.timeout_minutes:g}",
-            file=sys.stderr,
-        )
-
-
-@contextmanager
-def _gpu_as_local_rank() -> Iterator[None]:
-    """LOCAL_RANK is the number of this process's GPU inside: DeepSpeed takes one for the other.
-
-    They differ where every process sees its own GPU alone.
-    """
-    before, place = os.environ["LOCAL_RANK"], device()
-    if place.index is not None:
-        os.environ["LOCAL_RANK"] = str(place.index)
-    try:
-        yield
-    finally:
-        os.environ["LOCAL_RANK"] = before
-
-
-@contextmanager
-def partitioned_loading(section: DeepSpeedSection, dtype: str) -> Iterator[None]:
-    """Under ZeRO-3, models loaded inside are sharded over the ranks as they are read.
-
-    Args:
-        dtype: of the weights, `float32` or `bfloat16`.
-    """
-    if not (is_launched() and section.stage == 3):
-        yield
-        return
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
-
-    settings = zero_settings(section, accumulation_steps=1, max_grad_norm=1.0)
-    settings["bf16"] = {"enabled": dtype == "bfloat16"}  # else zero.Init makes float32 of all
-    keep = HfDeepSpeedConfig(settings)
-    try:
-        with _gpu_as_local_rank():
-            yield
-    finally:
-        del keep
-        unset_hf_deepspeed_config()
 
 
 @contextmanager
@@ -193,7 +122,7 @@ class Engine:
             settings = zero_settings(
                 zero, accumulation_steps=accumulation_steps, max_grad_norm=section.max_grad_norm
             )
-            with _gpu_as_local_rank():
+            with gpu_as_local_rank():
                 self._deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                     model=model, optimizer=self.optimizer, config=settings
                 )

@@ -24,7 +24,8 @@ from chatllama.model.roles import (
 from chatllama.runs.folder import RunFolder, base_path
 from chatllama.runtime.distributed import barrier, rank, world_size
 from chatllama.text.chat_format import check_contract
-from trainers.engine.engine import Engine, ParameterGroup, gathered, partitioned_loading
+from trainers.engine.engine import Engine, ParameterGroup, gathered
+from trainers.engine.start import partitioned_loading
 from trainers.ppo.rewards import Scorer
 from trainers.ppo.rollout import Rollout
 

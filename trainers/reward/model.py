@@ -14,7 +14,8 @@ from chatllama.model.roles import Adapter, RoleModel, adapter_parameters, adapte
 from chatllama.runs.folder import RunFolder, base_path
 from chatllama.runtime.distributed import barrier, rank, world_size
 from chatllama.text.chat_format import check_contract
-from trainers.engine.engine import Engine, ParameterGroup, gathered, partitioned_loading
+from trainers.engine.engine import Engine, ParameterGroup, gathered
+from trainers.engine.start import partitioned_loading
 
 SEED_STRIDE = 1_000_003
 

@@ -18,8 +18,9 @@ from chatllama.runs.folder import INFO, RunFolder, backbone_path
 from chatllama.runtime import distributed
 from chatllama.runtime.files import replace_folder, write_json
 from chatllama.text.tokenizer import save_tokenizer
-from trainers.engine.engine import Engine, ParameterGroup, gathered, partitioned_loading
+from trainers.engine.engine import Engine, ParameterGroup, gathered
 from trainers.engine.sharded_state import whole_shape
+from trainers.engine.start import partitioned_loading
 from trainers.sft.data import IGNORED
 
 

@@ -16,7 +16,7 @@ from chatllama.runtime.files import write_json
 from chatllama.runtime.libraries import quiet_libraries
 from chatllama.text.chat_format import describe_contract
 from chatllama.text.tokenizer import load_tokenizer
-from trainers.engine.engine import initialise
+from trainers.engine.start import initialise
 from trainers.stages.decisions import check_resumed, finished_before
 from trainers.stages.lineage import finish as complete_record
 
