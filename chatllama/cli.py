@@ -21,6 +21,7 @@ from chatllama.runtime.command_line import (
     tell,
 )
 from chatllama.runtime.declared_options import options_from
+from chatllama.runtime.gpu import let_memory_grow
 from chatllama.serving.settings import add_serve_arguments, serve_settings
 
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
@@ -28,6 +29,7 @@ FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code of one command: 0, 2 for a user's mistake, 130 after Ctrl-C, or a stage's own."""
+    let_memory_grow()
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     command: Command = arguments.command
     # Where stdout is the result, a reader that has closed the pipe ends the command.

@@ -99,6 +99,11 @@ class BackboneSection(Section):
                 f"attn_implementation varlen computes in bfloat16, not in dtype {self.dtype}; "
                 "choose sdpa"
             )
+        if self.attn_implementation == "flash_attention_2" and self.dtype != "bfloat16":
+            raise ValueError(
+                f"attn_implementation flash_attention_2 computes in bfloat16, not in dtype "
+                f"{self.dtype}; choose sdpa"
+            )
         if (self.path is None) == (self.from_scratch is None):
             raise ValueError("give exactly one of path and from_scratch")
         return self

@@ -50,9 +50,15 @@ class HealthSection(Section):
     window: Window = 5
     """Steps averaged by a check, unless it says otherwise."""
     max_initial_kl: NonNegativeFloat = 1e-3
-    """initial_kl_not_zero: nats of any token between policy and reference before step 1."""
+    """initial_kl_not_zero: nats of any token between policy and reference before step 1. Fatal in
+    float32; in bfloat16, where kernels may round differently, only reported."""
+    max_initial_kl_mean: NonNegativeFloat = 0.02
+    """initial_kl_not_zero in bfloat16: the same, mean over tokens. Fatal."""
     max_first_log_ratio: NonNegativeFloat = 1e-3
-    """first_ratio_not_one: nats of any token between rollout and first minibatch."""
+    """first_ratio_not_one: nats of any token between rollout and first minibatch. Fatal in float32;
+    in bfloat16 only reported."""
+    max_first_log_ratio_mean: NonNegativeFloat = 0.02
+    """first_ratio_not_one in bfloat16: the same, mean over tokens. Fatal."""
     max_ratio: Factor = 100.0
     """ratio_explosion: largest probability ratio of a step, two steps in a row."""
     max_approx_kl: PositiveFloat = 0.2

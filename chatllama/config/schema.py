@@ -89,6 +89,10 @@ class Config(Section):
     """Folder of everything that the run writes."""
     seed: Annotated[int, Field(ge=0, le=MOST_SEED)] = 0
     """Seed of data order, splits, initial weights and sampling."""
+    deterministic: bool = False
+    """On GPUs, train with kernels that repeat bit for bit, as they do on the CPU anyway: a resumed
+    run then ends with the same weights. Slower, attention's backward pass most (not measured on a
+    GPU yet). Not with backbone.liger_kernel."""
     backbone: BackboneSection
     """The LLaMA that all roles share."""
     chat: ChatSection = ChatSection()
@@ -126,6 +130,11 @@ class Config(Section):
             raise ValueError(
                 f"backbone.quantization {quantization}: `lora: null` trains all weights, and "
                 "quantised ones cannot be trained"
+            )
+        if self.deterministic and self.backbone.liger_kernel:
+            raise ValueError(
+                "deterministic: backbone.liger_kernel is on, and nobody has shown that Liger's "
+                "kernels repeat bit for bit; use one of the two"
             )
         if self.lora is None and self.ppo.reference_refresh_every:
             raise ValueError(

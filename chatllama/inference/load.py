@@ -17,6 +17,7 @@ from chatllama.model.integrity import check_opened, tell_unknown
 from chatllama.model.roles import Adapter, Role, RoleModel
 from chatllama.runs.folder import RunFolder, backbone_path, base_path
 from chatllama.runtime.distributed import device
+from chatllama.runtime.gpu import choose_kernels
 from chatllama.runtime.libraries import quiet_libraries
 from chatllama.text.chat_format import check_contract
 from chatllama.text.tokenizer import load_tokenizer
@@ -71,6 +72,7 @@ def load_run(
             or made under another chat contract; or a file that is not as lineage.json says.
     """
     quiet_libraries()
+    choose_kernels()
     cfg = cfg or load_config(run.existing_config())
     folders = role_folders(run)
     if not folders and not run.full_model.is_dir():

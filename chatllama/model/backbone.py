@@ -183,6 +183,13 @@ def check_kernels(section: BackboneSection, llama: LlamaConfig) -> None:
     """Raises ValueError if a kernel of the section does not work on this machine or this model."""
     if section.attn_implementation == "varlen":
         check_varlen(llama)
+    if section.attn_implementation == "flash_attention_2" and section.dtype == "float32":
+        raise ValueError(
+            "backbone.attn_implementation: flash_attention_2 computes in 16 bits, not in float32; "
+            "choose sdpa"
+        )
+    if section.dtype == "bfloat16" and device().type == "cuda" and rank() == 0:
+        _warn_of_old_gpus()
     if not section.liger_kernel:
         return
     # Triton's interpreter is slow and exact: for tests.
@@ -197,6 +204,17 @@ def check_kernels(section: BackboneSection, llama: LlamaConfig) -> None:
             f"{llama.hidden_act!r}; set it to false"
         )
     _liger()
+
+
+def _warn_of_old_gpus() -> None:
+    capability = torch.cuda.get_device_capability(device())
+    if capability < (8, 0):
+        print(
+            f"warning: backbone.dtype bfloat16: {torch.cuda.get_device_name(device())} has compute "
+            f"capability {capability[0]}.{capability[1]}; bfloat16 came with 8.0 and is many times "
+            "slower than float32 there. Use float32 (for inference --dtype float16)",
+            file=sys.stderr,
+        )
 
 
 def use_liger(llama: LlamaForCausalLM) -> None:

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
+from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
-from tiny_models import ragged_batch, tiny_llama
+from tiny_models import ragged_batch, tiny_config, tiny_llama
 from transformers import GPT2Config
 
 from chatllama.config.model import BackboneSection, FromScratch
-from chatllama.config.schema import Config
+from chatllama.config.schema import Config, with_weights
+from chatllama.model import backbone
 from chatllama.model.backbone import load_backbone
 from chatllama.model.packed_attention import SDPA
 from chatllama.runs.folder import RunFolder, backbone_path, base_path
@@ -118,6 +120,56 @@ def test_weights_that_are_not_what_the_config_says_are_refused(
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(ValueError, match=rf"backbone\.path: .*{words}"):
         load_backbone(section(damaged), str(damaged))
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"), [("0.48.2", False), ("0.49.9", False), ("0.50.0", True)]
+)
+def test_the_extra_asks_for_a_bitsandbytes_that_was_tried(version: str, fits: bool):
+    text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("bitsandbytes = ")]
+    assert Requirement(line.split('"')[1]).specifier.contains(version) is fits
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "varlen"])
+def test_attention_in_16_bits_is_refused_in_float32(base: Path, attention: str):
+    values = {"path": str(base), "attn_implementation": attention, "dtype": "float32"}
+    with pytest.raises(ValueError, match=rf"{attention} computes in bfloat16, not in dtype float3"):
+        BackboneSection.model_validate(values)
+
+
+def test_attention_in_16_bits_is_refused_in_float32_for_inference_too(base: Path):
+    values = {"path": str(base), "attn_implementation": "flash_attention_2"}
+    cfg = Config.model_validate({"run_dir": "-", "backbone": values})
+    section = with_weights(cfg, "float32", None).backbone  # --dtype float32
+    with pytest.raises(ValueError, match="flash_attention_2 computes in 16 bits, not in float32"):
+        load_backbone(section, str(base))
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "warned"),
+    [
+        ((7, 5), "bfloat16", True),
+        ((7, 0), "bfloat16", True),
+        ((8, 0), "bfloat16", False),
+        ((9, 0), "bfloat16", False),
+        ((7, 5), "float32", False),
+    ],
+)
+def test_bfloat16_on_an_old_gpu_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    capability: tuple[int, int],
+    dtype: str,
+    warned: bool,
+):
+    monkeypatch.setattr(backbone, "device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    values = BackboneSection.model_validate({"path": "-", "dtype": dtype})
+    backbone.check_kernels(values, tiny_config())
+    found = capsys.readouterr().err
+    assert ("Tesla T4 has compute capability 7." in found) is warned
 
 
 def test_attention_without_its_package_is_refused(base: Path):

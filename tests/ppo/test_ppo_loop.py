@@ -1,5 +1,6 @@
 """The loop: prompts and seeds, checks at the start, which roles there are and which move."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,53 @@ def test_a_forward_pass_that_does_not_repeat_is_refused(
         match=r"stopped after step 1 by the health .*named there and go on with --resume$",
     ):
         trainer.train(resume=False)
+    assert "first_ratio_not_one at step 1" in capsys.readouterr().err
+
+
+def noise(trainer: PpoTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token in a hundred (here one of all) scores 0.01 nats apart, as other kernels may."""
+
+    class Noisy(Update):
+        def __post_init__(self) -> None:
+            logprobs = self.rollout.logprobs.clone()
+            logprobs[0, 0] += 0.01
+            self.rollout = replace(self.rollout, logprobs=logprobs)
+            super().__post_init__()
+
+    monkeypatch.setattr(ppo_module, "Update", Noisy)
+
+
+def dropout(trainer: PpoTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for layer in trainer.engine.model._lora_layers:
+        layer.lora_dropout["policy"] = torch.nn.Dropout(0.5)
+
+
+@pytest.mark.parametrize("action", ["warn", "stop"])
+@pytest.mark.parametrize(
+    ("fault", "dtype", "stops"),
+    [(noise, "bfloat16", False), (noise, "float32", True), (dropout, "bfloat16", True)],
+)
+def test_in_bfloat16_rounding_is_reported_and_another_forward_pass_refused(
+    tiny: TinyRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fault: Callable[[PpoTrainer, pytest.MonkeyPatch], None],
+    dtype: str,
+    stops: bool,
+    action: str,
+):
+    health = {"action": action, "ignore": ["ratio_explosion"]}
+    trainer = tiny.trainer(ppo={"steps": 1, "health": health}, backbone={"dtype": dtype})
+    trainer = apart(trainer, tmp_path)
+    fault(trainer, monkeypatch)
+    if stops:
+        with pytest.raises(ValueError, match="stopped after step 1 by the health monitor"):
+            trainer.train(resume=False)
+    else:
+        metrics = trainer.train(resume=False)
+        assert metrics["first_log_ratio"] == pytest.approx(0.01, rel=0.01)
+        assert 0 < metrics["first_log_ratio_mean"] < 0.001
     assert "first_ratio_not_one at step 1" in capsys.readouterr().err
 
 

@@ -115,6 +115,7 @@ def test_two_steps_are_what_the_oracle_does(
         if case == "ptx":
             expected["ptx_loss"] = parts["text"]
         first = metrics.pop("ppo/first_log_ratio")
+        assert 0 <= metrics.pop("ppo/first_log_ratio_mean") <= first
         assert metrics == pytest.approx(
             {f"ppo/{name}": value for name, value in expected.items()}, rel=2e-4, abs=1e-6
         )

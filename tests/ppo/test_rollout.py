@@ -8,6 +8,7 @@ import pytest
 import torch
 from ppo_runs import PAD, STOPS, TinyRun, make_prompts, make_stop_tokens
 
+import trainers.ppo.rollout as rollout_module
 from chatllama.config.generation import GenerationSection
 from chatllama.model.roles import acting_as
 from trainers.engine.microbatches import balanced_groups, distribute, microbatches
@@ -179,6 +180,27 @@ def test_the_role_and_every_setting_reach_the_sampler(trainer: PpoTrainer):
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_sampling_does_not_depend_on_its_batch_size(trainer: PpoTrainer, batch_size: int):
     assert sample(trainer, batch_size=batch_size) == sample(trainer)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_sampling_may_use_kernels_that_training_may_not(
+    trainer: PpoTrainer, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+):
+    seen: list[bool] = []
+    generate = rollout_module.generate
+
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(rollout_module, "generate", observed)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        sample(trainer, "policy")
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [False]
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])

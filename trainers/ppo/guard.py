@@ -30,13 +30,13 @@ class Guard:
 
     def __init__(self, cfg: Config, run: RunFolder, engine: Engine) -> None:
         self.cfg, self.section, self.run, self.engine = cfg, cfg.ppo.health, run, engine
-        self.monitor = HealthMonitor(self.section)
+        self.monitor = HealthMonitor(self.section, cfg.backbone.dtype)
         self.path = run.stage("ppo") / "health.jsonl"
         self.fatal = False
 
     def begin(self, state: PpoState) -> None:
         """Restores the monitor's state: at the start, on resuming and after a rollback."""
-        self.monitor = HealthMonitor(self.section)
+        self.monitor = HealthMonitor(self.section, self.cfg.backbone.dtype)
         if state.health:
             self.monitor.restore(state.health)
         if rank() == 0:

@@ -26,6 +26,7 @@ from chatllama.runtime.distributed import (
     to_device,
     world_size,
 )
+from chatllama.runtime.gpu import any_kernels
 from chatllama.text.padding import pad_left, pad_right
 from trainers.engine.engine import Engine
 from trainers.engine.microbatches import balanced_groups, distribute, gather_rows
@@ -113,7 +114,8 @@ def sample_responses(
     in_step = engine.is_zero3() and not engine.gather_for_rollouts
     model = engine.model
     model.eval()
-    with engine.gathered_model(), _sampling_as(engine, role, generation), autocast(model):
+    sampling = _sampling_as(engine, role, generation)
+    with engine.gathered_model(), sampling, autocast(model), any_kernels():
         responses = generate(
             model.llama,
             [prompts[i] for i in own],

@@ -175,7 +175,7 @@ class Update:
             loss = 0.0 * loss
         if critic is not None:
             loss = loss + section.vf_coef * critic.loss
-        log_ratio = (new - old).detach().abs().max() if first else None
+        log_ratio = (new - old).detach().abs() if first else None
         numbers = (scores.entropy, mask, num_tokens, log_ratio)
         self.sums.add(policy, critic, drift, ptx_loss, *numbers)
         return loss

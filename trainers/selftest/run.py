@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
+from chatllama.runtime.gpu import choose_kernels
 from chatllama.runtime.libraries import quiet_libraries
 from trainers.selftest.convergence import Convergence, converge
 from trainers.selftest.gradient_oracle import SETTINGS, Setting, check_gradient
@@ -57,6 +58,7 @@ def selftest(seeds: Sequence[int], quick: bool = False) -> bool:
         seeds: one training run each; `quick` leaves them out.
     """
     quiet_libraries()
+    choose_kernels()
     torch.set_num_threads(1)  # the models are too small for more
     console, started = Console(), time.perf_counter()
     console.print("PPO against the closed form: every response of a tiny LLaMA is enumerated.")

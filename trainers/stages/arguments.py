@@ -23,6 +23,7 @@ from chatllama.runs import interruption
 from chatllama.runs import lock as run_lock
 from chatllama.runs.folder import RunFolder, check_run_dir
 from chatllama.runtime.command_line import printable, shown_only
+from chatllama.runtime.gpu import let_memory_grow
 
 _EXAMPLES = """\
 examples:
@@ -71,6 +72,7 @@ def parse_stage_arguments(description: str, argv: Sequence[str] | None = None) -
     Config errors are printed to stderr once and end the process with exit code 2. The world size
     for the batch arithmetic is the launcher's WORLD_SIZE, 1 without a launcher.
     """
+    let_memory_grow()
     parser = _Parser(
         description=description,
         epilog=_EXAMPLES,

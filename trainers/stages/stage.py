@@ -13,6 +13,7 @@ from chatllama.runs.replicas import check_run_folder, replicate_file, replicate_
 from chatllama.runtime import distributed
 from chatllama.runtime.distributed import rank
 from chatllama.runtime.files import write_json
+from chatllama.runtime.gpu import choose_kernels
 from chatllama.runtime.libraries import quiet_libraries
 from chatllama.text.chat_format import describe_contract
 from chatllama.text.tokenizer import load_tokenizer
@@ -40,7 +41,7 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 def join(cfg: Config, run: RunFolder, stage: Stage, lock: str | None) -> None:
-    """Locks the run folder, quiets the libraries and joins the other ranks; comes first.
+    """Locks the run folder, prepares the libraries and joins the other ranks; comes first.
 
     Args:
         lock: token of the `chatllama run` that started this process, or None.
@@ -52,6 +53,7 @@ def join(cfg: Config, run: RunFolder, stage: Stage, lock: str | None) -> None:
         acquire(run, "stage", lock)
         run.interrupted(stage).unlink(missing_ok=True)
     quiet_libraries()
+    choose_kernels(cfg.deterministic)
     gpus = distributed.visible_gpus()
     if gpus > 1 and not distributed.is_launched():
         print_lines(

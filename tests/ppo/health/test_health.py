@@ -2,12 +2,12 @@ import json
 import math
 import random
 from collections.abc import Callable
-from typing import get_args
+from typing import Literal, get_args
 
 import pytest
 
 from chatllama.config.ppo import DiagnosisName, HealthSection
-from trainers.ppo.health.monitor import Diagnosis, HealthMonitor
+from trainers.ppo.health.monitor import Diagnosis, HealthMonitor, decide
 from trainers.ppo.health.rules import RULES
 
 STEPS = 60
@@ -24,6 +24,7 @@ def healthy(step: int, seed: int = 0) -> Metrics:
     metrics = {
         "ppo/score_mean": 1.7 * done + rng.gauss(0, 0.08),
         "ppo/score_std": 1.0 - 0.4 * done,
+        "ppo/kl_abs_mean": 0.0 if step == 1 else 0.1 + 0.2 * done,
         "ppo/kl_abs_max": 0.0 if step == 1 else 0.5 + 4 * done,
         "ppo/kl_sequence": kl + rng.gauss(0, 0.01 + 0.2 * done) if step > 1 else 0.0,
         "ppo/kl_sequence_se": 0.01 + 0.2 * done if step > 1 else 0.0,
@@ -39,6 +40,7 @@ def healthy(step: int, seed: int = 0) -> Metrics:
         "ppo/entropy": 1.6 - 0.9 * done + rng.gauss(0, 0.03),
         "ppo/ratio_max": 2.0 + 6 * rng.random(),
         "ppo/first_log_ratio": 0.0,
+        "ppo/first_log_ratio_mean": 0.0,
         "ppo/grad_norm": 2.0 * math.exp(rng.gauss(0, 0.4)) - 0.5 * done,
         "ppo/ensemble_disagreement": 0.30 + 0.1 * done + rng.gauss(0, 0.02),
     }
@@ -274,6 +276,44 @@ def test_not_finite_names_the_metrics_and_others_are_still_judged(value: float) 
     found = watch(fault, steps=12)
     assert [(each.name, each.step) for each in found] == [("kl_explosion", 2), ("not_finite", 12)]
     assert f"ppo/entropy is {value}" in found[1].message and "ppo/score_mean" in found[1].message
+
+
+@pytest.mark.parametrize(
+    ("name", "largest", "mean"),
+    [
+        ("initial_kl_not_zero", "ppo/kl_abs_max", "ppo/kl_abs_mean"),
+        ("first_ratio_not_one", "ppo/first_log_ratio", "ppo/first_log_ratio_mean"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("dtype", "figures", "expected"),
+    [
+        ("float32", (0.01, 0.0001), "fatal"),
+        ("float32", (0.0009, 0.0001), None),
+        ("bfloat16", (0.0009, 0.0001), None),
+        ("bfloat16", (0.01, 0.0001), "note"),
+        ("bfloat16", (0.9, 0.019), "note"),
+        ("bfloat16", (0.9, 0.021), "fatal"),
+        ("bfloat16", (0.9, 0.6), "fatal"),
+    ],
+)
+def test_what_is_computed_twice_is_equal_in_float32_and_on_average_in_bfloat16(
+    name: str,
+    largest: str,
+    mean: str,
+    dtype: Literal["float32", "bfloat16"],
+    figures: tuple[float, float],
+    expected: str | None,
+) -> None:
+    metrics = {**healthy(1), largest: figures[0], mean: figures[1]}
+    section = HealthSection(action="stop")
+    found = HealthMonitor(section, dtype).observe(1, metrics)
+    assert [(each.name, each.severity) for each in found] == (
+        [(name, expected)] if expected else []
+    )
+    assert decide(section, found, 0) == ("stop" if expected == "fatal" else "go on")
+    if expected == "fatal":
+        assert found[0].figure == figures[0 if dtype == "float32" else 1]
 
 
 def test_state_is_exact_through_json() -> None:

@@ -110,6 +110,32 @@ def check_first_ratio(history: History, section: HealthSection, metrics: Metrics
     )
 
 
+def check_mean_initial_kl(
+    history: History, section: HealthSection, metrics: Metrics
+) -> Finding | None:
+    """Policy and reference are the same model before the first update, but for rounding."""
+    figure = metrics["ppo/kl_abs_mean"] if history.steps <= 1 else 0.0
+    return _above(
+        figure,
+        section.max_initial_kl_mean,
+        f"Before step 1 policy and reference differ by {figure:.3g} nats a token on average: the "
+        "KL penalty pulls towards another model than the one PPO starts from.",
+    )
+
+
+def check_mean_first_ratio(
+    history: History, section: HealthSection, metrics: Metrics
+) -> Finding | None:
+    """Rollout and first minibatch score the same weights alike, but for rounding."""
+    figure = metrics["ppo/first_log_ratio_mean"]
+    return _above(
+        figure,
+        section.max_first_log_ratio_mean,
+        "Before any update of this step the log-probability of a token differs by "
+        f"{figure:.3g} nats on average from the rollout's: the probability ratios measure noise.",
+    )
+
+
 def check_ratio(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
     """No update multiplies a token's probability too much, two steps in a row."""
     last = history.recent("ppo/ratio_max", 2)

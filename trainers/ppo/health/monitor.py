@@ -16,7 +16,7 @@ from chatllama.runtime.jsonl import append_lines, keep_lines
 from trainers.ppo.health.checks import History, TooFewSteps
 from trainers.ppo.health.rules import RULES, Rule
 
-Severity = Literal["warning", "fatal"]
+Severity = Literal["note", "warning", "fatal"]
 Decision = Literal["go on", "stop", "rollback"]
 
 
@@ -37,7 +37,7 @@ class Diagnosis:
     knob: str
     """Config keys to change, and how."""
     severity: Severity
-    """Fatal: training cannot go on, whatever `action` says."""
+    """Fatal: training cannot go on, whatever `action` says. note: no `action` follows."""
 
     def __str__(self) -> str:
         """A block for the terminal."""
@@ -50,11 +50,18 @@ class Diagnosis:
 
 
 class HealthMonitor:
-    """Diagnoses of a run from the metrics of its steps; every rank computes the same ones."""
+    """Diagnoses of a run from the metrics of its steps; every rank computes the same ones.
 
-    def __init__(self, section: HealthSection) -> None:
+    Args:
+        dtype: of the backbone.
+    """
+
+    def __init__(
+        self, section: HealthSection, dtype: Literal["float32", "bfloat16"] = "float32"
+    ) -> None:
         self.section = section
-        self._rules = [rule for rule in RULES if rule.name not in section.ignore]
+        rules = (rule for rule in RULES if rule.name not in section.ignore)
+        self._rules = [rule for rule in rules if rule.dtype in (None, dtype)]
         self._tracked = {name for rule in self._rules for name in rule.needs}
         self._history = History()
         self._reported: dict[str, int] = {}
@@ -102,7 +109,7 @@ class HealthMonitor:
         if reported is not None and step - reported < self.section.repeat_after and not rule.fatal:
             return None
         self._reported[rule.name] = step
-        severity = "fatal" if rule.fatal else "warning"
+        severity = "fatal" if rule.fatal else "note" if rule.only_reported else "warning"
         numbers = (finding.figure, finding.threshold, finding.meaning)
         causes = tuple(rule.causes.split("; "))
         return Diagnosis(rule.name, step, *numbers, causes, rule.knob, severity)
@@ -122,6 +129,7 @@ def decide(section: HealthSection, diagnoses: Sequence[Diagnosis], rollbacks_don
     It never goes on after a fatal one. A rollback needs diagnoses that a lower learning rate may
     avoid, and comes `max_rollbacks` times; then the stage stops.
     """
+    diagnoses = [diagnosis for diagnosis in diagnoses if diagnosis.severity != "note"]
     fatal = any(diagnosis.severity == "fatal" for diagnosis in diagnoses)
     if not diagnoses or (section.action == "warn" and not fatal):
         return "go on"

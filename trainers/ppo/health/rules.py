@@ -6,6 +6,7 @@ diagnosis in `monitor.py`; docs/health.md is the table.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from chatllama.config.ppo import DiagnosisName, HealthSection
 from trainers.ppo.health import checks
@@ -28,6 +29,10 @@ class Rule:
     """Training cannot go on, whatever `action` says."""
     rollback_helps: bool = True
     """A lower learning rate from an earlier checkpoint may avoid it."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the backbone for which the rule is; None: any."""
+    only_reported: bool = False
+    """No `action` follows."""
 
 
 RATE_DOWN = "ppo.learning_rate (lower)"
@@ -37,6 +42,37 @@ NO_FILTERS = "generation.top_p (1), generation.top_k (0)"
 FILTERS = "sampling filters: tokens are drawn with top_p or top_k, log-probabilities without"
 TEMPERATURES = "a temperature that sampling and scoring do not share"
 LARGE_UPDATES = "learning rate too high; too many updates on one batch; minibatches too small"
+
+
+def _sameness(
+    dtype: Literal["float32", "bfloat16"], *, mean: bool = False, **follows: bool
+) -> tuple[Rule, Rule]:
+    """The rules that what is computed twice is the same, of any token or on average."""
+    return (
+        Rule(
+            "initial_kl_not_zero",
+            ("ppo/kl_abs_mean" if mean else "ppo/kl_abs_max",),
+            checks.check_mean_initial_kl if mean else checks.check_initial_kl,
+            "RUN/sft/adapter or the base is not what the policy started from; the reference is the "
+            "bare base; dropout is on",
+            "run_dir, backbone.path (those of the SFT stage)",
+            rollback_helps=False,
+            dtype=dtype,
+            **follows,
+        ),
+        Rule(
+            "first_ratio_not_one",
+            ("ppo/first_log_ratio_mean" if mean else "ppo/first_log_ratio",),
+            checks.check_mean_first_ratio if mean else checks.check_first_ratio,
+            "dropout is on; rollout and update score at different temperatures or in different "
+            "batches; kernels that are not deterministic",
+            "backbone.attn_implementation (sdpa), backbone.dtype (float32)",
+            rollback_helps=False,
+            dtype=dtype,
+            **follows,
+        ),
+    )
+
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -48,26 +84,9 @@ RULES: tuple[Rule, ...] = (
         f"{RATE_DOWN}, ppo.max_grad_norm (lower), backbone.dtype (float32)",
         fatal=True,
     ),
-    Rule(
-        "initial_kl_not_zero",
-        ("ppo/kl_abs_max",),
-        checks.check_initial_kl,
-        "RUN/sft/adapter or the base is not what the policy started from; the reference is the "
-        "bare base; dropout is on",
-        "run_dir, backbone.path (those of the SFT stage)",
-        fatal=True,
-        rollback_helps=False,
-    ),
-    Rule(
-        "first_ratio_not_one",
-        ("ppo/first_log_ratio",),
-        checks.check_first_ratio,
-        "dropout is on; rollout and update score at different temperatures or in different "
-        "batches; kernels that are not deterministic",
-        "backbone.attn_implementation (sdpa), backbone.dtype (float32)",
-        fatal=True,
-        rollback_helps=False,
-    ),
+    *_sameness("float32", fatal=True),
+    *_sameness("bfloat16", mean=True, fatal=True),
+    *_sameness("bfloat16", only_reported=True),
     Rule(
         "ratio_explosion",
         ("ppo/ratio_max",),
