@@ -1,6 +1,6 @@
 """Meta's consolidated.NN.pth files, opened without reading them, and their tensors put together.
 
-Every tensor is as Meta stores it; `meta_checkpoint.py` reorders rows for Hugging Face.
+Every tensor is as Meta stores it; `hugging_face.py` reorders rows.
 """
 
 import pickle
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chatllama.importing.meta_model import MetaParams
+from chatllama.importing.meta_params import MetaParams
 
 MAX_SHARDS = 8
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -6,7 +6,7 @@ import torch
 from tiny_models import tiny_llama
 
 from chatllama.exporting.gguf_writer import _rope_factors, gguf_name, interleaved
-from chatllama.importing.meta_checkpoint import halves_together
+from chatllama.importing.hugging_face import halves_together
 
 
 def test_gguf_names_and_order() -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chatllama import cli
-from chatllama.importing import meta_checkpoint as checkpoint
+from chatllama.importing import hugging_face
 from chatllama.importing.meta_checkpoint import import_meta
 from chatllama.importing.meta_shards import shard_files
 from chatllama.model.weight_files import write_model
@@ -345,12 +345,12 @@ def test_the_logit_check_finds_wrong_weights(
     variant: str, grouped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if variant == "not reordered":
-        monkeypatch.setattr(checkpoint, "halves_together", lambda rows, heads: rows)
+        monkeypatch.setattr(hugging_face, "halves_together", lambda rows, heads: rows)
     else:
-        names = dict(checkpoint._NAMES)
-        w1, w3 = "feed_forward.w1.weight", "feed_forward.w3.weight"
+        names = dict(hugging_face._NAMES)
+        w1, w3 = "feed_forward.w1", "feed_forward.w3"
         names[w1], names[w3] = names[w3], names[w1]
-        monkeypatch.setattr(checkpoint, "_NAMES", names)
+        monkeypatch.setattr(hugging_face, "_NAMES", names)
     with pytest.raises(ValueError, match="logits differ from those of Meta's architecture by"):
         import_meta(grouped)
     assert [p.name for p in grouped.parent.iterdir()] == ["meta"]
@@ -362,7 +362,7 @@ def test_an_interrupted_import_leaves_nothing(
     def interrupt(*args: object) -> float:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_check", interrupt)
+    monkeypatch.setattr(hugging_face, "_check", interrupt)
     with pytest.raises(KeyboardInterrupt):
         import_meta(grouped)
     assert [p.name for p in grouped.parent.iterdir()] == ["meta"]

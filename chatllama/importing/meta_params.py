@@ -1,30 +1,17 @@
-"""Meta's LLaMA: its params.json, checked, and its arithmetic in plain float32 torch.
-
-An import is checked against the arithmetic, which reads one tensor at a time and keeps none.
-Rotations are complex numbers on neighbouring channels, as Meta trained them; Hugging Face rotates
-halves, so an import reorders rows. Files of tensors are read in `meta_shards.py`.
-
-Sources: LLaMA (arXiv 2302.13971), LLaMA-2 (arXiv 2307.09288), RoPE (arXiv 2104.09864). T tokens,
-D channels, H heads, K key-value heads, C channels a head, V vocabulary.
-"""
+"""params.json of Meta's checkpoint, read and checked. Files of tensors: `meta_shards.py`."""
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn.functional import silu
+from chatllama.importing.reference import Shape, rope_speeds
 
 IGNORED = "max_batch_size"
 """Key of the training job, not of the model."""
 ASSUMED_POSITIONS = 2048
-Weight = Callable[[str], Tensor]
-"""Name -> whole tensor in Meta's order, float32."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +37,11 @@ class MetaParams:
     def head_dim(self) -> int:
         """Channels of an attention head."""
         return self.dim // self.n_heads
+
+    def shape(self) -> Shape:
+        """The same for the arithmetic that checks an import."""
+        speeds = rope_speeds(self.rope_theta, self.head_dim)
+        return Shape(self.n_layers, self.n_heads, self.n_kv_heads, self.norm_eps, speeds)
 
     def ffn_dim(self) -> int | None:
         """Width of the feed-forward layer; None without `multiple_of`.
@@ -121,55 +113,3 @@ def _number(
     if whole and value != int(value):
         raise ValueError(f"{file}: {key} must be a whole number, not {value}")
     return int(value) if whole else value
-
-
-@torch.no_grad()
-def reference_logits(params: MetaParams, weight: Weight, tokens: Tensor) -> Tensor:
-    """Logits (T, V) float32 after every one of the `tokens` (T,) int64."""
-    turns = rotations(params, len(tokens))
-    hidden = weight("tok_embeddings.weight")[tokens]
-    for layer in range(params.n_layers):
-        prefix = f"layers.{layer}."
-        normed = rms_norm(hidden, weight(prefix + "attention_norm.weight"), params.norm_eps)
-        hidden = hidden + attention(params, weight, prefix + "attention.", normed, turns)
-        normed = rms_norm(hidden, weight(prefix + "ffn_norm.weight"), params.norm_eps)
-        gate = silu(normed @ weight(prefix + "feed_forward.w1.weight").T)
-        wide = gate * (normed @ weight(prefix + "feed_forward.w3.weight").T)
-        hidden = hidden + wide @ weight(prefix + "feed_forward.w2.weight").T
-    return rms_norm(hidden, weight("norm.weight"), params.norm_eps) @ weight("output.weight").T
-
-
-def rms_norm(hidden: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """`hidden` (T, D) with root mean square 1 along D, times `scale` (D,)."""
-    return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps) * scale
-
-
-def rotations(params: MetaParams, length: int) -> Tensor:
-    """Unit complex numbers (T, C / 2): channel pair i turns by theta^(-2i / C) a position."""
-    pairs = torch.arange(0, params.head_dim, 2, dtype=torch.float32)
-    speeds = params.rope_theta ** -(pairs / params.head_dim)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), speeds)
-    return torch.polar(torch.ones_like(angles), angles)
-
-
-def rotate(heads: Tensor, turns: Tensor) -> Tensor:
-    """`heads` (T, H, C) with channels 2i and 2i + 1 turned as one complex number."""
-    pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * turns[:, None]).flatten(-2)
-
-
-def attention(
-    params: MetaParams, weight: Weight, prefix: str, hidden: Tensor, turns: Tensor
-) -> Tensor:
-    """What causal attention adds to `hidden` (T, D)."""
-    length, width = len(hidden), params.head_dim
-    queries, keys, values = (
-        (hidden @ weight(f"{prefix}w{part}.weight").T).view(length, -1, width) for part in "qkv"
-    )
-    shared = params.n_heads // params.n_kv_heads
-    queries, keys = rotate(queries, turns), rotate(keys, turns).repeat_interleave(shared, dim=1)
-    scores = torch.einsum("qhc,khc->hqk", queries, keys) / math.sqrt(width)
-    future = torch.ones(length, length, dtype=torch.bool).triu(1)
-    weights = scores.masked_fill(future, -math.inf).softmax(-1)
-    mixed = torch.einsum("hqk,khc->qhc", weights, values.repeat_interleave(shared, dim=1))
-    return mixed.reshape(length, -1) @ weight(prefix + "wo.weight").T
