@@ -68,7 +68,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         ("generate", _generate, add_generate_arguments, "answer many prompts, into a file or here"),
         ("export", _export, add_export_arguments, "adapter, merged or reward model, GGUF files"),
         ("serve", _serve, add_serve_arguments, "an OpenAI-compatible API and a comparison page"),
-        ("import", _import, _import_arguments, "make a Hugging Face folder of Meta's checkpoint"),
+        (
+            "import",
+            _import,
+            _import_arguments,
+            "Meta's checkpoint or a GGUF as a Hugging Face folder",
+        ),
         ("eval", _eval, add_eval_arguments, "score a run's translations with sacrebleu"),
         ("report", _report, _report_arguments, "write report.html of a run, finished or not"),
         ("selftest", _selftest, _selftest_arguments, "PPO against the closed form, here and now"),
@@ -112,12 +117,17 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    about = "with params.json, consolidated.NN.pth and, there or one above, tokenizer.model"
-    add("folder", metavar="META_FOLDER", type=Path, help=about)
-    add("--out", type=Path, metavar="FOLDER", help="new folder (default: META_FOLDER-hf)")
+    about = (
+        "Meta's folder (params.json, consolidated.NN.pth and, there or one above, tokenizer.model) "
+        "or a LLaMA's GGUF file (extra: gguf), whose weights are dequantised"
+    )
+    add("source", metavar="FOLDER|FILE.gguf", type=Path, help=about)
+    add(
+        "--out", type=Path, metavar="FOLDER", help="new folder (default: the source's name and -hf)"
+    )
     types = ("keep", "float32", "bfloat16", "float16")
     add("--dtype", choices=types, default="keep", help="type of the weights (default: keep)")
-    about = "longest text, in tokens, which the checkpoint does not say (default: 2048)"
+    about = "longest text, in tokens (default: the source's; Meta's files do not say: 2048)"
     add("--max-positions", type=int, metavar="N", help=about)
 
 
@@ -196,10 +206,12 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
+    from chatllama.importing.gguf_checkpoint import import_gguf
     from chatllama.importing.meta_checkpoint import import_meta
 
     out, positions = arguments.out, arguments.max_positions
-    import_meta(arguments.folder, out, dtype=arguments.dtype, max_positions=positions)
+    convert = import_gguf if arguments.source.is_file() else import_meta
+    convert(arguments.source, out, dtype=arguments.dtype, max_positions=positions)
 
 
 def _eval(arguments: argparse.Namespace) -> None:

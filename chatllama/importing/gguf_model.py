@@ -1,0 +1,187 @@
+"""The LLaMA in a GGUF file: its sizes, tensors and rotary embedding, all of them checked."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chatllama.importing.gguf_file import GgufFile
+from chatllama.importing.hugging_face import Checkpoint
+from chatllama.importing.reference import Shape, rope_speeds
+
+_NAMES = {
+    "token_embd": "tok_embeddings",
+    "output_norm": "norm",
+    "output": "output",
+    "attn_q": "attention.wq",
+    "attn_k": "attention.wk",
+    "attn_v": "attention.wv",
+    "attn_output": "attention.wo",
+    "ffn_gate": "feed_forward.w1",
+    "ffn_down": "feed_forward.w2",
+    "ffn_up": "feed_forward.w3",
+    "attn_norm": "attention_norm",
+    "ffn_norm": "ffn_norm",
+}
+"""llama.cpp's name of a tensor -> Meta's."""
+_ATTENTION = ("attention.wq", "attention.wk", "attention.wv", "attention.wo")
+_MLP = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+_FACTORS = "rope_freqs.weight"
+LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR = 1.0, 4.0
+"""Of every published LLaMA-3.1 and later; a GGUF file holds only what comes of them."""
+FACTOR_TOLERANCE = 1e-3
+
+
+def check_family(file: GgufFile) -> None:
+    """Raises ValueError for what is not a whole LLaMA."""
+    family, kind = file.text("general.architecture"), file.text("general.type", "model")
+    for wrong, reason in (
+        (family != "llama", f"its architecture is {family!r}; llama is imported"),
+        (kind != "model", f"it holds a {kind}, not a model"),
+        (file.metadata.get("llama.expert_count"), "a mixture of experts is not a LLaMA"),
+    ):
+        if wrong:
+            raise ValueError(f"{file.path}: {reason}")
+
+
+def read_checkpoint(file: GgufFile) -> Checkpoint:
+    """The file's LLaMA under Meta's names; ValueError if one is missing, strange or misshapen."""
+    number = file.number
+    layers, dim = number("llama.block_count"), number("llama.embedding_length")
+    heads, ffn = _uniform(file, "attention.head_count"), _uniform(file, "feed_forward_length")
+    kv_heads = _uniform(file, "attention.head_count_kv", heads)
+    if heads % kv_heads:
+        raise ValueError(f"{file.path}: {heads} attention heads, but {kv_heads} of keys and values")
+    head_dim = number("llama.attention.key_length", dim // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if (found := number(f"llama.{key}", head_dim)) != head_dim or head_dim % 2:
+            raise ValueError(f"{file.path}: llama.{key} is {found} with heads of {head_dim}")
+    vocab = file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 0
+    shapes: dict[str, tuple[int, ...]] = {
+        "attention.wq": (heads * head_dim, dim),
+        "attention.wk": (kv_heads * head_dim, dim),
+        "attention.wv": (kv_heads * head_dim, dim),
+        "attention.wo": (dim, heads * head_dim),
+        "feed_forward.w1": (ffn, dim),
+        "feed_forward.w2": (dim, ffn),
+        "feed_forward.w3": (ffn, dim),
+        "attention_norm": (dim,),
+        "ffn_norm": (dim,),
+    }
+    names = {_meta_name(name): name for name in file.tensors if name != _FACTORS}
+    tied = "output.weight" not in names
+    parts: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (vocab, dim)}
+    biased = [
+        group for group in (_ATTENTION, _MLP)
+        if any(f"layers.0.{inner}.bias" in names for inner in group)
+    ]  # fmt: skip
+    for layer in range(min(layers, len(file.tensors))):
+        parts |= {f"layers.{layer}.{inner}.weight": shape for inner, shape in shapes.items()}
+        for inner in (inner for group in biased for inner in group):
+            parts[f"layers.{layer}.{inner}.bias"] = shapes[inner][:1]
+    parts["norm.weight"] = (dim,)
+    parts |= {} if tied else {"output.weight": (vocab, dim)}
+    _check_tensors(file, names, parts)
+    speeds = rope_speeds(number("llama.rope.freq_base", 10000.0, whole=False), head_dim)
+    biases = frozenset(name for name in parts if name.endswith(".bias"))
+    eps = number("llama.attention.layer_norm_rms_epsilon", whole=False)
+    shape = Shape(
+        layers, heads, kv_heads, eps, speeds / _rope_divisor(file, head_dim), biases, tied
+    )
+    return Checkpoint(shape, parts, lambda name: file.tensor(names[name]))
+
+
+def _uniform(file: GgufFile, key: str, default: int | None = None) -> int:
+    """The number at a key, which some files give for every layer; ValueError if layers differ."""
+    value: Any = file.metadata.get(f"llama.{key}")
+    if isinstance(value, list):
+        if not value or any(each != value[0] for each in value):
+            raise ValueError(f"{file.path}: llama.{key} differs from layer to layer")
+        file.metadata[f"llama.{key}"] = value[0]
+    return file.number(f"llama.{key}", default)
+
+
+def _meta_name(name: str) -> str:
+    """Meta's name of a tensor; the name itself if it has none."""
+    inner, _, kind = name.rpartition(".")
+    if not name.startswith("blk."):
+        return f"{_NAMES.get(inner, inner)}.{kind}"
+    _, layer, inner = [*inner.split(".", 2), "", ""][:3]
+    return f"layers.{layer}.{_NAMES.get(inner, inner)}.{kind}"
+
+
+def _check_tensors(
+    file: GgufFile, names: dict[str, str], parts: dict[str, tuple[int, ...]]
+) -> None:
+    """Raises ValueError unless the file holds exactly these tensors, in these shapes."""
+    if missing := [name for name in parts if name not in names]:
+        raise ValueError(
+            f"{file.path}: {len(missing)} tensors of a LLaMA are missing, such as {missing[0]} "
+            "(Meta's name)"
+        )
+    if extra := [names[name] for name in names if name not in parts]:
+        raise ValueError(
+            f"{file.path}: {len(extra)} tensors for which a LLaMA has no place, such as {extra[0]}"
+        )
+    for name, shape in parts.items():
+        if (found := file.tensors[names[name]].shape) != shape:
+            raise ValueError(f"{file.path}: {names[name]} has shape {found}, expected {shape}")
+
+
+def _rope_divisor(file: GgufFile, head_dim: int) -> Tensor:
+    """What each rotation frequency is divided by: (C / 2,) or () float32."""
+    if _FACTORS in file.tensors:
+        if (found := file.tensors[_FACTORS].shape) != (head_dim // 2,):
+            raise ValueError(f"{file.path}: {_FACTORS} has shape {found} with heads of {head_dim}")
+        return file.tensor(_FACTORS)
+    linear = file.text("llama.rope.scaling.type", "none") == "linear"
+    key = "llama.rope.scaling.factor" if linear else "llama.rope.scale_linear"
+    return torch.tensor(file.number(key, 1.0, whole=False))
+
+
+def rope_parameters(file: GgufFile, shape: Shape) -> dict[str, Any]:
+    """Transformers' rope_parameters, whose frequencies are those of the file.
+
+    Raises:
+        ValueError: another kind of scaling than linear and LLaMA-3.1's.
+    """
+    theta = float(file.number("llama.rope.freq_base", 10000.0, whole=False))
+    kind = file.text("llama.rope.scaling.type", "none")
+    if kind not in ("none", "linear"):
+        raise ValueError(
+            f"{file.path}: llama.rope.scaling.type {kind!r} is not imported; none, linear and "
+            "LLaMA-3.1's are"
+        )
+    plain = {"rope_type": "default", "rope_theta": theta}
+    divisor = _rope_divisor(file, shape.head_dim)
+    if divisor.dim() == 0:
+        factor = float(divisor)
+        return plain if factor == 1 else {**plain, "rope_type": "linear", "factor": factor}
+    if bool((divisor == 1).all()):
+        return plain
+    context, length = file.number("llama.context_length"), 2
+    while length <= context:
+        found = {
+            **plain,
+            "rope_type": "llama3",
+            "factor": round(float(divisor.max()), 3),
+            "low_freq_factor": LOW_FREQ_FACTOR,
+            "high_freq_factor": HIGH_FREQ_FACTOR,
+            "original_max_position_embeddings": length,
+        }
+        if torch.allclose(_llama3_divisor(found, shape), divisor, rtol=FACTOR_TOLERANCE):
+            return found
+        length *= 2
+    raise ValueError(
+        f"{file.path}: {_FACTORS} are not those of LLaMA-3.1's scaling (low_freq_factor "
+        f"{LOW_FREQ_FACTOR:g}, high_freq_factor {HIGH_FREQ_FACTOR:g}) at any original length"
+    )
+
+
+def _llama3_divisor(rope: dict[str, Any], shape: Shape) -> Tensor:
+    """(C / 2,) float32: how much LLaMA-3.1 slows down each frequency (its `apply_scaling`)."""
+    waves = 2 * torch.pi / rope_speeds(rope["rope_theta"], shape.head_dim)
+    ratio = rope["original_max_position_embeddings"] / waves
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    smooth = ((ratio - low) / (high - low)).clamp(0, 1)
+    return 1 / ((1 - smooth) / rope["factor"] + smooth)
