@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.model import ChatSection
 from chatllama.text.chat_format import Message, end_of_turn_ids, render
-from chatllama.text.encoding import decode, encode
+from chatllama.text.encoding import decode, encode, encode_text
 from chatllama.text.tokenizer import within_positions
 from data.caching import cached_map
 from data.reading.records import record_texts
@@ -225,12 +225,11 @@ def _texts(
     records: dict[str, list[Any]], tokenizer: PreTrainedTokenizerFast, max_length: int | None
 ) -> dict[str, list[Any]]:
     """Examples of a batch of texts; what a text loses is noted at its first example."""
-    opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     examples: list[list[int]] = []
     noted: list[str] = []
     losses = _lost_characters([{"text": text} for text in records["text"]], tokenizer)
     for text, lost in zip(records["text"], losses, strict=True):
-        ids = [*opening, *encode(tokenizer, text), tokenizer.eos_token_id]
+        ids = [*encode_text(tokenizer, text), tokenizer.eos_token_id]
         size = max_length or len(ids)
         pieces = [ids[i : i + size] for i in range(0, len(ids), size)]
         examples += pieces

@@ -5,7 +5,6 @@ there only if it passes.
 """
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -21,14 +20,9 @@ from chatllama.config.schema import Config, with_weights
 from chatllama.exporting import gate
 from chatllama.exporting.card import Kind, model_card, portable
 from chatllama.exporting.cli import ExportOptions
-from chatllama.exporting.gguf_writer import write_adapter_gguf, write_model_gguf
-from chatllama.exporting.reference_outputs import (
-    CONVERSATIONS,
-    ReferenceOutputs,
-    is_prompt,
-    reference_outputs,
-)
-from chatllama.exporting.templates import jinja_template, modelfile
+from chatllama.exporting.gguf_writer import check_gguf, write_adapter_gguf, write_model_gguf
+from chatllama.exporting.reference_outputs import CONVERSATIONS, ReferenceOutputs, reference_outputs
+from chatllama.exporting.templates import as_text, jinja_template, modelfile, own_layout
 from chatllama.inference.load import load_run, reward_role
 from chatllama.inference.options import find_role
 from chatllama.model.adapters import SavedAdapter, load_adapter, save_adapter
@@ -44,10 +38,11 @@ from chatllama.model.weight_files import (
     write_model,
 )
 from chatllama.runs.folder import INFO, RunFolder, base_path
-from chatllama.runtime.files import replace_folder, write_json
-from chatllama.text.chat_format import Message, end_of_turn_ids
+from chatllama.runtime.files import new_folder, write_json
+from chatllama.text.chat_format import end_of_turn_ids
 from chatllama.text.tokenizer import save_tokenizer
 
+MODEL_FILE = "model.gguf"
 BASE_KEYS = (
     "num_hidden_layers",
     "hidden_size",
@@ -59,6 +54,10 @@ BASE_KEYS = (
 MULTI_TURN_NOTE = (
     "Other programs put a space token before turns after the first that the model was not trained "
     "with (layout {}): a single question is exact, a longer conversation nearly."
+)
+NO_MODELFILE_NOTE = (
+    "no Modelfile: Ollama cannot read the tokenizer's own chat template (Jinja), and no other "
+    "layout writes the same: write its TEMPLATE by hand"
 )
 NO_TEMPLATE_NOTE = (
     "With the base's own tokenizer files plain transformers gives other token ids than the model "
@@ -83,6 +82,8 @@ class Exporter:
     reference: ReferenceOutputs
     dtype: torch.dtype
     """Of merged weights."""
+    modelfile: str | None
+    """For Ollama, beside GGUF files."""
 
     def write_adapter(self) -> None:
         """The role's adapter in PEFT's format."""
@@ -133,21 +134,16 @@ class Exporter:
         tokenizer, chat, config = self.tokenizer, self.cfg.chat, self.config
 
         def write(folder: Path) -> None:
-            folder.mkdir(parents=True)
-            model, template = folder / "model.gguf", jinja_template(tokenizer, chat)
+            model, template = folder / MODEL_FILE, jinja_template(tokenizer, chat)
             files = self._merged(self.adapter)
             write_model_gguf(model, files, config, tokenizer, chat, template, name)
             if self.adapter is not None:
                 write_adapter_gguf(folder / "adapter.gguf", self.adapter, config, name)
-            if chat.template == "tokenizer":
-                print("no Modelfile: Ollama cannot read the tokenizer's own chat template (Jinja)")
-            else:
-                context = config.max_position_embeddings
-                text = modelfile(tokenizer, chat, self.cfg.generation, model.name, context)
-                (folder / "Modelfile").write_text(text, encoding="utf-8")
+            if self.modelfile is not None:
+                (folder / "Modelfile").write_text(self.modelfile, encoding="utf-8")
             write_json(folder / INFO, self._info("gguf", logprobs=self.reference.logprobs))
 
-        self._publish("gguf", "gguf", write, opened="model.gguf")
+        self._publish("gguf", "gguf", write, opened=MODEL_FILE)
 
     def _merged(self, adapter: SavedAdapter | None) -> ModelFiles:
         return merged(open_model(self.base), adapter, self.dtype)
@@ -159,9 +155,9 @@ class Exporter:
         tensor: Callable[[str], torch.Tensor],
         changes: dict[str, Any],
     ) -> None:
-        folder.mkdir(parents=True)
         write_model(folder, shapes, self.dtype, tensor, MAX_FILE_BYTES)
-        changes |= {"dtype": self.dtype}
+        # Scores are read at the last token that is no padding: it must not be the end of a turn.
+        changes |= {"dtype": self.dtype, "pad_token_id": self.tokenizer.pad_token_id}
         LlamaConfig.from_dict(self.config.to_dict() | changes).save_pretrained(folder)
         save_tokenizer(self.tokenizer, folder)
 
@@ -173,7 +169,6 @@ class Exporter:
             "architectures": ["LlamaForSequenceClassification"],
             "id2label": {0: "score"},
             "label2id": {"score": 0},
-            "pad_token_id": self.tokenizer.pad_token_id,
         }
 
         def tensor(name: str) -> torch.Tensor:
@@ -212,27 +207,25 @@ class Exporter:
 
         `rank` is an adapter's; `against` has the gate compare with the base and the adapter.
         """
-        folder, beside = self.out / name, self.out / f".{name}.checked"
-        shutil.rmtree(beside, ignore_errors=True)
-        self.out.mkdir(parents=True, exist_ok=True)
-        write(beside)
-        template = jinja_template(self.tokenizer, self.cfg.chat)
-        (beside / "chat_template.jinja").write_text(template, encoding="utf-8")
-        notes = self._add_conversations(beside, name, beside if rank is None else self.base)
-        example = as_text(self.tokenizer, CONVERSATIONS[0], template)
-        card = partial(
-            model_card, kind, self.run, self.cfg, role=self.role, base=self.base_name, rank=rank,
-            pad_id=cast(int, self.tokenizer.pad_token_id), example=example, notes=notes,
-        )  # fmt: skip
-        (beside / "README.md").write_text(card(checks={}), encoding="utf-8")
-        command: list[str | Path] = [beside / opened]
-        if rank is not None or against:
-            command += ["--base", self.base]
-        if against:
-            command += ["--adapter", self.out / "adapter"]
-        checks = run_gate(command)
-        (beside / "README.md").write_text(card(checks=checks), encoding="utf-8")
-        replace_folder(beside, folder)
+        folder, template = self.out / name, jinja_template(self.tokenizer, self.cfg.chat)
+        with new_folder(folder) as beside:
+            write(beside)
+            (beside / "chat_template.jinja").write_text(template, encoding="utf-8")
+            notes = self._add_conversations(beside, name, beside if rank is None else self.base)
+            example = as_text(self.tokenizer, CONVERSATIONS[0], template)
+            card = partial(
+                model_card, kind, self.run, self.cfg, role=self.role, base=self.base_name,
+                rank=rank, pad_id=cast(int, self.tokenizer.pad_token_id), example=example,
+                notes=notes,
+            )  # fmt: skip
+            (beside / "README.md").write_text(card(checks={}), encoding="utf-8")
+            command: list[str | Path] = [beside / opened]
+            if rank is not None or against:
+                command += ["--base", self.base]
+            if against:
+                command += ["--adapter", self.out / "adapter"]
+            checks = run_gate(command)
+            (beside / "README.md").write_text(card(checks=checks), encoding="utf-8")
         numbers = ", ".join(f"{n.replace('_', ' ')} {v:.2g}" for n, v in checks.items())
         print(f"{folder}: checked: {numbers}", flush=True)
 
@@ -246,7 +239,7 @@ class Exporter:
             template = jinja_template(self.tokenizer, self.cfg.chat)
             for messages, ids in zip(CONVERSATIONS, self.reference.rendered, strict=True):
                 text = as_text(plain, messages, template)
-                if plain(text, add_special_tokens=False)["input_ids"] == ids:
+                if gate.same_tokens(plain, text, ids):
                     kept.append({"messages": messages, "ids": ids})
             if not kept or kept[0]["messages"] != CONVERSATIONS[0]:
                 notes.append(NO_TEMPLATE_NOTE)
@@ -282,8 +275,9 @@ def export_run(run_dir: Path, options: ExportOptions, out: Path | None = None) -
     members = len(run.reward_members()) if options.reward else 0
     roles = [active, *(reward_role(number) for number in range(members))]
     loaded = load_run(run, cfg, roles, trust_remote_code=options.trust_remote_code)
-    reference = reference_outputs(loaded, active)
     config, tokenizer = cast(LlamaConfig, loaded.model.llama.config), loaded.tokenizer
+    ollama = checked_modelfile(cfg, config, tokenizer) if options.gguf else None
+    reference = reference_outputs(loaded, active)
     del loaded
     path = base_path(cfg, run)
     base = local_folder(path, cfg.backbone.revision)
@@ -294,7 +288,7 @@ def export_run(run_dir: Path, options: ExportOptions, out: Path | None = None) -
     )
     out = out or run.root / "export"
     exporter = Exporter(
-        run, cfg, out, role, adapter, base, name, config, tokenizer, reference, dtype
+        run, cfg, out, role, adapter, base, name, config, tokenizer, reference, dtype, ollama
     )
     if adapter is not None:
         exporter.write_adapter()
@@ -307,12 +301,20 @@ def export_run(run_dir: Path, options: ExportOptions, out: Path | None = None) -
     return out
 
 
-def as_text(tokenizer: Any, messages: list[Message], template: str) -> str:
-    """A conversation as text by a Jinja chat template."""
-    opens = is_prompt(messages)
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, chat_template=template, add_generation_prompt=opens
-    )
+def checked_modelfile(
+    cfg: Config, config: LlamaConfig, tokenizer: PreTrainedTokenizerFast
+) -> str | None:
+    """The Modelfile beside a GGUF file, None (and a note) where no layout of ours fits.
+
+    Raises:
+        ValueError: no GGUF file of this model, or no such Modelfile, can be written.
+    """
+    check_gguf(config, tokenizer)
+    if (layout := own_layout(tokenizer, cfg.chat)) is None:
+        print(NO_MODELFILE_NOTE)
+        return None
+    context = config.max_position_embeddings
+    return modelfile(tokenizer, layout, cfg.generation, MODEL_FILE, context)
 
 
 def run_gate(arguments: list[str | Path]) -> dict[str, float]:

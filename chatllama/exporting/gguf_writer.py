@@ -19,7 +19,9 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from chatllama.config.model import ChatSection
 from chatllama.model.adapters import SavedAdapter
 from chatllama.model.weight_files import ModelFiles, cast_to, dtype_name
+from chatllama.text.byte_level import SPLITS, split_name
 from chatllama.text.chat_format import end_of_turn_ids
+from chatllama.text.encoding import adds_bos, control_tokens
 from chatllama.text.sentencepiece_bpe import read_model
 
 if TYPE_CHECKING:
@@ -29,11 +31,21 @@ if TYPE_CHECKING:
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 _Tensor = tuple[tuple[int, ...], torch.dtype, Callable[[], Tensor]]
 """Shape, type as written, and a function that reads it."""
-# How LLaMA-3 splits text before its merges; `llama-bpe` in llama.cpp.
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_ROPES = ("default", "linear", "llama3")
+
+
+def check_gguf(config: LlamaConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises ValueError if the extra is missing, or llama.cpp does not support the model."""
+    _package()
+    kind = cast(dict[str, Any], config.rope_parameters).get("rope_type", "default")
+    if kind not in _ROPES:
+        raise ValueError(f"GGUF: rope_type {kind!r} is not written; {', '.join(_ROPES)} are")
+    if _sentencepiece(tokenizer) is None and _split(tokenizer) is None:
+        raise ValueError(
+            f"GGUF: a tokenizer that is neither a SentencePiece model nor byte-level BPE that "
+            f"splits text as one of {', '.join(SPLITS)}; llama.cpp would split it in other ways. "
+            "If the base has a tokenizer.model, put it beside the base's files"
+        )
 
 
 def write_model_gguf(
@@ -45,10 +57,9 @@ def write_model_gguf(
     template: str,
     name: str,
 ) -> None:
-    """Writes a merged model: weights (norms in float32), tokenizer and Jinja chat template.
+    """Writes a merged model that `check_gguf` has passed, with tokenizer and Jinja chat template.
 
-    Raises:
-        ValueError: the extra is missing, or llama.cpp does not support the model.
+    Norms are in float32.
     """
     gguf, writer, names = _open(path, "model", name, config)
     _add_shape(writer, config)
@@ -97,15 +108,20 @@ def _open(
     path: Path, kind: str, name: str, config: LlamaConfig
 ) -> tuple[Any, "GGUFWriter", "TensorNameMap"]:
     """The `gguf` package, a new file whose `name` programs show, and llama.cpp's tensor names."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise ValueError("GGUF files need the extra: pip install 'chatllama[gguf]'") from error
+    gguf = _package()
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_type(kind)
     writer.add_name(name)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     return gguf, writer, names
+
+
+def _package() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise ValueError("GGUF files need the extra: pip install 'chatllama[gguf]'") from error
+    return gguf
 
 
 def _read(files: ModelFiles, name: str, config: LlamaConfig) -> Tensor:
@@ -156,8 +172,7 @@ def _write(writer: "GGUFWriter", tensors: Mapping[str, _Tensor]) -> None:
 def _add_shape(writer: "GGUFWriter", config: LlamaConfig) -> None:
     rope = cast(dict[str, Any], config.rope_parameters)
     kind = rope.get("rope_type", "default")
-    if kind not in ("default", "linear", "llama3"):
-        raise ValueError(f"GGUF: rope_type {kind!r} is not written; default, linear and llama3 are")
+    assert kind in _ROPES
     head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
@@ -190,10 +205,19 @@ def _rope_factors(config: LlamaConfig) -> Tensor | None:
     return float(rope["rope_theta"]) ** -steps / scaled
 
 
+def _sentencepiece(tokenizer: PreTrainedTokenizerFast) -> Any | None:
+    """The tokenizer's SentencePiece model, where it has one."""
+    file = vars(tokenizer).get("vocab_file")
+    return read_model(Path(file)) if file else None
+
+
+def _split(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    return split_name(json.loads(tokenizer.backend_tokenizer.to_str()))
+
+
 def _add_tokenizer(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerFast, num_rows: int) -> None:
-    """Pieces with scores and types, as SentencePiece or as LLaMA-3's byte-level BPE."""
-    model_file = vars(tokenizer).get("vocab_file")
-    model = read_model(Path(model_file)) if model_file else None
+    """Pieces with scores and kinds, as SentencePiece or as byte-level BPE."""
+    model = _sentencepiece(tokenizer)
     tokens: list[str] = [f"[PAD{index}]" for index in range(num_rows)]
     kinds = [_UNUSED] * num_rows
     scores = [-1000.0] * num_rows
@@ -204,22 +228,17 @@ def _add_tokenizer(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerFast, num
         writer.add_add_space_prefix(model.normalizer_spec.add_dummy_prefix)
         writer.add_remove_extra_whitespaces(model.normalizer_spec.remove_extra_whitespaces)
     else:
-        pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
-        if LLAMA3_SPLIT not in _strings(pipeline["pre_tokenizer"]):
-            raise ValueError(
-                "GGUF: a tokenizer that is neither a SentencePiece model nor LLaMA-3's; llama.cpp "
-                "would split text in other ways. Put tokenizer.model beside the base's files"
-            )
+        bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("llama-bpe")
-        for token, index in pipeline["model"]["vocab"].items():
+        writer.add_tokenizer_pre(cast(str, _split(tokenizer)))
+        for token, index in bpe["vocab"].items():
             tokens[index], kinds[index] = token, 1
-        merges = pipeline["model"]["merges"]
-        writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+        writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]])
+    controls = control_tokens(tokenizer)
     for index, token in tokenizer.added_tokens_decoder.items():
         if index < num_rows and (model is None or index >= len(model.pieces)):
             tokens[index] = token.content
-            kinds[index] = _CONTROL if token.special else _USER_DEFINED
+            kinds[index] = _CONTROL if token.content in controls else _USER_DEFINED
     writer.add_token_list(tokens)
     writer.add_token_scores(scores)
     writer.add_token_types(kinds)
@@ -230,13 +249,5 @@ def _add_tokenizer(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerFast, num
     ):
         if isinstance(index, int):
             add(index)
-    writer.add_add_bos_token(tokenizer.bos_token_id is not None)
+    writer.add_add_bos_token(adds_bos(tokenizer))
     writer.add_add_eos_token(False)
-
-
-def _strings(tree: Any) -> set[str]:
-    """Every text in a JSON tree."""
-    if isinstance(tree, str):
-        return {tree}
-    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
-    return set().union(*map(_strings, parts))

@@ -5,12 +5,16 @@ refuses.
 """
 
 import json
+from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.model import ChatSection
 from chatllama.config.schema import GenerationSection
-from chatllama.text.chat_format import default_system, end_of_turn_ids
+from chatllama.exporting.reference_outputs import CONVERSATIONS, is_prompt
+from chatllama.text.chat_format import Message, default_system, end_of_turn_ids, opening_bos, render
+from chatllama.text.encoding import adds_bos
 from chatllama.text.tokenizer_template import frozen_template
 
 _SYSTEM = """\
@@ -165,9 +169,54 @@ def jinja_template(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> str
             "{%- if messages[0]['role'] != 'system' -%}"
             f"{{%- set messages = {default} + messages -%}}{{%- endif -%}}{own}"
         )
-    bos, eos = (json.dumps(str(t or "")) for t in (tokenizer.bos_token, tokenizer.eos_token))
+    bos, eos = map(json.dumps, (opening_bos(tokenizer, chat), str(tokenizer.eos_token)))
     text = _JINJA[chat.template].replace("BOS", bos).replace("EOS", eos)
     return _SYSTEM.replace("DEFAULT", system) + text
+
+
+def as_text(tokenizer: Any, messages: list[Message], template: str) -> str:
+    """A conversation as text by a Jinja chat template."""
+    opens = is_prompt(messages)
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, chat_template=template, add_generation_prompt=opens
+    )
+
+
+def own_layout(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> ChatSection | None:
+    """The layout, or the one of ours that writes the tokens of the tokenizer's own template.
+
+    None where that template writes something else.
+    """
+    if chat.template != "tokenizer":
+        return chat
+    system = chat.system if chat.system is not None else _unasked_system(tokenizer, chat)
+    for layout in _GO:
+        own = ChatSection.model_validate({"template": layout, "system": system})
+        try:
+            if all(_ids(tokenizer, own, each) == _ids(tokenizer, chat, each)
+                   for each in CONVERSATIONS):  # fmt: skip
+                return own
+        except ValueError:  # tokens that it lacks, or a template without system prompts
+            continue
+    return None
+
+
+def _ids(tokenizer: PreTrainedTokenizerFast, chat: ChatSection, messages: list[Message]) -> Any:
+    return render(tokenizer, chat, messages, add_generation_prompt=is_prompt(messages)).ids
+
+
+def _unasked_system(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> str:
+    """The system prompt that the tokenizer's template writes where none is given; "" for none."""
+    template, mark = jinja_template(tokenizer, chat), "\ue000"
+    question: Message = {"role": "user", "content": "?"}
+    try:
+        asked = as_text(tokenizer, [{"role": "system", "content": mark}, question], template)
+    except TemplateError:
+        return ""
+    unasked = as_text(tokenizer, [question], template)
+    before, _, after = asked.partition(mark)
+    fits = len(unasked) >= len(before + after) and unasked.startswith(before)
+    return unasked[len(before) : -len(after)] if fits and unasked.endswith(after) and after else ""
 
 
 def modelfile(
@@ -179,20 +228,20 @@ def modelfile(
 ) -> str:
     """An Ollama Modelfile for the file `gguf` beside it, with `context` tokens at most.
 
+    Ollama puts the BOS before a conversation where the GGUF file says so.
+
+    Args:
+        chat: the layout, as `own_layout` names it.
+
     Raises:
-        ValueError: the layout is the tokenizer's own Jinja template, or the system prompt holds
-            the three quotes that would end it.
+        ValueError: the system prompt holds the three quotes that would end it.
     """
-    if chat.template == "tokenizer":
-        raise ValueError(
-            "chat.template is 'tokenizer', a Jinja template, which Ollama does not read: no "
-            "Modelfile; write its TEMPLATE by hand"
-        )
     system = default_system(chat)
     if '"""' in system:
         raise ValueError('chat.system holds """, which would end SYSTEM in a Modelfile')
-    bos, eos = str(tokenizer.bos_token or ""), str(tokenizer.eos_token)
-    template = _GO[chat.template].replace("BOS", bos).replace("EOS", eos)
+    bos, eos = opening_bos(tokenizer, chat), str(tokenizer.eos_token)
+    template = "" if adds_bos(tokenizer) else bos
+    template += _GO[chat.template].replace("BOS", bos).replace("EOS", eos)
     lines = [f"FROM ./{gguf}", f'TEMPLATE """{template}"""']
     if system:
         lines.append(f'SYSTEM """{system}"""')

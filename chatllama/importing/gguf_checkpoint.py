@@ -20,13 +20,12 @@ from chatllama.importing.hugging_face import (
     Dtype,
     check_positions,
     check_room,
-    new_folder,
     output_folder,
     write_checked,
 )
 from chatllama.model.weight_files import dtype_name
 from chatllama.runs.folder import INFO
-from chatllama.runtime.files import file_hash, write_json
+from chatllama.runtime.files import file_hash, new_folder, write_json
 from chatllama.runtime.libraries import quiet_libraries
 
 

@@ -11,7 +11,7 @@ from chatllama.importing.gguf_file import GgufFile, StoredTensor
 BLOCKS = {f"Q{bits}": 32 for bits in ("4_0", "4_1", "5_0", "5_1", "8_0", "4_K", "5_K")}
 BLOCKS |= {f"Q{bits}_K": 16 for bits in (2, 3, 6)}
 """Weights that share a scale, for the types whose levels are evenly spaced."""
-SAMPLED = 2**16
+SAMPLED = 2**14
 """Weights of a tensor from which its rounding error is estimated."""
 
 

@@ -37,7 +37,7 @@ def check_family(file: GgufFile) -> None:
     family, kind = file.text("general.architecture"), file.text("general.type", "model")
     for wrong, reason in (
         (family != "llama", f"its architecture is {family!r}; llama is imported"),
-        (kind != "model", f"it holds a {kind}, not a model"),
+        (kind != "model", f"its general.type is {kind!r}, not model"),
         (file.metadata.get("llama.expert_count"), "a mixture of experts is not a LLaMA"),
     ):
         if wrong:

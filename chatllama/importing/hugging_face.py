@@ -7,8 +7,7 @@ result is compared with a forward pass of Meta's own architecture (`reference.py
 import copy
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -20,7 +19,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from chatllama.importing.reference import Shape, reference_logits
 from chatllama.model.weight_files import cast_to, open_model, write_model
-from chatllama.runtime.files import replace_folder
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
 MAX_FILE_BYTES = 2 * 10**9
@@ -78,19 +76,6 @@ def output_folder(source: Path, out: Path | None, stem: str) -> Path:
     if out.exists():
         raise ValueError(f"{out} exists; name another folder with --out")
     return out
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder that becomes `out` if nothing goes wrong, and else is removed."""
-    beside = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        yield beside
-        replace_folder(beside, out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def check_positions(max_positions: int | None) -> None:

@@ -19,7 +19,6 @@ from chatllama.importing.hugging_face import (
     Dtype,
     check_positions,
     check_room,
-    new_folder,
     output_folder,
     write_checked,
 )
@@ -27,7 +26,7 @@ from chatllama.importing.meta_params import ASSUMED_POSITIONS, read_params
 from chatllama.importing.meta_shards import MetaShards
 from chatllama.model.weight_files import chosen_dtype, dtype_name
 from chatllama.runs.folder import INFO
-from chatllama.runtime.files import write_json
+from chatllama.runtime.files import new_folder, write_json
 from chatllama.runtime.libraries import quiet_libraries
 from chatllama.text.sentencepiece_bpe import read_model
 from chatllama.text.tokenizer import load_tokenizer, save_tokenizer

@@ -31,7 +31,7 @@ from chatllama.serving.settings import ServerSettings
 from chatllama.serving.votes import VoteFile
 from chatllama.text.chat_format import Message, end_of_turn_ids, render
 from chatllama.text.detokenizing import TokenTexts
-from chatllama.text.encoding import control_tokens, encode
+from chatllama.text.encoding import control_tokens, encode_text
 
 Result = TypeVar("Result")
 SCORED_TOKENS = 16384
@@ -151,9 +151,8 @@ class Service:
         for prompt in prompts:
             if isinstance(prompt, str):
                 self._check_length(len(prompt), "prompt")
-                start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
                 try:
-                    prompt = [*start, *encode(tokenizer, prompt)]
+                    prompt = encode_text(tokenizer, prompt)
                 except ValueError as error:
                     raise invalid(str(error), "prompt") from error
             elif max(prompt) >= self.vocabulary:

@@ -41,10 +41,15 @@ COMPOSED = ("qwen2",)
 """Text is composed (NFC) first; llama.cpp does not."""
 
 
-def split_name(pre_tokenizer: dict[str, Any] | None) -> str | None:
-    """llama.cpp's name of a pipeline's split; None where it has none."""
+def split_name(pipeline: dict[str, Any]) -> str | None:
+    """llama.cpp's name of the split of a byte-level BPE pipeline; None for other pipelines.
+
+    Text may be composed (NFC) first, which llama.cpp does not do.
+    """
+    if pipeline["model"]["type"] != "BPE" or pipeline["normalizer"] not in (None, {"type": "NFC"}):
+        return None
     found: list[str] = []
-    for step in _steps(pre_tokenizer):
+    for step in _steps(pipeline["pre_tokenizer"]):
         match step["type"]:
             case "Split" if step["behavior"] == "Isolated" and not step["invert"]:
                 found.append(str(step["pattern"].get("Regex")))

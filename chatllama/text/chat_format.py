@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 from transformers import PreTrainedTokenizerFast
 
@@ -188,18 +188,22 @@ def _segments(
     tokenizer: PreTrainedTokenizerFast, chat: ChatSection, messages: Sequence[Message], prompt: bool
 ) -> Iterable[Segment]:
     if chat.template == "tokenizer":
+        if not tokenizer.chat_template:
+            raise ValueError(
+                "chat.template is 'tokenizer' but this tokenizer has no chat_template; choose "
+                f"{_fitting(tokenizer)}"
+            )
         if messages[0]["role"] != "system" and chat.system is not None:
             messages = [{"role": "system", "content": chat.system}, *messages]
         return template_segments(tokenizer, messages, prompt, chat.date)
-    for name in _CONTROLS.get(chat.template, ()):
-        if name not in control_tokens(tokenizer):
-            raise ValueError(
-                f"chat.template {chat.template!r} needs the token {name!r}, which this tokenizer "
-                "lacks, and the vocabulary is never enlarged: choose llama2, alpaca or vicuna"
-            )
+    if lacking := _lacking(tokenizer, chat.template):
+        raise ValueError(
+            f"chat.template {chat.template!r} needs the token {lacking[0]!r}, which this tokenizer "
+            f"lacks, and the vocabulary is never enlarged: choose {_fitting(tokenizer)}"
+        )
     turns, system = _turns(chat, messages)
     _eos_id(tokenizer)
-    ends = templates.Ends(str(tokenizer.bos_token or ""), str(tokenizer.eos_token))
+    ends = templates.Ends(opening_bos(tokenizer, chat), str(tokenizer.eos_token))
     match chat.template:
         case "llama2":
             return templates.llama2(turns, system, ends)
@@ -211,6 +215,28 @@ def _segments(
             return templates.llama3(turns, system, ends, prompt)
         case "chatml":
             return templates.chatml(turns, system, ends, prompt)
+
+
+def _lacking(tokenizer: PreTrainedTokenizerFast, layout: str) -> list[str]:
+    """The control tokens of a layout that the vocabulary does not have."""
+    return [name for name in _CONTROLS.get(layout, ()) if name not in control_tokens(tokenizer)]
+
+
+def _fitting(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The layouts that can be chosen with this tokenizer, as text."""
+    names = [name for name in get_args(ChatSection.model_fields["template"].annotation)
+             if not _lacking(tokenizer, name)]  # fmt: skip
+    names = [name for name in names if name != "tokenizer" or tokenizer.chat_template]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def opening_bos(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> str:
+    """The BOS that opens a conversation in one of our layouts; "" for none.
+
+    None, too, where it is the control token with which the layout's first message begins anyway.
+    """
+    bos = str(tokenizer.bos_token or "")
+    return "" if bos in _CONTROLS.get(chat.template, ())[:1] else bos
 
 
 def default_system(chat: ChatSection) -> str:

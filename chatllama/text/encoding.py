@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -32,6 +33,8 @@ class TextEncoders:
     continuing: Tokenizer
     controls: dict[str, int]
     control_ids: frozenset[int]
+    opening: tuple[int, ...]
+    """Put before a text by the tokenizer's own post-processor: its BOS, or nothing."""
     prefixes_every_segment: bool
     """Text after a control token gets the dummy prefix, as text at the start does."""
 
@@ -65,7 +68,18 @@ def _build_encoders(tokenizer: PreTrainedTokenizerFast) -> TextEncoders:
     start.encode_special_tokens = continuing.encode_special_tokens = True
     first_only = '"prepend_scheme": "first"' in json.dumps(pipeline["pre_tokenizer"])
     ids = frozenset(controls.values())
-    return TextEncoders(start, continuing, controls, ids, prefixes_every_segment=not first_only)
+    opening = _opening(tokenizer, start)
+    return TextEncoders(
+        start, continuing, controls, ids, opening, prefixes_every_segment=not first_only
+    )
+
+
+def _opening(tokenizer: PreTrainedTokenizerFast, pipeline: Tokenizer) -> tuple[int, ...]:
+    if (post_processor := tokenizer.backend_tokenizer.post_processor) is None:
+        return ()
+    text = post_processor.process(pipeline.encode("a", add_special_tokens=False))
+    marked = zip(text.ids, text.special_tokens_mask, strict=True)
+    return tuple(index for index, _ in takewhile(lambda token: token[1], marked))
 
 
 def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -99,6 +113,16 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str, *, continues: bool = F
         return pipeline.encode(text, add_special_tokens=False).ids
     except (UnicodeEncodeError, TypeError) as error:
         raise ValueError(f"not valid Unicode text: {text[:80]!r}") from error
+
+
+def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Ids of a raw text that stands alone, as the model's publisher has it: with BOS or without."""
+    return [*text_encoders(tokenizer).opening, *encode(tokenizer, text)]
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the tokenizer itself puts its BOS before a text."""
+    return tokenizer.bos_token_id in text_encoders(tokenizer).opening
 
 
 def decode(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> str:

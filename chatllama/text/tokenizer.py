@@ -41,9 +41,9 @@ def load_tokenizer(
     """The tokenizer of a local folder or hub id, with ids equal to its SentencePiece model's.
 
     A folder with a SentencePiece BPE `tokenizer.model` gets the exact conversion; one with only a
-    tokenizer.json (LLaMA-3) is taken as it is. BOS is put in once by `add_special_tokens=True`,
-    EOS never; padding is on the left with a token that is not EOS. `trust_remote_code` allows a
-    tokenizer that is Python code in the repository.
+    tokenizer.json (LLaMA-3) is taken as it is. `add_special_tokens=True` puts in the BOS where the
+    publisher has it so, and never the EOS; padding is on the left with a token that is not EOS.
+    `trust_remote_code` allows a tokenizer that is Python code in the repository.
 
     Raises:
         ValueError: nothing loadable there, no EOS token, or no token to pad with.
@@ -175,9 +175,10 @@ def _from_sentencepiece(
         content = given["content"] if isinstance(given, dict) else given
         if content and pipeline.token_to_id(content) is not None:
             special[name] = content
+    adds_bos = special["bos_token"] is not None and config.get("add_bos_token") is not False
     return PreTrainedTokenizerFast(
         tokenizer_object=pipeline, chat_template=_chat_template(folder, config),
-        add_bos_token=special["bos_token"] is not None, clean_up_tokenization_spaces=False,
+        add_bos_token=adds_bos, clean_up_tokenization_spaces=False,
         model_max_length=names.get("model_max_length"), **special,
     )  # fmt: skip
 

@@ -32,14 +32,9 @@ def template_segments(
     the last user message. `date` (YYYY-MM-DD) stands for the day of the template's strftime_now.
 
     Raises:
-        ValueError: no template; the template refuses the conversation, rewrites an answer, does
+        ValueError: the template refuses the conversation, rewrites an answer, does
             not write prompts as prefixes of the whole, or ends an answer without a control token.
     """
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "chat.template is 'tokenizer' but this tokenizer has no chat_template; choose "
-            "llama2, llama3, alpaca, vicuna or chatml"
-        )
     names = sorted(control_tokens(tokenizer), key=len, reverse=True)
     controls = _control_pattern(tokenizer, names)
     mark, escaped = _escape(messages, names)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.schema import Config
 from chatllama.text.chat_format import render
-from chatllama.text.encoding import control_tokens, encode
+from chatllama.text.encoding import control_tokens, encode_text
 from data.checking.check import stage_sources
 from data.checking.report import StageSource
 from data.checking.tokens import conversations
@@ -105,8 +105,7 @@ def _sequences(
     """Every sequence that a record becomes."""
     place = f"{part.stage}.{part.role} {row['where']}"
     if part.kind == "text":
-        ids = [tokenizer.bos_token_id, *encode(tokenizer, row["text"]), tokenizer.eos_token_id]
-        ids = [each for each in ids if isinstance(each, int)]
+        ids = [*encode_text(tokenizer, row["text"]), cast(int, tokenizer.eos_token_id)]
         yield _shown(place, ids, [True] * len(ids), part, tokenizer)
         return
     ranks = [f", rank {rank}" for rank in row.get("ranks") or []] or [""]

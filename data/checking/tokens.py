@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.model import ChatSection
 from chatllama.text.chat_format import end_of_turn_ids, render
-from chatllama.text.encoding import encode
+from chatllama.text.encoding import encode_text
 from chatllama.text.tokenizer import within_positions
 from data.caching import cached_map
 from data.checking.records import iterate
@@ -104,9 +104,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Figures and failed checks of one row."""
     if "text" in row:
-        ids = encode(tokenizer, row["text"])
-        # BOS and EOS are put around it; every token is trained.
-        num = len(ids) + 1 + (tokenizer.bos_token_id is not None)
+        num = len(encode_text(tokenizer, row["text"])) + 1  # EOS; every token is trained
         figures = {"length": num, "tokens": num, "trained": num}
         return {**figures, "problems": [], "cut": "", "where": row["where"]}
     bos = tokenizer.bos_token_id

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 from jinja2 import TemplateError
+from tiny_gguf import CHATML, byte_level_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.model import ChatSection
 from chatllama.config.schema import GenerationSection
 from chatllama.exporting.reference_outputs import CONVERSATIONS
-from chatllama.exporting.templates import jinja_template, modelfile
+from chatllama.exporting.templates import jinja_template, modelfile, own_layout
 from chatllama.text.chat_format import Message, _segments, render
 from chatllama.text.tokenizer import load_tokenizer, save_tokenizer
 
@@ -157,10 +158,80 @@ def test_modelfile(tokenizer: PreTrainedTokenizerFast) -> None:
     assert "PARAMETER num_ctx 512" in lines and not any(x.startswith("SYSTEM") for x in lines)
     vicuna = modelfile(tokenizer, ChatSection(template="vicuna"), section, "m.gguf", 512)
     assert 'SYSTEM """A chat between a curious user' in vicuna
-    with pytest.raises(ValueError, match="Jinja template, which Ollama does not read"):
-        modelfile(tokenizer, ChatSection(template="tokenizer"), section, "m.gguf", 512)
     with pytest.raises(ValueError, match="would end SYSTEM"):
         modelfile(tokenizer, ChatSection(system='a"""b'), section, "m.gguf", 512)
+
+
+@pytest.mark.parametrize(
+    ("bos", "adds_bos", "opening"),
+    [
+        ("<|end|>", False, "<|end|>"),
+        ("<|end|>", True, ""),
+        ("<|im_start|>", False, ""),
+        (None, False, ""),
+    ],
+)
+def test_ollama_writes_the_bos_that_llama_cpp_does_not_add(
+    bos: str | None, adds_bos: bool, opening: str, tmp_path: Path
+) -> None:
+    tokenizer = byte_level_tokenizer(tmp_path, bos=bos, adds_bos=adds_bos)
+    section = GenerationSection()
+    text = modelfile(tokenizer, ChatSection(template="chatml"), section, "m.gguf", 9)
+    assert text.splitlines()[1] == f'TEMPLATE """{opening}{{{{- if .System }}}}<|im_start|>system'
+
+
+@pytest.mark.parametrize("bos", ["<|im_start|>", "<|end|>", None])
+@pytest.mark.parametrize("system", [None, "", 'Say "no"\\ {{ 1 }}\n日本'])
+def test_jinja_of_chatml_opens_once(bos: str | None, system: str | None, tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer(tmp_path, bos=bos)
+    chat = ChatSection(template="chatml", system=system)
+    for messages in MORE:
+        asks = messages[-1]["role"] == "user"
+        expected = "".join(part.text for part in _segments(tokenizer, chat, messages, asks))
+        assert written(tokenizer, chat, messages) == expected
+        assert "<|im_start|><|im_start|>" not in expected
+
+
+NAMED = (
+    "{%- if messages[0]['role'] != 'system' -%}"
+    "{{ '<|im_start|>system\nYou are Tiny, a model.<|im_end|>\n' }}{%- endif -%}"
+)
+DATED = "{{ '<|im_start|>system\nToday: 1 May<|im_end|>\n' }}"
+NO_SYSTEM = "{%- if messages[0]['role'] == 'system' -%}{{ raise_exception('none') }}{%- endif -%}"
+SPACED = CHATML.replace("m['role'] + '\\n'", "m['role'] + ' \\n'")
+
+
+@pytest.mark.parametrize(
+    ("template", "given", "expected"),
+    [
+        (CHATML, None, ""),
+        (NAMED + CHATML, None, "You are Tiny, a model."),
+        (NAMED + CHATML, "Mine.", "Mine."),
+        (DATED + CHATML, None, None),
+        (NO_SYSTEM + CHATML, None, None),
+        (SPACED, None, None),
+    ],
+    ids=["plain", "named", "given", "dated", "no system", "spaced"],
+)
+def test_a_template_that_is_one_of_ours_is_found(
+    template: str, given: str | None, expected: str | None, tmp_path: Path
+) -> None:
+    tokenizer = byte_level_tokenizer(tmp_path)
+    tokenizer.chat_template = template
+    chat = ChatSection(template="tokenizer", system=given)
+    found = own_layout(tokenizer, chat)
+    if expected is None:
+        assert found is None
+    else:
+        assert found == ChatSection(template="chatml", system=expected)
+        text = modelfile(tokenizer, found, GenerationSection(), "m.gguf", 9)
+        assert (f'SYSTEM """{expected}"""' in text) == bool(expected)
+
+
+def test_our_own_layouts_stay_themselves(tokenizer: PreTrainedTokenizerFast) -> None:
+    for layout in LAYOUTS:
+        chat = ChatSection.model_validate({"template": layout, "system": "s"})
+        assert own_layout(tokenizer, chat) is chat
 
 
 GO = """package main

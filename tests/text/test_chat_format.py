@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 import sentencepiece
+from tiny_gguf import byte_level_tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
@@ -397,6 +398,38 @@ def test_the_day_of_a_template_is_the_configs_whatever_the_clock_says(
     with pytest.raises(ValueError, match=r"chat\.date .*'2024-01-02' there, None here"):
         check_contract(contract, tokenizer, live, "here")
     check_contract({k: v for k, v in contract.items() if k != "date"}, tokenizer, chat, "older")
+
+
+@pytest.mark.parametrize(
+    ("bos", "opening"), [("<|im_start|>", []), ("<|end|>", ["<|end|>"]), (None, [])]
+)
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_chatml_opens_once_where_its_first_token_is_the_bos(
+    bos: str | None, opening: list[str], adds_bos: bool, tmp_path: Path
+) -> None:
+    tokenizer = byte_level_tokenizer(tmp_path, bos=bos, adds_bos=adds_bos)
+    chat = ChatSection(template="chatml")
+    rendered = render(tokenizer, chat, conversation("a", "b", system="s"))
+    pieces = tokenizer.convert_ids_to_tokens(rendered.ids)
+    assert pieces[: len(opening) + 2] == [*opening, "<|im_start|>", "s"]  # "system" in bytes
+    assert pieces.count("<|im_start|>") == 3
+    own = render(tokenizer, ChatSection(template="tokenizer"), conversation("a", "b", system="s"))
+    assert rendered.ids == [*tokenizer.convert_tokens_to_ids(opening), *own.ids]
+    other = render(tokenizer, ChatSection(template="alpaca"), conversation("a"))
+    assert (other.ids[0] == tokenizer.bos_token_id) == (bos is not None)
+
+
+def test_layouts_that_fit_are_named(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    plain = byte_level_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=r"choose llama2, alpaca, vicuna, chatml or tokenizer$"):
+        render(plain, ChatSection(template="llama3"), conversation("a"))
+    plain.chat_template = None
+    with pytest.raises(ValueError, match=r"no chat_template; choose llama2, .*, vicuna or chatml$"):
+        render(plain, ChatSection(template="tokenizer"), conversation("a"))
+    bare = byte_level_tokenizer(tmp_path)
+    bare.chat_template = None
+    with pytest.raises(ValueError, match=r"choose llama2, alpaca, vicuna or chatml$"):
+        render(bare, ChatSection(template="llama3"), conversation("a"))
 
 
 def test_contract_names_what_differs(
