@@ -223,11 +223,12 @@ def quantised(array: np.ndarray, kind: str) -> tuple[np.ndarray, gguf.GGMLQuanti
 def factors(config: LlamaConfig) -> np.ndarray:
     """LLaMA-3.1's divisors of the frequencies, as llama.cpp's converter computes them."""
     rope: Any = config.rope_parameters
+    channels: Any = config.head_dim
     low = rope["original_max_position_embeddings"] / rope["low_freq_factor"]
     high = rope["original_max_position_embeddings"] / rope["high_freq_factor"]
     found = []
-    for pair in range(0, config.head_dim, 2):
-        wave = 2 * np.pi * rope["rope_theta"] ** (pair / config.head_dim)
+    for pair in range(0, channels, 2):
+        wave = 2 * np.pi * rope["rope_theta"] ** (pair / channels)
         ratio = rope["original_max_position_embeddings"] / wave
         smooth = (ratio - rope["low_freq_factor"]) / (
             rope["high_freq_factor"] - rope["low_freq_factor"]

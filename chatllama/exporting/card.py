@@ -19,7 +19,10 @@ TITLES: dict[Kind, str] = {
     "reward-merged": "reward model",
     "gguf": "GGUF files",
 }
-_SCORE = "The score of a conversation is read at its last token, the end of the assistant's turn."
+_SCORE = """\
+The score of a conversation is read at its last token that is no padding, which must be the end of
+the assistant's turn: cut what the chat template writes after it, such as a line break. Padding is
+token {pad}, never the end of a turn."""
 _LOADING: dict[Kind, str] = {
     "adapter": """\
 ```python

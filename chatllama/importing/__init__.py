@@ -1,1 +1,1 @@
-"""Meta's original checkpoints as Hugging Face folders; nothing else reads them."""
+"""Meta's checkpoints and llama.cpp's GGUF files as Hugging Face folders."""

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from types import FunctionType
 from typing import Any, cast
 
@@ -54,6 +55,7 @@ def load_backbone(
             "trained here: take the unquantised model; backbone.quantization quantises it"
         )
     check_kernels(section, config)
+    _warn_of_slow_bfloat16(dtype or getattr(torch, section.dtype))
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             path,
@@ -88,6 +90,20 @@ def load_backbone(
         memory = f"{section.quantization}, {megabytes(weight_bytes(model))} of weights"
         print(f"backbone: {memory}", file=sys.stderr)  # answers go to stdout
     return model.eval()
+
+
+CPU_FLAGS = Path("/proc/cpuinfo")
+
+
+def _warn_of_slow_bfloat16(dtype: torch.dtype) -> None:
+    """Says on rank 0 that bfloat16 is emulated, where Linux lists no instruction for it."""
+    if dtype != torch.bfloat16 or device().type != "cpu" or rank() or not CPU_FLAGS.is_file():
+        return
+    if "bf16" not in CPU_FLAGS.read_text(errors="replace"):
+        print(
+            "backbone.dtype: this CPU has no bfloat16 instructions; float32 is much faster",
+            file=sys.stderr,
+        )
 
 
 def _read_config(path: str, common: dict[str, Any]) -> LlamaConfig:

@@ -117,10 +117,26 @@ def parse_records(
         if name == "oasst":
             found += [(where, Unusable(reason)) for reason in deletions(fields)]
     except Malformed as error:
-        raise RecordError(f"{where}: {error}") from None
+        raise RecordError(f"{where}: {error}{_instead(raw, format, kind)}") from None
     except Unusable as reason:
         return [(where, reason)]
     return found
+
+
+def _instead(raw: object, format: Format | ColumnMapping, kind: Kind) -> str:
+    """The end of an error: the record's keys, and which format fits them if the given one does not.
+
+    Nothing for formats that are told by more than keys.
+    """
+    if isinstance(format, ColumnMapping) or not isinstance(raw, Mapping):
+        return ""
+    fitting = fitting_formats(fields := cast(Raw, raw))
+    if format in (*fitting, "oasst", "translation") or format not in KIND_FORMATS[kind]:
+        return ""
+    found = _fitting_for(kind, fitting)
+    keys = [key for key in formats.keys_of(fields) if key not in (KEEP, SETTLED)]
+    fits = f"fit format {found}" if found else f"do not fit format {format}"
+    return f" (the record's keys {keys} {fits})"
 
 
 def named(raw: object, format: Format | ColumnMapping, kind: Kind) -> tuple[Raw, Format]:

@@ -14,16 +14,24 @@ from peft import PeftModel
 from ppo_runs import VOCABULARY, TinyRun
 from safetensors.torch import load_file, save_file
 from serving_setup import serving
+from tiny_gguf import byte_level_tokenizer
 from tiny_models import LORA, tiny_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from chatllama.config.loader import dump_config
 from chatllama.exporting import export as command
 from chatllama.exporting import gate
 from chatllama.exporting.cli import ExportOptions
 from chatllama.exporting.export import export_run, run_gate
-from chatllama.exporting.gate import INFO, Refused, check_adapter, check_merged
+from chatllama.exporting.gate import INFO, Refused, check_adapter, check_merged, read_record
 from chatllama.generation.sampling import Sampling
+from chatllama.importing.gguf_file import GgufFile
 from chatllama.inference.answerer import Answerer
 from chatllama.inference.load import load_run
 from chatllama.model.adapters import WEIGHTS, load_adapter, save_adapter
@@ -31,6 +39,7 @@ from chatllama.model.fingerprint import fingerprint
 from chatllama.model.weight_files import merged, open_model
 from chatllama.runs.folder import RunFolder, write_record
 from chatllama.text.detokenizing import stream_text
+from chatllama.text.padding import pad_right
 from trainers.stages.lineage import gather
 
 PREFIX = "base_model.model.model.layers"
@@ -209,7 +218,86 @@ def test_a_refused_export_is_not_published(exported: Exported, tmp_path: Path, m
     monkeypatch.setattr(command, "run_gate", refuse)
     with pytest.raises(ValueError, match="the export gate: no"):
         export_run(exported.run.root, ExportOptions(), tmp_path / "out")
-    assert not (tmp_path / "out" / "adapter").exists()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
+def test_an_export_that_fails_leaves_nothing(
+    error: type[BaseException], exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error("full disk")
+
+    monkeypatch.setattr(command, "run_gate", in_this_process)
+    monkeypatch.setattr(command, "write_model_gguf", fail)
+    with pytest.raises(error):
+        export_run(exported.run.root, ExportOptions(gguf=True), tmp_path / "out")
+    assert [each.name for each in (tmp_path / "out").iterdir()] == ["adapter"]
+
+
+# --- a model like SmolLM2: byte-level, ChatML, BOS and pad are tokens of turns --------------------
+
+
+@pytest.fixture(scope="module")
+def instruct(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    folder = tmp_path_factory.mktemp("instruct")
+    byte_level_tokenizer(folder / "tokenizer")
+    with pytest.MonkeyPatch.context() as patch:
+        # As the publisher's config.json has it: padding is the end of a turn.
+        patch.setattr(LlamaForCausalLM, "save_pretrained", padded_with_eos)
+        return make_exported(folder, folder / "tokenizer", chat={"template": "tokenizer"})
+
+
+def padded_with_eos(model: LlamaForCausalLM, folder: Path) -> None:
+    model.config.pad_token_id = 2
+    PreTrainedModel.save_pretrained(model, folder)
+    assert json.loads((folder / "config.json").read_text())["pad_token_id"] == 2
+
+
+def test_the_gguf_of_a_byte_level_model(instruct: Exported) -> None:
+    file = GgufFile(instruct.out / "gguf" / "model.gguf")
+    assert file.text("tokenizer.ggml.pre") == "smollm"
+    assert not file.flag("tokenizer.ggml.add_bos_token", True)
+    text = (instruct.out / "gguf" / "Modelfile").read_text()
+    assert 'TEMPLATE """{{- if .System }}<|im_start|>system' in text and "SYSTEM" not in text
+    for folder in ("adapter", "merged", "reward"):
+        assert "space token" not in (instruct.out / folder / "README.md").read_text()
+        record = json.loads((instruct.out / folder / INFO).read_text())["export"]
+        assert len(record["conversations"]) == 3
+
+
+def test_the_snippets_of_the_cards_give_the_runs_scores(instruct: Exported) -> None:
+    """On a base whose padding is the end of a turn, in a batch with padding, without one."""
+    for name in ("reward", "reward-merged"):
+        folder = instruct.out / name
+        card, record = (folder / "README.md").read_text(), read_record(folder)
+        snippet = card.split("```python\n")[1].split("```")[0]
+        snippet = snippet.replace('"base"', repr(instruct.base)).replace("THIS_FOLDER", str(folder))
+        names: dict[str, Any] = {}
+        exec(snippet, names)
+        answered = [pair for pair in zip(record["ids"], record["scores"], strict=True)][1:]
+        rows, mask = pad_right([ids for ids, _ in answered], record["pad_token_id"])
+        with torch.no_grad():
+            found = names["model"].eval()(rows, attention_mask=mask.long()).logits[:, 0]
+        assert found.tolist() == pytest.approx([score for _, score in answered], abs=1e-4)
+        assert f"Padding is\ntoken {record['pad_token_id']}" in card
+    assert LlamaConfig.from_pretrained(instruct.out / "merged").pad_token_id == 0
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused_first(
+    instruct: Exported, tmp_path: Path
+) -> None:
+    run = shutil.copytree(instruct.run.root.parent, tmp_path / "copy") / "run"
+    file = tmp_path / "copy" / "base" / "tokenizer.json"
+    pipeline = json.loads(file.read_text())
+    section = {"type": "Split", "pattern": {"String": "§"}, "behavior": "Isolated", "invert": False}
+    pipeline["pre_tokenizer"]["pretokenizers"].insert(0, section)
+    file.write_text(json.dumps(pipeline))
+    config = (run / "config.yaml").read_text().replace(instruct.base, str(file.parent))
+    (run / "config.yaml").write_text(config.replace(str(instruct.run.root), str(run)))
+    with pytest.raises(ValueError, match="splits text as one of gpt-2, smollm"):
+        export_run(run, ExportOptions(merged=True, gguf=True), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def change_tensor(name: str, value: torch.Tensor | None) -> Callable[[Path], None]:

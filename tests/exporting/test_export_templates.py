@@ -220,9 +220,8 @@ def test_a_template_that_is_one_of_ours_is_found(
     tokenizer.chat_template = template
     chat = ChatSection(template="tokenizer", system=given)
     found = own_layout(tokenizer, chat)
-    if expected is None:
-        assert found is None
-    else:
+    assert (found is None) == (expected is None)
+    if found is not None:
         assert found == ChatSection(template="chatml", system=expected)
         text = modelfile(tokenizer, found, GenerationSection(), "m.gguf", 9)
         assert (f'SYSTEM """{expected}"""' in text) == bool(expected)

@@ -210,3 +210,39 @@ def test_a_real_trained_llama_reads_stories(testdata: Path):
     with torch.no_grad():
         loss = llama(input_ids=tokens, labels=tokens).loss
     assert loss < 1.5  # log 512 = 6.2 nats for a guess
+
+
+@pytest.mark.parametrize(
+    ("dtype", "flags", "warned"),
+    [
+        (torch.bfloat16, "flags : fpu avx2 avx512f", True),
+        (torch.bfloat16, "flags : fpu avx512f avx512_bf16", False),
+        (torch.bfloat16, "flags : fpu amx_bf16 amx_tile", False),
+        (torch.bfloat16, "Features : fp asimd bf16 i8mm", False),
+        (torch.bfloat16, None, False),
+        (torch.float32, "flags : fpu avx2", False),
+    ],
+)
+def test_bfloat16_that_is_emulated_is_not_silent(
+    dtype: torch.dtype,
+    flags: str | None,
+    warned: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "cpuinfo"
+    if flags is not None:
+        file.write_text(flags)
+    monkeypatch.setattr(backbone, "CPU_FLAGS", file)
+    monkeypatch.setattr(backbone, "device", lambda: torch.device("cpu"))
+    backbone._warn_of_slow_bfloat16(dtype)
+    said = capsys.readouterr()
+    assert ("this CPU has no bfloat16 instructions" in said.err) == warned and not said.out
+    monkeypatch.setattr(backbone, "rank", lambda: 1)
+    backbone._warn_of_slow_bfloat16(dtype)
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(backbone, "rank", lambda: 0)
+    monkeypatch.setattr(backbone, "device", lambda: torch.device("cuda"))
+    backbone._warn_of_slow_bfloat16(dtype)
+    assert not capsys.readouterr().err

@@ -61,7 +61,7 @@ def test_every_door_opens_a_text_as_the_publisher_does(
     ids = OPENINGS[name] + encode(tokenizer, text)
     assert encode_text(tokenizer, text) == ids and adds_bos(tokenizer) == bool(OPENINGS[name])
     trained = [*ids, 2]
-    assert _texts({"text": [text]}, tokenizer, None) == {"input_ids": [trained]}
+    assert _texts({"text": [text]}, tokenizer, None)["input_ids"] == [trained]
     row = {"text": text, "where": "line 1"}
     assert _measure(row, tokenizer, ChatSection(), None)["length"] == len(trained)
     part: Any = SimpleNamespace(stage="sft", role="data", kind="text", max_length=None)

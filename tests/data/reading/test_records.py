@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from one_record import parse_record
@@ -167,6 +167,33 @@ def test_well_formed_but_unusable(format: Any, kind: Any, raw: Any, reason: str)
     with pytest.raises(Unusable) as caught:
         parse_record(raw, format, kind, "f:1")
     assert str(caught.value).startswith(reason)
+
+
+HAVE = {
+    "prompts": {"prompt": "q"},
+    "messages": {"messages": [{"role": "user", "content": "q"}]},
+    "alpaca": {"instruction": "q", "output": "a"},
+    "sharegpt": {"conversations": [{"from": "human", "value": "q"}]},
+}
+
+
+@pytest.mark.parametrize("given", ["preference", "messages", "sharegpt", "alpaca", "turns", "hh"])
+@pytest.mark.parametrize("fitting", HAVE)
+def test_a_format_that_does_not_fit_is_told_which_one_does(given: Any, fitting: str) -> None:
+    if given == fitting:
+        return
+    raw = HAVE[fitting]
+    with pytest.raises(RecordError) as caught:
+        parse_record(raw, given, "prompts", "f:7")
+    assert str(caught.value).endswith(f" (the record's keys {sorted(raw)} fit format {fitting})")
+
+
+def test_keys_that_fit_nothing_are_named() -> None:
+    for given, kind in (("messages", "sft"), ("preference", "preferences"), ("prompts", "prompts")):
+        with pytest.raises(RecordError) as caught:
+            parse_record({"question_text": "q"}, cast(Any, given), cast(Any, kind), "f:7")
+        said = f"(the record's keys ['question_text'] do not fit format {given})"
+        assert str(caught.value).endswith(said)
 
 
 MALFORMED: list[tuple[Any, Any, Any, str]] = [
