@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from chatllama.config.batch_sizes import lr_factor, microbatches_per_step, ppo_optimizer_steps
+from chatllama.config.batch_sizes import microbatches_per_step, ppo_lr_factors, ppo_optimizer_steps
 from chatllama.config.loader import load_config
 from chatllama.config.ppo import PpoSection
 from chatllama.config.schema import Config
@@ -129,7 +129,7 @@ def train(
     policy, head = adapter_parameters(model, "policy"), cast(ScalarHead, model.heads["value"])
     value = [*adapter_parameters(model, "value"), *head.parameters()]
     optimizer = torch.optim.AdamW(
-        [{"params": policy}, {"params": value}],
+        [{"name": "policy", "params": policy}, {"name": "value", "params": value}],
         betas=(section.adam_betas[0], section.adam_betas[1]),
         eps=section.adam_eps,
         weight_decay=section.weight_decay,
@@ -232,11 +232,13 @@ def update(
                 (policy.loss * (not warming_up) + section.vf_coef * critic.loss).backward()
                 sums["policy_loss"] += float(policy.loss) * num_tokens
                 sums["value_loss"] += float(critic.loss) * num_tokens
-            factor = lr_factor(done, total, section.lr_schedule, section.warmup_steps)
-            for group, rests in zip(optimizer.param_groups, (warming_up, False), strict=True):
-                group["lr"] = 0.0 if rests else section.learning_rate * factor
-            trained = [p for group in optimizer.param_groups for p in group["params"]]
-            clip_grad_norm_(trained, section.max_grad_norm)
+            factors = ppo_lr_factors(section, done)
+            for group in optimizer.param_groups:
+                if group["name"] not in factors:  # without gradients AdamW passes over the policy
+                    for parameter in group["params"]:
+                        parameter.grad = None
+                group["lr"] = section.learning_rate * factors.get(group["name"], 0.0)
+                clip_grad_norm_(group["params"], section.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             all_tokens += num_tokens

@@ -142,18 +142,19 @@ def oracle_optimizer(trainer: PpoTrainer) -> torch.optim.AdamW:
 def oracle_step(
     trainer: PpoTrainer, optimizer: torch.optim.AdamW, loss: torch.Tensor, factor: float
 ) -> float:
-    """One step; the norm of the gradient before clipping."""
+    """One step, policy and critic clipped apart; their joint norm before clipping."""
     optimizer.zero_grad()
     loss.backward()
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in trained))
-    for parameter in trained:
-        assert parameter.grad is not None
-        parameter.grad *= min(1.0, trainer.cfg.ppo.max_grad_norm / (norm + 1e-6))
+    squares = 0.0
     for group in optimizer.param_groups:
+        own = sum(float(p.grad.double().square().sum()) for p in group["params"])
+        for parameter in group["params"]:
+            assert parameter.grad is not None
+            parameter.grad *= min(1.0, trainer.cfg.ppo.max_grad_norm / (math.sqrt(own) + 1e-6))
         group["lr"] = group["peak"] * factor
+        squares += own
     optimizer.step()
-    return norm
+    return math.sqrt(squares)
 
 
 def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

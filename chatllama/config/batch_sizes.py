@@ -70,6 +70,27 @@ def ppo_optimizer_steps(section: PpoSection) -> int:
     return section.steps * section.epochs * minibatches
 
 
+def policy_steps(section: PpoSection, steps: int) -> int:
+    """Optimizer steps of the policy in the first `steps` PPO steps; it rests in critic warm-up."""
+    each = ppo_optimizer_steps(section) // section.steps
+    return each * max(0, steps - section.critic_warmup_steps)
+
+
+def ppo_lr_factors(section: PpoSection, done: int) -> dict[str, float]:
+    """Group -> share of its peak learning rate after `done` optimizer steps of the stage.
+
+    While the critic warms up the policy is left out; its own warm-up and decay begin after that.
+    """
+    total, own = ppo_optimizer_steps(section), policy_steps(section, section.steps)
+    schedule, warmup = section.lr_schedule, section.warmup_steps
+    factors: dict[str, float] = {}
+    if done >= total - own:
+        factors["policy"] = lr_factor(done - (total - own), own, schedule, warmup)
+    if section.advantage == "gae":
+        factors["value"] = lr_factor(done, total, schedule, warmup)
+    return factors
+
+
 def check_batches(cfg: Config, world_size: int) -> None:
     """Raises ConfigError, with the problems of all stages, if a batch does not divide evenly."""
     sections = {

@@ -3,7 +3,7 @@
 Details, formulas and sources of every key are in docs/ppo.md and docs/health.md.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, field_validator, model_validator
 
@@ -28,6 +28,7 @@ DiagnosisName = Literal[
 ]  # fmt: skip
 Window = Annotated[int, Field(ge=1, le=100)]
 Factor = Annotated[float, Field(gt=1)]
+GRPO_KL_LOSS_COEF = 0.02
 StrictFraction = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -72,9 +73,10 @@ class HealthSection(Section):
     min_kl_errors: PositiveFloat = 4.0
     """negative_kl: standard errors of the KL estimate below 0."""
     max_clip_fraction: StrictFraction = 0.4
-    """clip_fraction_high: share of tokens whose ratio was clipped."""
+    """clip_fraction_high: share of tokens that clipping left without a gradient."""
     min_score_std: NonNegativeFloat = 1e-4
-    """dead_rewards: standard deviation of the scores of a step, three steps in a row."""
+    """dead_rewards: standard deviation of the raw scores of a step over max(1, |mean|), or of the
+    shaped ones, three steps in a row. PPO does not start on raw scores that vary less."""
     gold_drop_errors: PositiveFloat = 3.0
     """reward_hacking: standard errors of held-out gold below its best, two evaluations in a row,
     while the reward model's score has not fallen."""
@@ -87,7 +89,8 @@ class HealthSection(Section):
     min_entropy_fraction: Fraction = 0.2
     """entropy_collapse: entropy over its baseline."""
     min_explained_variance: Annotated[float, Field(lt=1)] = -0.05
-    """critic_explained_variance_negative: its mean over 10 steps, while it does not rise."""
+    """critic_explained_variance_negative: share of the variance of rewards-to-go that the critic
+    explains, its mean over 10 steps, while it does not rise."""
     critic_patience: NonNegative = 10
     """critic_explained_variance_negative: first steps of the run, which are not checked."""
 
@@ -138,7 +141,8 @@ class PpoSection(StageSection):
     """Epsilon of AdamW (Huang 2024, arXiv 2403.17031)."""
 
     kl_coef: NonNegativeFloat = 0.05
-    """Reward subtracted per nat of log pi - log pi_ref (the first value, if adaptive)."""
+    """Reward subtracted per nat of log pi - log pi_ref (the first value, if adaptive). Default with
+    grpo: 0; there it is in deviations of a group's scores."""
     kl_estimator: Literal["k1"] = "k1"
     """KL estimate in the reward: k1 = log pi - log pi_ref; the others have a wrong gradient."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
@@ -148,9 +152,11 @@ class PpoSection(StageSection):
     kl_horizon: Positive = 10_000
     """Adaptive controller: responses over which kl_coef adapts."""
     kl_loss_coef: NonNegativeFloat = 0.0
-    """Weight of a KL term in the loss, in addition to the one in the reward."""
+    """Weight of a KL term in the loss, in addition to the one in the reward. Default with grpo and
+    without a kl_coef: 0.02."""
     kl_loss_estimator: Literal["k2", "k3"] = "k2"
-    """KL estimate in the loss: k2 = 0.5 (log pi - log pi_ref)^2, k3 = exp(-k1) - 1 + k1."""
+    """KL estimate in the loss: k2 = 0.5 (log pi - log pi_ref)^2, k3 = exp(-k1) - 1 + k1. Default
+    with grpo: k3."""
     reference_refresh_every: NonNegative = 0
     """Steps between updates of the reference to the current policy (LLaMA-2). 0: never."""
     target_kl: PositiveFloat | None = None
@@ -162,6 +168,8 @@ class PpoSection(StageSection):
     """Discount per token (gae)."""
     lam: Annotated[float, Field(ge=0, le=1)] = 0.95
     """Lambda of generalised advantage estimation (arXiv 1506.02438)."""
+    critic_lam: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Lambda of the returns that the critic learns (gae); 1: rewards-to-go. null: lam."""
     whiten_advantages: bool | None = None
     """Normalise advantages to mean 0, variance 1 over all ranks' rollout batch. null: with gae."""
     clip_range: PositiveFloat = 0.2
@@ -173,7 +181,8 @@ class PpoSection(StageSection):
     vf_coef: NonNegativeFloat = 0.1
     """Weight of the value loss."""
     critic_warmup_steps: NonNegative = 0
-    """First steps, in which only the critic is trained."""
+    """First steps, in which only the critic is trained: the policy's learning-rate schedule and
+    AdamW begin after them."""
 
     rewards: list[RewardSource] = [RewardSource(adapter="run")]
     """Terms of the score, summed with their weights."""
@@ -209,6 +218,18 @@ class PpoSection(StageSection):
     health: HealthSection = HealthSection()
     """Health checks."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_grpo(cls, values: dict[str, Any] | object) -> object:
+        """Puts the KL of grpo into the loss, unless kl_coef is given."""
+        if not isinstance(values, dict):
+            return values
+        given = cast(dict[str, Any], values)
+        if given.get("advantage") != "grpo":
+            return given
+        in_loss = 0.0 if given.get("kl_coef") else GRPO_KL_LOSS_COEF
+        return {"kl_coef": 0.0, "kl_loss_coef": in_loss, "kl_loss_estimator": "k3", **given}
+
     @field_validator("kl_estimator", mode="before")
     @classmethod
     def _refuse_biased_kl(cls, value: object) -> object:
@@ -232,8 +253,17 @@ class PpoSection(StageSection):
                 f"advantage {self.advantage} compares samples of one prompt: samples_per_prompt "
                 f"must be 2 or more, not {self.samples_per_prompt}"
             )
-        if self.advantage != "gae" and self.critic_warmup_steps:
-            raise ValueError(f"critic_warmup_steps needs a critic; {self.advantage} has none")
+        critics = {
+            "critic_warmup_steps": self.critic_warmup_steps > 0,
+            "critic_lam": self.critic_lam is not None,
+        }
+        for key, is_set in critics.items():
+            if self.advantage != "gae" and is_set:
+                raise ValueError(f"{key} needs a critic; {self.advantage} has none")
+        if self.advantage == "grpo" and self.whiten_rewards:
+            raise ValueError("whiten_rewards: grpo divides the scores of each group itself")
+        if self.kl_controller == "adaptive" and not self.kl_coef:
+            raise ValueError("kl_controller adaptive multiplies kl_coef: give one above 0")
         if (self.ptx_coef > 0) != bool(self.ptx_data):
             raise ValueError("ptx_coef and ptx_data go together: give both or neither")
         if self.health.action == "rollback" and not self.save_every:

@@ -52,7 +52,7 @@ class StageSection(Section):
     adam_eps: PositiveFloat = 1e-8
     """Epsilon of AdamW."""
     max_grad_norm: PositiveFloat = 1.0
-    """Global norm that gradients are clipped to."""
+    """Global norm that gradients are clipped to; in PPO policy and critic each by its own."""
 
     @model_validator(mode="after")
     def _check_rates(self) -> "StageSection":

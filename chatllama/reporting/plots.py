@@ -61,13 +61,13 @@ PANELS: dict[Stage, tuple[Panel, ...]] = {
         ),
         Panel(
             "Clipped ratios",
-            "Share of tokens whose probability ratio left the clip range.",
+            "Share of tokens left without a gradient by the clip range.",
             {"share": "ppo/clip_fraction"},
         ),
         Panel("Value loss", "Squared error of the value model.", {"loss": "ppo/value_loss"}),
         Panel(
             "Explained variance",
-            "Share of the returns' variance that the value model explains; 1 is perfect.",
+            "Share of the variance of the rewards to come that the value model explains.",
             {"explained": "ppo/explained_variance"},
         ),
     ),

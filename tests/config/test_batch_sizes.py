@@ -8,6 +8,8 @@ from chatllama.config.batch_sizes import (
     lr_factor,
     microbatches_per_step,
     optimizer_steps,
+    policy_steps,
+    ppo_lr_factors,
     ppo_optimizer_steps,
 )
 from chatllama.config.loader import ConfigError, load_config
@@ -116,3 +118,31 @@ def test_cosine_schedule_ends_at_a_tenth() -> None:
 def test_constant_schedule_and_warmup_longer_than_the_run() -> None:
     assert [lr_factor(step, 3, "constant", 1) for step in range(4)] == [1.0] * 4
     assert [lr_factor(step, 2, "linear", 4) for step in range(3)] == [0.25, 0.5, 0.75]
+
+
+@pytest.mark.parametrize("rests", [0, 1, 3])
+def test_the_policys_schedule_begins_after_critic_warm_up(rests: int):
+    # Two optimizer steps a PPO step; of 5 steps the policy makes 5 - rests.
+    section = PpoSection(
+        steps=5, rollout_batch_size=8, minibatch_size=4, microbatch_size=4, epochs=1,
+        warmup_steps=2, critic_warmup_steps=rests,
+    )  # fmt: skip
+    own = 10 - 2 * rests
+    assert [policy_steps(section, n) for n in (0, rests, 5)] == [0, 0, own]
+    for done in range(10):
+        factors = ppo_lr_factors(section, done)
+        assert (
+            factors["value"]
+            == [0.5, 1.0, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8][done]
+        )
+        assert ("policy" in factors) == (done >= 2 * rests)
+        if done >= 2 * rests:
+            since = done - 2 * rests
+            decay = 1 - (since - 2) / (own - 2)
+            assert factors["policy"] == ([0.5, 1.0][since] if since < 2 else decay)
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+def test_without_a_critic_there_is_one_schedule(advantage: str):
+    section = PpoSection.model_validate({"advantage": advantage, "samples_per_prompt": 2})
+    assert ppo_lr_factors(section, 0) == {"policy": 1.0}

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_llama
 from workers.engine_worker import (
     EPS,
@@ -61,9 +62,11 @@ def test_microbatches_change_nothing(base: str, microbatch_size: int):
         assert not torch.equal(tensor, before[name]), name
 
 
-def test_it_is_adamw_with_clipping_on_two_groups(base: str):
+@pytest.mark.parametrize("clip_each", [True, False])
+def test_it_is_adamw_with_clipping_on_two_groups(base: str, clip_each: bool):
     # The same two steps by torch's own pieces, all eight sequences in one backward.
-    engine, plain = build(base, microbatch_size=8, max_grad_norm=0.05), build(base).model
+    engine = build(base, microbatch_size=8, max_grad_norm=0.05, clip_each=clip_each)
+    plain = build(base).model
     groups = [
         {"params": adapter_parameters(plain, "policy"), "lr": PEAKS[0]},
         {
@@ -72,8 +75,7 @@ def test_it_is_adamw_with_clipping_on_two_groups(base: str):
         },
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=EPS, weight_decay=0.01)
-    trained = [p for group in groups for p in group["params"]]
-    for number in (0, 5):
+    for number in (3, 5):
         _, norm = step(engine, number)
         tokens, mask, response_mask = data()
         from chatllama.model.scoring import policy_and_value, response_logprobs, score_sequences
@@ -88,15 +90,69 @@ def test_it_is_adamw_with_clipping_on_two_groups(base: str):
         loss = (scores.logprobs - reference).square().sum() - scores.logprobs.sum() + error
         optimizer.zero_grad()
         (loss / response_mask.sum()).backward()
-        total = math.sqrt(sum(float(p.grad.double().square().sum()) for p in trained))
-        assert norm == pytest.approx(total, rel=1e-5) and total > 0.05
-        for parameter in trained:
-            parameter.grad *= 0.05 / (total + 1e-6)
+        parts = [group["params"] for group in groups]
+        squares = [sum(float(p.grad.double().square().sum()) for p in part) for part in parts]
+        assert norm == pytest.approx(math.sqrt(sum(squares)), rel=1e-5)
+        for part, own in zip(parts, squares, strict=True):
+            length = math.sqrt(own if clip_each else sum(squares))
+            assert length > 0.05
+            for parameter in part:
+                parameter.grad *= 0.05 / (length + 1e-6)
         for group, peak in zip(optimizer.param_groups, PEAKS, strict=True):
             group["lr"] = peak * (1 - number / 10)
         optimizer.step()
     own = {n: p.detach() for n, p in plain.named_parameters() if p.requires_grad}
     assert_weights_equal(weights(engine, trained=True), own, 1e-6)
+
+
+def test_a_group_that_rests_keeps_its_clock(base: str, tmp_path: Path):
+    # The value's gradient is the policy's too where its head is on the policy's trunk.
+    rested, fresh = build(base), build(base)
+    before = weights(rested, trained=True)
+    step(rested, 0)
+    policy = {name for name in before if ".policy." in name}
+    after = weights(rested, trained=True)
+    assert policy == {name for name in before if torch.equal(after[name], before[name])}
+    states = {name: rested.optimizer.state[p] for name, p in rested.model.named_parameters()}
+    assert {name for name in before if states[name]} == before.keys() - policy
+    # Saved and loaded before the policy's first step, it makes that step as if it had not waited.
+    rested.save(tmp_path, {})
+    again = build(base)
+    step(again, 1)
+    again.load(tmp_path)
+    for engine in (rested, again):
+        _, norm = step(engine, 2)
+        assert norm > MAX_GRAD_NORM
+    with torch.no_grad():  # the same value weights, whose own clock does not matter here
+        for parameter, theirs in zip(fresh.trained["value"], rested.trained["value"], strict=True):
+            parameter.copy_(theirs)
+    step(fresh, 2)
+    for name in policy:
+        assert torch.equal(weights(again, trained=True)[name], weights(rested, trained=True)[name])
+        torch.testing.assert_close(
+            weights(fresh, trained=True)[name], weights(rested, trained=True)[name]
+        )
+    again.save(tmp_path, {})
+    clocks = {name: float(again.optimizer.state[p]["step"]) for name, p in trained_of(again)}
+    assert clocks == {name: 1.0 if name in policy else 2.0 for name in before}
+
+
+def trained_of(engine: Engine) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, p) for name, p in engine.model.named_parameters() if p.requires_grad]
+
+
+def test_checkpoints_with_one_step_count_for_all_are_read(base: str, tmp_path: Path):
+    engine = build(base)
+    step(engine, 1)
+    step(engine, 2)
+    engine.save(tmp_path, {})
+    file = tmp_path / "trained-0.safetensors"
+    tensors = {n: t for n, t in load_file(file).items() if not n.startswith("step:")}
+    save_file({**tensors, "step": torch.tensor([2.0])}, file)
+    again = build(base)
+    again.load(tmp_path)
+    assert step(again, 3) == step(engine, 3)
+    assert {float(again.optimizer.state[p]["step"]) for _, p in trained_of(again)} == {3.0}
 
 
 @pytest.mark.slow
@@ -186,7 +242,8 @@ def test_deepspeed_is_told_the_gpu_and_the_limit(
 
     def initialize(**given: Any) -> tuple:
         told.append(os.environ["LOCAL_RANK"])
-        return SimpleNamespace(), given["optimizer"], None, None
+        engine = SimpleNamespace(zero_optimization=lambda: False)
+        return engine, given["optimizer"], None, None
 
     stub = SimpleNamespace(
         ops=SimpleNamespace(__compatible_ops__={}),

@@ -11,10 +11,17 @@ import pytest
 METHODS = {
     "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": (
         "get_param_id",
+        "unscale_and_clip_grads",
+        "_optimizer_step",
+        "_get_norm_groups",
         "_swappable_optimizer_subgroup",
         "_optimizer_states_and_gradient_swap_in",
         "_optimizer_states_and_gradient_swap_out",
         "_release_swap_buffers",
+    ),
+    "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": (
+        "unscale_and_clip_grads",
+        "_optimizer_step",
     ),
     "deepspeed.runtime.zero.parameter_offload.DeepSpeedZeRoOffload": (
         "_register_deepspeed_module",
@@ -28,6 +35,7 @@ ATTRIBUTES = {
     "deepspeed.runtime.zero.stage3": (
         "self.grad_position[self.get_param_id(",
         "self.fp32_partitioned_groups_flat",
+        "self.sub_group_to_group_id",
         "self.parameter_offload",
     ),
     "deepspeed.runtime.zero.stage_1_and_2": ("self.single_partition_of_fp32_groups",),

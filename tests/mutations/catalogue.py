@@ -45,10 +45,11 @@ PPO_MATH, ROLES, ROLLOUT = (
 )
 UPDATE, LOOP, REWARDS = "trainers/ppo/update.py", "trainers/ppo/train.py", "trainers/ppo/rewards.py"
 SETUP, SAMPLING = "trainers/ppo/model.py", "chatllama/generation/sampling.py"
-SCORING = "chatllama/model/scoring.py"
+SCORING, METRICS = "chatllama/model/scoring.py", "trainers/ppo/metrics.py"
 
 _GUARDS = "tests/ppo/test_ppo_guards.py::test_"
 _MATH = "tests/ppo/test_ppo_math.py::test_"
+_RULES = "tests/ppo/test_ppo_update_rules.py::test_"
 _TARGETS = "tests/ppo/test_ppo_options.py::test_targets_are_what_plain_python_computes"
 _SCORES = "tests/ppo/test_ppo_rewards.py::test_shaped_scores_by_hand"
 _KL_LINE = "rewards = masked(-kl_coef * kl, mask)"
@@ -237,23 +238,72 @@ ADVANTAGE_BUGS = (
     Mutation(
         "rloo without the leave-one-out factor",
         PPO_MATH,
-        "advantages = centred * group_size / (group_size - 1)",
-        "advantages = centred",
-        (RLOO, _TARGETS),
+        "return _on_tokens(centred * group_size / (group_size - 1), mask)",
+        "return _on_tokens(centred, mask)",
+        (RLOO, _MATH + "rloo_by_hand"),
     ),
     Mutation(
         "grpo without the deviation",
         PPO_MATH,
-        "advantages = masked(centred / (deviation + 1e-6), ~equal)",
-        "advantages = centred",
-        (GRPO, _TARGETS),
+        "normalised = masked(centred / (deviation + GROUP_EPSILON), ~equal)",
+        "normalised = centred",
+        (GRPO, _MATH + "grpo_adds_the_kl_after_dividing"),
+    ),
+    Mutation(
+        "KL of grpo divided by the deviation too",
+        PPO_MATH,
+        "return _on_tokens(normalised - penalty, mask)",
+        "return _on_tokens(normalised - penalty / (deviation + GROUP_EPSILON), mask)",
+        (GRPO, _MATH + "grpo_adds_the_kl_after_dividing"),
+    ),
+    Mutation(
+        "scores that hardly differ divided by their deviation",
+        PPO_MATH,
+        "equal = deviation <= GROUP_EPSILON * groups.abs()",
+        "equal = deviation <= ROUNDING * groups.abs()",
+        (_MATH + "grpo_takes_scores_that_hardly_differ_for_equal",),
+    ),
+    Mutation(
+        "explained variance of returns, which hold the values",
+        LOOP,
+        "to_go = rewards_to_go(rewards, mask, gamma)",
+        "to_go = returns",
+        (_selftest("test_gradient[lambda-0]"), _TARGETS),
+    ),
+    Mutation(
+        "the critic's own lambda ignored",
+        LOOP,
+        "if section.critic_lam is not None:",
+        "if False:",
+        (LAMBDA_95, _TARGETS),
+    ),
+    Mutation(
+        "least spread of scores whatever their size",
+        LOOP,
+        "least = section.health.min_score_std * max(1.0, abs(statistics.mean))",
+        "least = section.health.min_score_std",
+        ("tests/ppo/test_ppo_options.py::test_rewards_that_hardly_differ_are_refused",),
+    ),
+    Mutation(
+        "KL error over responses instead of prompts",
+        METRICS,
+        "(error := clustered_error(kl, _prompt_numbers(rollout)))",
+        "(error := clustered_error(kl, torch.arange(len(kl))))",
+        ("tests/ppo/test_ppo_options.py::test_the_error_of_the_kl_is_that_of_the_prompts_means",),
+    ),
+    Mutation(
+        "raw deviation of the shaped scores",
+        METRICS,
+        "float(rollout.scores.double().std(correction=0))",
+        "float(scores.double().std(correction=0))",
+        ("tests/ppo/test_ppo_options.py::test_metrics_of_a_rollout_by_hand",),
     ),
     Mutation(
         "samples compared with those of other prompts",
         PPO_MATH,
-        "totals = masked(rewards, mask).double().sum(1).view(-1, group_size)",
-        "totals = masked(rewards, mask).double().sum(1).view(group_size, -1).T",
-        (RLOO, _TARGETS),
+        "groups = totals.view(-1, group_size)",
+        "groups = totals.view(group_size, -1).T.contiguous()",
+        (RLOO, _MATH + "rloo_by_hand"),
     ),
     Mutation(
         "filter keeps the unfinished responses",
@@ -292,6 +342,54 @@ LOSS_BUGS = (
         "new, old, ref = scores.logprobs, rollout.logprobs, rollout.ref_logprobs",
         "new, old, ref = scores.logprobs, scores.logprobs.detach(), rollout.ref_logprobs",
         (CLIPPED, "tests/ppo/test_ppo_update.py::test_two_steps_are_what_the_oracle_does[plain]"),
+    ),
+    Mutation(
+        "log ratios that overflow",
+        PPO_MATH,
+        "ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()",
+        "ratio = log_ratio.exp()",
+        (_MATH + "ratios_beyond_all_reason_stay_finite",),
+    ),
+    Mutation(
+        "k3 that overflows",
+        PPO_MATH,
+        "k = k.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)",
+        "k = k + 0.0",
+        (_MATH + "ratios_beyond_all_reason_stay_finite",),
+    ),
+    Mutation(
+        "policy and critic clipped by their joint norm",
+        "trainers/engine/group_steps.py",
+        "together = groups if each else",
+        "together = groups if False else",
+        (
+            _RULES + "the_critics_gradient_does_not_shrink_the_policys_step",
+            "tests/engine/test_engine.py::test_it_is_adamw_with_clipping_on_two_groups",
+        ),
+    ),
+    Mutation(
+        "a resting group steps with gradients of zero",
+        "trainers/engine/group_steps.py",
+        "parameter.grad = None",
+        "parameter.grad = torch.zeros_like(parameter)",
+        (
+            _RULES + "the_policys_clocks_begin_after_the_critics_warm_up",
+            "tests/engine/test_engine.py::test_a_group_that_rests_keeps_its_clock",
+        ),
+    ),
+    Mutation(
+        "the policy's schedule runs on while it rests",
+        "chatllama/config/batch_sizes.py",
+        "lr_factor(done - (total - own), own, schedule, warmup)",
+        "lr_factor(done, total, schedule, warmup)",
+        (_RULES + "the_policys_clocks_begin_after_the_critics_warm_up",),
+    ),
+    Mutation(
+        "one step count of AdamW for all when resuming",
+        "trainers/engine/sharded_state.py",
+        "shard, step = shard_of(parameter, optimizer), saved.step(name)",
+        "shard, step = shard_of(parameter, optimizer), max(map(saved.step, saved._steps))",
+        ("tests/engine/test_engine.py::test_a_group_that_rests_keeps_its_clock",),
     ),
     Mutation(
         "mean of microbatch means",
@@ -561,8 +659,8 @@ SCORING_BUGS = (
     Mutation(
         "the sampler attends to the padding",
         "chatllama/generation/kv_cache.py",
-        "return (columns >= starts).long(), self.end - starts",
-        "return (columns >= 0 * starts).long(), self.end - starts",
+        "return columns >= starts, self.end - starts",
+        "return columns >= 0 * starts, self.end - starts",
         (
             SAMPLER,
             "tests/generation/test_generate.py::test_greedy_equals_transformers_for_ragged_prompts",

@@ -1,4 +1,5 @@
 import math
+import statistics
 
 import pytest
 import torch
@@ -9,11 +10,14 @@ from trainers.ppo.ppo_math import (
     adapted_kl_coef,
     explained_variance,
     gae,
-    group_advantages,
+    grpo_advantages,
+    kl_loss,
     last_index,
     masked,
     mean_and_variance,
     policy_loss,
+    rewards_to_go,
+    rloo_advantages,
     shape_rewards,
     value_loss,
     whiten,
@@ -97,19 +101,44 @@ def test_rounding_is_not_whitened(size: float):
 
 
 @pytest.mark.parametrize("size", [0.7, 13.1, -2500.3])
-def test_grpo_does_not_divide_rounding_by_rounding(size: float):
-    scores = torch.full((4, 1), size)
-    scores[1] = torch.nextafter(scores[1], torch.tensor(math.inf))
-    rewards = torch.cat([torch.tensor([[0.1], [0.1], [0.1], [0.1]]), scores], 1)
-    mask = rows("11", "11", "11", "11")
-    assert not group_advantages(rewards, mask, 4, divide=True).any()
+def test_grpo_takes_scores_that_hardly_differ_for_equal(size: float):
+    mask, no_kl = rows("11", "10", "11", "11"), torch.zeros(4, 2)
+    near = torch.full((4,), size)
+    near[1] += 1e-4 * max(1.0, abs(size))  # the deviation of one among four is half of that
+    assert not grpo_advantages(near, no_kl, mask, 0.0, 4).any()
     # A second group stands by itself: 1 and 3, mean 2, unbiased deviation sqrt(2).
-    rewards = torch.tensor([[size], [size], [1.0], [3.0]])
-    found = group_advantages(rewards, rows("1", "1", "1", "1"), 2, divide=True)
-    expected = torch.tensor([[0.0], [0.0], [-1 / math.sqrt(2)], [1 / math.sqrt(2)]])
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    broken = group_advantages(torch.tensor([[math.nan], [1.0]]), rows("1", "1"), 2, divide=True)
+    scores = torch.tensor([size, size, 1.0, 3.0])
+    found = grpo_advantages(scores, no_kl, mask, 0.0, 2)
+    high = 1 / (math.sqrt(2) + 1e-4)
+    expected = torch.tensor([[0.0, 0.0], [0.0, 0.0], [-high, -high], [high, high]])
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    broken = grpo_advantages(torch.tensor([math.nan, 1.0]), no_kl[:2], rows("1", "1"), 0.0, 2)
     assert broken.isnan().all()  # a fault is never taken for rounding
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_grpo_adds_the_kl_after_dividing(garbage: float):
+    # Scores 2, 4, 9: mean 5, deviation sqrt((9 + 1 + 16) / 2) = sqrt(13). KL of the responses
+    # .3 + .1 = .4, .6, -.1 + .3 = .2: mean .4, so 0, .2, -.2 above it; kl_coef .5.
+    scores = torch.tensor([2.0, 4.0, 9.0])
+    kl = torch.tensor([[0.3, 0.1], [0.6, garbage], [-0.1, 0.3]])
+    mask = rows("11", "10", "11")
+    found = grpo_advantages(scores, kl, mask, 0.5, 3)
+    deviation = math.sqrt(13) + 1e-4
+    each = [-3 / deviation - 0, -1 / deviation - 0.1, 4 / deviation + 0.1]
+    expected = torch.tensor([[each[0]] * 2, [each[1], 0.0], [each[2]] * 2])
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    # Equal scores: the KL alone, in its own size.
+    equal = grpo_advantages(torch.full((3,), 7.0), kl, mask, 0.5, 3)
+    expected = torch.tensor([[0.0, 0.0], [-0.1, 0.0], [0.1, 0.1]])
+    torch.testing.assert_close(equal, expected, atol=1e-6, rtol=0)
+
+
+def test_rloo_by_hand():
+    # Totals 3, 5 and 1, 8: less the other's.
+    rewards = torch.tensor([[1.0, 2.0], [5.0, math.nan], [1.0, math.inf], [0.0, 8.0]])
+    found = rloo_advantages(rewards, rows("11", "10", "10", "11"), 2)
+    assert found.tolist() == [[-2.0, -2.0], [2.0, 0.0], [-7.0, 0.0], [7.0, 7.0]]
 
 
 def test_last_index():
@@ -332,6 +361,55 @@ def test_value_loss_by_hand(value, target, loss, gradient, clipped):
     assert values.grad is not None
     assert values.grad.item() == pytest.approx(gradient, rel=1e-5)
     assert out.clipped.item() == clipped
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_rewards_to_go_by_hand(gamma: float):
+    # gamma 1: 7, 6, 4 and 5, 3; gamma .5: 1 + .5 (2 + .5 * 4) = 3, 4, 4 and 2 + 1.5, 3
+    rewards = torch.tensor([[1.0, 2.0, 4.0], [2.0, 3.0, math.nan]])
+    found = rewards_to_go(rewards, rows("111", "110"), gamma)
+    first, second = ([7.0, 6.0, 4.0], [5.0, 3.0]) if gamma == 1 else ([3.0, 4.0, 4.0], [3.5, 3.0])
+    assert found.tolist() == [first, [*second, 0.0]]
+
+
+@pytest.mark.parametrize("far", [25.0, 89.0, 1e4])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_ratios_beyond_all_reason_stay_finite(far: float, sign: float):
+    old, mask = torch.zeros(1, 3), rows("110")
+    logprobs = torch.tensor([[sign * far, -0.5, math.nan]], requires_grad=True)
+    advantages = torch.tensor([[0.0, 1.0, math.nan]])  # 0 times infinity is NaN
+    out = policy_loss(logprobs, old, advantages, mask, 0.2, 1.0)
+    third = kl_loss(logprobs, old, mask, "k3", 1.0)
+    (out.loss + third).backward()
+    assert out.loss.item() == pytest.approx(-math.exp(-0.5), rel=1e-6)
+    assert out.ratio_max.item() == pytest.approx(math.exp(20) if sign > 0 else math.exp(-0.5), 1e-5)
+    assert out.approx_kl.item() == pytest.approx(0.5 * far**2 + 0.125, rel=1e-6)
+    k = 20 * sign
+    expected = math.exp(-k) - 1 + k + math.exp(0.5) - 1 - 0.5
+    assert third.item() == pytest.approx(expected, rel=1e-6)
+    assert logprobs.grad is not None and logprobs.grad.isfinite().all()
+    assert logprobs.grad[0, 0] == 0 and logprobs.grad[0, 1] != 0
+
+
+def test_a_critic_that_explains_only_itself_has_no_explained_variance():
+    # One random number per response, returns at lambda .95: they contain that number.
+    generator = torch.Generator().manual_seed(3)
+    scores, guesses = torch.randn(2, 64, generator=generator, dtype=torch.float64)
+    mask = torch.ones(64, 200, dtype=torch.bool)
+    rewards = shape_rewards(scores, torch.zeros(64, 200).double(), mask, 0.0)
+    values = guesses[:, None].expand(64, 200)
+
+    def explained(target: torch.Tensor) -> float:
+        variances = (mean_and_variance(x, mask)[1] for x in (target - values, target))
+        return explained_variance(*variances)
+
+    _, returns = gae(rewards, values, mask, 1.0, 0.95)
+    assert explained(returns) > 0.8
+    # Every reward to come is the score: 1 - Var(score - guess) / Var(score), by plain Python.
+    pairs = list(zip(scores.tolist(), guesses.tolist(), strict=True))
+    error = statistics.pvariance([score - guess for score, guess in pairs])
+    expected = 1 - error / statistics.pvariance([score for score, _ in pairs])
+    assert explained(rewards_to_go(rewards, mask, 1.0)) == pytest.approx(expected) and expected < -1
 
 
 def test_explained_variance():

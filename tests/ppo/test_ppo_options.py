@@ -14,6 +14,7 @@ from ppo_runs import STOPS, TinyRun, nudge
 import trainers.ppo.train as ppo_module
 from chatllama.model.roles import acting_as
 from data.batches import batch_indices
+from trainers.ppo.health.monitor import HealthMonitor
 from trainers.ppo.rewards import Statistics
 from trainers.ppo.rollout import Rollout, sample_responses
 from trainers.ppo.train import PpoState, PpoTrainer
@@ -109,8 +110,13 @@ def rewards_by_hand(
     return rows
 
 
+def sum_of_kl(rollout: Rollout, row: int) -> float:
+    length = int(rollout.response_mask[row].sum())
+    return sum(rollout.kl[row, :length].tolist())
+
+
 def advantages_by_hand(
-    section: Any, rollout: Rollout, rewards: list[list[float]]
+    section: Any, rollout: Rollout, rewards: list[list[float]], kl_coef: float
 ) -> tuple[list[list[float]], list[list[float]]]:
     advantages, returns = [], []
     size = section.samples_per_prompt
@@ -119,18 +125,26 @@ def advantages_by_hand(
         if section.advantage == "gae":
             values = [*rollout.values[row, :length].tolist(), 0.0]
             deltas = [own[t] + section.gamma * values[t + 1] - values[t] for t in range(length)]
-            decay = section.gamma * section.lam
-            found = [
-                sum(decay ** (k - t) * deltas[k] for k in range(t, length)) for t in range(length)
-            ]
-            returns.append([a + v for a, v in zip(found, values, strict=False)])
+            found, learnt = (
+                [
+                    sum((section.gamma * lam) ** (k - t) * deltas[k] for k in range(t, length))
+                    for t in range(length)
+                ]
+                for lam in (section.lam, section.critic_lam or section.lam)
+            )
+            returns.append([a + v for a, v in zip(learnt, values, strict=False)])
         else:
             group = [sum(r) for r in rewards[row // size * size : (row // size + 1) * size]]
             others = group[: row % size] + group[row % size + 1 :]
             if section.advantage == "rloo":
                 advantage = sum(own) - statistics.fmean(others)
-            else:
-                advantage = (sum(own) - statistics.fmean(group)) / statistics.stdev(group)
+            else:  # the KL is added once the scores have been divided
+                first = row // size * size
+                kls = [sum_of_kl(rollout, first + i) for i in range(size)]
+                shaped = [total + kl_coef * kl for total, kl in zip(group, kls, strict=True)]
+                mine = shaped[row - first] - statistics.fmean(shaped)
+                advantage = mine / (statistics.stdev(shaped) + 1e-4)
+                advantage -= kl_coef * (kls[row - first] - statistics.fmean(kls))
             found = [advantage] * length
             returns.append([0.0] * length)
         advantages.append(found)
@@ -154,6 +168,7 @@ GRPO = {"advantage": "grpo", "samples_per_prompt": 4}
         {"kl_coef": 0.0},
         {"gamma": 0.8},
         {"lam": 0.3},
+        {"lam": 0.3, "critic_lam": 1.0, "gamma": 0.9},
         {"whiten_advantages": False},
         {"whiten_rewards": True, "whiten_advantages": False},
         {"score_normalization": "none"},
@@ -167,7 +182,8 @@ GRPO = {"advantage": "grpo", "samples_per_prompt": 4}
         {**RLOO, "whiten_advantages": True},
         {**RLOO, "missing_eos": "filter", "kl_coef": 1.0},
         GRPO,
-        {**GRPO, "whiten_rewards": True, "length_penalty": 0.2},
+        {**GRPO, "kl_coef": 0.7, "length_penalty": 0.2},
+        {**GRPO, "kl_coef": 2.0, "missing_eos_penalty": 3.0, "score_normalization": "none"},
     ],
     ids=str,
 )
@@ -189,7 +205,7 @@ def test_targets_are_what_plain_python_computes(
         assert state.statistics.mean == pytest.approx(mean)
         assert state.statistics.deviation == pytest.approx(deviation)
     rewards = rewards_by_hand(section, rollout, mean, deviation, section.kl_coef)
-    advantages, returns = advantages_by_hand(section, rollout, rewards)
+    advantages, returns = advantages_by_hand(section, rollout, rewards, section.kl_coef)
     for row, (expected, goals) in enumerate(zip(advantages, returns, strict=True)):
         learnt = section.missing_eos == "penalty" or bool(rollout.finished[row])
         assert int(targets.mask[row].sum()) == (len(expected) if learnt else 0)
@@ -203,13 +219,28 @@ def test_targets_are_what_plain_python_computes(
     assert metrics["ppo/reward_mean"] == pytest.approx(statistics.fmean(totals), rel=1e-4, abs=1e-5)
     if section.advantage == "gae":
         flat = [
-            (g, float(rollout.values[r, t]))
-            for r, row in enumerate(returns)
-            for t, g in enumerate(row)
+            (
+                sum(section.gamma ** (k - t) * row[k] for k in range(t, len(row))),
+                float(rollout.values[r, t]),
+            )
+            for r, row in enumerate(rewards)
+            for t in range(len(row))
         ]
-        missed = statistics.pvariance([goal - value for goal, value in flat])
-        spread = statistics.pvariance([goal for goal, _ in flat])
+        missed = statistics.pvariance([to_go - value for to_go, value in flat])
+        spread = statistics.pvariance([to_go for to_go, _ in flat])
         assert metrics["ppo/explained_variance"] == pytest.approx(1 - missed / spread, rel=1e-3)
+
+
+def error_over_prompts(trainer: PpoTrainer, numbers: list[float], step: int) -> float:
+    """Standard error of the mean: only different prompts' numbers are independent."""
+    times, mean = trainer.cfg.ppo.samples_per_prompt, statistics.fmean(numbers)
+    texts = [record["text"] for record in trainer._prompts(step) for _ in range(times)]
+    sums = [
+        sum(n - mean for n, t in zip(numbers, texts, strict=True) if t == text)
+        for text in set(texts)
+    ]
+    count = len(sums)
+    return math.sqrt(count / (count - 1) * sum(s * s for s in sums)) / len(numbers)
 
 
 def test_metrics_of_a_rollout_by_hand(tiny: TinyRun, nudged: PpoTrainer, updates: list[Update]):
@@ -226,7 +257,7 @@ def test_metrics_of_a_rollout_by_hand(tiny: TinyRun, nudged: PpoTrainer, updates
     shaped = [s - (not f) for s, f in zip(rollout.scores.tolist(), rollout.finished, strict=True)]
     expected = {
         "kl_sequence": statistics.fmean(kls),
-        "kl_sequence_se": statistics.stdev(kls) / math.sqrt(8),
+        "kl_sequence_se": error_over_prompts(trainer, kls, step=1),
         "kl_token": sum(kls) / tokens,
         "kl_abs_max": max(map(abs, token_kls)),
         "surprise_gap": statistics.fmean(gaps),
@@ -234,6 +265,7 @@ def test_metrics_of_a_rollout_by_hand(tiny: TinyRun, nudged: PpoTrainer, updates
         "response_length": tokens / 8,
         "eos_rate": statistics.fmean(map(float, rollout.finished)),
         "rm_score_mean": statistics.fmean(rollout.scores.tolist()),
+        "rm_score_std": statistics.pstdev(rollout.scores.tolist()),
         "score_mean": statistics.fmean(shaped),
         "score_std": statistics.pstdev(shaped),
         "kl_coef": 0.5,
@@ -241,6 +273,20 @@ def test_metrics_of_a_rollout_by_hand(tiny: TinyRun, nudged: PpoTrainer, updates
     for name, value in expected.items():
         assert metrics[f"ppo/{name}"] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     assert texts == [trainer.stop_tokens.decode(rollout.response_ids(row)) for row in range(8)]
+
+
+def test_the_trainers_own_coefficient_is_in_the_reward(
+    tiny: TinyRun, nudged: PpoTrainer, updates: list[Update]
+):
+    """The adaptive controller's, which leaves the config's behind."""
+    trainer = with_section(tiny, nudged, {"whiten_advantages": False, "kl_coef": 0.3})
+    rewards = {}
+    for coef in (0.3, 0.6):
+        metrics = trainer.advance(PpoState(1, coef, Statistics(3, 0.0, 2.0)))[3]
+        rewards[coef] = metrics["ppo/reward_mean"]
+        assert metrics["ppo/kl_coef"] == coef
+    kl = metrics["ppo/kl_sequence"]
+    assert rewards[0.3] - rewards[0.6] == pytest.approx(0.3 * kl, rel=1e-3) and kl > 0.01
 
 
 # --- KL controllers
@@ -349,12 +395,31 @@ def test_running_statistics_are_those_of_all_scores_so_far(tiny: TinyRun):
         assert state.statistics.deviation == pytest.approx(statistics.stdev(scores), rel=1e-5)
 
 
-def test_rewards_that_never_differ_are_refused(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("size", "spread", "dead"),
+    [
+        (3.0, 0.0, True),
+        (0.0, 1e-6, True),  # normalised, noise of the sixth digit would look like any score
+        (0.0, 1e-3, False),
+        (500.0, 0.03, True),
+        (500.0, 0.3, False),
+        (-500.0, 0.03, True),
+    ],
+)
+def test_rewards_that_hardly_differ_are_refused(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, size: float, spread: float, dead: bool
+):
     import ppo_runs
 
-    monkeypatch.setattr(ppo_runs, "count_words", lambda prompt, response: 3.0)
-    with pytest.raises(ValueError, match="all 6 answers of the reference get the same score 3"):
-        build(tiny, rewards=[WORDS]).start()
+    scores = [size + spread * (-1) ** number for number in range(6)]
+    monkeypatch.setattr(ppo_runs, "count_words", lambda prompt, response: scores.pop())
+    trainer = build(tiny, rewards=[WORDS])
+    if dead:
+        said = rf"all 6 answers .* same score: mean {size:g}, .*min_score_std.*ppo\.rewards"
+        with pytest.raises(ValueError, match=said):
+            trainer.start()
+    else:  # the unbiased deviation of six numbers, three at each end
+        assert trainer.start().statistics.deviation == pytest.approx(spread * (6 / 5) ** 0.5, 1e-3)
 
 
 # --- reward sources in the loop
@@ -394,8 +459,39 @@ def test_one_response_has_no_standard_error(
     sizes = dict.fromkeys(("rollout_batch_size", "minibatch_size", "microbatch_size"), count)
     trainer = with_section(tiny, nudged, {"score_normalization": "none", **sizes})
     metrics = trainer.advance(PpoState(1, 0.5, Statistics()))[3]
-    assert ("ppo/kl_sequence_se" in metrics) == (count > 1)
+    for name in ("kl_sequence_se", "score_std", "rm_score_std"):
+        assert (f"ppo/{name}" in metrics) == (count > 1), name
     assert all(math.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize("samples", [2, 4, 8])
+def test_the_error_of_the_kl_is_that_of_the_prompts_means(
+    tiny: TinyRun, nudged: PpoTrainer, updates: list[Update], samples: int
+):
+    changes = {"advantage": "rloo", "samples_per_prompt": samples, "score_normalization": "none"}
+    trainer = with_section(tiny, nudged, changes)
+    _, rollout, _, metrics = trainer.advance(PpoState(0, 0.5, Statistics()))
+    kls = [sum_of_kl(rollout, row) for row in range(8)]
+    means = [statistics.fmean(kls[i : i + samples]) for i in range(0, 8, samples)]
+    if samples == 8:
+        assert "ppo/kl_sequence_se" not in metrics
+    else:
+        expected = statistics.stdev(means) / math.sqrt(len(means))
+        assert metrics["ppo/kl_sequence_se"] == pytest.approx(expected, rel=1e-4)
+    assert "ppo/score_std" in metrics
+
+
+@pytest.mark.parametrize("advantage", ["gae", "rloo", "grpo"])
+def test_a_batch_of_one_prompt_trains_and_raises_no_alarm(tiny: TinyRun, advantage: str):
+    count = 1 if advantage == "gae" else 2
+    sizes = dict.fromkeys(("rollout_batch_size", "minibatch_size", "microbatch_size"), count)
+    running = {"score_normalization": "running", "samples_per_prompt": count}
+    trainer = build(tiny, advantage=advantage, **running, **sizes, steps=5)
+    monitor, state = HealthMonitor(trainer.cfg.ppo.health), trainer.start()
+    for _ in range(4):
+        state, _, _, metrics = trainer.advance(state)
+        assert all(math.isfinite(value) for value in metrics.values())
+        assert [each.name for each in monitor.observe(state.step, metrics)] == []
 
 
 def test_a_filter_that_leaves_no_response_is_said(

@@ -110,6 +110,8 @@ def test_two_steps_are_what_the_oracle_does(
         if case != "no critic":
             expected["value_loss"] = parts["value"]
             expected["value_clip_fraction"] = parts["value_clips"]
+            section = own.cfg.ppo
+            expected["value_lr"] = (section.value_learning_rate or section.learning_rate) * factor
         if case.startswith("kl_loss"):
             expected["kl_loss"] = parts["drift"]
         if case == "ptx":

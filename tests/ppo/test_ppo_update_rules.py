@@ -134,9 +134,42 @@ def test_while_the_critic_warms_up_the_policy_rests(
     assert "heads.value.weight" in moved and "heads.value.bias" in moved
     assert any(".lora_B.value." in name for name in moved) == (value_model == "adapter")
     assert metrics["ppo/policy_loss"] != 0  # measured all the same
+    assert metrics["ppo/lr"] == 0 and metrics["ppo/value_lr"] > 0
     trainer._update(rollout, targets, state_at(1))
     after = weights(trainer.engine.model)
     assert any(not torch.equal(after[n], warm[n]) for n in after if ".policy." in n)
+
+
+@pytest.mark.parametrize("warmup", [1, 2, 3])
+def test_the_policys_clocks_begin_after_the_critics_warm_up(
+    tiny: TinyRun, shifted: Rollout, targets: Targets, warmup: int
+):
+    """Learning-rate warm-up and decay, and AdamW's bias correction, which is largest at first."""
+    options = {"warmup_steps": 2, "lr_schedule": "cosine", "weight_decay": 0.1}
+    options["microbatch_size"] = 8  # whose order would change with the step
+    waiting = build(tiny, critic_warmup_steps=warmup, steps=warmup + 2, **options)
+    at_once = build(tiny, steps=2, **options)
+    for step in range(warmup + 2):
+        metrics = waiting._update(shifted, targets, state_at(step))
+        if step >= warmup:
+            own = at_once._update(shifted, targets, state_at(step - warmup))
+            assert metrics["ppo/lr"] == own["ppo/lr"] > 0
+    found, expected = (
+        [p for n, p in weights(trainer.engine.model).items() if ".policy." in n]
+        for trainer in (waiting, at_once)
+    )
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("vf_coef", [0.0, 1.0, 1e4])
+def test_the_critics_gradient_does_not_shrink_the_policys_step(
+    tiny: TinyRun, shifted: Rollout, targets: Targets, vf_coef: float
+):
+    trainers = [build(tiny, vf_coef=coef, max_grad_norm=1e-2) for coef in (vf_coef, 0.1)]
+    norms = [t._update(shifted, targets, state_at(0))["ppo/grad_norm"] for t in trainers]
+    assert norms[0] != norms[1]
+    mine, theirs = (weights(trainer.engine.model) for trainer in trainers)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine if ".policy." in name)
 
 
 def test_the_critic_warms_up_on_its_own_loss_alone(

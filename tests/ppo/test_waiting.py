@@ -108,7 +108,7 @@ def test_the_update_does_not_wait(pinned: list[torch.Tensor], equal: bool):
         temperature=0.7,
         step=0,
         seed=0,
-        lr_factor=lambda done: 1.0,
+        lr_factors=lambda done: {"policy": 1.0},
         ptx=ptx,
         after_step=lambda: None,
     )

@@ -53,6 +53,7 @@ def test_gradient(world: World, setting: Setting):
         *(pytest.param(i, id=n) for i, n in enumerate(["gae", "ratio", "kl", "start"])),
         pytest.param(4, id="sampler", marks=pytest.mark.slow),
         pytest.param(5, id="bradley-terry", marks=pytest.mark.slow),
+        pytest.param(6, id="rollback", marks=pytest.mark.slow),
     ],
 )
 def test_identity(world: World, number: int):

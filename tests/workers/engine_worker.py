@@ -47,6 +47,7 @@ def build(
     seed: int = 0,
     microbatch_size: int = MICROBATCH,
     max_grad_norm: float = MAX_GRAD_NORM,
+    clip_each: bool = True,
 ) -> Engine:
     """Four roles with random adapters on the LLaMA in folder `base`, and the engine over them."""
     section = deepspeed_section(stage)
@@ -69,6 +70,7 @@ def build(
         StageSection(adam_eps=EPS, weight_decay=0.01, max_grad_norm=max_grad_norm),
         section,
         accumulation_steps=SEQUENCES // microbatch_size // world_size(),
+        clip_each=clip_each,
     )
     model.train()
     return engine
@@ -85,7 +87,10 @@ def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def step(engine: Engine, number: int) -> tuple[float, float]:
-    """One optimizer step on all sequences; its loss, over all ranks, and its gradient norm."""
+    """One optimizer step on all sequences; its loss, over all ranks, and its gradient norm.
+
+    The policy rests in step 0.
+    """
     tokens, mask, response_mask = data()
     size = SEQUENCES // engine.accumulation_steps // world_size()
     count = float(response_mask.sum())
@@ -103,7 +108,8 @@ def step(engine: Engine, number: int) -> tuple[float, float]:
         loss = (kl.square().sum() - scores.logprobs.sum() + error.square().sum()) / count
         engine.backward(loss)
         total += loss.detach()
-    norm = engine.step(1 - number / 10)
+    factor = 1 - number / 10
+    norm = engine.step({"policy": factor, "value": factor} if number else {"value": factor})
     return float(all_sum(total)), norm
 
 

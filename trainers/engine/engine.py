@@ -7,7 +7,7 @@ which one is in use.
 """
 
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +23,7 @@ from chatllama.generation.static_kv_cache import StaticKVCache
 from chatllama.model.lora import merge_products
 from chatllama.model.roles import RoleModel
 from chatllama.runtime.distributed import device, is_launched, rank, world_size
+from trainers.engine.group_steps import ZeroGroups, clip_groups
 from trainers.engine.sharded_state import (
     VALUE,
     SavedShards,
@@ -83,6 +84,7 @@ class Engine:
         groups: every trained parameter, once; all float32.
         zero: ZeRO settings, used when a launcher started the process.
         accumulation_steps: backward passes per optimizer step, on one rank.
+        clip_each: every group is clipped by its own norm, not all by their joint norm.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Engine:
         section: StageSection,
         zero: DeepSpeedSection,
         accumulation_steps: int,
+        clip_each: bool = False,
     ) -> None:
         trained = [parameter for group in groups for parameter in group.parameters]
         assert {id(p) for p in trained} == {id(p) for p in model.parameters() if p.requires_grad}
@@ -100,7 +103,7 @@ class Engine:
         merge_products(model)
         self.groups = [(group.name, group.learning_rate) for group in groups]
         self.trained = {group.name: group.parameters for group in groups}
-        self.max_grad_norm = section.max_grad_norm
+        self.max_grad_norm, self._clip_each = section.max_grad_norm, clip_each
         self.accumulation_steps = accumulation_steps
         self._gather: bool | Literal["auto"] = zero.gather_for_rollouts
         self._backwards = 0
@@ -119,13 +122,15 @@ class Engine:
         if is_launched():
             import deepspeed
 
+            limit = section.max_grad_norm if zero.stage else 0.0  # stage 0 is clipped in `step`
             settings = zero_settings(
-                zero, accumulation_steps=accumulation_steps, max_grad_norm=section.max_grad_norm
+                zero, accumulation_steps=accumulation_steps, max_grad_norm=limit
             )
             with gpu_as_local_rank():
                 self._deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                     model=model, optimizer=self.optimizer, config=settings
                 )
+        self._zero = ZeroGroups(self.optimizer) if clip_each and self._is_zero() else None
 
     def __call__(self, *args: object) -> Any:
         """The model's forward pass; every pass with gradient must come through here."""
@@ -142,26 +147,35 @@ class Engine:
             if self._backwards < self.accumulation_steps:
                 self._deepspeed.step()  # ends the microbatch; weights move only at the last
 
-    def step(self, lr_factor: float, resting: Sequence[str] = ()) -> float:
-        """Updates the weights after all microbatches; returns the gradient norm before clipping.
+    def step(self, lr_factor: float | Mapping[str, float]) -> float:
+        """Updates the weights after all microbatches.
+
+        Returns the gradient norm before clipping, of all groups that move.
 
         Args:
-            lr_factor: multiplies every group's peak learning rate.
-            resting: names of groups that do not change in this step.
+            lr_factor: multiplies every group's peak learning rate. A mapping has the groups that
+                move: others rest (with `clip_each` only), and so do their moments and step counts.
         """
         assert self._backwards == self.accumulation_steps, self._backwards
         self._backwards = 0
+        names = [name for name, _ in self.groups]
+        factors = lr_factor if isinstance(lr_factor, Mapping) else dict.fromkeys(names, lr_factor)
+        resting = [number for number, name in enumerate(names) if name not in factors]
+        assert self._clip_each or not resting
         for group, (name, peak) in zip(self.optimizer.param_groups, self.groups, strict=True):
-            group["lr"] = 0.0 if name in resting else peak * lr_factor
-        if self._deepspeed is not None and self._deepspeed.zero_optimization():
+            group["lr"] = peak * factors.get(name, 0.0)
+        if self._zero is not None:
+            self._zero.resting = resting
+        if self._is_zero():
             self._deepspeed.step()
-            return float(self._deepspeed.get_global_grad_norm())
+            norm = float(self._deepspeed.get_global_grad_norm())
+            return norm if self._zero is None else self._zero.norm(norm)
         # Stage 0 reports no norm; its gradients are already averaged over ranks here.
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(trained, self.max_grad_norm)
+        trained = list(self.trained.values())
+        norm = clip_groups(trained, resting, self.max_grad_norm, self._clip_each)
         (self._deepspeed or self.optimizer).step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
     def assign(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
         """Sets a trained parameter, also in the optimizer's own copy of it.
@@ -285,4 +299,7 @@ class Engine:
 
     def is_zero3(self) -> bool:
         """Whether parameters are sharded, and whole only inside `gathered`."""
-        return self._deepspeed is not None and self._deepspeed.zero_optimization_stage() == 3
+        return self._is_zero() and self._deepspeed.zero_optimization_stage() == 3
+
+    def _is_zero(self) -> bool:
+        return self._deepspeed is not None and self._deepspeed.zero_optimization()

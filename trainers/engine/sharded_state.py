@@ -23,7 +23,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of every element."""
 VALUE = "value"
 STEP = "step"
-"""Name of the number of optimizer steps."""
+"""AdamW's number of steps of a parameter, one number each; in older checkpoints one for all."""
 
 
 @dataclass(frozen=True)
@@ -114,20 +114,20 @@ def write_shards(folder: Path, model: nn.Module, optimizer: Any) -> None:
         NotFiniteError: a tensor holds NaN or infinity.
     """
     shards: dict[str, tuple[Shard, str]] = {}
-    steps: set[float] = set()
+    steps: dict[str, float] = {}
     replicated = isinstance(optimizer, torch.optim.Optimizer)  # rank 0 then writes for all
     for name, parameter in trained_parameters(model).items():
         shard = shard_of(parameter, optimizer)
+        if not shard.count or (replicated and rank() > 0):
+            continue
         state = state_of(shard.owner, optimizer)
-        steps.add(float(state[STEP]) if state else 0.0)
-        if shard.count and not (replicated and rank() > 0):
-            kinds = (VALUE, *MOMENTS) if state else (VALUE,)
-            shards |= {f"{kind}:{shard.start}:{name}": (shard, kind) for kind in kinds}
-    assert len(steps) == 1, f"parameters have made different numbers of steps: {steps}"
+        steps[f"{STEP}:0:{name}"] = done = float(state[STEP]) if state else 0.0
+        kinds = (VALUE, *MOMENTS) if done else (VALUE,)
+        shards |= {f"{kind}:{shard.start}:{name}": (shard, kind) for kind in kinds}
 
     def tensor(key: str) -> torch.Tensor:
-        if key == STEP:
-            return torch.tensor(list(steps))
+        if key in steps:
+            return torch.tensor([steps[key]])
         shard, kind = shards[key]
         with swapped_in(shard, optimizer):
             held = {VALUE: shard.owner, **state_of(shard.owner, optimizer)}
@@ -137,7 +137,7 @@ def write_shards(folder: Path, model: nn.Module, optimizer: Any) -> None:
 
     shapes = {key: (shard.count,) for key, (shard, _) in shards.items()}
     file = folder / f"trained-{rank()}.safetensors"
-    write_file(file, {STEP: (1,), **shapes}, torch.float32, tensor)
+    write_file(file, {**dict.fromkeys(steps, (1,)), **shapes}, torch.float32, tensor)
 
 
 class SavedShards:
@@ -155,14 +155,22 @@ class SavedShards:
         self.folder = folder
         self._files = [safe_open(f, "pt") for f in sorted(folder.glob("trained-*.safetensors"))]
         self._ranges: dict[tuple[str, str], dict[int, Any]] = {}
+        self._steps: dict[str, torch.Tensor] = {}
         for file in self._files:
             for key in file.keys():  # noqa: SIM118 (not a mapping)
-                if key != STEP:
-                    kind, start, name = key.split(":", 2)
+                kind, _, rest = key.partition(":")
+                start, _, name = rest.partition(":")
+                if kind == STEP:
+                    whose = {name: 0} if name else sizes
+                    self._steps |= dict.fromkeys(whose, file.get_tensor(key)[0])
+                else:
                     self._ranges.setdefault((kind, name), {})[int(start)] = file.get_slice(key)
-        kinds = (VALUE, *MOMENTS) if self._files and self.step else (VALUE,)
         held = {key: sum(r.get_shape()[0] for r in rs.values()) for key, rs in self._ranges.items()}
-        expected = {(kind, name): size for kind in kinds for name, size in sizes.items()}
+        expected = {
+            (kind, name): size
+            for name, size in sizes.items()
+            for kind in ((VALUE, *MOMENTS) if self.step(name) else (VALUE,))
+        }
         if held != expected:
             wrong = sorted({name for (_, name), _ in held.items() ^ expected.items()})
             raise ValueError(
@@ -172,10 +180,9 @@ class SavedShards:
                 f"{folder.parent}"
             )
 
-    @property
-    def step(self) -> torch.Tensor:
-        """() float32, optimizer steps."""
-        return self._files[0].get_tensor(STEP)[0]
+    def step(self, name: str) -> torch.Tensor:
+        """() float32, AdamW's steps of a parameter."""
+        return self._steps.get(name, torch.zeros(()))
 
     def read(self, kind: str, name: str, start: int, count: int) -> torch.Tensor:
         """(count,) float32: a range of a flattened parameter, or of one of its moments."""
@@ -189,16 +196,18 @@ class SavedShards:
 
 
 def restore_optimizer(saved: SavedShards, model: nn.Module, optimizer: Any) -> None:
-    """Sets the optimizer's own copies of weights, its moments and its step, as saved."""
+    """Sets the optimizer's own copies of weights, its moments and its steps, as saved."""
     for name, parameter in trained_parameters(model).items():
-        shard = shard_of(parameter, optimizer)
+        shard, step = shard_of(parameter, optimizer), saved.step(name)
+        if not shard.count:  # its owner may be another group's
+            continue
         state = state_of(shard.owner, optimizer)
         with swapped_in(shard, optimizer, changed=True):
             if not state:
                 state |= {moment: torch.zeros_like(shard.owner) for moment in MOMENTS}
-            state[STEP] = saved.step.clone()
+            state[STEP] = step.clone()
             for kind, tensor in {VALUE: shard.owner, **{m: state[m] for m in MOMENTS}}.items():
-                if kind == VALUE or saved.step:
+                if kind == VALUE or step:
                     shard.of(tensor).copy_(saved.read(kind, name, shard.start, shard.count))
                 else:
                     shard.of(tensor).zero_()

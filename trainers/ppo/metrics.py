@@ -1,5 +1,7 @@
 """The metrics of a PPO step, which docs/ppo.md explains: of its rollout and of its update."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,8 @@ from trainers.ppo.rollout import Rollout
 def rollout_metrics(rollout: Rollout, scores: Tensor, rewards: Tensor) -> dict[str, float]:
     """Metrics of a rollout batch. KL estimates are k1: per response, and per token.
 
+    One response has no deviation, and the responses to one prompt no standard error.
+
     Args:
         scores: (B,) float32, shaped.
         rewards: (B, R) float32.
@@ -21,11 +25,14 @@ def rollout_metrics(rollout: Rollout, scores: Tensor, rewards: Tensor) -> dict[s
     kl, num_tokens = token_kl.sum(1), mask.sum()
     # Mean 0 where tokens come from the distribution that scores them.
     surprise = masked(-rollout.logprobs - rollout.entropy, mask)
-    # One response has no standard error.
-    error = {"ppo/kl_sequence_se": float(kl.std() / len(kl) ** 0.5)} if len(kl) > 1 else {}
-    return error | {
+    some: dict[str, float] = {}
+    if (error := clustered_error(kl, _prompt_numbers(rollout))) is not None:
+        some["ppo/kl_sequence_se"] = error
+    if len(scores) > 1:
+        some["ppo/score_std"] = float(scores.std(correction=0))
+        some["ppo/rm_score_std"] = float(rollout.scores.double().std(correction=0))
+    return some | {
         "ppo/score_mean": float(scores.mean()),
-        "ppo/score_std": float(scores.std(correction=0)),
         "ppo/rm_score_mean": float(rollout.scores.mean()),
         "ppo/reward_mean": float(rewards.sum(1).mean()),
         "ppo/kl_sequence": float(kl.mean()),
@@ -37,6 +44,30 @@ def rollout_metrics(rollout: Rollout, scores: Tensor, rewards: Tensor) -> dict[s
         "ppo/response_length": float(rollout.lengths.float().mean()),
         "ppo/eos_rate": float(rollout.finished.float().mean()),
     }
+
+
+def _prompt_numbers(rollout: Rollout) -> Tensor:
+    """(B,) int64: equal for responses to the same prompt."""
+    width = rollout.tokens.shape[1] - rollout.response_mask.shape[1]
+    ids = torch.where(rollout.mask[:, :width], rollout.tokens[:, :width], -1)
+    return torch.unique(ids, dim=0, return_inverse=True)[1]
+
+
+def clustered_error(values: Tensor, clusters: Tensor) -> float | None:
+    """Standard error of the mean of numbers that are independent between clusters alone.
+
+    sqrt(C / (C - 1) * sum over C clusters of (sum of value - mean)^2) / N; of clusters of equal
+    size, the standard error of the mean of their means. None for one cluster.
+
+    Args:
+        values: (N,) float32.
+        clusters: (N,) int64, from 0.
+    """
+    count = int(clusters.max()) + 1
+    if count == 1:
+        return None
+    sums = torch.zeros(count).double().index_add(0, clusters, (values - values.mean()).double())
+    return float((count / (count - 1) * sums.square().sum()).sqrt() / len(values))
 
 
 class UpdateSums:
@@ -90,12 +121,13 @@ class UpdateSums:
         self.peaks = torch.maximum(self.peaks, torch.stack([policy.ratio_max, largest]))
 
     def metrics(
-        self, section: PpoSection, norms: list[float], lr: float, planned: int, has_critic: bool
+        self, section: PpoSection, norms: list[float], factors: Mapping[str, float], planned: int
     ) -> dict[str, float]:
         """Metrics over tokens, epochs and ranks.
 
         Args:
             norms: gradient norm of each optimizer step.
+            factors: share of its peak learning rate of each group that moved in the last step.
             planned: optimizer steps, had the update not stopped early.
         """
         *sums, first, first_tokens = all_sum(torch.cat([self.sums, self.first])).tolist()
@@ -113,11 +145,13 @@ class UpdateSums:
             "ppo/first_log_ratio": first_log_ratio,
             "ppo/first_log_ratio_mean": first / max(first_tokens, 1.0),
             "ppo/grad_norm": sum(norms) / len(norms),
-            "ppo/lr": lr,
+            "ppo/lr": section.learning_rate * factors.get("policy", 0.0),
             "ppo/optimizer_steps": float(len(norms)),
         }
-        if has_critic:
+        if "value" in factors:
+            rate = section.value_learning_rate or section.learning_rate
             metrics |= {"ppo/value_loss": value, "ppo/value_clip_fraction": value_clipped}
+            metrics["ppo/value_lr"] = rate * factors["value"]
         if section.kl_loss_coef:
             metrics["ppo/kl_loss"] = drift
         if section.ptx_coef:

@@ -106,7 +106,7 @@ def build_engine(cfg: Config, model: RoleModel) -> Engine:
         rate = section.value_learning_rate or section.learning_rate
         groups.append(ParameterGroup("value", value, rate))
     accumulation_steps = microbatches_per_step(section, world_size(), "ppo")
-    return Engine(model, groups, section, cfg.deepspeed, accumulation_steps)
+    return Engine(model, groups, section, cfg.deepspeed, accumulation_steps, clip_each=True)
 
 
 def fold_into_value_head(

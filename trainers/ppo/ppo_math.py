@@ -16,6 +16,10 @@ from torch import Tensor
 
 ROUNDING = 1e-6
 """A deviation below this share of the values' size is rounding: nothing is divided by it."""
+GROUP_EPSILON = 1e-4
+"""Added to a group's deviation; below this share of max(1, largest |score|) scores are equal."""
+MAX_LOG_RATIO = 20.0
+"""Nats: log ratios beyond +- this are taken for it before exp, which float32 ends at 88.7."""
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
@@ -89,26 +93,57 @@ def gae(
     return masked(advantages, mask), masked(advantages + values, mask)
 
 
-def group_advantages(rewards: Tensor, mask: Tensor, group_size: int, divide: bool) -> Tensor:
-    """Advantages without a critic: a response's total reward against its prompt's other samples.
+def rewards_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """sum_k gamma^k R_{t+k}: what a value predicts, without any estimate of it in the sum."""
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[1]
 
-    rloo (Ahmadian 2024, arXiv 2402.14740, eq. 7): G_i less the mean of the others' G. With
-    `divide` grpo (Shao 2024, arXiv 2402.03300, 4.1.2): G_i less the group's mean, over its unbiased
-    deviation + 1e-6; 0 in a group whose deviation is rounding. G is the sum of all rewards of the
-    response, its KL penalty included. Every token of a response gets the same number.
+
+def rloo_advantages(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
+    """A response's total reward less the mean of its prompt's other samples; without a critic.
+
+    Ahmadian 2024, arXiv 2402.14740, eq. 7. Every token of a response gets the same number.
 
     Args:
-        rewards: the `group_size` (2 or more) samples of a prompt stand together.
+        rewards: KL penalty included; the `group_size` (2 or more) samples of a prompt stand
+            together.
     """
-    totals = masked(rewards, mask).double().sum(1).view(-1, group_size)
-    centred = totals - totals.mean(1, keepdim=True)
-    if divide:
-        deviation = totals.std(1, keepdim=True)
-        equal = deviation <= ROUNDING * totals.abs().amax(1, keepdim=True)
-        advantages = masked(centred / (deviation + 1e-6), ~equal)
-    else:
-        advantages = centred * group_size / (group_size - 1)
-    return masked(advantages.view(-1, 1).expand_as(rewards).to(rewards.dtype), mask).detach()
+    centred = _centred(masked(rewards, mask).double().sum(1), group_size)
+    return _on_tokens(centred * group_size / (group_size - 1), mask)
+
+
+def grpo_advantages(
+    scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, group_size: int
+) -> Tensor:
+    """A response's score less its prompt's mean, over the deviation; the KL penalty is added after.
+
+    (s_i - mean) / (deviation + 1e-4), with the unbiased deviation; 0 in a group whose scores are
+    equal but for 1e-4 max(1, largest |s|). Then -kl_coef * (KL_i - mean), KL_i the sum over the
+    response's tokens: divided by the deviation too, it would be noise of size 1 where scores are
+    equal. Every token of a response gets the same number. Shao 2024, arXiv 2402.03300, 4.1.2, where
+    the KL is in the loss.
+
+    Args:
+        scores: (B,) float32; the `group_size` (2 or more) samples of a prompt stand together.
+        kl: k1 estimate of each sampled token, in nats.
+        kl_coef: group deviations per nat.
+    """
+    groups, centred = scores.double().view(-1, group_size), _centred(scores.double(), group_size)
+    deviation = groups.std(1, keepdim=True)
+    equal = deviation <= GROUP_EPSILON * groups.abs().amax(1, keepdim=True).clamp(min=1.0)
+    normalised = masked(centred / (deviation + GROUP_EPSILON), ~equal)
+    penalty = kl_coef * _centred(masked(kl, mask).double().sum(1), group_size)
+    return _on_tokens(normalised - penalty, mask)
+
+
+def _centred(totals: Tensor, group_size: int) -> Tensor:
+    """(B / group_size, group_size): numbers of responses (B,) less the mean of their group."""
+    groups = totals.view(-1, group_size)
+    return groups - groups.mean(1, keepdim=True)
+
+
+def _on_tokens(of_responses: Tensor, mask: Tensor) -> Tensor:
+    """(B, R) float32: each response's number on all of its tokens."""
+    return masked(of_responses.view(-1, 1).expand(mask.shape).float(), mask).detach()
 
 
 @dataclass(frozen=True)
@@ -134,7 +169,8 @@ def policy_loss(
 ) -> PolicyLoss:
     """PPO's clipped loss: sum of max(-A r, -A clip(r)) over tokens, divided by num_tokens.
 
-    Schulman 2017, arXiv 1707.06347, eq. 7.
+    Schulman 2017, arXiv 1707.06347, eq. 7. Where |log r| is above MAX_LOG_RATIO, r stays there
+    and has no gradient.
 
     Args:
         logprobs: of the sampled tokens, with gradient.
@@ -143,7 +179,7 @@ def policy_loss(
     """
     log_ratio = masked(logprobs, mask) - masked(old_logprobs, mask)
     advantages = masked(advantages, mask)
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = torch.maximum(plain, clipped).sum() / num_tokens
@@ -199,10 +235,12 @@ def kl_loss(
     """KL to the reference as a term of the loss, summed over tokens / num_tokens: ().
 
     With k = log pi - log pi_ref of a sampled token: k2 = 0.5 k^2, k3 = exp(-k) - 1 + k (Schulman
-    2020, "Approximating KL divergence"). Both are of one token at a time; only k1 in the reward
-    also counts how a token changes the KL of those after it.
+    2020, "Approximating KL divergence"; |k| at most MAX_LOG_RATIO in k3). Both are of one token at
+    a time; only k1 in the reward also counts how a token changes the KL of those after it.
     """
     k = masked(logprobs, mask) - masked(ref_logprobs, mask)
+    if estimator == "k3":
+        k = k.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     per_token = 0.5 * k.square() if estimator == "k2" else torch.expm1(-k) + k
     return per_token.sum() / num_tokens
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from chatllama.config.batch_sizes import lr_factor, ppo_optimizer_steps
+from chatllama.config.batch_sizes import policy_steps, ppo_lr_factors
 from chatllama.config.ppo import PpoSection
 from chatllama.config.schema import Config
 from chatllama.model.roles import Role, adapter_parameters
@@ -31,8 +31,10 @@ from trainers.ppo.ppo_math import (
     adapted_kl_coef,
     explained_variance,
     gae,
-    group_advantages,
+    grpo_advantages,
     mean_and_variance,
+    rewards_to_go,
+    rloo_advantages,
     shape_rewards,
     whiten,
 )
@@ -65,7 +67,6 @@ class PpoTrainer:
         servers, model = cfg.generation.servers, engine.model
         self.servers = ServerPool(cfg, servers, run, model, stop_tokens) if servers else None
         self.sampler_gap: dict[str, float] = {}
-        self.total_optimizer_steps = ppo_optimizer_steps(cfg.ppo)
 
     def train(self, resume: bool) -> dict[str, float]:
         """Trains policy and value in place; returns the stage's closing numbers.
@@ -89,8 +90,9 @@ class PpoTrainer:
                 tracker.resume_from(state.step)
                 metrics = logged_metrics(self.run, "ppo", state.step)  # no step may be left
             self.guard.begin(state)
-            done = self.total_optimizer_steps * state.step // section.steps
-            warn_of_warmup("ppo", section.warmup_steps, self.total_optimizer_steps, done)
+            own = policy_steps(section, section.steps), policy_steps(section, state.step)
+            warn_of_warmup("ppo", section.warmup_steps, *own)
+            _say_where_the_kl_is(section)
             with interruption.steps(), closing(self.servers) if self.servers else nullcontext():
                 while state.step < section.steps:
                     with self.guard.saving_without_servers(state):
@@ -123,10 +125,14 @@ class PpoTrainer:
         records = [self.prompts.train[i] for i in chosen]
         rollout, _ = self._collect("reference", records, (self.cfg.seed, 0))
         statistics = Statistics().merged(rollout.scores)
-        if not statistics.varies:
+        least = section.health.min_score_std * max(1.0, abs(statistics.mean))
+        if not statistics.varies or statistics.deviation < least:
+            spread = statistics.deviation if statistics.varies else 0.0
             raise ValueError(
-                f"all {count} answers of the reference get the same score {statistics.mean:g}: "
-                "the rewards give PPO nothing to follow. Check ppo.rewards and the reward model"
+                f"all {count} answers of the reference get about the same score: mean "
+                f"{statistics.mean:g}, deviation {spread:.2g}, and {least:.2g} is the least "
+                "(ppo.health.min_score_std). The rewards give PPO nothing to follow: check "
+                "ppo.rewards and the reward model"
             )
         if self.scorer.roles and section.value_model == "adapter" and section.advantage == "gae":
             fold_into_value_head(self.engine, self.scorer, rollout, statistics.deviation)
@@ -182,13 +188,20 @@ class PpoTrainer:
             rewards = whiten(rewards, mask, shift_mean=False)
         metrics = rollout_metrics(rollout, scores, rewards) | {"ppo/kl_coef": state.kl_coef}
         if section.advantage == "gae":
-            advantages, returns = gae(rewards, rollout.values, mask, section.gamma, section.lam)
-            _, variance = mean_and_variance(returns, mask)
-            _, error = mean_and_variance(returns - rollout.values, mask)
+            values, gamma = rollout.values, section.gamma
+            advantages, returns = gae(rewards, values, mask, gamma, section.lam)
+            if section.critic_lam is not None:
+                _, returns = gae(rewards, values, mask, gamma, section.critic_lam)
+            to_go = rewards_to_go(rewards, mask, gamma)
+            _, variance = mean_and_variance(to_go, mask)
+            _, error = mean_and_variance(to_go - values, mask)
             metrics["ppo/explained_variance"] = explained_variance(error, variance)
         else:
-            size, divide = section.samples_per_prompt, section.advantage == "grpo"
-            advantages = group_advantages(rewards, mask, size, divide)
+            size, coef = section.samples_per_prompt, state.kl_coef
+            if section.advantage == "rloo":
+                advantages = rloo_advantages(rewards, mask, size)
+            else:
+                advantages = grpo_advantages(scores, rollout.kl, mask, coef, size)
             returns = torch.zeros_like(advantages)
         if section.missing_eos == "filter":
             mask = mask & rollout.finished[:, None]
@@ -207,9 +220,9 @@ class PpoTrainer:
     def _update(self, rollout: Rollout, targets: Targets, state: PpoState) -> dict[str, float]:
         section = self.cfg.ppo
 
-        def factor(done: int) -> float:
-            schedule = (self.total_optimizer_steps, section.lr_schedule, section.warmup_steps)
-            return state.lr_scale * lr_factor(done, *schedule)
+        def factors(done: int) -> dict[str, float]:
+            shares = ppo_lr_factors(section, done)
+            return {group: state.lr_scale * share for group, share in shares.items()}
 
         def average() -> None:
             if section.ema_decay is not None:
@@ -223,7 +236,7 @@ class PpoTrainer:
             temperature=self.cfg.generation.temperature,
             step=state.step,
             seed=self.cfg.seed,
-            lr_factor=factor,
+            lr_factors=factors,
             ptx=self.ptx,
             after_step=average,
         ).run()
@@ -232,6 +245,18 @@ class PpoTrainer:
         model = self.engine.model
         policy = adapter_parameters(model, "policy")
         self.engine.blend(adapter_parameters(model, role), policy, decay)
+
+
+def _say_where_the_kl_is(section: PpoSection) -> None:
+    """Prints, on rank 0, that the KL counts twice where two coefficients are set."""
+    if rank() == 0 and section.kl_coef and section.kl_loss_coef:
+        print(
+            f"note: the KL to the reference counts twice: ppo.kl_coef {section.kl_coef:g} in the "
+            f"reward (k1) and ppo.kl_loss_coef {section.kl_loss_coef:g} in the loss "
+            f"({section.kl_loss_estimator})",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _next_kl_coef(section: PpoSection, state: PpoState, metrics: dict[str, float]) -> float:

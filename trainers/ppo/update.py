@@ -5,7 +5,7 @@ cut once and hold about equally many tokens; every epoch draws its minibatches f
 the seed alone, so that the number of ranks changes nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,8 +102,9 @@ class Update:
     step: int
     """PPO steps before this one."""
     seed: int
-    lr_factor: Callable[[int], float]
-    """Share of the peak learning rates after a number of optimizer steps."""
+    lr_factors: Callable[[int], Mapping[str, float]]
+    """Share of its peak learning rate of each group that moves, after a number of optimizer steps
+    of the stage; groups that it leaves out rest."""
     ptx: PtxLoader | None
     """Other text whose likelihood counts too."""
     after_step: Callable[[], None]
@@ -117,7 +118,7 @@ class Update:
         """Trains; returns metrics over tokens, epochs and ranks."""
         section = self.section
         self.engine.model.train()
-        norms, factor = list[float](), 0.0
+        norms, factors = list[float](), dict[str, float]()
         microbatches = self._microbatches()
         drawn = [
             minibatch
@@ -128,13 +129,12 @@ class Update:
             position = self.step * len(drawn) + number
             chosen = [microbatches[m] for m in minibatch]
             approx_kl = self._accumulate(chosen, position, first=number == 0)
-            factor = self.lr_factor(position)
-            norms.append(self.engine.step(factor, ("policy",) if self.warming_up else ()))
+            factors = self.lr_factors(position)
+            norms.append(self.engine.step(factors))
             self.after_step()
             if section.target_kl is not None and approx_kl > section.target_kl:
                 break
-        has_critic, lr = "value" in self.engine.model.heads, section.learning_rate * factor
-        return self.sums.metrics(section, norms, lr, len(drawn), has_critic)
+        return self.sums.metrics(section, norms, factors, len(drawn))
 
     def _microbatches(self) -> list[Microbatch]:
         counts, found = self.targets.mask.sum(1).tolist(), []
@@ -171,7 +171,7 @@ class Update:
         drift = kl_loss(new, ref, mask, section.kl_loss_estimator, num_tokens)
         ptx_loss = -text_logprob / (text.num_tokens if text is not None else 1)
         loss = policy.loss + section.kl_loss_coef * drift + section.ptx_coef * ptx_loss
-        if self.warming_up:
+        if self.warming_up:  # its gradient is dropped, but ZeRO needs one of every parameter
             loss = 0.0 * loss
         if critic is not None:
             loss = loss + section.vf_coef * critic.loss

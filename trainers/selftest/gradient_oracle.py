@@ -39,6 +39,7 @@ class Setting:
 
     name: str
     lam: float = 1.0
+    critic_lam: float | None = None
     temperature: float = 1.0
     exact_values: bool = False
     """Advantages from V^pi, instead of the value model's baseline."""
@@ -52,7 +53,7 @@ class Setting:
 SETTINGS = (
     Setting("lambda 1, the value model's baseline"),
     Setting("lambda 1, temperature 0.7", temperature=0.7),
-    Setting("lambda 0.95, exact values", lam=0.95, exact_values=True),
+    Setting("lambda 0.95, exact values", lam=0.95, critic_lam=1.0, exact_values=True),
     Setting("lambda 0, exact values", lam=0.0, exact_values=True),
     Setting("clipped losses, other old policy", old_policy=True),
     Setting("KL loss k2", kl_loss="k2"),
@@ -72,6 +73,8 @@ class Outcome:
     """Relative, of the gradient of value adapter and head; None where it is not compared."""
     first_log_ratio: float | None
     """Largest |log ratio| before the step; None where the old policy is another."""
+    explained_error: float | None
+    """Absolute, of the explained variance that is logged; None without a critic."""
     reference_error: float
     """Largest difference of the reference's log-probabilities from SFT's, nats."""
 
@@ -223,11 +226,13 @@ class Truth:
         return -(every.probabilities(self.logprobs.detach()) * gain).sum()
 
     def _grpo_loss(self) -> Tensor:
-        """-E[A log pi] over pairs, A = (G - mean) / (deviation + 1e-6) written for two numbers."""
+        """-E[A log pi] over pairs: A is of the scores, written for two numbers, and then the KL."""
         pairs = torch.tensor(self.listing.groups)
-        first, second = self.rewards.sum(1)[pairs].unbind(1)
-        gap = first - second
-        advantage = gap / 2 / (gap.abs() / 2**0.5 + 1e-6)
+        scores, kl = self.scores[pairs], (self.logprobs.detach() - self.reference).sum(1)[pairs]
+        gap = scores[:, 0] - scores[:, 1]
+        deviation, size = gap.abs() / 2**0.5, scores.abs().amax(1).clamp(min=1.0)
+        advantage = torch.where(deviation > 1e-4 * size, gap / 2 / (deviation + 1e-4), 0.0)
+        advantage = advantage - BETA * (kl[:, 0] - kl[:, 1]) / 2
         own = self.logprobs.sum(1)[pairs]
         joint = own.detach().exp().prod(1) / len(self.listing.every.prompts)
         return -(joint * advantage * (own[:, 0] - own[:, 1]) / 2).sum()
@@ -235,8 +240,15 @@ class Truth:
     def _rewards_to_go(self) -> Tensor:
         return self.rewards.flip(1).cumsum(1).flip(1)
 
+    def explained_variance(self) -> float:
+        """1 - Var(rewards to come - values) / Var(rewards to come), over all tokens."""
+        mask = self.listing.every.mask
+        values = self.state_values() if self.setting.exact_values else self.values.detach()
+        to_go = self._rewards_to_go()[mask]
+        return float(1 - (to_go - values[mask]).var() / to_go.var())
+
     def value_loss(self) -> Tensor:
-        """() whose gradient value adapter and head must get, with lambda 1."""
+        """() whose gradient value adapter and head must get, with lambda 1 for the critic."""
         mask, returns = self.listing.every.mask, self._rewards_to_go()
         loss = (self.values - returns).square()
         if self.setting.old_policy:
@@ -266,8 +278,10 @@ def check_gradient(world: World, setting: Setting) -> Outcome:
 
     policy = found(adapter_parameters(model, "policy"))
     expected = truth.policy.gradient(truth.policy_loss())
-    value_error = None
-    if setting.estimator == "gae" and not setting.exact_values:
+    value_error = explained_error = None
+    if setting.estimator == "gae":
+        explained_error = abs(metrics["ppo/explained_variance"] - truth.explained_variance())
+    if setting.estimator == "gae" and 1.0 in (setting.lam, setting.critic_lam):
         critic = [*adapter_parameters(model, "value"), *model.heads["value"].parameters()]
         value_error = relative_error(found(critic), truth.value.gradient(truth.value_loss()))
     width = trainer.seen.response_mask.shape[1]
@@ -276,6 +290,7 @@ def check_gradient(world: World, setting: Setting) -> Outcome:
         relative_error(policy, expected),
         value_error,
         None if setting.old_policy else metrics["ppo/first_log_ratio"],
+        explained_error,
         float((trainer.seen.ref_logprobs - reference).abs().max()),
     )
 
@@ -295,6 +310,7 @@ def _trainer(world: World, setting: Setting, listing: Listing) -> EnumeratingTra
         "kl_coef": BETA,
         "advantage": setting.estimator,
         "lam": setting.lam,
+        "critic_lam": setting.critic_lam,
         "whiten_advantages": False,
         "clip_range": CLIP,
         "value_clip_range": VALUE_CLIP,

@@ -22,17 +22,17 @@ from trainers.selftest.identities import (
     sampler_distance,
     start_errors,
 )
+from trainers.selftest.rollback import rollback_errors
 from trainers.selftest.world import World
 
 GRADIENT_LIMIT = 1e-5
 """Relative error of gradients; float32 log-probabilities reach 5e-7 to 2e-6."""
-GRPO_LIMIT = 1e-4
-"""grpo divides by a pair's deviation: where two returns nearly agree, rounding grows."""
 LOGPROB_LIMIT = 1e-4
 """Nats."""
 GAP_LIMIT = 0.95
 """Least share of the gap from J(pi_ref) to J* that training closes."""
 KL_LIMIT = 1e-5
+ROLLBACK_LIMIT = 1e-6
 SAMPLER_LIMIT = 1.3
 BAYES_LIMIT = 0.01
 CORRELATION_LIMIT = 0.97
@@ -84,14 +84,17 @@ def gradient(world: World, setting: Setting) -> Check:
     started = time.perf_counter()
     outcome = check_gradient(world, setting)
     seconds = time.perf_counter() - started
-    limit = GRPO_LIMIT if setting.estimator == "grpo" else GRADIENT_LIMIT
+    limit = GRADIENT_LIMIT
     found = f"{outcome.policy_error:.1e}"
     if outcome.value_error is not None:
         found += f", value {outcome.value_error:.1e}"
+    if outcome.explained_error is not None:
+        found += f", explained variance {outcome.explained_error:.1e}"
     if outcome.first_log_ratio:
         found += f", first log ratio {outcome.first_log_ratio:.1e}"
     passed = (
-        max(outcome.policy_error, outcome.value_error or 0.0) <= limit
+        max(outcome.policy_error, outcome.value_error or 0.0, outcome.explained_error or 0.0)
+        <= limit
         and not outcome.first_log_ratio
         and outcome.reference_error <= LOGPROB_LIMIT
     )
@@ -112,6 +115,7 @@ def identities(world: World, only: int | None = None) -> list[Check]:
         ("PPO starts from SFT", lambda: _start(world)),
         ("sampled as scored, T 0.7", lambda: _sampler(world)),
         ("Bradley-Terry", lambda: _bradley_terry(world)),
+        ("a rollback goes back", lambda: _rollback(world)),
     ]
     found = []
     for name, check in checks if only is None else [checks[only]]:
@@ -146,6 +150,12 @@ def _start(world: World) -> tuple[bool, str, str]:
 def _sampler(world: World) -> tuple[bool, str, str]:
     distance = sampler_distance(world)
     return distance <= SAMPLER_LIMIT, f"{distance:.2f} noise floors apart", f"{SAMPLER_LIMIT}"
+
+
+def _rollback(world: World) -> tuple[bool, str, str]:
+    errors = rollback_errors(world)
+    found = f"weights {errors['weights']:.1e}, learning rate {errors['rate']:.1e} off"
+    return max(errors.values()) <= ROLLBACK_LIMIT, found, f"{ROLLBACK_LIMIT:g}"
 
 
 def _bradley_terry(world: World) -> tuple[bool, str, str]:

@@ -25,6 +25,8 @@ def healthy(step: int, seed: int = 0) -> Metrics:
         "ppo/score_mean": 1.7 * done + rng.gauss(0, 0.08),
         "ppo/score_std": 1.0 - 0.4 * done,
         "ppo/kl_abs_mean": 0.0 if step == 1 else 0.1 + 0.2 * done,
+        "ppo/rm_score_std": 2.5 - done,
+        "ppo/rm_score_mean": 30.0 + 4 * done,
         "ppo/kl_abs_max": 0.0 if step == 1 else 0.5 + 4 * done,
         "ppo/kl_sequence": kl + rng.gauss(0, 0.01 + 0.2 * done) if step > 1 else 0.0,
         "ppo/kl_sequence_se": 0.01 + 0.2 * done if step > 1 else 0.0,
@@ -192,6 +194,35 @@ def test_a_tame_fault_has_none(name: str) -> None:
 @pytest.mark.parametrize("name", FAULTS)
 def test_ignored_diagnoses_are_not_made(name: DiagnosisName) -> None:
     assert watch(FAULTS[name][0], HealthSection(ignore=[name])) == []
+
+
+@pytest.mark.parametrize(
+    ("deviation", "mean", "dead"),
+    [
+        (1e-6, 0.2, True),  # normalised by itself it would be a spread of 1
+        (0.0, 1.0, True),  # a constant, whose missing-EOS penalty varies
+        (0.03, 500.0, True),
+        (0.03, -500.0, True),
+        (0.06, 500.0, False),
+        (2e-4, 0.2, False),
+    ],
+)
+def test_raw_scores_that_hardly_differ_are_dead_whatever_the_shaped_ones_say(
+    deviation: float, mean: float, dead: bool
+) -> None:
+    def fault(step: int, metrics: Metrics) -> None:
+        if step >= 12:
+            metrics |= {"ppo/rm_score_std": deviation, "ppo/rm_score_mean": mean}
+
+    found = [(each.name, each.step) for each in watch(fault, steps=20)]
+    assert found == ([("dead_rewards", 14)] if dead else [])
+    once = setting("ppo/rm_score_std", lambda s: deviation if s % 3 else 0.5, 12)
+    assert watch(once, steps=20) == []
+
+
+def test_an_update_without_any_bounds_is_told_and_not_an_overflow() -> None:
+    (found, *_) = watch(setting("ppo/approx_kl", lambda _: 1e7, 3), steps=4)
+    assert found.name == "ratio_explosion" and found.figure == 1e7
 
 
 def test_ratios_far_from_one_on_the_whole_explode_at_once() -> None:

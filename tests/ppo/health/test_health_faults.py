@@ -157,9 +157,8 @@ FAULTS: dict[DiagnosisName, Fault] = {
     "sampling_mismatch": Fault(generation={"top_p": 0.5}),
     "negative_kl": Fault(patch=stale_sampler),
     "clip_fraction_high": Fault(settings={"learning_rate": 0.01, "epochs": 4, "clip_range": 0.05}),
-    "dead_rewards": Fault(
-        settings={"score_normalization": "none", "missing_eos_penalty": 0.0}, reward=constant
-    ),
+    # The missing-EOS penalty varies, so the shaped scores do.
+    "dead_rewards": Fault(settings={"score_normalization": "none"}, reward=constant),
     "reward_hacking": Fault(
         settings={"learning_rate": 0.01, "kl_coef": 0.0, "eval_every": 4},
         reward=only_wanted,

@@ -16,6 +16,8 @@ DEAD_STEPS = 3
 CRITIC_STEPS, CRITIC_RISE = 10, 0.1
 SURPRISE_FLOOR = 0.01
 """Nats per token that different kernels in sampling and scoring may cause."""
+MAX_EXPONENT = 700.0
+"""Beyond it exp overflows."""
 KL_FLOOR = 0.02
 """Nats per response by which an estimate below 0 is rounding."""
 
@@ -150,7 +152,7 @@ def check_ratio(history: History, section: HealthSection, metrics: Metrics) -> F
 def check_approx_kl(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
     """Ratios stay near 1 on the whole."""
     figure = metrics["ppo/approx_kl"]
-    factor = math.exp(math.sqrt(2 * figure))
+    factor = math.exp(min(math.sqrt(2 * figure), MAX_EXPONENT))
     return _above(
         figure,
         section.max_approx_kl,
@@ -225,22 +227,36 @@ def check_clipping(history: History, section: HealthSection, metrics: Metrics) -
     return _above(
         _mean(last),
         section.max_clip_fraction,
-        f"{_mean(last):.0%} of the tokens leave the clip range within a step and then have no "
-        "gradient: the updates are too large for the batch.",
+        f"{_mean(last):.0%} of the tokens leave the clip range on the side that they are pushed to "
+        "within a step, and then have no gradient: the updates are too large for the batch.",
+    )
+
+
+def check_raw_scores(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
+    """Raw scores differ between responses by more than a share of their size."""
+    deviations = history.recent("ppo/rm_score_std", DEAD_STEPS)
+    sizes = [max(1.0, abs(mean)) for mean in history.recent("ppo/rm_score_mean", DEAD_STEPS)]
+    figure = max(d / size for d, size in zip(deviations, sizes, strict=True))
+    return _dead(
+        figure,
+        section.min_score_std,
+        f"The raw scores of {DEAD_STEPS} steps running differ by {max(deviations):.2g} (standard "
+        f"deviation) around {metrics['ppo/rm_score_mean']:.3g}: what PPO follows is noise.",
     )
 
 
 def check_scores(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
-    """Scores differ between responses."""
-    last = history.recent("ppo/score_std", DEAD_STEPS)
-    if max(last) > section.min_score_std:
-        return None
-    return Finding(
-        max(last),
+    """Shaped scores, with their clipping and penalties, differ between responses."""
+    return _dead(
+        max(history.recent("ppo/score_std", DEAD_STEPS)),
         section.min_score_std,
         f"All responses of {DEAD_STEPS} steps running got the same score: there is nothing to "
         "learn but the KL penalty.",
     )
+
+
+def _dead(figure: float, threshold: float, meaning: str) -> Finding | None:
+    return Finding(figure, threshold, meaning) if figure <= threshold else None
 
 
 def check_gold_falls(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
@@ -329,7 +345,7 @@ def check_critic(history: History, section: HealthSection, metrics: Metrics) -> 
         figure,
         section.min_explained_variance,
         f"The critic's explained variance is {figure:.3g} over {CRITIC_STEPS} steps: a constant "
-        "would predict the returns better, so it adds noise to the advantages.",
+        "would predict the rewards to come better, so it adds noise to the advantages.",
     )
 
 

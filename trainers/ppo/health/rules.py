@@ -141,11 +141,18 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "dead_rewards",
+        ("ppo/rm_score_std", "ppo/rm_score_mean"),
+        checks.check_raw_scores,
+        "the reward model has learnt nothing, or its head was not loaded; the policy gives one "
+        "answer only",
+        "ppo.rewards; train the reward model again",
+    ),
+    Rule(
+        "dead_rewards",
         ("ppo/score_std",),
         checks.check_scores,
-        "the reward model has learnt nothing, or its head was not loaded; scores clipped to one "
-        "value; the policy gives one answer only",
-        "ppo.score_clip (wider or null); train the reward model again",
+        "scores clipped to one value; the policy gives one answer only",
+        "ppo.score_clip (wider or null)",
     ),
     Rule(
         "reward_hacking",
