@@ -69,7 +69,7 @@ def import_meta(
         shards = MetaShards(folder, params, len(tokenizer))
         chosen = chosen_dtype(dtype, shards.dtypes, f"{folder}")
         shapes = {name: part.shape for name, part in shards.parts.items()}
-        source = Checkpoint(params.shape(), shapes, shards.tensor)
+        source = Checkpoint(params.shape(shards.tied), shapes, shards.tensor)
         check_room(beside, source, chosen)
         inputs = [folder / "params.json", tokenizer_file, *shards.files]
         hashes = {file.name: _checked_hash(file) for file in inputs}
@@ -86,6 +86,8 @@ def import_meta(
             "num_checked_tokens": NUM_CHECKED_TOKENS,
         }
         write_json(beside / INFO, info)
+    if shards.tied:
+        print("no output.weight: the LM head is the embedding (tie_word_embeddings)")
     kinds = ", ".join(sorted(map(dtype_name, shards.dtypes)))
     print(
         f"{out}: {params.n_layers} layers, {kinds} -> {info['dtype']}; logits differ from "
@@ -148,6 +150,6 @@ def _config(
         bos_token_id=cast(int, tokenizer.bos_token_id),
         eos_token_id=cast(int, tokenizer.eos_token_id),
         pad_token_id=cast(int, tokenizer.pad_token_id),
-        tie_word_embeddings=False,
+        tie_word_embeddings=shards.tied,
         dtype=dtype,
     )

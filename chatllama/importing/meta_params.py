@@ -38,10 +38,11 @@ class MetaParams:
         """Channels of an attention head."""
         return self.dim // self.n_heads
 
-    def shape(self) -> Shape:
+    def shape(self, tied: bool) -> Shape:
         """The same for the arithmetic that checks an import."""
         speeds = rope_speeds(self.rope_theta, self.head_dim)
-        return Shape(self.n_layers, self.n_heads, self.n_kv_heads, self.norm_eps, speeds)
+        heads = self.n_heads, self.n_kv_heads
+        return Shape(self.n_layers, *heads, self.norm_eps, speeds, tied=tied)
 
     def ffn_dim(self) -> int | None:
         """Width of the feed-forward layer; None without `multiple_of`.

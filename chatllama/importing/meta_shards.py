@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROPE_SUFFIX, ROPE_TOLERANCE = "rope.freqs", 0.02
 # fairscale: a column-parallel layer holds rows of its matrix, a row-parallel one columns.
 ROWS, COLUMNS = 0, 1
-_EMBEDDING = "tok_embeddings.weight"
+_EMBEDDING, _HEAD = "tok_embeddings.weight", "output.weight"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Layout:
 class MetaShards:
     """The tensors of a checkpoint with consolidated.00.pth and so on, read one at a time.
 
-    `vocab_size` is that of its tokenizer.
+    `vocab_size` is that of its tokenizer. Without output.weight in any file the model is `tied`:
+    the embedding is its LM head, as in Llama 3.2 1B and 3B.
 
     Raises:
         ValueError: a file is missing, cut off, or does not fit params.json.
@@ -58,6 +59,7 @@ class MetaShards:
         self._check_count()
         self.ffn_dim = params.ffn_dim() or self._rows("layers.0.feed_forward.w1.weight")
         self.vocab_size = params.vocab_size or vocab_size
+        self.tied = not any(_HEAD in shard for shard in self._shards)
         self.parts = self._expected()
         self._check_tensors(folder)
         self.dtypes = {tensor.dtype for tensor in self._used().values()}
@@ -112,7 +114,8 @@ class MetaShards:
         for number in range(params.n_layers):
             parts |= {f"layers.{number}.{name}": layout for name, layout in layer.items()}
         parts["norm.weight"] = Layout((dim,), None)
-        parts["output.weight"] = Layout((self.vocab_size, dim), ROWS)
+        if not self.tied:
+            parts[_HEAD] = Layout((self.vocab_size, dim), ROWS)
         return parts
 
     def _check_tensors(self, folder: Path) -> None:

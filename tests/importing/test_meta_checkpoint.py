@@ -157,6 +157,34 @@ def test_any_sharding_gives_the_same_folder(
     assert torch.equal(found[0]["model.layers.1.mlp.down_proj.weight"], expected)
 
 
+@pytest.mark.parametrize(
+    ("params", "count", "embedding_axis"), [(PARAMS, 1, 1), (GROUPED, 4, 0), (GROUPED, 4, 1)]
+)
+def test_without_an_output_matrix_the_model_is_tied(
+    params: dict[str, Any],
+    count: int,
+    embedding_axis: int,
+    tmp_path: Path,
+    tiny_tokenizer_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    weights = meta_weights(params)
+    weights["output.weight"] = weights["tok_embeddings.weight"]
+    split = (params, weights, count, embedding_axis)
+    untied = import_meta(write_meta(tmp_path / "untied", tiny_tokenizer_dir, *split))
+    assert "LM head is the embedding" not in capsys.readouterr().out
+    del weights["output.weight"]
+    tied = import_meta(write_meta(tmp_path / "tied", tiny_tokenizer_dir, *split))
+    assert "no output.weight: the LM head is the embedding" in capsys.readouterr().out
+    assert json.loads((tied / "config.json").read_text())["tie_word_embeddings"] is True
+    both = tensors_of(tied), tensors_of(untied)
+    assert both[1].keys() - both[0].keys() == {"lm_head.weight"}
+    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (tied, untied)]
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(models[0](ids).logits, models[1](ids).logits)
+
+
 def test_several_files_have_an_index_that_transformers_reads(grouped: Path, tmp_path: Path) -> None:
     one = import_meta(grouped, tmp_path / "one")
     # 18,600 bytes of embedding: the largest tensor has a file of its own.
@@ -230,6 +258,13 @@ def change_shard(folder: Path, number: int, **changes: torch.Tensor) -> None:
     for name, tensor in changes.items():
         assert name in content
         content[name] = tensor
+    torch.save(content, file)
+
+
+def lose_tensor(folder: Path, number: int, name: str) -> None:
+    file = folder / f"consolidated.{number:02d}.pth"
+    content = dict(torch.load(file))
+    del content[name]
     torch.save(content, file)
 
 
@@ -307,6 +342,14 @@ DAMAGES = {
             f, 3, **{"output.weight": torch.full((75, DIM), math.nan, dtype=torch.float16)}
         ),
         "output.weight holds NaN",
+    ),
+    "a part of the head lost": (
+        lambda f: lose_tensor(f, 2, "output.weight"),
+        "02.pth: lacks output",
+    ),
+    "the embedding lost": (
+        lambda f: lose_tensor(f, 0, "tok_embeddings.weight"),
+        "00.pth: lacks tok_embeddings.weight",
     ),
     "other MD5": (checklist, "consolidated.03.pth: damaged: its MD5"),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "no tokenizer.model there or in"),

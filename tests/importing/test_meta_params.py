@@ -48,6 +48,6 @@ def test_reference_arithmetic_by_hand() -> None:
     # Head of 4 channels, theta 100: pairs turn by 1 and 1/10 a position.
     params = MetaParams(4, 1, 1, 1, 1e-5, 100.0, None, None, None, None)
     heads = torch.tensor([1.0, 0.0, 0.0, 1.0]).view(1, 1, 4).expand(3, 1, 4)
-    turned = rotate(heads, rotations(params.shape().speeds, 3))[2, 0].tolist()
+    turned = rotate(heads, rotations(params.shape(tied=False).speeds, 3))[2, 0].tolist()
     cos, sin = math.cos, math.sin
     assert turned == pytest.approx([cos(2), sin(2), -sin(0.2), cos(0.2)], abs=1e-6)
