@@ -188,7 +188,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     from chatllama.inference.prompt_files import read_prompts
 
     lines = None if sys.stdin.isatty() else sys.stdin
-    prompts = read_prompts(arguments.prompts, arguments.file, lines)
+    continues = arguments.continue_final_message
+    prompts = read_prompts(arguments.prompts, arguments.file, lines, continues)
     options = options_from(GenerateOptions, arguments)
     generate_command(arguments.run, prompts, options, arguments.out)
 

@@ -18,7 +18,7 @@ from chatllama.model.roles import Role, acting_as, autocast
 from chatllama.model.scoring import response_logprobs, score_sequences
 from chatllama.text.chat_format import Message, end_of_turn_ids, render
 from chatllama.text.detokenizing import AnswerText
-from chatllama.text.encoding import decode
+from chatllama.text.encoding import decode, encode
 from chatllama.text.padding import pad_left, pad_right
 
 
@@ -49,9 +49,17 @@ class Answerer:
         self.compiled = StaticKVCache(loaded.model.llama) if compiled else None
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's first token."""
+        """Token ids of a conversation, ready for the assistant's next token.
+
+        That is its first after a message of the user, else one that goes on with its own message.
+        """
         layout = (self.loaded.tokenizer, self.loaded.chat)
-        return render(*layout, messages, add_generation_prompt=add_generation_prompt).ids
+        continues = add_generation_prompt and is_continued(messages)
+        opens = add_generation_prompt and not continues
+        made = render(
+            *layout, messages, add_generation_prompt=opens, continue_final_message=continues
+        )
+        return made.ids
 
     @torch.no_grad()
     def answer(
@@ -66,7 +74,8 @@ class Answerer:
         """One answer to each conversation.
 
         Args:
-            conversations: N, ending with the user.
+            conversations: N, ending with the user, or with an answer of the assistant that is
+                continued: then the text is what follows it, with its first space.
             uniforms: (N, max_new_tokens) float32 in [0, 1).
             sampling: also bounds the answer's length.
             stops: strings that end an answer.
@@ -74,7 +83,8 @@ class Answerer:
         """
         prompts = [self.render(messages) for messages in conversations]
         stop_ids = end_of_turn_ids(self.loaded.tokenizer, self.loaded.chat)
-        streams = [_StopStrings(self.loaded.tokenizer, stops) for _ in prompts] if stops else []
+        continued = [is_continued(messages) for messages in conversations]
+        streams = [_StopStrings(self.loaded.tokenizer, stops, c) for c in continued if stops]
 
         def ends_with(number: int, token: int) -> bool:
             return streams[number].ends_with(token)
@@ -95,13 +105,12 @@ class Answerer:
         for number, (prompt, ids) in enumerate(zip(prompts, sampled, strict=True)):
             cut = streams[number].cut() if streams else None
             sequence, by_token = [*prompt, *ids], ids[-1] in stop_ids
-            if cut is None:
-                text = decode(self.loaded.tokenizer, ids[:-1] if by_token else ids).strip()
-            else:
-                text = cut.strip()
+            if cut is not None:
+                text = cut if continued[number] else cut.strip()
                 if self.loaded.reward_roles:  # scores the finished turn that the user gets
-                    turn: Message = {"role": "assistant", "content": text}
-                    sequence = self.render([*conversations[number], turn], False)
+                    sequence = self.render(with_answer(conversations[number], text), False)
+            else:
+                text = self._decode(ids[:-1] if by_token else ids, continued[number])
             answers.append(Answer(text, ids, by_token or cut is not None))
             sequences.append(sequence)
         for start in range(0, len(prompts), batch_size):
@@ -114,6 +123,13 @@ class Answerer:
                 for answer, score in zip(answers[rows], self.scores(sequences[rows]), strict=True):
                     answer.score = score
         return answers
+
+    def _decode(self, ids: Sequence[int], continues: bool) -> str:
+        """The text of an answer; behind other text its first space is kept."""
+        tokenizer = self.loaded.tokenizer
+        before = encode(tokenizer, "a") if continues else []
+        text = decode(tokenizer, [*before, *ids])[len(decode(tokenizer, before)) :]
+        return text if continues else text.strip()
 
     @torch.no_grad()
     def logprobs(
@@ -144,8 +160,10 @@ class Answerer:
 class _StopStrings:
     """The text of an answer while it is sampled, up to a stop string."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, stops: Sequence[str]) -> None:
-        self._stream = AnswerText(tokenizer, stops)
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, stops: Sequence[str], continues: bool
+    ) -> None:
+        self._stream = AnswerText(tokenizer, stops, continues)
         self._text = ""
 
     def ends_with(self, token: int) -> bool:
@@ -157,6 +175,19 @@ class _StopStrings:
         """The text before the stop string that ended the answer. None: no string did."""
         rest = self._stream.finish()
         return self._text + rest if self._stream.stopped else None
+
+
+def is_continued(messages: Sequence[Message]) -> bool:
+    """Whether a conversation ends with the assistant, whose message is to be gone on with."""
+    return bool(messages) and messages[-1]["role"] == "assistant"
+
+
+def with_answer(messages: Sequence[Message], text: str) -> list[Message]:
+    """The conversation with an answer, or with more of the one that it ends with."""
+    if is_continued(messages):
+        text = messages[-1]["content"].rstrip() + text
+        messages = messages[:-1]
+    return [*messages, {"role": "assistant", "content": text}]
 
 
 def random_numbers(seed: int, prompt: int, sample: int, count: int) -> torch.Tensor:

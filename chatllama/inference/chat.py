@@ -26,6 +26,7 @@ HELP = '''\
 /role NAME      let another role answer; the conversation stays
 /compare TEXT   all roles answer TEXT, with reward score and KL; the conversation stays as it is
 /compare        the same for your last message
+/continue       go on with the last answer, which Ctrl-C or --max-new-tokens ended
 /system TEXT    set the system prompt (without TEXT: the one of the config)
 /history        show the conversation
 /save FILE      add the conversation to a JSONL file (format `messages`, which SFT reads)
@@ -117,6 +118,15 @@ def _reply(text: str, model: "ChatModel", conversation: Conversation) -> None:
     conversation.turns.append({"role": "assistant", "content": reply})
 
 
+def _continue(model: "ChatModel", conversation: Conversation) -> None:
+    """Adds what follows the last answer to it."""
+    if not conversation.turns or not conversation.turns[-1]["content"].strip():
+        raise ValueError("/continue: there is no answer yet to go on with")
+    more = _show(model.answer(conversation.messages(), conversation.role))
+    text = conversation.turns.pop()["content"].rstrip() + more
+    conversation.turns.append({"role": "assistant", "content": text})
+
+
 def _show(chunks: Iterator[str]) -> str:
     """Prints an answer as it is streamed; returns its text."""
     text = ""
@@ -149,6 +159,8 @@ def _run_command(text: str, model: "ChatModel", conversation: Conversation) -> N
                 tell(f"{message['role']}: {message['content']}")
         case "/save":
             _save(rest, conversation)
+        case "/continue":
+            _continue(model, conversation)
         case "/compare":
             _compare(rest, model, conversation)
         case _:

@@ -7,14 +7,14 @@ import torch
 
 from chatllama.generation.generate import stream
 from chatllama.generation.sampling import Sampling
-from chatllama.inference.answerer import Answerer
+from chatllama.inference.answerer import Answerer, is_continued
 from chatllama.inference.load import LoadedRun
 from chatllama.inference.options import GenerationRole
 from chatllama.model.backbone import megabytes, weight_bytes
 from chatllama.model.roles import Role, RoleModel, acting_as, autocast
 from chatllama.model.scoring import hidden_states
 from chatllama.runtime.command_line import tell
-from chatllama.text.chat_format import Message, end_of_turn_ids, render
+from chatllama.text.chat_format import Message, end_of_turn_ids
 from chatllama.text.detokenizing import stream_text
 
 
@@ -67,11 +67,12 @@ class ChatModel:
         )
 
     def answer(self, messages: list[Message], role: GenerationRole) -> Iterator[str]:
-        """Streams the answer as text."""
+        """Streams the answer as text, or what follows if the last message is the assistant's."""
         prompt = self._render(self._fitting(messages))
         with acting_as(self.model, ACTING[role]), autocast(self.model):
             ids = stream(self.model.llama, prompt, self.sampling, self._stop_ids, self.generator)
-            yield from stream_text(self.loaded.tokenizer, ids, self._stops)
+            continues = is_continued(messages)
+            yield from stream_text(self.loaded.tokenizer, ids, self._stops, continues)
 
     def compare(self, messages: list[Message]) -> Iterator[Compared]:
         """Every role's answer, from the same random numbers, with its numbers."""
@@ -87,8 +88,7 @@ class ChatModel:
             yield Compared(role, answer.text, len(answer.ids), answer.score, kl)
 
     def _render(self, messages: Sequence[Message]) -> list[int]:
-        loaded = self.loaded
-        return render(loaded.tokenizer, loaded.chat, messages, add_generation_prompt=True).ids
+        return Answerer(self.loaded, "base").render(messages)
 
     def _fitting(self, messages: list[Message]) -> list[Message]:
         kept = fit(messages, lambda some: len(self._render(some)), self._room)

@@ -111,6 +111,9 @@ class GenerateOptions(WeightsOptions, AnswerOptions):
     best_of: int | None = option(
         None, "of N samples keep the one that the reward model scores highest", limit=SAMPLES
     )
+    continue_final_message: bool = option(
+        False, "go on with the last message where it is the assistant's; answers are what follows"
+    )
     token_ids: bool = option(False, "write the sampled token ids, too")
     logprobs: bool = option(
         False,

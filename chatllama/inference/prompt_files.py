@@ -22,7 +22,7 @@ class Prompt:
     id: int | str
     """The record's own, else its number from 0."""
     content: "str | list[Message]"
-    """What the user says, or a conversation that ends with the user."""
+    """What the user says, or a conversation: it ends with the user, or with what is continued."""
     where: str
     """`file:line` and the like, for errors."""
 
@@ -35,7 +35,10 @@ class Prompt:
 
 
 def read_prompts(
-    arguments: Sequence[str], file: Path | None, lines: Iterable[str] | None
+    arguments: Sequence[str],
+    file: Path | None,
+    lines: Iterable[str] | None,
+    continues: bool = False,
 ) -> list[Prompt]:
     """The prompts of exactly one source, in order; ValueError if it is missing or invalid.
 
@@ -44,6 +47,7 @@ def read_prompts(
             `messages`, and perhaps `id`, in each record; an array may hold texts, too. Or .txt, one
             prompt a line. Empty lines are skipped.
         lines: read where the others are empty; None: there is no such input.
+        continues: conversations may end with the assistant, whose message is then gone on with.
     """
     if arguments and file is not None:
         raise ValueError(f"prompts as arguments and --file {file}: give one of the two")
@@ -61,7 +65,7 @@ def read_prompts(
     if not prompts:
         raise ValueError(f"{source}: no prompts")
     for prompt in prompts:
-        _check(prompt)
+        _check(prompt, continues)
     return prompts
 
 
@@ -147,11 +151,13 @@ def _messages(value: object, name: str) -> "list[Message]":
     return cast("list[Message]", messages)
 
 
-def _check(prompt: Prompt) -> None:
-    """Raises ValueError for a prompt that does not end with a message of the user."""
+def _check(prompt: Prompt, continues: bool) -> None:
+    """Raises ValueError for a prompt whose last message can be neither answered nor continued."""
     messages = prompt.messages
-    if not messages or messages[-1]["role"] != "user":
-        last = f"by {messages[-1]['role']!r}" if messages else "missing"
-        raise ValueError(f"{prompt.where}: the last message must be by 'user'; it is {last}")
+    last = messages[-1]["role"] if messages else "missing"
+    if last != "user" and not (continues and last == "assistant"):
+        hint = "; --continue-final-message goes on with it" if last == "assistant" else ""
+        last = f"by {last!r}" if messages else last
+        raise ValueError(f"{prompt.where}: the last message must be by 'user'; it is {last}{hint}")
     if not messages[-1]["content"].strip():
         raise ValueError(f"{prompt.where}: the prompt is empty")

@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -166,6 +167,11 @@ class ChatRequest(GenerationRequest):
     """Body of /v1/chat/completions."""
 
     messages: Messages
+    continue_final_message: bool = False
+    """Go on with the last message, which is the assistant's, as vLLM does; the answer is what
+    follows it. Without this such a message is refused."""
+    add_generation_prompt: bool | None = None
+    """vLLM's: false with continue_final_message, else true. null: so."""
     max_tokens: MaxTokens | None = None
     """Longest answer. null: `generation.max_new_tokens` of the run's config."""
     max_completion_tokens: MaxTokens | None = None
@@ -173,6 +179,13 @@ class ChatRequest(GenerationRequest):
     logprobs: bool = False
     """Of the sampled tokens, at the sampling temperature (1 where that is 0), before top-p."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    @field_validator("add_generation_prompt")
+    @classmethod
+    def _opens_or_continues(cls, opens: bool | None, info: ValidationInfo) -> bool | None:
+        if opens is not None and opens == info.data.get("continue_final_message"):
+            raise ValueError("must be the opposite of continue_final_message")
+        return opens
 
 
 class CompletionRequest(GenerationRequest):

@@ -60,7 +60,7 @@ class Service:
     async def chat(self, body: ChatRequest, http: HttpRequest) -> Response:
         """The response to /v1/chat/completions."""
         messages = [message.plain() for message in body.messages]
-        prompt = await asyncio.to_thread(self.check_prompt, messages)
+        prompt = await asyncio.to_thread(self.check_prompt, messages, body.continue_final_message)
         room = self._room([prompt], "messages")
         length = body.max_completion_tokens or body.max_tokens
         if length is None:
@@ -102,7 +102,8 @@ class Service:
             for j in range(body.n)
         ]
         seconds, tokenizer = self.settings.timeout, self.run.tokenizer
-        follows = kind == "completion"
+        continues = isinstance(body, ChatRequest) and body.continue_final_message
+        follows = continues or kind == "completion"
         pending = PendingAnswers(
             self.engine, served.role, requests, tokenizer, body.stops, follows, seconds,
             self.metrics,
@@ -122,15 +123,21 @@ class Service:
 
     # --- prompts ---------------------------------------------------------------------------------
 
-    def check_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation that the assistant is to answer; ApiError if invalid."""
-        self._check_length(sum(len(message["content"]) for message in messages), "messages")
-        return self._render(messages, add_generation_prompt=True)
+    def check_prompt(self, messages: Sequence[Message], continues: bool = False) -> list[int]:
+        """Token ids of a conversation that the assistant is to answer; ApiError if invalid.
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+        With `continues` it goes on with the last message, which is its own.
+        """
+        self._check_length(sum(len(message["content"]) for message in messages), "messages")
+        return self._render(messages, not continues, continues)
+
+    def _render(
+        self, messages: Sequence[Message], add_generation_prompt: bool, continues: bool = False
+    ) -> list[int]:
         layout = (self.run.tokenizer, self.run.chat)
+        opens = {"add_generation_prompt": add_generation_prompt}
         try:
-            return render(*layout, messages, add_generation_prompt=add_generation_prompt).ids
+            return render(*layout, messages, **opens, continue_final_message=continues).ids
         except ValueError as error:
             raise invalid(str(error), "messages") from error
 

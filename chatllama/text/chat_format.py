@@ -7,7 +7,7 @@ turns them into ids, checks messages, and hashes the contract so that a mismatch
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any, Literal, TypedDict, get_args
 
@@ -82,6 +82,7 @@ def render(
     messages: Sequence[Message],
     *,
     add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
 ) -> Rendered:
     """Ids and loss mask of a conversation; ids of a prompt begin those of prompt plus answer.
 
@@ -89,22 +90,27 @@ def render(
     special token and an answer's tokens never merge with its prompt's. Blanks around a message are
     dropped (with `template: tokenizer`: as that template does). The system prompt is the
     conversation's, else `chat.system`, else the layout's own; "" means none.
-    `add_generation_prompt` opens the assistant's turn after a last user message.
+    `add_generation_prompt` opens the assistant's turn after a last user message;
+    `continue_final_message` leaves the assistant's last turn open behind its text, for more of it.
 
     Raises:
         ValueError: messages out of order (see `check_messages`), a layout whose tokens the
-            vocabulary lacks, or a generation prompt after an assistant message.
+            vocabulary lacks, or a last message that cannot be answered, or not be continued.
     """
     check_messages(messages)
+    assert not (add_generation_prompt and continue_final_message)
     if add_generation_prompt and messages[-1]["role"] != "user":
         raise ValueError(
-            f"add_generation_prompt needs a user message at the end, not message "
-            f"{len(messages) - 1} by {messages[-1]['role']!r}"
+            f"the last message, number {len(messages) - 1}, is the assistant's own: end with the "
+            "user, or have it continued (continue_final_message)"
         )
     controls = control_tokens(tokenizer)
     ids: list[int] = []
     mask: list[bool] = []
-    for part in _segments(tokenizer, chat, messages, add_generation_prompt):
+    parts = list(_segments(tokenizer, chat, messages, add_generation_prompt))
+    if continue_final_message:
+        parts = _unfinished(parts, messages)
+    for part in parts:
         if part.control:
             new = [controls[part.text]]
         else:
@@ -112,6 +118,22 @@ def render(
         ids += new
         mask += [part.answer] * len(new)
     return Rendered(ids, mask)
+
+
+def _unfinished(parts: list[Segment], messages: Sequence[Message]) -> list[Segment]:
+    """The segments up to the end of the last answer's text, without what ends its turn."""
+    number, answer = len(messages) - 1, messages[-1]["content"].strip()
+    if messages[-1]["role"] != "assistant" or not answer:
+        raise ValueError(
+            f"continue_final_message: message {number} is "
+            f"{'empty' if not answer else 'not the assistant'}, so nothing can be continued"
+        )
+    texts = [i for i, part in enumerate(parts) if part.answer and not part.control]
+    last = texts[-1] if texts else -1
+    if answer not in parts[last].text:
+        raise ValueError(f"continue_final_message: the chat template rewrites message {number}")
+    end = parts[last].text.rindex(answer) + len(answer)
+    return [*parts[:last], replace(parts[last], text=parts[last].text[:end])]
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> list[int]:

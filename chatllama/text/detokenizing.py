@@ -100,10 +100,16 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def stream_text(
-    tokenizer: PreTrainedTokenizerFast, ids: Iterable[int], stops: Sequence[str] = ()
+    tokenizer: PreTrainedTokenizerFast,
+    ids: Iterable[int],
+    stops: Sequence[str] = (),
+    continues: bool = False,
 ) -> Iterator[str]:
-    """Deltas of the text of an answer's `ids` until a stop string; no further id is consumed."""
-    answer = AnswerText(tokenizer, stops)
+    """Deltas of the text of an answer's `ids` until a stop string; no further id is consumed.
+
+    With `continues` the text follows other text, so its first space is kept.
+    """
+    answer = AnswerText(tokenizer, stops, continues)
     for index in ids:
         if delta := answer.push(index):
             yield delta

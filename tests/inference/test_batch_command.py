@@ -15,7 +15,7 @@ from chatllama.config.loader import load_config
 from chatllama.config.model import ChatSection
 from chatllama.generation.decoding_batch import DecodingBatch, Sampled
 from chatllama.inference import batch as generation_command
-from chatllama.inference.answerer import Answerer, random_numbers
+from chatllama.inference.answerer import Answerer, random_numbers, with_answer
 from chatllama.inference.load import load_run
 from chatllama.inference.options import GenerateOptions, best_of_kl
 from chatllama.inference.prompt_files import Prompt
@@ -213,6 +213,41 @@ def test_a_run_without_rewards_answers_as_sft_without_scores(
     assert not (tmp_path / "b.jsonl").exists()
 
 
+# --- answers that are continued ------------------------------------------------------------------
+
+
+def begun(prompt: Prompt, text: str) -> Prompt:
+    turns = [*prompt.messages, {"role": "assistant", "content": text}]
+    return Prompt(prompt.id, cast(Any, turns), prompt.where)
+
+
+def test_a_begun_answer_is_continued(run: RunFolder, tmp_path: Path) -> None:
+    texts = ["the river ", "Anna", "a garden. The"]
+    prompts = [begun(p, text) for p, text in zip(PROMPTS, texts, strict=False)] + PROMPTS[3:]
+    options: dict[str, Any] = {"temperature": 0.0, "token_ids": True}
+    lines = answers(run, tmp_path / "a.jsonl", prompts, **options)
+    assert lines[3:] == answers(run, tmp_path / "b.jsonl", **options)[3:]
+    tokenizer = load_tokenizer(run.backbone)
+    for line, prompt, text in zip(lines, prompts, texts, strict=False):
+        opened = render(tokenizer, ChatSection(), prompt.messages, continue_final_message=True).ids
+        whole = decode(tokenizer, [*opened, *line["token_ids"]])
+        assert whole.endswith(text.rstrip() + line["response"]) and line["response"]
+        # Scored as the whole answer.
+        ids = [*opened, *line["token_ids"]]
+        assert line["score"] == pytest.approx(sum(reward_of(run, ids)) / 2, abs=1e-4)
+    number, found = next(
+        (i, match)
+        for i, line in enumerate(lines[:3])
+        if (match := re.match("([ -~]*)([ -~])", line["response"]))
+    )
+    stopped = answers(run, tmp_path / "c.jsonl", prompts[:3], **options, stops=(found[2],))[number]
+    assert stopped["response"] == lines[number]["response"].split(found[2])[0]
+    turns = with_answer(prompts[number].messages, stopped["response"])
+    assert [turn["role"] for turn in turns] == ["user", "assistant"]
+    ids = render(tokenizer, ChatSection(), turns).ids
+    assert stopped["score"] == pytest.approx(sum(reward_of(run, ids)) / 2, abs=1e-4)
+
+
 # --- stop strings --------------------------------------------------------------------------------
 
 
@@ -340,7 +375,7 @@ def test_the_command_line_passes_everything(
     words = [
         *command.split(),
         *("--stop", "b c", "--token-ids", "--logprobs", "--out", "o.jsonl", "second one"),
-        *("--dtype", "float16", "--quantization", "int8", "--compile"),
+        *("--dtype", "float16", "--quantization", "int8", "--compile", "--continue-final-message"),
     ]
     assert cli.main(words) == 0
     ((folder, prompts, options, out),) = seen
@@ -361,6 +396,7 @@ def test_the_command_line_passes_everything(
         dtype="float16",
         quantization="int8",
         compile=True,
+        continue_final_message=True,
     )
     file = tmp_path / "p.txt"
     file.write_text("x\n")

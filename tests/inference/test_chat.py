@@ -150,6 +150,16 @@ def test_ctrl_c_ends_only_the_answer() -> None:
     assert [m["content"] for m in conversation.turns][:3] == ["stop", "base:", "go on"]
 
 
+def test_an_answer_is_gone_on_with(capsys: pytest.CaptureFixture[str]) -> None:
+    echo, conversation = Echo(), Conversation("base")
+    converse(iter(["/continue", "stop", "/continue", "/continue", "b"]), echo, conversation)
+    first, more = "base:", "base:2\x1b[2J"
+    assert [m["content"] for m in conversation.turns][:2] == ["stop", first + 2 * more]
+    asked = [messages for messages, _ in echo.asked]
+    assert asked[1:3] == [said("stop", first), said("stop", first + more)]
+    assert "there is no answer yet" in capsys.readouterr().err
+
+
 def test_the_oldest_exchanges_give_way() -> None:
     def words(messages: "list[Message]") -> int:
         return sum(len(m["content"].split()) for m in messages)
@@ -171,6 +181,8 @@ def test_a_real_model_answers_in_its_role(tiny_llama_dir: Path) -> None:
     from chatllama.generation.decoding_batch import DecodingBatch
     from chatllama.generation.sampling import Sampling
     from chatllama.model.roles import Adapter, RoleModel, acting_as
+    from chatllama.text.chat_format import render
+    from chatllama.text.encoding import decode
     from chatllama.text.tokenizer import load_tokenizer
 
     llama = LlamaForCausalLM.from_pretrained(tiny_llama_dir)
@@ -200,6 +212,12 @@ def test_a_real_model_answers_in_its_role(tiny_llama_dir: Path) -> None:
         assert "".join(stopping.answer(said("Hi"), "base")) == base[:start]
         assert len(asked) < 11  # the text goes no further, nor does the sampling
     assert next(iter(stopping.compare(said("Hi")))).text == base[:start].strip()
+    begun = said("Hi", "the river ")
+    more = "".join(chat_of_run.answer(begun, "base"))
+    prompt = render(loaded.tokenizer, loaded.chat, begun, continue_final_message=True).ids
+    plain: Any = llama.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
+    text = decode(loaded.tokenizer, [*prompt, *plain[0, len(prompt) :].tolist()])
+    assert more and text.endswith("the river" + more)
     compared = list(chat_of_run.compare(said("Hi")))
     assert [answer.role for answer in compared] == list(chat_of_run.roles)
     assert compared[0].text == compared[1].text == base.strip()

@@ -83,6 +83,20 @@ def test_bad_prompts_are_named(tmp_path: Path, content: str, message: str) -> No
         read_prompts([], file, None)
 
 
+def test_a_last_answer_is_for_continuing_only(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    file.write_text('{"prompt": "c"}\n' + json.dumps({"messages": turns}) + "\n")
+    with pytest.raises(ValueError, match=r"p.jsonl:2: .* by 'assistant'; --continue-final-message"):
+        read_prompts([], file, None)
+    asked, begun = read_prompts([], file, None, continues=True)
+    assert asked.messages[-1]["role"] == "user" and begun.messages == turns
+    for bad in ([*turns[:1], {"role": "assistant", "content": " "}], [], [{"role": "tool"}]):
+        file.write_text(json.dumps({"messages": bad}))
+        with pytest.raises(ValueError, match=r"p.jsonl:1: "):
+            read_prompts([], file, None, continues=True)
+
+
 def test_one_source_of_prompts(tmp_path: Path) -> None:
     file = tmp_path / "p.csv"
     for arguments, name, message in (

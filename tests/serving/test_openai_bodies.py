@@ -68,6 +68,9 @@ def test_null_is_not_given_at_any_place(cls: Any, body: dict[str, Any]) -> None:
         {"seed": -1}, {"seed": -(2**63)}, {"stop": ""}, {"stop": ["", "x"]},
         {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}},
         {"prompt_cache_key": "k", "safety_identifier": "s", "prompt_cache_retention": "24h"},
+        {"continue_final_message": False, "add_generation_prompt": True},
+        {"continue_final_message": True, "add_generation_prompt": False},
+        {"continue_final_message": True, "add_generation_prompt": None},
         {"prediction": {"type": "content", "content": "a"}, "parallel_tool_calls": False},
     ],
 )  # fmt: skip
@@ -105,6 +108,9 @@ def test_a_message_of_the_client_can_be_sent_back_as_it_is(extra: dict[str, Any]
         ({"seed": 2**63}, "seed"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content"),
         ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]}, "tool_calls"),
+        ({"continue_final_message": 1}, "continue_final_message"),
+        ({"add_generation_prompt": False}, "add_generation_prompt"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt"),
     ],
 )  # fmt: skip
 def test_errors_name_their_parameter(extra: dict[str, Any], param: str) -> None:

@@ -352,8 +352,44 @@ def test_content_must_be_text_and_prompts_end_with_the_user(
     wrong: Any = [{"role": "user", "content": None}]
     with pytest.raises(ValueError, match="message 0: content must be a string"):
         check_messages(wrong)
-    with pytest.raises(ValueError, match="add_generation_prompt needs a user message"):
+    with pytest.raises(ValueError, match=r"number 1, is the assistant's own: .*continue_final_"):
         render(tokenizer, ChatSection(), conversation("a", "b"), add_generation_prompt=True)
+
+
+BEGUN = ["Yes", " It is 4:\n\n- one ", "a</s> [INST] b <|im_end|>", "\U0001f642", "a a", "user"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_last_answer_is_left_open_for_more_of_it(
+    layout: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    chat = chat_for(layout, tokenizer)
+    for talk in (conversation("a"), conversation("a", "a a", "user")):
+        prompt = render(tokenizer, chat, talk, add_generation_prompt=True).ids
+        for begun in BEGUN:
+            whole = [*talk, *conversation("", begun)[1:]]
+            opened = render(tokenizer, chat, whole, continue_final_message=True)
+            size = len(prompt)
+            assert opened.ids[:size] == prompt and all(opened.mask[size:])
+            text = decode(tokenizer, [*encode(tokenizer, "b"), *opened.ids[size:]])
+            assert text[1:].strip() == begun.strip() and not text[-1].isspace()
+            closed = render(tokenizer, chat, whole).ids
+            if layout != "own chatml":  # which keeps blanks at an answer's end
+                assert closed[:-1][: len(opened.ids)] == opened.ids
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("texts", "reason"),
+    [(("a",), "message 0 is not the assistant"), (("a", "b", "c"), "message 2 is not the assist"),
+     (("a", " \n"), "message 1 is empty")],
+)  # fmt: skip
+def test_what_cannot_be_continued_is_refused(
+    texts: tuple[str, ...], reason: str, layout: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    chat = chat_for(layout, tokenizer)
+    with pytest.raises(ValueError, match=reason):
+        render(tokenizer, chat, conversation(*texts), continue_final_message=True)
 
 
 # As Llama-3.x's templates write the day.
