@@ -14,6 +14,7 @@ from chatllama import cli
 from chatllama.config.loader import load_config
 from chatllama.config.model import ChatSection
 from chatllama.generation.decoding_batch import DecodingBatch, Sampled
+from chatllama.generation.sampling import Sampling
 from chatllama.inference import batch as generation_command
 from chatllama.inference.answerer import Answerer, random_numbers, with_answer
 from chatllama.inference.load import load_run
@@ -21,7 +22,7 @@ from chatllama.inference.options import GenerateOptions, best_of_kl
 from chatllama.inference.prompt_files import Prompt
 from chatllama.runs.folder import RunFolder
 from chatllama.text.chat_format import render
-from chatllama.text.encoding import decode
+from chatllama.text.encoding import decode, encode
 from chatllama.text.tokenizer import load_tokenizer
 
 
@@ -246,6 +247,24 @@ def test_a_begun_answer_is_continued(run: RunFolder, tmp_path: Path) -> None:
     assert [turn["role"] for turn in turns] == ["user", "assistant"]
     ids = render(tokenizer, ChatSection(), turns).ids
     assert stopped["score"] == pytest.approx(sum(reward_of(run, ids)) / 2, abs=1e-4)
+
+
+def test_the_first_space_of_what_follows_is_kept(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from chatllama.inference import answerer as module
+
+    answerer = reopened(run)
+    tokenizer = answerer.loaded.tokenizer
+    for text, follows in ((" a house", " a house"), ("s, too", "s, too"), ("\n\nNo", "\n\nNo")):
+        ids = encode(tokenizer, text, continues=True)
+        monkeypatch.setattr(module, "generate", lambda *_, ids=ids, **__: [ids, ids])
+        talks = [PROMPTS[0].messages, begun(PROMPTS[0], "the river ").messages]
+        uniforms = torch.zeros(2, 3)
+        sampling = Sampling(3, temperature=0.0)
+        alone, continued = answerer.answer(talks, uniforms, sampling, [], 2, False)
+        assert (alone.text, continued.text) == (text.strip(), follows)
+        assert with_answer(talks[1], follows)[-1]["content"] == "the river" + follows
 
 
 # --- stop strings --------------------------------------------------------------------------------

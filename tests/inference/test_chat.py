@@ -182,7 +182,7 @@ def test_a_real_model_answers_in_its_role(tiny_llama_dir: Path) -> None:
     from chatllama.generation.sampling import Sampling
     from chatllama.model.roles import Adapter, RoleModel, acting_as
     from chatllama.text.chat_format import render
-    from chatllama.text.encoding import decode
+    from chatllama.text.encoding import decode, encode
     from chatllama.text.tokenizer import load_tokenizer
 
     llama = LlamaForCausalLM.from_pretrained(tiny_llama_dir)
@@ -218,6 +218,11 @@ def test_a_real_model_answers_in_its_role(tiny_llama_dir: Path) -> None:
     plain: Any = llama.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
     text = decode(loaded.tokenizer, [*prompt, *plain[0, len(prompt) :].tolist()])
     assert more and text.endswith("the river" + more)
+    with pytest.MonkeyPatch.context() as patch:
+        ids = encode(loaded.tokenizer, " a house", continues=True)
+        patch.setattr(chat_model, "stream", lambda *_: iter(ids))
+        assert "".join(chat_of_run.answer(begun, "base")) == " a house"
+        assert "".join(chat_of_run.answer(said("Hi"), "base")) == "a house"
     compared = list(chat_of_run.compare(said("Hi")))
     assert [answer.role for answer in compared] == list(chat_of_run.roles)
     assert compared[0].text == compared[1].text == base.strip()

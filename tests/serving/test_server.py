@@ -185,6 +185,8 @@ def test_a_begun_answer_is_continued_as_generate_does(
     assert answer.choices[0].message.content == text
     chunks = client.chat.completions.create(**asked, stream=True)
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == text
+    several = client.chat.completions.create(**asked | {"temperature": 100, "seed": 3, "n": 48})
+    assert any((choice.message.content or "").startswith(" ") for choice in several.choices)
 
 
 def test_a_stop_string_ends_the_answer_and_is_not_in_it(client: OpenAI) -> None:
