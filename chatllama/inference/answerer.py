@@ -14,7 +14,7 @@ from chatllama.generation.generate import generate
 from chatllama.generation.sampling import Sampling
 from chatllama.generation.static_kv_cache import StaticKVCache
 from chatllama.inference.load import LoadedRun
-from chatllama.model.roles import Role, acting_as, autocast
+from chatllama.model.roles import Role, sampling_as
 from chatllama.model.scoring import response_logprobs, score_sequences
 from chatllama.text.chat_format import Message, end_of_turn_ids, render
 from chatllama.text.detokenizing import AnswerText
@@ -89,7 +89,7 @@ class Answerer:
         def ends_with(number: int, token: int) -> bool:
             return streams[number].ends_with(token)
 
-        with acting_as(self.model, self.acting), autocast(self.model):
+        with sampling_as(self.model, self.acting):
             sampled = generate(
                 self.model.llama,
                 prompts,

@@ -11,7 +11,8 @@ from chatllama.inference.answerer import Answerer, is_continued
 from chatllama.inference.load import LoadedRun
 from chatllama.inference.options import GenerationRole
 from chatllama.model.backbone import megabytes, weight_bytes
-from chatllama.model.roles import Role, RoleModel, acting_as, autocast
+from chatllama.model.roles import Role, RoleModel, acting_as, autocast, sampling_as
+from chatllama.model.sampling_layers import float32_head
 from chatllama.model.scoring import hidden_states
 from chatllama.runtime.command_line import tell
 from chatllama.text.chat_format import Message, end_of_turn_ids
@@ -69,7 +70,7 @@ class ChatModel:
     def answer(self, messages: list[Message], role: GenerationRole) -> Iterator[str]:
         """Streams the answer as text, or what follows if the last message is the assistant's."""
         prompt = self._render(self._fitting(messages))
-        with acting_as(self.model, ACTING[role]), autocast(self.model):
+        with sampling_as(self.model, ACTING[role]):
             ids = stream(self.model.llama, prompt, self.sampling, self._stop_ids, self.generator)
             continues = is_continued(messages)
             yield from stream_text(self.loaded.tokenizer, ids, self._stops, continues)
@@ -113,7 +114,7 @@ def mean_kl(
     logprobs = []
     for each in (role, other):
         hidden = hidden_states(model, each, tokens, mask, positions)
-        with acting_as(model, each), autocast(model):
+        with acting_as(model, each), autocast(model), float32_head(model.llama):
             logprobs.append(model.llama.lm_head(hidden).float().log_softmax(-1))
     own, reference = logprobs
     return float((own.exp() * (own - reference)).sum(-1).mean())

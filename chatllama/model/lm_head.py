@@ -16,6 +16,41 @@ from chatllama.runtime.distributed import call_inside
 
 CHUNK_ELEMENTS = 2**22
 """Float32 logits in memory at a time; more than 16 MiB would leave the CPU allocator's heap."""
+DEVICE_CHUNK_ELEMENTS = 2**25
+"""The same on a GPU, where a small chunk is many kernels that each wait for the next."""
+SLICE = 4096
+"""Rows of a 16-bit head that are widened at a time on the CPU."""
+
+
+def float32_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Logits of 16-bit or float32 numbers as float32 sums: (..., V) float32.
+
+    A 16-bit sum would round logits of 10 to 1/32, and log-probabilities with them.
+
+    Args:
+        hidden: (..., H) float; on a GPU of two dimensions.
+        weight: (V, H) of the same type.
+    """
+    if weight.dtype == torch.float32:
+        return functional.linear(hidden, weight)
+    if hidden.device.type != "cpu":
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    with torch.autocast("cpu", enabled=False):  # the CPU has no such product
+        wide = hidden.float()
+        parts = [functional.linear(wide, part.float()) for part in weight.split(SLICE)]
+        return torch.cat(parts, dim=-1)
+
+
+def chunk_elements(device: torch.device) -> int:
+    """Float32 logits in memory at a time."""
+    return CHUNK_ELEMENTS if device.type == "cpu" else DEVICE_CHUNK_ELEMENTS
+
+
+def _product_type(hidden: Tensor) -> torch.dtype:
+    """The type of numbers that are multiplied: autocast's where it is on."""
+    device = hidden.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else hidden.dtype
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -42,10 +77,11 @@ class _ChunkedHead(torch.autograd.Function):
         slopes = torch.empty_like(hidden) if needs_hidden else None
         weight_slopes = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         size = max(1, chunk // len(weight))
+        kind = _product_type(hidden)
+        factor = weight.to(kind)
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
-            logits = functional.linear(hidden[rows], weight)
-            kind, logits = logits.dtype, logits.float()  # autocast's type
+            logits = float32_logits(hidden[rows].to(kind), factor)
             if temperature != 1:
                 logits /= temperature
             picked = logits.gather(1, targets[rows, None])
@@ -109,7 +145,8 @@ def token_logprobs(
         weight = head.weight
 
         def scores(states: Tensor) -> tuple[Tensor, Tensor]:
-            return _ChunkedHead.apply(states, weight, targets, temperature, CHUNK_ELEMENTS, False)
+            chunk = chunk_elements(states.device)
+            return _ChunkedHead.apply(states, weight, targets, temperature, chunk, False)
 
         return call_inside([head], scores, hidden)
     logits = head(hidden).float() / temperature
@@ -143,7 +180,7 @@ def token_loss(
         targets: (N,) int64, the next tokens.
         max_logits: float32 numbers in memory at a time; None: 16 MiB on the CPU, else 128 MiB.
     """
-    chunk = max_logits or (CHUNK_ELEMENTS if hidden.device.type == "cpu" else 2**25)
+    chunk = max_logits or chunk_elements(hidden.device)
     if not torch.is_grad_enabled():
         weight = weight.detach()
     logprobs, correct = _ChunkedHead.apply(hidden, weight, targets, 1.0, chunk, True)

@@ -19,8 +19,10 @@ from chatllama.config.model import LoraSection
 from chatllama.model.last_layer import trim_last_layer
 from chatllama.model.lora import check_targets, make_layer
 from chatllama.model.packed_attention import registered
+from chatllama.model.sampling_layers import SamplingLayers, float32_head
 
 T = TypeVar("T")
+HALF = (torch.bfloat16, torch.float16)
 Role = str
 """base, reference, policy, reward, value; further reward adapters have names of their own."""
 
@@ -74,6 +76,7 @@ class RoleModel(nn.Module):
         for role, source in (shared or {}).items():
             self.adapter_names[role] = self.adapter_names[source]
         self._lora_layers = _lora_layers(self.backbone)
+        self._sampling: dict[Role, SamplingLayers] = {}
         self.lora = {role: adapter.lora for role, adapter in adapters.items()}
         self.acting: Role = "base"
         """The role whose adapter is active."""
@@ -117,6 +120,7 @@ class RoleModel(nn.Module):
         """Removes a role that `add` made; its adapter must not be active."""
         assert role != self.acting
         self.adapter_names.pop(role, None)
+        self._sampling.pop(role, None)
         self.lora.pop(role, None)
         if isinstance(self.backbone, PeftModel) and role in self.backbone.peft_config:
             self.backbone.delete_adapter(role)
@@ -145,10 +149,15 @@ class RoleModel(nn.Module):
         def contexts() -> tuple:
             return nullcontext(), acting_as(self, self.acting)
 
+        dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.modules())
+        settings = {
+            "use_reentrant": False,
+            "context_fn": contexts,
+            # Reading the generator's state waits for a GPU at every layer.
+            "preserve_rng_state": dropout or bool(self.llama.config.attention_dropout),
+        }
         # The older of two names: transformers 5.20, the last for Python 3.10, has no other.
-        self.llama.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
-        )
+        self.llama.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
     def forward(self, function: Callable[..., T], *args: object) -> T:
         """Runs `function(model, *args)` of `scoring.py` inside the engine's forward pass."""
@@ -172,6 +181,36 @@ def acting_as(model: RoleModel, role: Role) -> Iterator[None]:
         yield
     finally:
         _activate(model, before)
+
+
+@contextmanager
+def sampling_as(model: RoleModel, role: Role) -> Iterator[None]:
+    """As `acting_as` with autocast, for sampling without gradient: no other adapter trains inside.
+
+    A 16-bit model that is whole on this device computes with `sampling_layers`, whose copies of the
+    adapter are made at the first call, and again at each of a model that trains.
+    """
+    with acting_as(model, role):
+        if model.llama.dtype not in HALF:
+            yield
+            return
+        layers = _sampling_layers(model, role)
+        with float32_head(model.llama), layers.in_place() if layers else autocast(model):
+            yield
+
+
+def _sampling_layers(model: RoleModel, role: Role) -> SamplingLayers | None:
+    """The role's, up to date. None: ZeRO-3 has split the weights, and fetches them itself."""
+    layers = model._sampling.get(role)
+    if layers is not None and not model.trainable_roles:
+        return layers
+    if not all(parameter.numel() for parameter in model.llama.parameters()):
+        return None
+    if layers is not None:
+        layers.refresh()
+        return layers
+    model._sampling[role] = SamplingLayers(model.llama, model.adapter_names[role])
+    return model._sampling[role]
 
 
 def mergeable(model: RoleModel) -> bool:
@@ -207,8 +246,11 @@ def merged_as(model: RoleModel, role: Role) -> Iterator[None]:
                 weight.data = original
 
 
-def _lora_layers(backbone: nn.Module) -> list[LoraLayer]:
-    return [module for module in backbone.modules() if isinstance(module, LoraLayer)]
+def _lora_layers(backbone: LlamaForCausalLM | PeftModel) -> list[LoraLayer]:
+    layers: list[LoraLayer] = [m for m in backbone.modules() if isinstance(m, LoraLayer)]
+    for layer in layers:  # 16-bit inputs are left as they are: autocast would cast them back
+        layer.cast_input_dtype_enabled = False
+    return layers
 
 
 def _activate(model: RoleModel, role: Role) -> None:
@@ -275,7 +317,7 @@ def _load_state(model: RoleModel, role: Role, state: Mapping[str, Tensor]) -> No
 def autocast(model: RoleModel) -> torch.autocast:
     """Matrix products in the backbone's type; adapters and heads themselves stay float32."""
     kind = model.llama.dtype
-    half = kind in (torch.bfloat16, torch.float16)
+    half = kind in HALF
     return torch.autocast(model.llama.device.type, kind if half else torch.bfloat16, enabled=half)
 
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from chatllama.generation.decoding_batch import DecodingBatch, Sampled
 from chatllama.generation.sampling import RowSampling
-from chatllama.model.roles import Role, RoleModel, acting_as, autocast
+from chatllama.model.roles import Role, RoleModel, sampling_as
 from chatllama.serving.errors import ApiError, timed_out
 from chatllama.serving.jobs import Delta, Job, Row
 from chatllama.serving.metrics import Metrics
@@ -225,7 +225,7 @@ class Engine:
     def _guarded(self, role: Role, batch: _RoleBatch, work: Callable[[], list[Sampled]]) -> bool:
         """Runs a batch's work and delivers; if it raises, only this batch's jobs fail."""
         try:
-            with acting_as(self._model, role), autocast(self._model):
+            with sampling_as(self._model, role):
                 sampled = work()
             self._deliver(batch, sampled)
         except Exception as error:

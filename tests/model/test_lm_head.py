@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from kernel_counts import KernelCounts
 from torch import nn
 
 from chatllama.model import lm_head
-from chatllama.model.lm_head import token_logprobs
+from chatllama.model.lm_head import float32_logits, token_logprobs, token_loss
 
 TOKENS, WIDTH, VOCABULARY = 23, 12, 50
 
@@ -98,3 +99,69 @@ def test_no_tokens_no_numbers():
     head, hidden, targets = head_and_inputs()
     logprobs, entropy = token_logprobs(head, hidden[:0], targets[:0], 1.0)
     assert logprobs.shape == entropy.shape == (0,)
+
+
+# --- float32 sums of 16-bit products -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def low() -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
+    """A head whose logits reach 13, of which a 16-bit sum is off by up to 1/32."""
+    generator = torch.Generator().manual_seed(1)
+    head = nn.Linear(256, 5000, bias=False).requires_grad_(False)
+    head.weight.data = torch.randn(5000, 256, generator=generator).bfloat16()
+    hidden = (torch.randn(40, 256, generator=generator) * 0.2).bfloat16()
+    return head, hidden, torch.randint(5000, (40,), generator=generator)
+
+
+def exact(head: nn.Linear, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
+    logits = hidden.double() @ head.weight.double().T
+    assert logits.abs().max() > 12
+    return (logits / temperature).log_softmax(-1)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_log_probabilities_of_16_bit_numbers_are_those_of_float64(
+    low: tuple, gradient: bool, temperature: float, autocast: bool
+):
+    head, hidden, targets = low
+    wanted = exact(head, hidden, temperature)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.set_grad_enabled(gradient):
+        own = hidden.clone().requires_grad_(gradient)
+        logprobs, entropy = token_logprobs(head, own, targets, temperature)
+    picked = wanted.gather(1, targets[:, None])[:, 0]
+    assert (logprobs - picked).abs().max() < 1e-3
+    assert (entropy + (wanted.exp() * wanted).sum(-1)).abs().max() < 1e-3
+    if gradient:
+        logprobs.sum().backward()
+        slopes = (nn.functional.one_hot(targets, 5000) - wanted.exp()) @ head.weight.double()
+        torch.testing.assert_close(own.grad.double(), slopes / temperature, rtol=0.02, atol=0.1)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
+def test_the_loss_of_16_bit_numbers_is_that_of_float64(low: tuple, kind: torch.dtype, trains: bool):
+    head, hidden, targets = low
+    weight = head.weight.detach().to(kind).requires_grad_(trains)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = token_loss(hidden.to(kind).requires_grad_(), weight, targets).loss_sum
+    wanted = exact(head, hidden, 1.0).gather(1, targets[:, None]).sum()
+    assert float((loss + wanted).detach()) == pytest.approx(0, abs=40 * 1e-3)
+
+
+def test_float32_logits_are_torchs_to_the_bit():
+    head, hidden, _ = head_and_inputs()
+    assert torch.equal(float32_logits(hidden, head.weight), head(hidden))
+
+
+@pytest.mark.parametrize(("vocabulary", "chunks"), [(32_000, 2), (128_256, 8), (512, 1)])
+def test_on_a_gpu_few_chunks_are_computed_in_float32(vocabulary: int, chunks: int):
+    head = nn.Linear(64, vocabulary, bias=False, device="meta", dtype=torch.bfloat16)
+    head.requires_grad_(False)
+    hidden = torch.empty(2000, 64, device="meta", dtype=torch.bfloat16)
+    with torch.no_grad(), KernelCounts() as counts:
+        token_logprobs(head, hidden, torch.zeros(2000, dtype=torch.long, device="meta"), 0.7)
+    assert counts.kernels["mm"] == chunks and not counts.syncs
+    assert float32_logits(hidden, head.weight).dtype == torch.float32

@@ -6,6 +6,7 @@ from tiny_models import LORA, REWARD_LORA, ragged_batch, role_model, tiny_llama
 
 from chatllama.config.model import LoraSection
 from chatllama.model.roles import Adapter, Role, RoleModel, acting_as, adapter_state
+from chatllama.model.scoring import response_logprobs
 
 
 def logits_of(model: RoleModel, role: Role) -> torch.Tensor:
@@ -67,3 +68,24 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(lora: LoraSection, mess
     assert not any("served_1" in name for name, _ in model.named_parameters())
     for role, logits in before.items():
         assert torch.equal(logits_of(model, role), logits)
+
+
+@pytest.mark.parametrize(
+    ("dropout", "attention_dropout", "states"), [(0.0, 0.0, 0), (0.1, 0.0, 2), (0.0, 0.1, 2)]
+)
+def test_checkpointing_keeps_the_generators_state_only_for_dropout(
+    dropout: float, attention_dropout: float, states: int, monkeypatch: pytest.MonkeyPatch
+):
+    lora = LORA.model_copy(update={"dropout": dropout})
+    llama = tiny_llama()
+    llama.config.attention_dropout = attention_dropout
+    model = RoleModel(llama, {"policy": Adapter(lora, trainable=True)}, dropout=True).train()
+    model.enable_gradient_checkpointing()
+    kept: list[int] = []
+    get = torch.get_rng_state
+    monkeypatch.setattr(torch, "get_rng_state", lambda: kept.append(1) or get())
+    batch = ragged_batch()
+    torch.manual_seed(0)
+    scores = response_logprobs(model, "policy", batch.tokens, batch.mask, batch.response_mask, 1.0)
+    assert len(kept) == states  # one a layer
+    scores.logprobs.sum().backward()

@@ -5,8 +5,8 @@ megabytes), so that its statistics need no further communication. Shapes: B resp
 P prompt, R response, T = P + R.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from chatllama.config.generation import GenerationSection
 from chatllama.generation.generate import generate
 from chatllama.generation.sampling import Sampling
-from chatllama.model.roles import Role, RoleModel, acting_as, autocast, mergeable, merged_as
+from chatllama.model.roles import Role, RoleModel, autocast, mergeable, merged_as, sampling_as
 from chatllama.model.scoring import policy_and_value, response_logprobs, score_sequences
 from chatllama.runtime.distributed import (
     all_any,
@@ -114,8 +114,8 @@ def sample_responses(
     in_step = engine.is_zero3() and not engine.gather_for_rollouts
     model = engine.model
     model.eval()
-    sampling = _sampling_as(engine, role, generation)
-    with engine.gathered_model(), sampling, autocast(model), any_kernels():
+    sampling = _sampling(engine, role, generation)
+    with engine.gathered_model(), sampling, any_kernels():
         responses = generate(
             model.llama,
             [prompts[i] for i in own],
@@ -131,9 +131,8 @@ def sample_responses(
     return [merged.get(i, []) for i in range(len(prompts))]
 
 
-def _sampling_as(
-    engine: Engine, role: Role, generation: GenerationSection
-) -> AbstractContextManager[None]:
+@contextmanager
+def _sampling(engine: Engine, role: Role, generation: GenerationSection) -> Iterator[None]:
     """The role active, with its adapter merged into the weights where `merge_lora` says so."""
     model, merge = engine.model, generation.merge_lora
     possible = mergeable(model) and not engine.is_zero3()
@@ -144,8 +143,11 @@ def _sampling_as(
         )
     pays = possible and model.llama.dtype == torch.float32 and not generation.compile
     if merge == "always" or (merge == "auto" and pays):
-        return merged_as(model, role)
-    return acting_as(model, role)
+        with merged_as(model, role), autocast(model):
+            yield
+    else:
+        with sampling_as(model, role):
+            yield
 
 
 def arrange(
