@@ -47,6 +47,78 @@ def test_a_rank_that_fails_ends_the_job(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_that_is_stopped_for_good_ends_the_job(tmp_path: Path, stopped: int):
+    done = subprocess.run(
+        command(2, WORKER, "stop", stopped, tmp_path),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=150,  # 6 s are the limit; the launcher gives a rank 30 s to end
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 1, output
+    assert "another rank did not answer within 0.1 minutes (deepspeed.timeout_minutes)" in output
+    assert "Traceback" not in output and "--resume" in output
+    for rank in (0, 1):
+        assert not psutil.pid_exists(int((tmp_path / f"pid-{rank}").read_text()))
+
+
+def pids_of(folder: Path) -> list[int]:
+    """The two ranks' processes, once they have met."""
+    deadline = time.monotonic() + 120
+    while not all((folder / f"pid-{rank}").is_file() for rank in (0, 1)):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    time.sleep(1)
+    return [int((folder / f"pid-{rank}").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["deepspeed", "its launcher", "both"])
+def test_ranks_whose_launcher_is_killed_are_named_by_the_next_start(tmp_path: Path, killed: str):
+    started = subprocess.Popen(
+        command(2, WORKER, "none", 0, tmp_path),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    pids = pids_of(tmp_path)
+    try:
+        launcher = psutil.Process(pids[0]).parent()
+        assert launcher is not None and launcher.ppid() == started.pid
+        if killed != "deepspeed":
+            launcher.kill()
+        if killed != "its launcher":
+            started.kill()
+        started.wait(60)
+        time.sleep(1)
+        again = subprocess.run(
+            [sys.executable, str(WORKER), "mistake", "0", str(tmp_path)],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert again.returncode == 2, again.stderr
+        assert f"(process {pids[0]} on {socket.gethostname()}" in again.stderr
+        assert f"wait for it, or stop it: kill {pids[0]}" in again.stderr
+        psutil.Process(pids[0]).terminate()  # as that says; the other rank then ends by itself
+        deadline = time.monotonic() + 60
+        while any(map(alive, pids)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not any(map(alive, pids)) and not list(tmp_path.glob(".lock*"))
+    finally:
+        for pid in filter(psutil.pid_exists, pids):
+            psutil.Process(pid).kill()
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; what waits for init to collect it does not."""
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["kill", "early"])
 def test_a_machine_that_fails_does_not_leave_the_other_waiting(tmp_path: Path, fault: str):
     (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")

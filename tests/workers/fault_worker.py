@@ -3,6 +3,7 @@
 import argparse
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch
@@ -24,7 +25,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if rank() == arguments.faulty and arguments.fault == "early":
         raise ValueError("a mistake before the ranks have met")
-    cfg = Config.model_validate({"run_dir": str(arguments.folder), "backbone": {"path": "-"}})
+    values = {"run_dir": str(arguments.folder), "backbone": {"path": "-"}}
+    limit = {"timeout_minutes": 0.1} if arguments.fault == "stop" else {}
+    cfg = Config.model_validate(values | {"deepspeed": limit})
     stage.join(cfg, RunFolder(arguments.folder), "sft", None)
     views = [sees for _, sees in views_of(arguments.folder)]
     (arguments.folder / f"views-{rank()}").write_text(str(views))
@@ -38,6 +41,11 @@ def main() -> None:
                 raise RuntimeError("the first crash")
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+    while arguments.fault == "none":
+        all_sum(torch.ones(4))
+        time.sleep(0.1)
     all_sum(torch.ones(4))
     shut_down()
 
