@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Heavy imports come after the command line: `--help` and config errors answer at once.
     from trainers.stages import stage
 
-    if stage.has_finished(cfg, run, "ppo"):
+    if stage.has_finished(cfg, run, "ppo", arguments.resume):
         return
     from trainers.ppo import data, evaluate, model, train
     from trainers.reward.evaluate import check_gate

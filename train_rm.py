@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Heavy imports come after the command line: `--help` and config errors answer at once.
     from trainers.stages import stage
 
-    if stage.has_finished(cfg, run, "reward"):
+    if stage.has_finished(cfg, run, "reward", arguments.resume):
         return
     from trainers.reward import data, train
     from trainers.reward.diagnosis import model_report

@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Heavy imports come after the command line: `--help` and config errors answer at once.
     from trainers.stages import stage
 
-    if stage.has_finished(cfg, run, "sft"):
+    if stage.has_finished(cfg, run, "sft", arguments.resume):
         return
     from trainers.sft import data, model, pretrain, train
 

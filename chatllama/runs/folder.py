@@ -72,6 +72,23 @@ class RunFolder:
         others.sort(key=lambda path: int(path.name.removeprefix("adapter-")))
         return [self.reward_adapter, *others]
 
+    def reward_run(self, member: int) -> "RunFolder":
+        """Where a member of the reward ensemble keeps metrics and checkpoints; member 0 here."""
+        if member == 0:
+            return self
+        return RunFolder(self.checkpoints("reward") / f"member-{member}")
+
+    @property
+    def members(self) -> Path:
+        """What the finished members of an interrupted ensemble found; only ensembles have it."""
+        return self.checkpoints("reward") / "members.json"
+
+    def finished_members(self) -> int:
+        """The number of members in `members`."""
+        if not self.members.is_file():
+            return 0
+        return len(json.loads(self.members.read_text(encoding="utf-8")))
+
     def stage(self, stage: Stage) -> Path:
         """Folder of one stage."""
         return self.root / stage

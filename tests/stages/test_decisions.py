@@ -82,7 +82,7 @@ class World:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "adapter_model.safetensors").write_text(name + content)
         lineage.finish(cfg, self.run, stage)
-        write_json(self.run.result(stage), {"wall_seconds": 1.0})
+        write_json(self.run.result(stage), {"wall_seconds": 1.0, "steps": 100.0})
 
     def interrupt(self, stage: Stage) -> None:
         self.begin(stage)
@@ -180,14 +180,14 @@ def test_microbatches_of_sft_and_reward_change_nothing_learned(trained: World):
 
 def test_a_script_on_a_finished_stage(trained: World):
     run, (folder, *_) = trained.run, MADE["ppo"]
-    assert finished_before(trained.config(), run, "ppo")
+    assert finished_before(trained.config(), run, "ppo", False)
     with pytest.raises(ValueError, match=r"(?s)stage ppo of .* done again:\n  ppo\.kl_c"):
-        finished_before(trained.config(ppo__kl_coef=0.5), run, "ppo")
+        finished_before(trained.config(ppo__kl_coef=0.5), run, "ppo", True)
     (run.root / folder / "adapter_model.safetensors").write_text("other")
     with pytest.raises(ValueError, match=r"is not what the stage wrote.*run --from ppo` make it"):
-        finished_before(trained.config(), run, "ppo")
+        finished_before(trained.config(), run, "ppo", False)
     forget(run, "ppo")
-    assert not finished_before(trained.config(), run, "ppo")
+    assert not finished_before(trained.config(), run, "ppo", False)
 
 
 def test_changed_data(trained: World):
@@ -318,6 +318,99 @@ def test_a_result_that_was_removed_may_be_made_with_another_evaluation(trained: 
     cfg = trained.config(evaluation__num_prompts=3)
     begun = read_lineage(trained.run)["ppo"]["begun"]
     assert check_resumed(cfg, trained.run, "ppo")["begun"] == begun
+
+
+CONSTANT = {f"{stage}__lr_schedule": "constant" for stage in STAGES}
+
+
+def prolongable(world: World) -> Config:
+    """Every stage finished after 100 steps with a constant rate, and a checkpoint of each."""
+    cfg = world.config(**CONSTANT)
+    for stage in STAGES:
+        world.train(stage, cfg)
+        (world.run.checkpoints(stage) / "step-90").mkdir(parents=True)
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"ppo__steps": 140}, "keep keep prolong"),
+        ({"ppo__steps": 101, "ppo__learning_rate": 0.5}, "keep keep prolong"),
+        ({"sft__steps": 140}, "prolong again again"),
+        ({"sft__epochs": 2.0}, "prolong again again"),
+        ({"ppo__steps": 95}, "keep keep again"),  # of fewer there is no result
+        ({"ppo__steps": 140, "ppo__kl_coef": 0.5}, "keep keep again"),
+        ({"ppo__steps": 140, "ppo__lr_schedule": "linear"}, "keep keep again"),
+        ({"ppo__learning_rate": 0.5}, "keep keep again"),
+        ({"sft__epochs": 0.5}, "again again again"),
+    ],
+)
+def test_a_finished_stage_is_prolonged_by_more_steps(world: World, more: dict, expected: str):
+    prolongable(world)
+    cfg = world.config(**CONSTANT | more)
+    assert " ".join(world.actions(cfg, resume=True)) == expected
+    without = world.decide(cfg)
+    assert [each.action for each in without.values()] == expected.replace(
+        "prolong", "again"
+    ).split()
+    said = [each.reasons for each in without.values() if "--resume" in str(each.reasons)]
+    assert bool(said) == ("prolong" in expected)
+
+
+@pytest.mark.parametrize(("stage", "key"), [("ppo", "steps"), ("sft", "steps"), ("sft", "epochs")])
+def test_a_stage_that_is_prolonged_keeps_its_adapters_and_can_be_interrupted(
+    world: World, stage: Stage, key: str
+):
+    prolongable(world)
+    cfg = world.config(**CONSTANT, **{f"{stage}__{key}": 140 if key == "steps" else 3.0})
+    assert finished_before(cfg, world.run, stage, True) is False
+    with pytest.raises(
+        ValueError, match=r"must be done again:\n  .*\n .*--resume it would be prol"
+    ):
+        finished_before(cfg, world.run, stage, False)
+    before = (world.run.root / MADE[stage][0] / "adapter_model.safetensors").read_text()
+    world.begin(stage, cfg)
+    assert not world.run.result(stage).is_file()
+    assert (world.run.root / MADE[stage][0] / "adapter_model.safetensors").read_text() == before
+    if stage == "ppo":
+        assert world.actions(cfg, resume=True) == ["keep", "keep", "go on"]
+    assert read_lineage(world.run)[stage]["changed"][0][0].startswith(f"{stage}.{key}: ")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_whose_last_checkpoint_was_not_kept_is_not_prolonged(world: World, stage: Stage):
+    prolongable(world)
+    (world.run.checkpoints(stage) / "step-90").rmdir()
+    write_json(world.run.members, [{}, {}])  # the reward ensemble's
+    cfg = world.config(**CONSTANT, **{f"{stage}__steps": 140})
+    with pytest.raises(ValueError, match=rf"{stage} .* after 100 steps, .*no checkpoint of it is"):
+        world.decide(cfg, resume=True)
+    with pytest.raises(ValueError, match=r"no checkpoint of it is left"):
+        finished_before(cfg, world.run, stage, True)
+
+
+@pytest.mark.parametrize(
+    ("finished", "saved", "sizes"),
+    [(0, True, [1]), (1, True, [2]), (1, False, [1]), (2, False, [2])],
+)
+def test_an_ensemble_can_leave_out_the_members_that_are_not_begun(
+    world: World, finished: int, saved: bool, sizes: list[int]
+):
+    world.train("sft")
+    world.begin("reward", world.config(reward__ensemble=3))
+    if finished:
+        write_json(world.run.members, [{}] * finished)
+    if saved:
+        (world.run.reward_run(finished).checkpoints("reward") / "step-5").mkdir(parents=True)
+    for size in (1, 2):
+        cfg = world.config(reward__ensemble=size, **({"reward__steps": 5} if saved else {}))
+        if size in sizes:
+            assert check_resumed(cfg, world.run, "reward")["config"]["reward.ensemble"] == size
+            world.begin("reward", world.config(reward__ensemble=3))
+        else:
+            with pytest.raises(ValueError, match=r"reward\.ensemble: 3 there"):
+                check_resumed(cfg, world.run, "reward")
 
 
 def test_a_changed_parent_ends_an_interrupted_child(world: World):

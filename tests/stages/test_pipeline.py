@@ -145,6 +145,47 @@ def test_machines_started_one_by_one_move_nothing_aside(
     assert started == [] and not (run.root / "previous").exists()
 
 
+@pytest.mark.parametrize(
+    ("ensemble", "finished", "saved", "step", "expected"),
+    [
+        (1, 0, [5, 6], None, "6 1"),
+        (1, 0, [5, 6], 5, "5 1"),
+        (3, 0, [5], None, "5 1"),
+        (3, 1, [5, 6], 5, "5 2"),
+        (3, 2, [], None, "None 2"),
+        (3, 1, [5], 7, "step 7: it has checkpoints of steps 5"),
+        (3, 1, [], 5, "step 5: it has checkpoints of steps none"),
+    ],
+)
+def test_finishing_an_interrupted_reward_stage(
+    config: str,
+    run: RunFolder,
+    started: list,
+    ensemble: int,
+    finished: int,
+    saved: list[int],
+    step: int | None,
+    expected: str,
+) -> None:
+    run_pipeline(config, [f"reward.ensemble={ensemble}"])
+    run.result("reward").unlink()
+    shutil.rmtree(run.stage("ppo"))
+    for each in saved:
+        (run.reward_run(finished).checkpoints("reward") / f"step-{each}").mkdir(parents=True)
+    if finished:
+        run.checkpoints("reward").mkdir(parents=True, exist_ok=True)
+        run.members.write_text(json.dumps([{}] * finished))
+    started.clear()
+    if ":" in expected:
+        with pytest.raises(ValueError, match=expected):
+            pipeline.finish_run(run.root, step)
+        return
+    pipeline.finish_run(run.root, step)
+    assert scripts(started) == ["train_rm.py"] and started[0][-1] == "--resume"
+    section = load_config(run.config).reward
+    assert f"{section.steps} {section.ensemble}" == expected
+
+
 def test_a_later_stage_without_its_base_is_refused(
     config: str, run: RunFolder, started: list
 ) -> None:
@@ -351,5 +392,5 @@ def test_finishing_an_interrupted_stage_at_a_checkpoint(
         path, overrides, options = calls.pop()
         assert path == str(run.config) and overrides[1] == f"ppo.steps={expected}"
         assert options == {"resume": True, "only": "ppo"}
-    with pytest.raises(ValueError, match=r"cannot be finished at step 5: .* of steps 3, 17 "):
+    with pytest.raises(ValueError, match=r"cannot be finished at step 5: .* of steps 3, 17"):
         pipeline.finish_run(run.root, 5)

@@ -214,6 +214,81 @@ def test_the_last_evaluation_of_sft_is_one_row_also_after_a_kill(
     assert [line["step"] for line in lines if "sft/loss" in line] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_finished_stage_is_prolonged_to_the_weights_of_one_go(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+):
+    import train_ppo
+    import train_rm
+    import train_sft
+    from trainers.ppo import model as ppo_model
+    from trainers.reward import train as reward_train
+    from trainers.sft import model as sft_model
+
+    exports = {"sft": (sft_model, "export_sft"), "ppo": (ppo_model, "export_ppo")}
+    exports["reward"] = (reward_train, "export_reward")
+    mains = {"sft": train_sft.main, "reward": train_rm.main, "ppo": train_ppo.main}
+    earlier = list(mains)[: list(mains).index(stage)]
+
+    def start(folder: str, *more: str) -> RunFolder:
+        run = RunFolder(tmp_path / folder)
+        constant = [f"{name}.lr_schedule=constant" for name in mains]
+        few = [f"{name}.steps=1" for name in earlier]
+        command = [str(prepared / "config.yaml"), f"run_dir={run.root}", *constant, *few]
+        for name in (*earlier, stage):
+            mains[name]([*command, *more])
+        return run
+
+    def adapters(run: RunFolder) -> list[bytes]:
+        return [p.read_bytes() for p in sorted(run.stage(stage).glob("*/adapter_model.*"))]  # type: ignore[arg-type]
+
+    whole = start("whole", f"{stage}.steps=3")
+    run = start("run", f"{stage}.steps=2")
+    before = adapters(run)
+    evaluation = run.evaluation.read_bytes() if stage == "ppo" else b""
+    assert before and before != adapters(whole)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*exports[stage], killed)
+        with pytest.raises(KeyboardInterrupt):
+            start("run", f"{stage}.steps=3", "--resume")
+    assert adapters(run) == before and not run.result(stage).is_file()  # type: ignore[arg-type]
+    assert stage != "ppo" or run.evaluation.read_bytes() == evaluation
+    start("run", f"{stage}.steps=3", "--resume")
+    assert adapters(run) == adapters(whole) and run.read_result(stage)["steps"] == 3  # type: ignore[arg-type]
+    assert stage != "ppo" or run.evaluation.read_bytes() != evaluation
+
+
+def test_an_ensemble_is_finished_with_the_members_that_are_begun(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import train_rm
+    import train_sft
+    from trainers.reward import train as reward_train
+
+    run = RunFolder(tmp_path / "run")
+    command = [str(prepared / "config.yaml"), f"run_dir={run.root}", "sft.steps=1"]
+    train_sft.main(command)
+    exported = reward_train.export_reward
+
+    def killed_in_the_second(cfg: Any, folder: Path, *rest: Any) -> None:
+        if folder != run.reward_adapter:
+            raise KeyboardInterrupt
+        exported(cfg, folder, *rest)
+
+    ensemble = ["reward.ensemble=3", "reward.steps=3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(reward_train, "export_reward", killed_in_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            train_rm.main([*command, *ensemble])
+    assert run.finished_members() == 1
+    train_rm.main([*command, "reward.ensemble=2", "reward.steps=2", "--resume"])
+    assert run.read_result("reward")["ensemble"] == 2 and len(run.reward_members()) == 2
+
+
 def test_a_stage_can_be_ended_at_any_of_its_checkpoints(prepared: Path, tmp_path: Path):
     import train_sft
 

@@ -25,11 +25,6 @@ def member_seed(seed: int, member: int) -> int:
     return seed + SEED_STRIDE * member
 
 
-def member_run(run: RunFolder, member: int) -> RunFolder:
-    """Where a member keeps metrics and checkpoints: the run itself for member 0."""
-    return run if member == 0 else RunFolder(run.checkpoints("reward") / f"member-{member}")
-
-
 def build_reward_model(
     cfg: Config, run: RunFolder, tokenizer: PreTrainedTokenizerFast, seed: int
 ) -> RoleModel:

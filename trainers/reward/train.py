@@ -42,13 +42,7 @@ from trainers.reward.evaluate import (
     scoring_of,
 )
 from trainers.reward.loss import pairwise_loss
-from trainers.reward.model import (
-    build_engine,
-    build_reward_model,
-    export_reward,
-    member_run,
-    member_seed,
-)
+from trainers.reward.model import build_engine, build_reward_model, export_reward, member_seed
 from trainers.stages.loop import train_steps
 
 
@@ -69,15 +63,14 @@ def train_ensemble(
             missing, damaged, or made under another chat contract.
     """
     assert isinstance(tokenizer.pad_token_id, int)
-    finished = run.checkpoints("reward") / "members.json"  # only ensembles write it
-    members = _finished_members(finished, resume)
+    members = _finished_members(run.members, resume)
     for number in range(len(members), cfg.reward.ensemble):
         model = build_reward_model(cfg, run, tokenizer, member_seed(cfg.seed, number))
         member = train_member(cfg, run, number, data, model, tokenizer.pad_token_id, resume)
         export_reward(cfg, run.reward_member(number), model, info)
         members.append(member)
         if cfg.reward.ensemble > 1 and rank() == 0:
-            write_json(finished, [asdict(each) for each in members])
+            write_json(run.members, [asdict(each) for each in members])
         barrier()
         del model
         gc.collect()  # the next member loads a backbone of its own
@@ -106,7 +99,7 @@ def train_member(
 ) -> Member:
     """Trains adapter and head of one member, then scores the held-out answers."""
     section = cfg.reward
-    own_run, seed = member_run(run, number), member_seed(cfg.seed, number)
+    own_run, seed = run.reward_run(number), member_seed(cfg.seed, number)
     engine = build_engine(cfg, model)
     total = optimizer_steps(section, len(data.train))
     collator = collator_for(cfg, pad_id)

@@ -4,6 +4,7 @@ Running them is the business of `pipeline.py`.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from chatllama.runs.checkpoints import step_folders, step_of
 from chatllama.runs.folder import INFO, STAGES, RunFolder, Stage
 from trainers.stages import lineage
 
-Action = Literal["keep", "do", "go on", "again", "forget"]
+Action = Literal["keep", "do", "go on", "prolong", "again", "forget"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Decision:
     """What to do about a stage."""
 
     action: Action
-    """keep the result; do it; go on with it; do it again with the old result set aside; or forget
-    result and checkpoints and do it again (`--from`)."""
+    """keep the result; do it; go on with it; prolong a finished one by more steps; do it again with
+    the old result set aside; or forget result and checkpoints and do it again (`--from`)."""
     reasons: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     """Changes that are no reason to run it again."""
@@ -49,7 +50,8 @@ def decide(
     decisions: dict[Stage, Decision] = {}
     for stage in STAGES:
         begun = run.result(stage).is_file() or run.was_begun(stage)
-        made_anew = [s for s, each in decisions.items() if each.action in ("again", "forget")]
+        anew = ("prolong", "again", "forget")
+        made_anew = [s for s, each in decisions.items() if each.action in anew]
         if redo_from is not None and STAGES.index(stage) >= STAGES.index(redo_from):
             why = f"--from {redo_from}"
             decisions[stage] = Decision("forget", (why,)) if begun else Decision("do")
@@ -75,32 +77,56 @@ def _decide_begun(
 ) -> Decision:
     """What to do about a stage that is finished or interrupted and whose parents are kept."""
     finished = run.result(stage).is_file()
-    reasons, notes = [], [f"{run.lineage} has no record of it: kept as it is"]
-    if record is not None:
+    if record is None:
+        notes = (f"{run.lineage} has no record of it: kept as it is",)
+        decision = Decision("keep" if finished else "go on", (), notes)
+    else:
         now = lineage.gather(cfg, run, stage, record)
-        free = {} if finished else lineage.resumable(record, now, stage, _saved(run, stage))
-        reasons, notes = lineage.differences(record, now, free), lineage.other_versions(record, now)
         check_base_files(run, now["base"], [stage])
-    if finished:
-        if not reasons:
-            check_outputs(run, [stage])
-        return Decision("again" if reasons else "keep", tuple(reasons), tuple(notes))
-    if reasons:
-        raise ValueError(
-            f"stage {stage} of {run.root} was interrupted, and it cannot go on:\n"
-            f"{_lines(reasons)}\nPut that right, use --from {stage} to start the stage anew, or "
-            "another run_dir"
-        )
-    if not resume:
+        if finished:
+            return _decide_finished(run, stage, record, now, resume)
+        reasons = lineage.differences(record, now, _resumable(run, stage, record, now))
+        if reasons:
+            raise ValueError(
+                f"stage {stage} of {run.root} was interrupted, and it cannot go on:\n"
+                f"{_lines(reasons)}\nPut that right, use --from {stage} to start the stage anew, "
+                "or another run_dir"
+            )
+        decision = Decision("go on", (), tuple(lineage.other_versions(record, now)))
+    if not finished and not resume:
         raise ValueError(
             f"stage {stage} of {run.root} was interrupted and has checkpoints: add "
             f"--resume to go on from the newest, or --from {stage} to start it anew"
         )
-    return Decision("go on", (), tuple(notes))
+    return decision
 
 
-def finished_before(cfg: Config, run: RunFolder, stage: Stage) -> bool:
-    """Whether a stage has finished and its results are still valid.
+def _decide_finished(
+    run: RunFolder, stage: Stage, record: dict[str, Any], now: dict[str, Any], resume: bool
+) -> Decision:
+    """What to do about a finished stage that has a record."""
+    notes, reasons = tuple(lineage.other_versions(record, now)), lineage.differences(record, now)
+    if not reasons:
+        check_outputs(run, [stage])
+        return Decision("keep", (), notes)
+    made = run.read_result(stage).get("steps", math.inf)
+    more = lineage.more_steps(record, now, stage, made)
+    if more and not lineage.differences(record, now, _resumable(run, stage, record, now)):
+        if resume and saved_steps(run, stage):
+            return Decision("prolong", tuple(reasons), notes)
+        if resume:
+            raise ValueError(
+                f"stage {stage} of {run.root} has finished after {made:g} steps, and it cannot be "
+                f"prolonged, since no checkpoint of it is left ({stage}.save_every; members of a "
+                "reward ensemble are not prolonged). Without --resume `chatllama run` does it "
+                "again from its start"
+            )
+        reasons.append("(with --resume it would be prolonged from its newest checkpoint instead)")
+    return Decision("again", tuple(reasons), notes)
+
+
+def finished_before(cfg: Config, run: RunFolder, stage: Stage, resume: bool) -> bool:
+    """Whether a stage has finished, its results are still valid, and `resume` does not prolong it.
 
     Raises:
         ValueError: it must run again, which only `chatllama run` does, or its results are damaged.
@@ -108,18 +134,20 @@ def finished_before(cfg: Config, run: RunFolder, stage: Stage) -> bool:
     if not run.result(stage).is_file():
         return False
     record = lineage.read_lineage(run).get(stage)
-    decision = _decide_begun(cfg, run, stage, record, False)
+    decision = _decide_begun(cfg, run, stage, record, resume)
     if decision.action == "again":
         raise ValueError(
             f"stage {stage} of {run.root} has finished before, and it must be done again:\n"
             f"{_lines(decision.reasons)}\n`chatllama run` does so and keeps what there is; or use "
             "another run_dir"
         )
-    return True
+    return decision.action == "keep"
 
 
 def check_resumed(cfg: Config, run: RunFolder, stage: Stage) -> dict[str, Any]:
     """The lineage record with which a stage begins or goes on; prints the settings that changed.
+
+    A result that it prolongs is removed; adapters and evaluation stay until it has finished again.
 
     Raises:
         ValueError: it has checkpoints from other settings, data, base or parents, or what it
@@ -135,7 +163,7 @@ def check_resumed(cfg: Config, run: RunFolder, stage: Stage) -> dict[str, Any]:
     check_base_files(run, now["base"], (*earlier, stage) if goes_on else earlier)
     if record is None or not goes_on:
         return now
-    changed = lineage.resumable(record, now, stage, _saved(run, stage))
+    changed = _resumable(run, stage, record, now)
     if reasons := lineage.differences(record, now, changed):
         raise ValueError(
             f"stage {stage} of {run.root} was begun otherwise, and it cannot go on:\n"
@@ -145,12 +173,24 @@ def check_resumed(cfg: Config, run: RunFolder, stage: Stage) -> dict[str, Any]:
     changes = [f"{key}: {was!r} before, {is_!r} now" for key, (was, is_) in changed.items()]
     if changes:
         print(f"stage {stage} goes on with other settings:", *changes, sep="\n  ", flush=True)
+    run.result(stage).unlink(missing_ok=True)
     earlier = record.get("changed", [])
     return now | {"begun": record["begun"], "changed": earlier + ([changes] if changes else [])}
 
 
-def _saved(run: RunFolder, stage: Stage) -> set[int]:
-    """Steps of the stage's checkpoints."""
+def _resumable(
+    run: RunFolder, stage: Stage, record: dict[str, Any], now: dict[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """`lineage.resumable` with the checkpoints that the stage has."""
+    saved = saved_steps(run, stage)
+    members = run.finished_members() + bool(saved) if stage == "reward" else 1
+    return lineage.resumable(record, now, stage, saved, members)
+
+
+def saved_steps(run: RunFolder, stage: Stage) -> set[int]:
+    """Steps of the stage's checkpoints, in an ensemble of those of its unfinished member."""
+    if stage == "reward":
+        run = run.reward_run(run.finished_members())
     return {step_of(path) for path in step_folders(run.checkpoints(stage))}
 
 

@@ -121,26 +121,39 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[An
 
 
 def resumable(
-    old: dict[str, Any], new: dict[str, Any], stage: Stage, saved: Collection[int]
+    old: dict[str, Any], new: dict[str, Any], stage: Stage, saved: Collection[int], members: int = 1
 ) -> dict[str, tuple[Any, Any]]:
     """Changed keys that an unfinished stage may be resumed with -> (value before, value now).
 
     The number of steps is one where no learning rate depends on it, or where no step is left; a
-    path where the files are the same. Nothing has been evaluated yet.
+    path where the files are the same; the size of an ensemble where it leaves out the members that
+    are not begun. Nothing has been evaluated yet.
 
     Args:
         saved: steps of its checkpoints.
+        members: of the reward ensemble that are begun or finished.
     """
     last_parts = list(RESUMABLE)
     schedules = {record["config"].get(f"{stage}.lr_schedule") for record in (old, new)}
     if schedules == {"constant"} or new["config"].get(f"{stage}.steps") in saved:
         last_parts += ["steps"] if stage == "ppo" else ["steps", "epochs"]  # PPO's are of a batch
     keys = {f"{stage}.{each}" for each in last_parts} | _moved(old, new)
+    if new["config"].get("reward.ensemble") == members:
+        keys.add("reward.ensemble")
     return {
         key: values
         for key, values in changed_keys(old, new).items()
         if key in keys or key.startswith(("evaluation.", "ppo.health."))
     }
+
+
+def more_steps(old: dict[str, Any], new: dict[str, Any], stage: Stage, made: float) -> bool:
+    """Whether a finished stage, which made so many steps, is to have more of them."""
+    steps = new["config"].get(f"{stage}.steps")
+    if steps is not None:
+        return steps > made
+    before, epochs = changed_keys(old, new).get(f"{stage}.epochs", (0, 0))
+    return epochs > before
 
 
 def _moved(old: dict[str, Any], new: dict[str, Any]) -> set[str]:

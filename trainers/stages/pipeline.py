@@ -29,13 +29,12 @@ from chatllama.reporting.summary import (
     reward_accuracy,
     write_summary,
 )
-from chatllama.runs.checkpoints import step_folders, step_of
 from chatllama.runs.folder import STAGES, RunFolder, Stage
 from chatllama.runs.interruption import EXIT_CODE
 from chatllama.runs.lock import lock_path, locked, read_owner
 from chatllama.runtime.command_line import duration
 from trainers.stages.arguments import load_stage_config
-from trainers.stages.decisions import Decision, decide, forget, set_aside
+from trainers.stages.decisions import Decision, decide, forget, saved_steps, set_aside
 from trainers.stages.launcher import (
     Launch,
     choose_ranks,
@@ -112,8 +111,11 @@ def run_pipeline(
 def finish_run(folder: Path, step: int | None) -> None:
     """Ends the interrupted stage of a run at a checkpoint: its result, as if `steps` had been that.
 
+    A reward ensemble then consists of the members that have finished and of the one that is ended.
+
     Args:
-        step: of the checkpoint. None: the newest.
+        step: of the checkpoint. None: the newest; of an ensemble whose next member has none, the
+            finished members alone.
 
     Raises:
         ValueError: no stage is interrupted, or it has no such checkpoint.
@@ -124,16 +126,21 @@ def finish_run(folder: Path, step: int | None) -> None:
     if not begun:
         raise ValueError(f"{folder}: no stage is interrupted with a checkpoint to finish from")
     stage = begun[0]
-    saved = [step_of(path) for path in step_folders(run.checkpoints(stage))]
-    step = step if step is not None or not saved else saved[-1]
-    if step not in saved or (
-        stage == "reward" and load_stage_config(config, ()).reward.ensemble > 1
-    ):
+    overrides = [f"run_dir={json.dumps(str(folder))}"]
+    members = run.finished_members() if stage == "reward" else 0
+    saved = sorted(saved_steps(run, stage))
+    if saved and step is None:
+        step = saved[-1]
+    if step in saved:
+        members += bool(members)
+        overrides.append(f"{stage}.steps={step}")
+    elif step is not None or not members:
         raise ValueError(
             f"{folder}: stage {stage} cannot be finished at step {step}: it has checkpoints of "
-            f"steps {', '.join(map(str, saved)) or 'none'} (an ensemble must train to its end)"
+            f"steps {', '.join(map(str, saved)) or 'none'}"
         )
-    overrides = [f"run_dir={json.dumps(str(folder))}", f"{stage}.steps={step}"]
+    if stage == "reward" and load_stage_config(config, ()).reward.ensemble > 1:
+        overrides.append(f"reward.ensemble={max(1, members)}")
     run_pipeline(config, overrides, resume=True, only=stage)
 
 
@@ -162,6 +169,11 @@ def _prepare(run: RunFolder, stage: Stage, decision: Decision, launch: Launch) -
             _say(f"{stage}: to be done")
         case "go on":
             _say(f"{stage}: goes on from its newest checkpoint")
+        case "prolong":
+            _say(
+                f"{stage}: is prolonged from its newest checkpoint ({'; '.join(decision.reasons)})"
+            )
+            run.result(stage).unlink(missing_ok=True)  # what it made stays until it has finished
         case "again":
             _say(f"{stage}: must be done again")
             for reason in decision.reasons:

@@ -22,13 +22,15 @@ from trainers.stages.decisions import check_resumed, finished_before
 from trainers.stages.lineage import finish as complete_record
 
 
-def has_finished(cfg: Config, run: RunFolder, stage: Stage) -> bool:
+def has_finished(cfg: Config, run: RunFolder, stage: Stage, resume: bool) -> bool:
     """Whether the stage has finished with results that are still valid; rank 0 prints so.
+
+    With `resume`, one that is to have more steps than it made has not.
 
     Raises:
         ValueError: it must run again, which only `chatllama run` does, or its results are damaged.
     """
-    finished = finished_before(cfg, run, stage)
+    finished = finished_before(cfg, run, stage, resume)
     if finished:
         print_lines([f"stage {stage} of {run.root} has finished before: {run.result(stage)}"])
     return finished
