@@ -1,0 +1,174 @@
+"""The shape of a LLaMA-like model from its config.json: parameters, and the matrices LoRA adapts.
+
+No weights are read, and nothing heavy is imported.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chatllama.config.model import BackboneSection, FromScratch, LoraSection
+from chatllama.runs.folder import RunFolder
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""`model_type` of models that are built like a LLaMA but for biases and norms of heads."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A linear layer inside a decoder layer."""
+
+    name: str
+    inputs: int
+    outputs: int
+    bias: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Elements without the bias."""
+        return self.inputs * self.outputs
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder of the LLaMA family; the same names as in config.json where it has them."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool = False
+    query_key_value_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    head_norms: bool = False
+    """RMSNorm over each query and key head (Qwen 3)."""
+
+    @property
+    def query_width(self) -> int:
+        """Numbers of all query heads together."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_width(self) -> int:
+        """Numbers of all key heads together; values have as many."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """The linear layers of one decoder layer."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        query, key, bias = self.query_width, self.key_width, self.query_key_value_bias
+        return (
+            Matrix("q_proj", hidden, query, bias),
+            Matrix("k_proj", hidden, key, bias),
+            Matrix("v_proj", hidden, key, bias),
+            Matrix("o_proj", query, hidden, self.output_bias),
+            Matrix("gate_proj", hidden, inner, self.mlp_bias),
+            Matrix("up_proj", hidden, inner, self.mlp_bias),
+            Matrix("down_proj", inner, hidden, self.mlp_bias),
+        )
+
+    @property
+    def linear_parameters(self) -> int:
+        """Elements of all decoder layers' matrices, without biases: what quantisation packs."""
+        return self.num_hidden_layers * sum(matrix.weights for matrix in self.matrices)
+
+    @property
+    def vector_parameters(self) -> int:
+        """Elements of norms and biases."""
+        norms = 2 * self.hidden_size + 2 * self.head_dim * self.head_norms
+        biases = sum(matrix.outputs for matrix in self.matrices if matrix.bias)
+        return self.num_hidden_layers * (norms + biases) + self.hidden_size
+
+    @property
+    def table_parameters(self) -> int:
+        """Elements of the embedding, and of the LM head where it is no view of the embedding."""
+        return (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """All parameters of the causal model."""
+        return self.linear_parameters + self.vector_parameters + self.table_parameters
+
+    def adapted(self, lora: LoraSection) -> tuple[Matrix, ...]:
+        """The matrices of one decoder layer that get an adapter.
+
+        Raises:
+            ValueError: a name that no matrix has.
+        """
+        if lora.target_modules == "all-linear":
+            return self.matrices
+        names = [matrix.name for matrix in self.matrices]
+        for name in lora.target_modules:
+            if name not in names:
+                raise ValueError(
+                    f"lora.target_modules: {name!r} is no linear layer of a decoder layer; there "
+                    f"are {', '.join(names)}"
+                )
+        return tuple(matrix for matrix in self.matrices if matrix.name in lora.target_modules)
+
+    def adapter_parameters(self, lora: LoraSection) -> int:
+        """Elements of A and B of one adapter."""
+        per_layer = sum(m.inputs + m.outputs for m in self.adapted(lora))
+        return self.num_hidden_layers * lora.r * per_layer
+
+
+def read_shape(config: Mapping[str, Any], where: str) -> ModelShape:
+    """The shape that a config.json describes.
+
+    Args:
+        where: names the file in errors.
+
+    Raises:
+        ValueError: not of the LLaMA family, or a size is missing or no positive integer.
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(
+            f"{where}: model_type {family!r} has no plan; planned are {', '.join(FAMILIES)}"
+        )
+
+    def size(key: str, default: int | None = None) -> int:
+        value = config.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{where}: {key} must be a positive integer, not {value!r}")
+        return value
+
+    hidden, heads = size("hidden_size"), size("num_attention_heads")
+    bias = bool(config.get("attention_bias"))
+    return ModelShape(
+        hidden_size=hidden,
+        intermediate_size=size("intermediate_size"),
+        num_hidden_layers=size("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=size("num_key_value_heads", heads),
+        head_dim=size("head_dim", max(1, hidden // heads)),
+        vocab_size=size("vocab_size"),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings")),
+        query_key_value_bias=bias or family == "qwen2",
+        output_bias=bias,
+        mlp_bias=bool(config.get("mlp_bias")),
+        head_norms=family == "qwen3",
+    )
+
+
+def from_scratch_shape(section: FromScratch) -> ModelShape:
+    """Shape of the LLaMA that `backbone.from_scratch` makes."""
+    return ModelShape(
+        hidden_size=section.hidden_size,
+        intermediate_size=section.intermediate_size,
+        num_hidden_layers=section.num_layers,
+        num_attention_heads=section.num_heads,
+        num_key_value_heads=section.num_kv_heads,
+        head_dim=section.hidden_size // section.num_heads,
+        vocab_size=section.vocab_size,
+        tie_word_embeddings=True,
+    )

@@ -1,0 +1,232 @@
+"""The stages' own code on fake tensors: shapes of any size, no arithmetic, no memory.
+
+A fake model lies on a fake CPU. Ids and masks are real, since indexing needs their values. Attention
+counts as on a GPU: torch's fused kernel, of which only the result and a number per row are kept.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+from unittest import mock
+
+import torch
+from memory_record import MemoryRecord, tensors_of
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from chatllama.config.generation import GenerationSection
+from chatllama.config.schema import Config
+from chatllama.generation import decoding_batch
+from chatllama.generation.sampling import Sampling
+from chatllama.model import lm_head
+from chatllama.model.roles import Adapter, RoleModel, autocast
+from data.batches import SharedPromptCollator
+from trainers.ppo.model import build_engine as ppo_engine
+from trainers.ppo.rollout import _sampling_as, arrange, score
+from trainers.ppo.update import Targets, Update
+from trainers.reward.model import build_engine as reward_engine
+from trainers.reward.train import optimizer_step as reward_step
+from trainers.sft.data import RowCollator, Rows
+from trainers.sft.model import build_engine as sft_engine
+from trainers.sft.train import Trained
+from trainers.sft.train import optimizer_step as sft_step
+
+GPU_CHUNK = 2**25
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes of one stage."""
+
+    resident: int
+    """Between steps: weights, adapters, AdamW's moments."""
+    peaks: dict[str, int]
+    """Phase -> the most that tensors hold during it, the resident ones included."""
+
+
+def make_fake(module: nn.Module) -> None:
+    """Replaces parameters and buffers on the meta device by fake ones of the CPU."""
+    made: dict[int, nn.Parameter] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for part in module.modules():
+            for name, old in part._parameters.items():
+                if old is not None:
+                    new = torch.empty(old.shape, dtype=old.dtype)
+                    fresh = nn.Parameter(new, requires_grad=old.requires_grad)
+                    part._parameters[name] = made.setdefault(id(old), fresh)
+            for name, buffer in part._buffers.items():
+                if buffer is not None:
+                    part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def meta_llama(shape: LlamaConfig, dtype: torch.dtype) -> LlamaForCausalLM:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return LlamaForCausalLM(shape)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def fake_model(cfg: Config, shape: LlamaConfig, stage: str) -> RoleModel:
+    """The stage's roles, as its `model.py` makes them."""
+    full = stage == "sft" and cfg.lora is None
+    dtype = torch.float32 if full else getattr(torch, cfg.backbone.dtype)
+    llama, lora = meta_llama(shape, dtype), cfg.adapter_lora
+    trained, frozen = Adapter(lora, trainable=True), Adapter(lora)
+    roles: dict[str, Adapter] = {"policy": trained}
+    heads: tuple[str, ...] = ()
+    if stage == "reward":
+        roles, heads = {"reward": trained}, ("reward",)
+    elif stage == "ppo":
+        roles = {"reference": frozen, "policy": trained, "reward": frozen, "value": trained}
+        heads = ("reward", "value")
+        if cfg.lora is None:
+            del roles["reference"]
+    with torch.device("meta"):
+        dropout = stage != "ppo"
+        model = RoleModel(llama, {} if full else roles, heads=heads, dropout=dropout)
+    if full:
+        llama.requires_grad_(True)
+    make_fake(model)
+    cast(Any, model).to = lambda place: model  # torch cannot move fake parameters
+    if cfg.backbone.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return model
+
+
+def measure(cfg: Config, shape: LlamaConfig, stage: str, chunk: int = GPU_CHUNK) -> Measured:
+    """A stage's memory in one process, over optimizer steps of two microbatches of full length.
+
+    Args:
+        chunk: float32 logits in memory at a time.
+    """
+    cfg = _two_microbatches(cfg)
+    model = fake_model(cfg, shape, stage)
+    record = MemoryRecord(tensors_of(model))
+    measured = {"sft": _sft, "reward": _reward, "ppo": _ppo}[stage]
+    with mock.patch.object(lm_head, "CHUNK_ELEMENTS", chunk), record:
+        return measured(cfg, model, record)
+
+
+def extrapolated(cfg: Config, shape: LlamaConfig, stage: str) -> Measured:
+    """`measure` of a deep model, from 3 and 4 layers: each of the others adds as much as the last.
+
+    Fake operators take as long as real ones on small tensors; 32 layers would be minutes.
+    """
+    few: list[Measured] = []
+    for layers in (3, 4):
+        shallow = LlamaConfig.from_dict(shape.to_dict() | {"num_hidden_layers": layers})
+        few.append(measure(cfg, shallow, stage))
+    three, four = few
+    more = shape.num_hidden_layers - 4
+    return Measured(
+        four.resident + more * (four.resident - three.resident),
+        {name: peak + more * (peak - three.peaks[name]) for name, peak in four.peaks.items()},
+    )
+
+
+def _two_microbatches(cfg: Config) -> Config:
+    sft = {"batch_size": 2 * cfg.sft.microbatch_size}
+    reward = {"batch_size": 2 * cfg.reward.microbatch_size}
+    size = 2 * cfg.ppo.microbatch_size
+    ppo = {"rollout_batch_size": size, "minibatch_size": size, "epochs": 1}
+    return cfg.model_copy(
+        update={
+            "sft": cfg.sft.model_copy(update=sft),
+            "reward": cfg.reward.model_copy(update=reward),
+            "ppo": cfg.ppo.model_copy(update=ppo),
+        }
+    )
+
+
+def _sft(cfg: Config, model: RoleModel, record: MemoryRecord) -> Measured:
+    section, length = cfg.sft, cfg.sft.max_length
+    documents = [length // 2, length - length // 2] if section.packing else [length]
+    row = {"input_ids": [5] * length, "labels": [5] * length, "seq_lengths": documents}
+    rows: Any = Rows(cast(Any, [row] * section.batch_size * 2), None, 2, 1, {})
+    engine = sft_engine(cfg, model)
+    low = cfg.backbone.dtype == "bfloat16"
+    trained = Trained(section, engine, rows, RowCollator(0), low)
+    sft_step(trained, 0, 1.0)
+    resident = record.restart()
+    sft_step(trained, 1, 1.0)
+    return Measured(resident, {"step": record.most})
+
+
+def _reward(cfg: Config, model: RoleModel, record: MemoryRecord) -> Measured:
+    section, length = cfg.reward, cfg.reward.max_length
+    half = length // 2  # prompt and both answers do not fit one row: each answer has its own
+    pair = {
+        "answer_ids": [[5] * length, [6] * length],
+        "prompt_length": half,
+        "ranks": [0, 1],
+        "ratings": [1.0, 0.0],
+    }
+    rows, batch = [pair] * section.batch_size, list(range(section.batch_size))
+    engine, collator = reward_engine(cfg, model), SharedPromptCollator(0, length)
+    reward_step(cfg, engine, cast(Any, rows), batch, collator, 1.0)
+    resident = record.restart()
+    reward_step(cfg, engine, cast(Any, rows), batch, collator, 1.0)
+    return Measured(resident, {"step": record.most})
+
+
+@contextmanager
+def _any_token() -> Iterator[None]:
+    """Sampling computes on fake logits and then gives the token 5."""
+    sample = decoding_batch.next_tokens
+
+    def next_tokens(logits: torch.Tensor, *rest: Any) -> torch.Tensor:
+        sample(logits, *rest)
+        return torch.full((len(logits),), 5)
+
+    with mock.patch.object(decoding_batch, "next_tokens", next_tokens):
+        yield
+
+
+def _ppo(cfg: Config, model: RoleModel, record: MemoryRecord) -> Measured:
+    section, generation = cfg.ppo, cfg.generation
+    engine = ppo_engine(cfg, model)
+    count, length = section.rollout_batch_size, generation.max_new_tokens
+    prompts = [[5] * section.max_prompt_length] * count
+    rollout = arrange(prompts, [[5] * length] * count, [], 0)
+    mask, zeros = rollout.response_mask, torch.zeros(rollout.response_mask.shape)
+    targets = Targets(zeros, zeros, mask)
+
+    def update() -> None:
+        shared = {"seed": 0, "lr_factor": lambda done: 1.0, "ptx": None, "after_step": lambda: None}
+        Update(engine, rollout, targets, section, 1.0, 0, **shared).run()
+
+    update()
+    resident, peaks = record.restart(), {}
+    with _any_token(), torch.no_grad():
+        # Later steps allocate nothing more: the cache has its full size by then.
+        others = [[5 + i, *prompts[0][1:]] for i in range(generation.batch_size)]
+        _decode(model, others, generation, steps=2)
+    peaks["rollout"] = record.most
+    record.restart()
+    score(model, rollout, 1.0, section.microbatch_size, ["reward"])
+    peaks["scoring"] = record.most
+    record.restart()
+    update()
+    peaks["update"] = record.most
+    return Measured(resident, peaks)
+
+
+def _decode(
+    model: RoleModel, prompts: list[list[int]], generation: GenerationSection, steps: int
+) -> None:
+    """The prompts and a few tokens of the policy, unmerged or merged as in training."""
+    engine: Any = type("E", (), {"model": model, "is_zero3": staticmethod(lambda: False)})
+    sampling = Sampling.of(generation)
+    uniforms = torch.rand(len(prompts), generation.max_new_tokens)
+    model.eval()
+    with _sampling_as(engine, "policy", generation), autocast(model):
+        batch = decoding_batch.DecodingBatch(model.llama, len(prompts))
+        whole = zip(prompts, uniforms, strict=True)
+        batch.admit([decoding_batch.Request(p, sampling, [], u) for p, u in whole])
+        for _ in range(steps):
+            batch.step()
