@@ -13,6 +13,7 @@ from chatllama import __version__
 from chatllama.exporting.cli import ExportOptions, add_export_arguments
 from chatllama.inference.cli import add_chat_arguments, add_eval_arguments, add_generate_arguments
 from chatllama.inference.options import ChatOptions, GenerateOptions
+from chatllama.planning.command import add_plan_arguments
 from chatllama.runtime.command_line import (
     Command,
     add_command,
@@ -63,6 +64,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, command, add_arguments, about in (
         ("run", _run, _run_arguments, "train: SFT, reward model, PPO; then evaluation and report"),
+        ("plan", _plan, add_plan_arguments, "memory, tokens and time of a config before it runs"),
         ("finish", _finish, _finish_arguments, "end an interrupted stage at a checkpoint"),
         ("chat", _chat, add_chat_arguments, "talk to the model of a run in the terminal"),
         ("generate", _generate, add_generate_arguments, "answer many prompts, into a file or here"),
@@ -165,6 +167,22 @@ def _run(arguments: argparse.Namespace) -> None:
     except StageFailed as error:
         tell(f"chatllama: {error}")
         raise SystemExit(error.exit_code) from error
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from chatllama.planning.command import plan
+
+    probed = None
+    if arguments.probe:
+        from trainers.stages.pipeline import StageFailed
+        from trainers.stages.probe import probe_rates
+
+        try:
+            probed = probe_rates(arguments.config, arguments.overrides, arguments.gpus)
+        except StageFailed as error:
+            tell(f"chatllama: {error}")
+            raise SystemExit(error.exit_code) from error
+    plan(arguments, probed)
 
 
 def _finish(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """The stages' own code on fake tensors: shapes of any size, no arithmetic, no memory.
 
-A fake model lies on a fake CPU. Ids and masks are real, since indexing needs their values. Attention
-counts as on a GPU: torch's fused kernel, of which only the result and a number per row are kept.
+A fake model lies on a fake CPU. Ids and masks are real, since indexing needs their values.
+Attention counts as on a GPU: a fused kernel, of which the result and a number per row are kept.
 """
 
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ from typing import Any, cast
 from unittest import mock
 
 import torch
+from kernel_counts import made_fake
 from memory_record import MemoryRecord, tensors_of
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -46,21 +46,6 @@ class Measured:
     """Phase -> the most that tensors hold during it, the resident ones included."""
 
 
-def make_fake(module: nn.Module) -> None:
-    """Replaces parameters and buffers on the meta device by fake ones of the CPU."""
-    made: dict[int, nn.Parameter] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for part in module.modules():
-            for name, old in part._parameters.items():
-                if old is not None:
-                    new = torch.empty(old.shape, dtype=old.dtype)
-                    fresh = nn.Parameter(new, requires_grad=old.requires_grad)
-                    part._parameters[name] = made.setdefault(id(old), fresh)
-            for name, buffer in part._buffers.items():
-                if buffer is not None:
-                    part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-
-
 def meta_llama(shape: LlamaConfig, dtype: torch.dtype) -> LlamaForCausalLM:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -86,12 +71,16 @@ def fake_model(cfg: Config, shape: LlamaConfig, stage: str) -> RoleModel:
         heads = ("reward", "value")
         if cfg.lora is None:
             del roles["reference"]
+        if cfg.ppo.advantage != "gae":
+            del roles["value"]
+            heads = ("reward",)
     with torch.device("meta"):
         dropout = stage != "ppo"
         model = RoleModel(llama, {} if full else roles, heads=heads, dropout=dropout)
     if full:
         llama.requires_grad_(True)
-    make_fake(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        made_fake(model)
     cast(Any, model).to = lambda place: model  # torch cannot move fake parameters
     if cfg.backbone.gradient_checkpointing:
         model.enable_gradient_checkpointing()

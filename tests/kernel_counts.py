@@ -38,11 +38,12 @@ def llama_7b(num_layers: int) -> LlamaForCausalLM:
 
 def made_fake(model: nn.Module) -> None:
     """Under `FakeTensorMode`, puts fake CPU tensors in the place of a model's parameters."""
+    made: dict[int, nn.Parameter] = {}  # tied ones stay tied
     for module in model.modules():
         for name, old in module._parameters.items():
             if old is not None:
                 new = nn.Parameter(torch.empty(old.shape, dtype=old.dtype), old.requires_grad)
-                module._parameters[name] = new
+                module._parameters[name] = made.setdefault(id(old), new)
         for name, old in module._buffers.items():
             if old is not None:
                 module._buffers[name] = torch.empty(old.shape, dtype=old.dtype)

@@ -1,7 +1,6 @@
-"""Bytes of tensors at their most, of fake tensors or of real ones, and reads that would wait."""
+"""Bytes of tensors at their most, of fake tensors or of real ones."""
 
 import weakref
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,10 +19,6 @@ class MemoryRecord(TorchDispatchMode):
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.held = self.most = 0
-        self.reads = 0
-        """Values read on the host, for which a GPU would have to be waited for."""
-        self.casts: Counter[str] = Counter()
-        """`float32 to bfloat16` and the like -> elements."""
         self._sizes: dict[int, int] = {}
         for tensor in known:
             self.note(tensor)
@@ -50,17 +45,13 @@ class MemoryRecord(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            self.reads += 1
-            if type(args[0]) is not torch.Tensor:  # a fake number: any will do
-                return 1.0 if args[0].is_floating_point() else True
+        reads = func is torch.ops.aten._local_scalar_dense.default
+        if reads and type(args[0]) is not torch.Tensor:  # a fake number: any will do
+            return 1.0 if args[0].is_floating_point() else True
         if func is torch.ops.aten.index.Tensor and any(map(_is_mask, args[1])):
-            self.reads += 1  # a fake tensor cannot be asked how many elements a mask leaves
+            # A fake tensor cannot be asked how many elements a mask leaves.
             args = (args[0], [i for index in args[1] for i in _numbers(index)])
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and result.dtype != args[0].dtype:
-            name = f"{args[0].dtype} to {result.dtype}".replace("torch.", "")
-            self.casts[name] += result.numel()
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.note(leaf)

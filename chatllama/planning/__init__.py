@@ -1,1 +1,1 @@
-"""What a config will need before it runs: memory, disk, tokens and time; loads no model, no torch."""
+"""What a config needs before it runs: memory, disk, tokens, time; no model, no torch."""

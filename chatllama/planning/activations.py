@@ -103,7 +103,9 @@ def transient_backward(
     hidden, inner = shape.hidden_size, shape.intermediate_size
     if not precision.half:
         return 8.0 * inner * step.tokens
-    inside = 9.0 * hidden + 6 * inner if recomputed else max(19.0 * hidden, 5.0 * hidden + 6 * inner)
+    inside = (
+        9.0 * hidden + 6 * inner if recomputed else max(19.0 * hidden, 5.0 * hidden + 6 * inner)
+    )
     return inside * step.tokens
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from chatllama.config.model import LoraSection
 from chatllama.config.schema import Config, DeepSpeedSection
 from chatllama.planning.activations import (
     CPU_CHUNK,
@@ -23,8 +22,8 @@ from chatllama.planning.activations import (
     transient_backward,
     transient_forward,
 )
-from chatllama.planning.sharding import bucket_bytes, gathered_bytes, trained_state
 from chatllama.planning.shape import ModelShape
+from chatllama.planning.sharding import bucket_bytes, gathered_bytes, trained_state
 from chatllama.runs.folder import Stage
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -253,8 +252,8 @@ def _ppo(cfg: Config, shape: ModelShape, place: Place) -> Phases:
     if generation.engine == "local":
         phases["rollout"] = (*fetched, *_rollout(cfg, shape, precision))
     for name, lines in _training(cfg, shape, "ppo", "policy", step, place.chunk).items():
-        both = _value_beside(cfg, shape, lines, adapter)
-        phases[f"update, {name}"] = (*lines, *both)
+        beside = (*_value_beside(cfg, shape, lines, adapter), *_ptx_beside(cfg, shape, precision))
+        phases[f"update, {name}"] = (*lines, *beside)
     return phases
 
 
@@ -287,3 +286,15 @@ def _value_beside(
         return
     yield from _gradients(cfg, adapter, "value")
     yield Line("gradients, computed already", 4.0 * adapter, "value")
+
+
+def _ptx_beside(cfg: Config, shape: ModelShape, precision: Precision) -> Iterator[Line]:
+    """The graph of other text, alive together with the policy's."""
+    section = cfg.ppo
+    if not section.ptx_coef:
+        return
+    step = Pass(section.ptx_microbatch_size, section.ptx_max_length)
+    kept = kept_by_layer(shape, cfg.adapter_lora, precision, step)
+    if cfg.backbone.gradient_checkpointing:
+        kept = float(precision.weights * shape.hidden_size * step.tokens)
+    yield Line("graph of the ptx text", kept * shape.num_hidden_layers, "policy")

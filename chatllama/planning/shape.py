@@ -3,15 +3,11 @@
 No weights are read, and nothing heavy is imported.
 """
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from chatllama.config.model import BackboneSection, FromScratch, LoraSection
-from chatllama.runs.folder import RunFolder
+from chatllama.config.model import FromScratch, LoraSection
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """`model_type` of models that are built like a LLaMA but for biases and norms of heads."""
@@ -34,7 +30,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder of the LLaMA family; the same names as in config.json where it has them."""
+    """Sizes of a decoder of the LLaMA family, by the names of config.json."""
 
     hidden_size: int
     intermediate_size: int
