@@ -13,7 +13,7 @@ from chatllama import __version__
 from chatllama.exporting.cli import ExportOptions, add_export_arguments
 from chatllama.inference.cli import add_chat_arguments, add_eval_arguments, add_generate_arguments
 from chatllama.inference.options import ChatOptions, GenerateOptions
-from chatllama.planning.command import add_plan_arguments
+from chatllama.planning.cli import add_plan_arguments
 from chatllama.runtime.command_line import (
     Command,
     add_command,

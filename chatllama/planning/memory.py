@@ -47,7 +47,7 @@ class Place:
     ranks: int = 1
     """Over all machines."""
     launched: bool = True
-    """Through `deepspeed` or `chatllama run`; false: `python train_x.py`, without ZeRO."""
+    """Through `deepspeed` or `chatllama run`; false: `python train_ppo.py`, without ZeRO."""
     device: Literal["cuda", "cpu"] = "cuda"
 
     @property
