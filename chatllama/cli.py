@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return INTERRUPTED
         except BrokenPipeError:
             sys.stdout = None  # else Python reports it again at exit
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             if arguments.debug:
                 raise
             tell(f"chatllama: {error}")

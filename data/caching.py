@@ -2,11 +2,16 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
+import datasets
 from datasets import Dataset, Features
+
+from chatllama.runtime.hub import unwritable
 
 RECORDS_PER_WORKER = 5000  # fewer are done before a second process has started
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +28,23 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def writing_cache() -> Iterator[None]:
+    """What `datasets` writes inside goes to its cache.
+
+    Raises:
+        ValueError: it cannot be written, from the start or in the middle.
+    """
+    folder = Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+        yield
+    except OSError as error:
+        raise unwritable("the cache of data sets", folder, error) from error
+
+
 def cached_map(
     data: Dataset,
     function: Callable[..., dict[str, Any]],
@@ -35,14 +57,15 @@ def cached_map(
     Cached under the data, the arguments and the code. With `batched` the function takes batches as
     columns, which cost far less than rows.
     """
-    return data.map(
-        _call,
-        batched=batched,
-        features=Features(features),
-        remove_columns=data.column_names,
-        fn_kwargs={"function": function, "arguments": arguments, "code": code_digest()},
-        num_proc=num_workers(len(data)),
-    )
+    with writing_cache():
+        return data.map(
+            _call,
+            batched=batched,
+            features=Features(features),
+            remove_columns=data.column_names,
+            fn_kwargs={"function": function, "arguments": arguments, "code": code_digest()},
+            num_proc=num_workers(len(data)),
+        )
 
 
 def _call(

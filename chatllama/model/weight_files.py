@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from chatllama.model.adapters import SavedAdapter
 from chatllama.runtime.files import write_json
+from chatllama.runtime.hub import hub_folder
 
 TORCH_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAX_FILE_BYTES = 5 * 10**9
@@ -40,7 +40,7 @@ def local_folder(path: str, revision: str | None = None) -> Path:
     """A model's folder on this machine; a hub id is downloaded, or found in the cache."""
     if Path(path).is_dir():
         return Path(path)
-    return Path(snapshot_download(path, revision=revision, allow_patterns=list(_FILES)))
+    return hub_folder(path, revision, _FILES)
 
 
 def open_model(folder: Path) -> ModelFiles:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from chatllama.config.schema import Config
 from chatllama.runs.folder import RunFolder, backbone_path
+from chatllama.runtime.hub import hub_folder
 from chatllama.runtime.libraries import quiet_libraries
 from chatllama.text import sentencepiece_bpe
 
@@ -241,7 +241,7 @@ def _local_folder(path: str | Path, revision: str | None, trust_remote_code: boo
         return Path(path)
     patterns = [*_FILES, *(["*.py"] if trust_remote_code else [])]
     try:
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
+        return hub_folder(str(path), revision, patterns)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(f"{path}: neither a folder nor a readable hub id: {error}") from error
 

@@ -19,7 +19,7 @@ from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 
 from chatllama.config.sources import ColumnMapping, DataSource, Format, language_codes
-from data.caching import code_digest
+from data.caching import code_digest, writing_cache
 from data.reading import notes, verdicts
 from data.reading.conversions import apply_mapping
 from data.reading.decode import Cells, decode
@@ -113,7 +113,7 @@ def read_rows(source: DataSource, kind: Kind) -> Dataset:
     (`GOOD`, `UNUSABLE` or `MALFORMED`), `problem` (why it is unusable), `format` and `notes`.
 
     Raises:
-        ValueError: there is no such file or data set, or it is empty.
+        ValueError: there is no such file or data set, or it is empty; the cache cannot be written.
     """
     data = _open(source)
     features = Features({**COLUMNS[kind], **ROW_COLUMNS})
@@ -123,12 +123,13 @@ def read_rows(source: DataSource, kind: Kind) -> Dataset:
         "data": data,
         "digests": (code_digest(), [] if isinstance(data, Dataset) else [*map(_digest, data)]),
     }
-    try:
-        return Dataset.from_generator(_generate, features=features, gen_kwargs=arguments)
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, ValueError):  # ours, wrapped by `datasets`
-            raise error.__cause__ from None
-        raise
+    with writing_cache():
+        try:
+            return Dataset.from_generator(_generate, features=features, gen_kwargs=arguments)
+        except DatasetGenerationError as error:
+            if isinstance(error.__cause__, ValueError | OSError):  # wrapped by `datasets`
+                raise error.__cause__ from None
+            raise
 
 
 def decode_source(source: DataSource) -> Iterator[tuple[str, object]]:
@@ -150,6 +151,8 @@ def _open(source: DataSource) -> list[DataFile] | Dataset:
 
 
 def _load_hub(source: DataSource) -> Dataset:
+    with writing_cache():  # else the error below would blame the name
+        pass
     try:
         data = datasets.load_dataset(source.path, source.subset, split=source.split)
     except Exception as error:
