@@ -112,7 +112,12 @@ def open_groups(minutes: float) -> None:
     if dist.is_initialized():
         return
     _waits.minutes = minutes
-    dist.init_process_group(work_backend(), timeout=wait_limit())
+    # A single rank meets nobody, so it needs no port, which another program may have taken.
+    alone: dict[str, Any] = {}
+    if world_size() == 1:
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        alone = {"store": store, "rank": 0, "world_size": 1}
+    dist.init_process_group(work_backend(), timeout=wait_limit(), **alone)
     if work_backend() != "gloo":
         _waits.group = dist.new_group(backend="gloo", timeout=wait_limit())
 

@@ -132,3 +132,20 @@ def test_each_process_has_its_own_gpu_also_where_it_sees_no_other(
         monkeypatch.setenv("LOCAL_RANK", local_rank)
     place = distributed.device()
     assert place == (torch.device("cpu") if expected is None else torch.device("cuda", expected))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "localhost"])
+def test_a_single_rank_needs_no_port(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under `deepspeed` on one GPU, where another job has port 29500."""
+    taken = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    port = str(taken.port)
+    variables = {"MASTER_ADDR": address, "MASTER_PORT": port, "WORLD_SIZE": "1", "RANK": "0"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    open_groups(LIMIT)
+    try:
+        barrier()
+        assert all_sum(torch.ones(2)).tolist() == [1, 1] and dist.new_group() is not None
+        assert all_gather_objects("x") == ["x"] and from_rank_zero("y") == "y"
+    finally:
+        dist.destroy_process_group()
