@@ -60,10 +60,11 @@ class GenerationSection(Section):
     merge_lora: Literal["auto", "always", "never"] = "auto"
     """Sample PPO's rollouts with the adapter merged into a second copy of the matrices that it
     changes (which takes their memory again while sampling; the base does not change). auto: if the
-    base is float32 and neither quantised nor sharded, since bfloat16 rounds the sum, and `compile`
-    is off. always is refused with a quantised base, ZeRO-3 or `compile`."""
-    compile: bool = False
-    """Compile the decoding step of PPO's rollouts (torch.compile; on a GPU with CUDA graphs).
+    base is float32 and neither quantised nor sharded, since bfloat16 rounds the sum, and the
+    step is not compiled. always is refused with a quantised base, ZeRO-3 or `compile: true`."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the decoding step of PPO's rollouts (torch.compile; on a GPU with CUDA graphs). auto:
+    on a GPU, where it can be done and `merge_lora` is not always.
     Takes about a minute before the first step of each role, and again when a prompt is much longer
     than all before. Needs a C++ compiler (on a GPU Triton), sdpa or varlen attention, ZeRO 0 to 2,
     and neither quantisation nor Liger's kernels; the KV cache of rollouts stays allocated during
@@ -80,16 +81,23 @@ class GenerationSection(Section):
             raise ValueError("engine server and servers go together: give both or neither")
         if server and self.merge_lora == "always":
             raise ValueError("merge_lora always: with engine server nothing is sampled here")
-        if server and self.compile:
-            raise ValueError("compile: with engine server nothing is sampled here")
-        if self.compile and self.merge_lora == "always":
-            raise ValueError(
-                "merge_lora always: the sums would have other addresses in every rollout, and a "
-                "compiled step (compile) would be recorded again each time; use auto or never"
-            )
+        if self.compile is True and self.against_compiling is not None:
+            raise ValueError(self.against_compiling)
         if server and (self.top_k or self.top_p < 1):
             raise ValueError(
                 "engine server: top_k must be 0 and top_p 1, or the servers' log-probabilities "
                 "cannot be compared with the trainer's"
             )
         return self
+
+    @property
+    def against_compiling(self) -> str | None:
+        """Why the decoding step cannot be compiled, as far as this section says; None if it can."""
+        if self.engine == "server":
+            return "compile: with engine server nothing is sampled here"
+        if self.merge_lora == "always":
+            return (
+                "merge_lora always: the sums would have other addresses in every rollout, and a "
+                "compiled step (compile) would be recorded again each time; use auto or never"
+            )
+        return None

@@ -141,21 +141,32 @@ class Config(Section):
                 "ppo.reference_refresh_every needs a reference adapter; with `lora: null` the "
                 "reference is the base itself"
             )
-        if not self.generation.compile:
-            return self
+        if self.generation.compile is True and self.against_compiling is not None:
+            raise ValueError(f"generation.compile: {self.against_compiling}")
+        return self
+
+    @property
+    def against_compiling(self) -> str | None:
+        """Why the decoding step of rollouts cannot be compiled; None if it can."""
         if self.backbone.against_compiling is not None:
-            raise ValueError(f"generation.compile: {self.backbone.against_compiling}")
+            return self.backbone.against_compiling
         if self.backbone.liger_kernel:
-            raise ValueError(
-                "generation.compile: backbone.liger_kernel is on, and no compiled step has been "
-                "tried with Liger's kernels; use one of the two"
+            return (
+                "backbone.liger_kernel is on, and no compiled step has been tried with Liger's "
+                "kernels; use one of the two"
             )
         if self.deepspeed.stage == 3:
-            raise ValueError(
-                "generation.compile: deepspeed.stage 3 gathers the weights at other addresses in "
-                "every rollout; use stage 2 or less, or do not compile"
+            return (
+                "deepspeed.stage 3 gathers the weights at other addresses in every rollout; use "
+                "stage 2 or less, or do not compile"
             )
-        return self
+        return self.generation.against_compiling
+
+    def compiles_rollouts(self, with_triton: bool) -> bool:
+        """What `generation.compile` comes to on a machine with or without a GPU and Triton."""
+        if self.generation.compile == "auto":
+            return with_triton and self.against_compiling is None
+        return self.generation.compile
 
     @property
     def adapter_lora(self) -> LoraSection:

@@ -20,7 +20,7 @@ from chatllama.generation.static_kv_cache import StaticKVCache
 from chatllama.inference.options import GenerateOptions, complete
 from chatllama.model.lora import merge_products
 from chatllama.model.packed_attention import registered
-from chatllama.model.roles import acting_as, autocast
+from chatllama.model.roles import acting_as, autocast, sampling_as
 
 PROMPTS = [[5, 9, 30], [7], [11, 40, 41, 42, 80, 3, 12], [20, 21], [33, 60, 61, 9], [8, 8]] * 3
 UNIFORMS = torch.rand(18, 40, generator=torch.Generator().manual_seed(0))
@@ -177,14 +177,23 @@ def test_roles_and_weights_change_between_rollouts():
 
 
 @pytest.mark.slow
-def test_bfloat16_differs_by_rounding_only():
+def test_bfloat16_differs_by_rounding_only_and_its_layers_stay_where_they_are():
     model, graphs = role_model(tiny_llama(dtype=torch.bfloat16)), Graphs("aot_eager")
     slots = StaticKVCache(model.llama, graphs)
-    with acting_as(model, "policy"), autocast(model):
-        pairs = [sampled(model.llama, Sampling(20), each) for each in (None, slots)]
+    for _ in range(3):
+        with sampling_as(model, "policy"):
+            pairs = [sampled(model.llama, Sampling(20), each) for each in (None, slots)]
+        # 15 of 18 are equal where a plain batch has another size; of other weights' none is.
+        assert sum(mine == theirs for mine, theirs in zip(*pairs, strict=True)) >= 12
+        for parameter in adapter_parameters(model, "policy"):
+            parameter.data = parameter.data + 0.05
     assert len(graphs.seen) == 1
-    # 15 of 18 are equal where a plain batch has another size; of other weights' answers none is.
-    assert sum(mine == theirs for mine, theirs in zip(*pairs, strict=True)) >= 12
+    inputs = [n.meta["tensor_dict"] for n in graphs.seen[0].graph.nodes if n.op == "placeholder"]
+    marks = {each.get("_dynamo_static_input_type") for each in inputs}
+    assert marks == {"unguarded"}
+    with sampling_as(model, "reward"):
+        sampled(model.llama, Sampling(20), slots)
+    assert len(graphs.seen) == 2
 
 
 @pytest.mark.slow
@@ -287,6 +296,53 @@ def test_configs_that_cannot_be_compiled(sections: dict[str, Any], message: str)
     assert config(backbone={"attn_implementation": "varlen"}).generation.compile
     with pytest.raises(ValueError, match=message):
         config(**sections)
+    for other in ("auto", False):  # then it is off, or decided without an error
+        generation = {**sections.get("generation", {}), "compile": other}
+        cfg = config(**{**sections, "generation": generation})
+        assert cfg.against_compiling is not None and not cfg.compiles_rollouts(True)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"backbone": {"attn_implementation": "varlen"}, "deepspeed": {"stage": 2}},
+        {"lora": None, "generation": {"merge_lora": "never"}},
+    ],
+)
+def test_auto_compiles_on_a_gpu_alone(sections: dict[str, Any]):
+    generation = sections.pop("generation", {})
+    by = {
+        choice: config(**sections, generation={**generation, "compile": choice})
+        for choice in ("auto", True, False)
+    }
+    assert [by["auto"].compiles_rollouts(gpu) for gpu in (False, True)] == [False, True]
+    for choice in (True, False):
+        assert [by[choice].compiles_rollouts(gpu) for gpu in (False, True)] == [choice] * 2
+    assert Config.model_validate({"run_dir": "r", "backbone": {"path": "b"}}).generation == (
+        GenerationSection(compile="auto")
+    )
+
+
+@pytest.mark.parametrize(
+    ("gpu", "triton", "compiles"),
+    [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)],
+)
+def test_the_stage_decides_by_its_machine(
+    tmp_path: Path,
+    tiny_tokenizer_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gpu: str,
+    triton: bool,
+    compiles: bool,
+):
+    from trainers.ppo import train
+
+    run = TinyRun.make(tmp_path, tiny_tokenizer_dir)
+    monkeypatch.setattr(train, "device", lambda: torch.device(gpu))
+    monkeypatch.setattr(train, "find_spec", lambda name: object() if triton else None)
+    assert run.trainer().collector.generation.compile is compiles
+    assert run.trainer(generation={"compile": False}).collector.generation.compile is False
 
 
 def test_models_that_cannot_be_compiled(tmp_path: Path, tiny_tokenizer_dir: Path):

@@ -495,14 +495,23 @@ def test_a_record_of_the_same_things_differs_in_nothing(world: World):
 def test_keys_that_an_older_record_does_not_know_had_their_defaults(world: World):
     record = gather(world.config(), world.run, "ppo", {})
     now = json.loads(json.dumps(record))
-    for key in ("generation.compile", "ppo.ema_decay", "ppo.epochs", "lora.target_modules"):
+    for key in ("generation.top_k", "ppo.ema_decay", "ppo.epochs", "lora.target_modules"):
         del record["config"][key]
     assert differences(record, now) == []
-    now["config"] |= {"generation.compile": True, "ppo.epochs": 3}
+    now["config"] |= {"generation.top_k": 5, "ppo.epochs": 3}
     assert differences(record, now) == [
-        "generation.compile: False there, True now",
+        "generation.top_k: 0 there, 5 now",
         "ppo.epochs: 4 there, 3 now",
     ]
+
+
+@pytest.mark.parametrize("key", ["generation.compile", "backbone.liger_kernel", "ppo.save_every"])
+def test_keys_that_bind_no_longer_are_passed_over_in_older_records(world: World, key: str):
+    now = gather(world.config(), world.run, "ppo", {})
+    assert key not in now["config"]
+    record = json.loads(json.dumps(now))
+    record["config"][key] = "what it was"
+    assert differences(record, now) == []
 
 
 def test_a_section_that_was_null_did_not_have_its_defaults(world: World):

@@ -107,6 +107,7 @@ def sample_responses(
     """Responses of `role` to all prompts, on every rank; each rank samples a part of them.
 
     Random numbers belong to (seed, prompt number), so the number of ranks changes no response.
+    Steps are compiled with `compile: true` only: the stage decides what `auto` is.
     """
     generator = torch.Generator().manual_seed(hash(tuple(seed)) % 2**63)
     uniforms = torch.rand(len(prompts), generation.max_new_tokens, generator=generator)
@@ -124,7 +125,7 @@ def sample_responses(
             uniforms[own],
             generation.batch_size,
             any_running=all_any if in_step else bool,
-            compiled=engine.compiled if generation.compile else None,
+            compiled=engine.compiled if generation.compile is True else None,
         )
     gathered = all_gather_objects(dict(zip(own, responses, strict=True)))
     merged = {i: response for part in gathered for i, response in part.items()}
@@ -141,7 +142,7 @@ def _sampling(engine: Engine, role: Role, generation: GenerationSection) -> Iter
             "generation.merge_lora always: the backbone is quantised or split by ZeRO-3, so "
             "adapters cannot be merged into it; use auto or never"
         )
-    pays = possible and model.llama.dtype == torch.float32 and not generation.compile
+    pays = possible and model.llama.dtype == torch.float32 and generation.compile is not True
     if merge == "always" or (merge == "auto" and pays):
         with merged_as(model, role), autocast(model):
             yield

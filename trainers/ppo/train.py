@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from importlib.util import find_spec
 
 import torch
 
@@ -19,7 +20,7 @@ from chatllama.reporting.tracker import Tracker, logged_metrics
 from chatllama.runs import interruption
 from chatllama.runs.checkpoints import checkpoint_to_resume, layout_of
 from chatllama.runs.folder import RunFolder
-from chatllama.runtime.distributed import rank
+from chatllama.runtime.distributed import device, rank
 from data.batches import batch_indices
 from trainers.engine.engine import Engine
 from trainers.ppo.data import Prompts, PtxLoader, StopTokens
@@ -62,7 +63,9 @@ class PpoTrainer:
         self.cfg, self.run, self.engine = cfg, run, engine
         self.scorer, self.prompts, self.stop_tokens, self.ptx = scorer, prompts, stop_tokens, ptx
         size = cfg.ppo.microbatch_size
-        self.collector = Collector(engine, scorer, stop_tokens, cfg.generation, size)
+        compiles = cfg.compiles_rollouts(device().type == "cuda" and bool(find_spec("triton")))
+        generation = cfg.generation.model_copy(update={"compile": compiles})
+        self.collector = Collector(engine, scorer, stop_tokens, generation, size)
         self.guard = Guard(cfg, run, engine)
         servers, model = cfg.generation.servers, engine.model
         self.servers = ServerPool(cfg, servers, run, model, stop_tokens) if servers else None

@@ -35,7 +35,7 @@ SECTIONS: dict[Stage, tuple[str, ...]] = {
 }
 FREE_KEYS = ("save_every", "save_total_limit", "eval_every", "allow_weak", "gradient_checkpointing",
              "liger_kernel")  # fmt: skip
-FREE = ("sft.microbatch_size", "reward.microbatch_size")
+FREE = ("sft.microbatch_size", "reward.microbatch_size", "generation.compile")
 """Keys that do not change what a stage learns: by their last part (FREE_KEYS) and in full."""
 RESUMABLE = ("learning_rate", "value_learning_rate", "warmup_steps", "max_grad_norm")
 """Keys that a resumed stage may change, by their last part: they act on later steps alone."""
@@ -66,8 +66,12 @@ def binding_config(cfg: Config, stage: Stage) -> dict[str, Any]:
     """Dotted key -> value of the settings that determine the stage's result."""
     content = json.loads(cfg.model_dump_json())
     chosen = {name: content[name] for name in SECTIONS[stage]}
-    keys = flat(chosen).items()
-    return {k: v for k, v in keys if k not in FREE and k.split(".")[-1] not in FREE_KEYS}
+    return _binding(flat(chosen))
+
+
+def _binding(keys: dict[str, Any]) -> dict[str, Any]:
+    """Those that determine a result; an older record may hold others, which have become free."""
+    return {k: v for k, v in keys.items() if k not in FREE and k.split(".")[-1] not in FREE_KEYS}
 
 
 def flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
@@ -112,7 +116,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], free: Collection[str] 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> its values in two records' configs, where they differ."""
-    known, now = old["config"], new["config"]
+    known, now = _binding(old["config"]), new["config"]
     # A key missing in the record came with a later version, so it had its default value, unless
     # its whole section was null (`lora: null`).
     later = [key for key in now if not any(key.startswith(f"{name}.") for name in known)]
