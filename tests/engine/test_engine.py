@@ -141,6 +141,7 @@ def trained_of(engine: Engine) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, p) for name, p in engine.model.named_parameters() if p.requires_grad]
 
 
+@pytest.mark.slow
 def test_checkpoints_with_one_step_count_for_all_are_read(base: str, tmp_path: Path):
     engine = build(base)
     step(engine, 1)

@@ -85,7 +85,13 @@ def test_the_policys_kl_is_measured_on_its_own_answers(tiny: TinyRun, tmp_path: 
         equal["ppo"]["win_rate"] == 0.5 and equal["ppo"]["score_mean"] == equal["sft"]["score_mean"]
     )
     nudge(trainer)
-    assert evaluate(trainer, tmp_path)["roles"]["ppo"]["kl"] != 0
+    numbers = evaluate(trainer, tmp_path)["roles"]["ppo"]
+    records = trainer.prompts.held_out.select(range(4)).to_list()
+    rollout, _ = trainer.collector.collect("policy", records, (trainer.cfg.seed, EVALUATION_SEED))
+    kls = [sum(rollout.kl[row, : rollout.lengths[row]].tolist()) for row in range(4)]
+    # Nats per answer, not per token or slot.
+    assert numbers["kl"] == pytest.approx(statistics.fmean(kls)) and abs(numbers["kl"]) > 1e-3
+    assert numbers["kl_se"] == pytest.approx(statistics.stdev(kls) / 2)
 
 
 def test_no_more_prompts_than_there_are(tiny: TinyRun, tmp_path: Path):

@@ -370,6 +370,22 @@ def test_values_follow_the_weight_of_their_source(tiny: TinyRun):
     assert value_after(trainer, [1, 90]) == pytest.approx(value, abs=1e-5)
 
 
+@pytest.mark.parametrize("how", ["mean", "min"])
+def test_values_begin_as_the_scores_of_the_first_member(tiny: TinyRun, how: str):
+    trainer = build(tiny, rewards=[{"adapter": "run"}], reward_ensemble=how)
+    prefix = [1, 90, 80]
+    first, second = raw_score(trainer, prefix), raw_score(trainer, prefix, "reward_1")
+    assert (
+        value_after(trainer, prefix) == pytest.approx(first, abs=1e-5) and abs(first - second) > 0.1
+    )
+    answers = [ids for ids, _ in reference_answers(trainer, 6)]
+    found = trainer.start().statistics
+    own = statistics.fmean(raw_score(trainer, ids) for ids in answers)
+    expected = (first - own) / found.deviation
+    assert value_after(trainer, prefix) == pytest.approx(expected, abs=1e-5)
+    assert abs(own - statistics.fmean(raw_score(trainer, ids, "reward_1") for ids in answers)) > 0.1
+
+
 @pytest.mark.parametrize("changes", [{"value_model": "policy_trunk"}, {"rewards": [WORDS]}])
 def test_values_without_a_reward_head_to_copy_start_from_zero(
     tiny: TinyRun, changes: dict[str, Any]

@@ -66,6 +66,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
     "warmup_steps": ({"warmup_steps": 4}, (0.25, 0.5)),
     "temperature": ({"temperature": 0.6}, LINEAR),
     "ptx": ({"ptx_coef": 0.5, "ptx_data": [{"path": "x"}]}, LINEAR),
+    "ptx tempered": ({"ptx_coef": 0.5, "ptx_data": [{"path": "x"}], "temperature": 0.6}, LINEAR),
     "trunk": ({"value_model": "policy_trunk"}, LINEAR),
     "no critic": ({"advantage": "rloo", "samples_per_prompt": 2}, LINEAR),
 }
@@ -114,7 +115,7 @@ def test_two_steps_are_what_the_oracle_does(
             expected["value_lr"] = (section.value_learning_rate or section.learning_rate) * factor
         if case.startswith("kl_loss"):
             expected["kl_loss"] = parts["drift"]
-        if case == "ptx":
+        if case.startswith("ptx"):
             expected["ptx_loss"] = parts["text"]
         first = metrics.pop("ppo/first_log_ratio")
         assert 0 <= metrics.pop("ppo/first_log_ratio_mean") <= first

@@ -140,7 +140,7 @@ def test_while_the_critic_warms_up_the_policy_rests(
     assert any(not torch.equal(after[n], warm[n]) for n in after if ".policy." in n)
 
 
-@pytest.mark.parametrize("warmup", [1, 2, 3])
+@pytest.mark.parametrize("warmup", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
 def test_the_policys_clocks_begin_after_the_critics_warm_up(
     tiny: TinyRun, shifted: Rollout, targets: Targets, warmup: int
 ):
@@ -161,7 +161,9 @@ def test_the_policys_clocks_begin_after_the_critics_warm_up(
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("vf_coef", [0.0, 1.0, 1e4])
+@pytest.mark.parametrize(
+    "vf_coef", [1e4, *(pytest.param(c, marks=pytest.mark.slow) for c in (0.0, 1.0))]
+)
 def test_the_critics_gradient_does_not_shrink_the_policys_step(
     tiny: TinyRun, shifted: Rollout, targets: Targets, vf_coef: float
 ):

@@ -78,6 +78,21 @@ def test_flipped_labels_are_told_from_unsureness():
     assert noisy.suspicion.max() > 0.9
 
 
+@pytest.mark.parametrize("flips", [0.0, 0.1, 0.25])
+def test_the_evidence_is_twice_the_gain_in_log_likelihood(flips: float):
+    gaps = drawn(600, flips=flips, scale=2.0)
+    found = fit_flips(gaps, np.ones(600))
+
+    def log_likelihood(share: float, scale: float) -> float:
+        right = [1 / (1 + math.exp(-scale * gap)) for gap in gaps.tolist()]
+        return sum(math.log(share + (1 - 2 * share) * p) for p in right)
+
+    without = max(log_likelihood(0.0, scale / 200) for scale in range(1, 600))
+    gain = log_likelihood(found.share, found.scale) - without
+    assert found.evidence == pytest.approx(2 * gain, abs=1e-2)
+    assert (found.evidence > 2.71) == (flips > 0)
+
+
 def test_correlation_without_variation_is_zero():
     assert correlation(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0])) == pytest.approx(1.0)
     assert correlation(np.array([1.0, 1.0]), np.array([2.0, 4.0])) == 0.0

@@ -218,6 +218,57 @@ def test_length_controlled_accuracy_by_hand():
     assert shares[0.1, 0.5] == pytest.approx(0.6) and shares[-0.5, -0.1] == pytest.approx(0.4)
 
 
+@pytest.mark.parametrize(
+    ("longer", "shorter"), [((6, 6), (1, 4)), ((30, 40), (10, 20)), ((9, 9), (9, 9))]
+)
+def test_the_interval_of_controlled_accuracy_by_hand(
+    longer: tuple[int, int], shorter: tuple[int, int]
+):
+    lengths = [(9, 4)] * longer[1] + [(4, 9)] * shorter[1]
+    rows = [example(n, [60] * a, [61] * b) for n, (a, b) in enumerate(lengths)]
+    right = [n < wins for wins, count in (longer, shorter) for n in range(count)]
+    scores = [s for ok in right for s in ((1.0, 0.0) if ok else (0.0, 1.0))]
+    found = examined(rows, scores)["length"]["controlled_accuracy"]
+    (one, low_one, high_one), (two, low_two, high_two) = map(wilson_of, (longer, shorter))
+    # The mean of two independent numbers: half-widths add in squares, then half.
+    mean = (one + two) / 2
+    below = ((one - low_one) ** 2 + (two - low_two) ** 2) ** 0.5 / 2
+    above = ((high_one - one) ** 2 + (high_two - two) ** 2) ** 0.5 / 2
+    numbers = [found[key] for key in ("value", "low", "high")]
+    assert numbers == pytest.approx([mean, mean - below, mean + above])
+
+
+def wilson_of(part: tuple[int, int]) -> tuple[float, float, float]:
+    return wilson(*part)
+
+
+def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float, float]:
+    """A share and the roots of (p - share)^2 = z^2 p (1 - p) / count (Wilson 1927)."""
+    share, a = right / count, 1 + z * z / count
+    b, c = -(2 * share + z * z / count), share * share
+    root = (b * b - 4 * a * c) ** 0.5
+    return share, (-b - root) / (2 * a), (-b + root) / (2 * a)
+
+
+@pytest.mark.parametrize("answers", [2, 3, 4])
+def test_the_accuracys_interval_counts_prompts(answers: int):
+    """K answers make K (K - 1) / 2 pairs, which are not independent."""
+    rows = [example(n, *([60 + i] for i in range(answers))) for n in range(30)]
+    scores = [float(-i if n < 24 else i) for n in range(30) for i in range(answers)]
+    found = examined(rows, scores)["accuracy"]
+    expected = wilson(24, 30)
+    assert [found[key] for key in ("value", "low", "high")] == pytest.approx(list(expected))
+
+
+@pytest.mark.parametrize(("accuracy", "count"), [(0.75, 100), (0.9, 400), (0.6, 50)])
+def test_the_calibration_error_of_chance_by_hand(accuracy: float, count: int):
+    """The mean distance of the share of right answers from the expected one, drawn many times."""
+    rows, gap = pairs(count, seed=4), float(np.log(accuracy / (1 - accuracy)))
+    found = examined(rows, gold_gaps(rows, accuracy, gap=gap))["calibration"]
+    drawn = np.random.default_rng(0).binomial(count, accuracy, 200_000) / count
+    assert found["chance_error"] == pytest.approx(np.abs(drawn - accuracy).mean(), rel=0.02)
+
+
 def test_calibration_warnings_and_their_limits():
     scores = gold_gaps(HELD_OUT, 0.75, gap=4.0)
     found = examined(HELD_OUT, scores)

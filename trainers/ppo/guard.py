@@ -34,13 +34,13 @@ class Guard:
         self.path = run.stage("ppo") / "health.jsonl"
         self.fatal = False
 
-    def begin(self, state: PpoState) -> None:
+    def begin(self, state: PpoState, new_run: bool = False) -> None:
         """Restores the monitor's state: at the start, on resuming and after a rollback."""
         self.monitor = HealthMonitor(self.section, self.cfg.backbone.dtype)
         if state.health:
             self.monitor.restore(state.health)
         if rank() == 0:
-            start_diagnoses(self.path, state.step)
+            start_diagnoses(self.path, None if new_run else state.step)
 
     def save(self, state: PpoState) -> None:
         """Writes a checkpoint; every rank must call."""

@@ -92,7 +92,7 @@ class PpoTrainer:
                 state = load_state(self.cfg, self.engine, checkpoint)
                 tracker.resume_from(state.step)
                 metrics = logged_metrics(self.run, "ppo", state.step)  # no step may be left
-            self.guard.begin(state)
+            self.guard.begin(state, new_run=checkpoint is None)
             own = policy_steps(section, section.steps), policy_steps(section, state.step)
             warn_of_warmup("ppo", section.warmup_steps, *own)
             _say_where_the_kl_is(section)

@@ -240,6 +240,71 @@ def test_a_small_sampling_mismatch_shows_in_the_mean_of_five_steps() -> None:
     assert found.threshold == pytest.approx(-6 * 0.02 / math.sqrt(5))
 
 
+@pytest.mark.parametrize(
+    ("norms", "step"),
+    [
+        ([1.0, 1.0, 1.0, 50.0, 50.0, 60.0, 60.0], 7),  # the median of the five before is 1
+        ([1.0, 1.0, 1.0, 60.0, 60.0], None),  # three before are too few
+        ([1.0] * 5 + [60.0, 9.0, 60.0, 9.0], None),
+        ([1.0] * 30 + [11.0, 11.0], 32),
+    ],
+)
+def test_the_usual_gradient_norm_is_that_before(norms: list[float], step: int | None) -> None:
+    monitor, found = HealthMonitor(HealthSection()), []
+    for number, norm in enumerate(norms, start=1):
+        found += monitor.observe(number, {"ppo/grad_norm": norm})
+    assert [(each.name, each.step) for each in found] == (
+        [("grad_norm_explosion", step)] if step else []
+    )
+
+
+@pytest.mark.parametrize(
+    ("slope", "told"), [(0.0, True), (0.01, True), (0.019, True), (0.021, False)]
+)
+def test_a_poor_critic_is_excused_where_it_clearly_improves(slope: float, told: bool) -> None:
+    """The means of the two halves of ten steps are five slopes apart; 0.1 excuses."""
+    fault = setting("ppo/explained_variance", lambda s: -1.0 + slope * s)
+    found = {each.name for each in watch(fault, steps=20)}
+    assert found == ({"critic_explained_variance_negative"} if told else set())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("gap", "told"), [(0.009, False), (0.0101, True)])
+def test_kernels_may_differ_by_a_hundredth_of_a_nat(sign: int, gap: float, told: bool) -> None:
+    """With so many tokens six standard errors are far less."""
+
+    def fault(step: int, metrics: Metrics) -> None:
+        metrics |= {"ppo/surprise_gap": sign * gap, "ppo/surprise_gap_se": 1e-6}
+
+    found = watch(fault, steps=3)
+    assert [each.name for each in found] == (["sampling_mismatch"] if told else [])
+    assert not told or found[0].threshold == sign * 0.01
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("kl", "told"), [(-0.019, False), (-0.021, True)])
+def test_rounding_may_leave_a_kl_below_zero(seed: int, kl: float, told: bool) -> None:
+    """With so many responses four standard errors are far less."""
+
+    def fault(step: int, metrics: Metrics) -> None:
+        metrics |= {"ppo/kl_sequence": kl, "ppo/kl_sequence_se": 1e-6}
+
+    found = watch(fault, steps=6, seed=seed)
+    assert [each.name for each in found] == (["negative_kl"] if told else [])
+    assert not told or found[0].threshold == -0.02
+
+
+@pytest.mark.parametrize(("baseline", "window"), [(5, 5), (3, 5), (8, 2), (1, 1)])
+def test_a_change_is_measured_once_both_windows_stand_apart(baseline: int, window: int) -> None:
+    """Tripled from the first step after the baseline on: told when the window holds no other."""
+    section = HealthSection(baseline_steps=baseline, window=window, max_length_factor=1.5)
+    monitor, found = HealthMonitor(section), []
+    for step in range(1, 20):
+        length = 10.0 if step <= baseline else 30.0
+        found += monitor.observe(step, {"ppo/response_length": length})
+    assert (found[0].step, found[0].figure) == (baseline + window, 3.0)
+
+
 def test_unlikely_tokens_are_a_sampling_mismatch_too() -> None:
     (found, *_) = watch(setting("ppo/surprise_gap", lambda _: 0.3, 20))
     assert found.name == "sampling_mismatch" and found.threshold > 0
@@ -262,6 +327,16 @@ def test_an_ensemble_that_disagrees_while_the_score_rises() -> None:
         metrics["ppo/score_mean"] = -0.01 * step
 
     assert watch(and_score_falls) == []
+
+
+@pytest.mark.parametrize(("gold", "told"), [(1.7, False), (1.59, False), (1.56, True)])
+def test_the_error_of_the_best_gold_counts_too(gold: float, told: bool) -> None:
+    """Best 2.0, then twice less, each with an error of 0.1: three of sqrt(0.02) are 0.424."""
+    monitor, found = HealthMonitor(HealthSection()), []
+    for step, mean in enumerate([1.0, 2.0, gold, gold], start=1):
+        metrics = {"gold_mean": mean, "gold_se": 0.1, "score_mean": 0.5 * step}
+        found += monitor.observe(step, {f"ppo/eval_{n}": value for n, value in metrics.items()})
+    assert [(each.name, each.step) for each in found] == ([("reward_hacking", 4)] if told else [])
 
 
 def test_falling_gold_with_a_falling_score_is_no_hacking() -> None:

@@ -55,7 +55,7 @@ def test_knobs_are_keys_of_the_config() -> None:
 
 def test_diagnoses_are_written_and_cut_at_a_resume(tmp_path: Path) -> None:
     path = tmp_path / "ppo" / "health.jsonl"
-    start_diagnoses(path, 0)
+    start_diagnoses(path, None)
     assert path.read_text() == ""
     write_diagnoses(path, [], "go on")
     write_diagnoses(path, [diagnosis("length_drift", 3)], "go on")
@@ -70,7 +70,9 @@ def test_diagnoses_are_written_and_cut_at_a_resume(tmp_path: Path) -> None:
     assert lines[0]["decision"] == "go on" and lines[0]["causes"] and lines[0]["knob"]
     start_diagnoses(path, 5)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [3, 9]
-    start_diagnoses(path, 0)
+    start_diagnoses(path, 0)  # back at the start: what led there stays
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [9]
+    start_diagnoses(path, None)
     assert path.read_text() == ""
 
 

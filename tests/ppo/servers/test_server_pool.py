@@ -2,7 +2,9 @@
 
 import json
 import socket
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from chatllama.config.generation import GenerationSection
 from chatllama.config.loader import dump_config
 from chatllama.generation.sampling import Sampling
 from chatllama.runs.folder import RunFolder
+from trainers.ppo.rollout import arrange
 from trainers.ppo.servers import pool as server_pool
 from trainers.ppo.servers.client import SamplingServer, ServedResponse, ServerLost, ServerRefused
 from trainers.ppo.servers.pool import NoServerLeft, compare, prompt_seed
@@ -157,6 +160,81 @@ def test_prompts_are_dealt_out_and_a_lost_server_s_are_taken_over(
     known.failing = 10**6
     with pytest.raises(NoServerLeft, match="none of the sampling servers answers"):
         both.sample("policy", PROMPTS, (0, 2))
+
+
+class Scripted:
+    """A server that answers with the prompt's length, the longest prompts first."""
+
+    url = "http://a:1"
+
+    def __init__(self) -> None:
+        self.seeds: dict[int, int] = {}
+
+    def base_model(self) -> str:
+        return BASE
+
+    def sample(self, model: str, prompt: list[int], *options: Any) -> ServedResponse:
+        self.seeds[len(prompt)] = options[-1]
+        time.sleep(0.05 * (4 - len(prompt)))
+        return ServedResponse([len(prompt)], [0.0])
+
+
+def scripted(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> tuple[server_pool.ServerPool, Any]:
+    pool, server = pool_of(trainer(tiny, ["http://a:1"])), Scripted()
+    monkeypatch.setattr(pool._members[0], "server", server)
+    return pool, server
+
+
+def test_answers_stand_in_the_order_of_their_prompts_with_seeds_of_their_own(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, server = scripted(tiny, monkeypatch)
+    prompts = [[1], [1, 5, 6], [1, 5]]
+    seen = set()
+    for seed in ((0, 1), (0, 2), (7, 1)):  # seed of the run, step
+        answers = pool.sample("base", prompts, seed)
+        assert [answer.ids for answer in answers] == [[1], [3], [2]]
+        seen |= set(server.seeds.values())
+    assert len(seen) == 9
+
+
+@pytest.mark.parametrize("role", ["policy", "reference", "base"])
+def test_servers_are_compared_with_the_role_that_answered(role: Any) -> None:
+    arranged = arrange([[1], [1]], [[5, 2], [2]], [2], pad_id=0)
+    own, reference = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]]), torch.full((2, 2), -0.5)
+    rollout = replace(arranged, logprobs=own, ref_logprobs=reference)
+    shift = torch.tensor([[0.2, -0.1], [0.3, 9.0]])  # signs differ: the mean of sizes is 0.2
+    theirs = (reference if role == "reference" else own) + shift
+    served = [
+        ServedResponse([5, 2], theirs[0].tolist()),
+        ServedResponse([2], [float(theirs[1, 0])]),
+    ]
+    found = compare(role, served, rollout, limit=0.21)
+    assert found["ppo/sampler_gap"] == pytest.approx(0.2)
+    assert found["ppo/sampler_gap_max"] == pytest.approx(0.3)
+
+
+def test_pauses_double_and_failures_with_successes_between_drop_no_server(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, _ = scripted(tiny, monkeypatch)
+    (member,) = pool._members
+    for round_number in range(3):
+        failing = [2]
+
+        def work(failing: list[int] = failing) -> str:
+            if failing[0]:
+                failing[0] -= 1
+                raise ServerLost("no answer")
+            return "answer"
+
+        assert pool._try(member, work) == "answer", round_number
+        assert member.failures == 0 and pool.live == ["http://a:1"]
+    monkeypatch.setattr(server_pool, "FIRST_PAUSE", 0.5)
+    for pause in (0.5, 1.0, 2.0):
+        pool._failed(member, time.monotonic(), ServerLost("no answer"))
+        assert member.resume_at - member.failed_at == pytest.approx(pause)
+    assert pool.live == []  # the third in a row, of two retries
 
 
 def test_each_phase_has_an_adapter_of_its_own_and_the_old_one_goes(

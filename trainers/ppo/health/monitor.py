@@ -140,16 +140,17 @@ def decide(section: HealthSection, diagnoses: Sequence[Diagnosis], rollbacks_don
     return "stop"
 
 
-def start_diagnoses(path: Path, resumed_step: int) -> None:
-    """Begins RUN/ppo/health.jsonl, or cuts it for a run that resumes.
+def start_diagnoses(path: Path, resumed_step: int | None) -> None:
+    """Begins RUN/ppo/health.jsonl, or cuts it for a run that resumes or goes back.
 
-    Steps after `resumed_step` (0 for a new run) are done and checked again, so their lines go; what
-    led to a rollback stays. That the file exists says that the run was checked.
+    Steps after `resumed_step` (None for a new run) are done and checked again, so their lines go;
+    what led to a rollback stays. That the file exists says that the run was checked.
     """
     keep_lines(
         path,
         lambda line: (
-            bool(resumed_step) and (line["step"] <= resumed_step or line["decision"] != "go on")
+            resumed_step is not None
+            and (line["step"] <= resumed_step or line["decision"] != "go on")
         ),
     )
 
