@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,7 +82,63 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(page, "write_report", interrupt)
-    assert cli.main(["report", "x"]) == 130
+    assert cli.main(["report", "."]) == 130
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("absent", "it does not exist"),
+        ("a file", "it is a file"),
+        ("below a file", "Not a directory"),
+        ("a dangling link", "it is a link to .*gone, which is not there"),
+        ("a link to itself", "Too many levels of symbolic links"),
+        ("too long", "File name too long"),
+        ("not to be read", "there is no right to read it"),
+        ("empty", "it holds no config|config.yaml is missing"),
+    ],
+)
+def test_a_run_that_cannot_be_read_is_refused_with_the_reason(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    reason: str,
+) -> None:
+    run = tmp_path / "run"
+    match kind:
+        case "a file" | "below a file":
+            run.write_text("")
+            run = run / "x" if kind == "below a file" else run
+        case "a dangling link" | "a link to itself":
+            run.symlink_to("gone" if kind == "a dangling link" else "run")
+        case "too long":
+            run = tmp_path / ("x" * 300)
+        case "not to be read" | "empty":
+            run.mkdir()
+    if kind == "not to be read":  # whoever runs the tests may read everything
+        monkeypatch.setattr("os.access", lambda *_: False)
+    translate = ["--translation", str(tmp_path / "news"), "--languages", "de", "en"]
+    for language in ("de", "en"):
+        (tmp_path / f"news.{language}").write_text("a\n")
+    for command, *words in (
+        ["report"], ["generate", "hi"], ["chat"], ["serve", "--port", "0"], ["export"],
+        ["eval", *translate], ["finish"],
+    ):  # fmt: skip
+        assert cli.main([command, str(run), *words]) == 2, command
+        error = capsys.readouterr().err
+        assert re.search(reason, error) and str(run) in error and "Traceback" not in error, command
+
+
+def test_a_file_that_cannot_be_read_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreadable(run: object) -> None:
+        raise PermissionError(13, "Permission denied", "runs/x/summary.json")
+
+    monkeypatch.setattr(page, "write_report", unreadable)
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "Permission denied: 'runs/x/summary.json'" in capsys.readouterr().err
 
 
 def test_a_failed_stage_gives_its_exit_code(

@@ -86,7 +86,8 @@ class Config(Section):
     """The whole YAML."""
 
     run_dir: FilePath
-    """Folder of everything that the run writes."""
+    """Folder of everything that the run writes. This and other relative paths count from the folder
+    in which a command is started; the run folder's own config.yaml holds them absolute."""
     seed: Annotated[int, Field(ge=0, le=MOST_SEED)] = 0
     """Seed of data order, splits, initial weights and sampling."""
     deterministic: bool = False

@@ -46,8 +46,7 @@ def write_report(run: RunFolder) -> Path:
     Raises:
         ValueError: `run` is no run folder, or a file in it is damaged.
     """
-    if not run.root.is_dir():
-        raise ValueError(f"{run.root} is not a folder; give the run_dir of a run")
+    run.check_readable()
     if not run.config.is_file() and not any(run.metrics(stage).is_file() for stage in STAGES):
         raise ValueError(f"{run.root} is not a run folder: it holds no config.yaml and no metrics")
     environment = Environment(

@@ -56,10 +56,26 @@ class RunFolder:
         """PEFT folder of the PPO value model, head included."""
 
     def existing_config(self) -> Path:
-        """`config`; raises ValueError where it is missing."""
+        """`config`; raises ValueError where it is missing or the folder cannot be read."""
+        self.check_readable()
         if not self.config.is_file():
             raise ValueError(f"{self.root} is not a run folder: {self.config} is missing")
         return self.config
+
+    def check_readable(self) -> None:
+        """Raises ValueError if `root` is no folder whose files this process can read."""
+        try:
+            os.stat(self.root)
+            if self.root.is_dir() and os.access(self.root, os.R_OK | os.X_OK):
+                return
+            reason = "there is no right to read it" if self.root.is_dir() else "it is a file"
+        except FileNotFoundError:
+            reason = "it does not exist"
+            if self.root.is_symlink():
+                reason = f"it is a link to {os.readlink(self.root)}, which is not there"
+        except OSError as error:
+            reason = str(error.strerror)
+        raise ValueError(f"{self.root} is not a run folder: {reason}. Give the run_dir of a run")
 
     def reward_member(self, number: int) -> Path:
         """PEFT folder of member `number` of the reward ensemble, from 0."""

@@ -69,8 +69,10 @@ def test_the_run_moves_with_its_folder(tiny: TinyRun, tmp_path: Path):
 
 
 def test_no_run_folder(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"nowhere is not a run folder: .*config\.yaml is missing"):
+    with pytest.raises(ValueError, match=r"nowhere is not a run folder: it does not exist"):
         load_run(RunFolder(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"is not a run folder: .*config\.yaml is missing"):
+        load_run(RunFolder(tmp_path))
 
 
 def test_a_run_without_adapters(tiny: TinyRun, tmp_path: Path):

@@ -146,7 +146,7 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
 
 
 def test_only_run_folders_get_a_report(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not a folder"):
+    with pytest.raises(ValueError, match="is not a run folder: "):
         write_report(RunFolder(tmp_path / "absent"))
     with pytest.raises(ValueError, match=r"holds no config\.yaml and no metrics"):
         write_report(RunFolder(tmp_path))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from chatllama.config.loader import ConfigError
+from chatllama.config.loader import ConfigError, load_config
+from chatllama.runs.folder import RunFolder
 from trainers.stages import arguments
 from trainers.stages.arguments import parse_stage_arguments
 
@@ -95,6 +96,67 @@ def test_help_names_the_options_and_needs_nothing_heavy() -> None:
     for part in ("X.", "CONFIG", "section.key=value", "--resume", "configs/reference.yaml"):
         assert part in shown
     assert "local_rank" not in shown
+
+
+PATHS = {
+    "backbone.path=models/llama": ["models/llama"],
+    "sft.data=[{path: notes.jsonl}, {path: ../here/notes.jsonl}]":
+        ["notes.jsonl", "../here/notes.jsonl"],
+    "sft.data=[{path: '*.jsonl'}, {path: 'many/**/*.jsonl'}]": ["*.jsonl", "many/**/*.jsonl"],
+    "sft.data=[{path: 'Läufe [1]/a b.jsonl'}]": ["Läufe [1]/a b.jsonl"],
+    "sft.data=[{path: news, format: translation, languages: [de, en]}]": ["news"],
+    "reward.eval_data=[{path: notes.jsonl}]": ["notes.jsonl"],
+    "ppo.rewards=[{adapter: models/llama}, {adapter: run}]": ["models/llama"],
+    "backbone.path=meta-llama/Llama-2-7b-hf": [],
+    "sft.data=[{path: tatsu-lab/alpaca}, {path: news}]": [],
+    "reward.data=[{path: data/samples/preference.jsonl}]": [],
+}  # fmt: skip
+"""Overrides, and which of their paths are of the current folder: not ids of the hub or samples."""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, which has what PATHS names."""
+    folder = tmp_path / "here"
+    for name in ("models/llama/x", "many/a/b.jsonl", "Läufe [1]/a b.jsonl", "run/x"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).touch()
+    for name in ("notes.jsonl", "news.de", "news.en", "tatsu-lab"):
+        (folder / name).touch()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.mark.parametrize("override", PATHS)
+def test_paths_count_from_the_current_folder_and_hold_in_any_other(
+    here: Path, override: str
+) -> None:
+    (here / "mine.yaml").write_text("run_dir: runs/x\nbackbone: {path: models/llama}\n")
+    cfg = arguments.load_stage_config("mine.yaml", [override])
+    assert cfg.run_dir == "runs/x"
+    run = RunFolder(here / cfg.run_dir)
+    arguments.record_config(cfg, run)
+    expected = load_config("mine.yaml", [override]).model_dump_json()
+    for name in ("runs/x", "models/llama", *PATHS[override]):
+        expected = expected.replace(f'"{name}"', f'"{here / name}"')
+    assert load_config(run.config).model_dump_json() == expected
+    for name in PATHS[override]:
+        assert f'"{here / name}"' in expected
+
+
+@pytest.mark.parametrize("moved", ["runs/x", "elsewhere/y", "runs/x y"])
+def test_the_config_of_a_run_folder_belongs_to_it(here: Path, moved: str) -> None:
+    (here / "mine.yaml").write_text("run_dir: runs/x\nbackbone: {path: models/llama}\n")
+    run = RunFolder(here / "runs/x")
+    arguments.record_config(arguments.load_stage_config("mine.yaml", []), run)
+    run.lineage.write_text("{}")
+    run.root.rename(here / "moved")
+    (here / moved).parent.mkdir(exist_ok=True)
+    (here / "moved").rename(here / moved)
+    file = f"{moved}/config.yaml"
+    assert arguments.load_stage_config(file, []).run_dir == moved
+    assert arguments.load_stage_config(file, ["run_dir=other"]).run_dir == "other"
+    assert arguments.load_stage_config("mine.yaml", []).run_dir == "runs/x"
 
 
 @pytest.mark.parametrize("recorded", [None, "2020-02-03", "null"])

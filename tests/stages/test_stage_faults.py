@@ -173,6 +173,30 @@ def test_any_name_of_a_run_folder(
     assert "~" not in {path.name for path in (*tmp_path.iterdir(), *work.iterdir())}
 
 
+def test_a_run_of_relative_paths_opens_from_any_folder(
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    import train_sft
+    from chatllama.cli import main
+
+    monkeypatch.chdir(prepared)
+    run_dir = os.path.relpath(tmp_path / "run")
+    data = ["backbone.path=base", "sft.data=[{path: sft.jsonl}]", "sft.steps=1"]
+    train_sft.main(["config.yaml", f"run_dir={run_dir}", *data])
+    train_sft.main([str(prepared / "config.yaml"), f"run_dir={run_dir}", "sft.steps=1"])
+    monkeypatch.chdir(tmp_path)
+    train_sft.main(["run/config.yaml"])
+    assert capsys.readouterr().out.count("has finished before") == 2
+    assert main(["generate", "run", "Where is Anna?"]) == 0
+    (tmp_path / "run").rename(tmp_path / "moved")
+    train_sft.main(["moved/config.yaml"])
+    assert "of moved has finished before" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"no pickle", b"cos\nsystem\n(S'exit 3'\ntR."])
 def test_a_state_that_is_none_is_refused_with_a_message(
     prepared: Path, tmp_path: Path, content: bytes

@@ -5,7 +5,9 @@ It imports nothing heavy, so that `--help` and config errors answer at once.
 
 import argparse
 import errno
+import glob
 import os
+import re
 import socket
 import sys
 import time
@@ -14,10 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from chatllama.config.batch_sizes import check_batches
-from chatllama.config.loader import load_config
+from chatllama.config.loader import dump_config, load_config
 from chatllama.config.schema import Config
 from chatllama.runs import interruption
 from chatllama.runs import lock as run_lock
@@ -101,11 +103,17 @@ def parse_stage_arguments(description: str, argv: Sequence[str] | None = None) -
 
 
 def load_stage_config(path: str | Path, overrides: Sequence[str]) -> Config:
-    """The config, with the day of the chat template frozen when the run starts.
+    """The config, with absolute paths and the day of the chat template frozen as the run starts.
 
-    That is the one that the run folder records; today in a new run.
+    Paths count from the current folder, so that the run can be opened from any other. The day is
+    the one that the run folder records; today in a new run. The config.yaml of a run folder belongs
+    to that folder, wherever it has been moved.
     """
-    cfg = load_config(path, overrides)
+    cfg = Config.model_validate(_absolute(load_config(path, overrides).model_dump()))
+    own = RunFolder(Path(path).parent)
+    given = any(each.startswith("run_dir=") for each in overrides)
+    if own.config == Path(path) and own.lineage.is_file() and not given:
+        cfg = cfg.model_copy(update={"run_dir": str(own.root)})
     recorded = RunFolder(Path(cfg.run_dir)).config
     if cfg.chat.template != "tokenizer" or cfg.chat.date is not None:
         return cfg
@@ -114,6 +122,37 @@ def load_stage_config(path: str | Path, overrides: Sequence[str]) -> Config:
     if old is not None and old.template == "tokenizer":
         day = old.date
     return cfg.model_copy(update={"chat": cfg.chat.model_copy(update={"date": day})})
+
+
+def record_config(cfg: Config, run: RunFolder) -> None:
+    """Writes RUN/config.yaml."""
+    dump_config(cfg.model_copy(update={"run_dir": str(run.root.absolute())}), run.config)
+
+
+def _absolute(tree: Any) -> Any:
+    """The values of a config with the paths absolute that name something in the current folder.
+
+    Others are ids of the hub, or samples that come with this package.
+    """
+    if isinstance(tree, list):
+        return [_absolute(each) for each in tree]
+    if not isinstance(tree, dict):
+        return tree
+    place = glob.escape(str(tree.get("path"))) + ".*" if tree.get("languages") else ""
+    return {
+        key: str(Path(value).absolute())
+        if key in ("path", "adapter") and isinstance(value, str) and _is_here(key, value, place)
+        else _absolute(value)
+        for key, value in tree.items()
+    }
+
+
+def _is_here(key: str, path: str, pair: str) -> bool:
+    """Whether a path names a file or folder, files by a pattern, or those of the pattern `pair`."""
+    if not path or Path(path).is_absolute() or (key, path) == ("adapter", "run"):
+        return False
+    pattern = path if re.search("[*?]", path) else pair
+    return Path(path).exists() or (bool(pattern) and any(Path().glob(pattern)))
 
 
 @shown_only("stdout", "stderr")

@@ -18,7 +18,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from chatllama.config.batch_sizes import check_batches
-from chatllama.config.loader import dump_config
 from chatllama.config.schema import Config
 from chatllama.reporting.page import write_report
 from chatllama.reporting.summary import (
@@ -33,7 +32,7 @@ from chatllama.runs.folder import STAGES, RunFolder, Stage
 from chatllama.runs.interruption import EXIT_CODE
 from chatllama.runs.lock import lock_path, locked, read_owner
 from chatllama.runtime.command_line import duration
-from trainers.stages.arguments import load_stage_config
+from trainers.stages.arguments import load_stage_config, record_config
 from trainers.stages.decisions import Decision, decide, forget, saved_steps, set_aside
 from trainers.stages.launcher import (
     Launch,
@@ -96,7 +95,7 @@ def run_pipeline(
         for stage, decision in decisions.items():
             _prepare(run, stage, decision, launch)
         if launch.leads:
-            dump_config(cfg, run.config)
+            record_config(cfg, run)
         cpu_only = not gpus and launch.hostfile is None
         for stage in pending:
             command = stage_command(stage, given, ranks, gpus, launch, resume, lock)

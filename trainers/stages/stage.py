@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 
 from transformers import PreTrainedTokenizerFast
 
-from chatllama.config.loader import dump_config
 from chatllama.config.schema import Config
 from chatllama.model.fingerprint import model_fingerprint
 from chatllama.runs.folder import RunFolder, Stage, backbone_path, base_path, write_record
@@ -18,6 +17,7 @@ from chatllama.runtime.libraries import quiet_libraries
 from chatllama.text.chat_format import describe_contract
 from chatllama.text.tokenizer import load_tokenizer
 from trainers.engine.start import initialise
+from trainers.stages.arguments import record_config
 from trainers.stages.decisions import check_resumed, finished_before
 from trainers.stages.lineage import finish as complete_record
 
@@ -73,7 +73,7 @@ def open_stage(cfg: Config, run: RunFolder, stage: Stage) -> PreTrainedTokenizer
     check_run_folder(cfg, run)
     if rank() == 0:
         write_record(run, stage, check_resumed(cfg, run, stage))
-        dump_config(cfg, run.config)
+        record_config(cfg, run)
     return load_tokenizer(
         backbone_path(cfg.backbone, run),
         revision=cfg.backbone.revision,
