@@ -253,7 +253,6 @@ def _report(arguments: argparse.Namespace) -> None:
     from chatllama.runs.folder import RunFolder
 
     run = RunFolder(arguments.run)
-    run.check_readable()
     check_outputs(run, fresh=False, complete=False)
     print(write_report(run))
 
