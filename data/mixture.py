@@ -119,7 +119,8 @@ def load_mixture(
 
 def all_begin_alike(reads: Iterable[Dataset]) -> str:
     """What to do where all records are on one side of the split because they begin alike, or ""."""
-    if len({key for data in reads for key in data["key"][:]}) != 1:
+    keys = [key for data in reads for key in data["key"][:]]
+    if len(keys) < 2 or len(set(keys)) > 1:
         return ""
     return (
         "; all begin with the same user turn, and such records stay together: give `eval_data`, or "

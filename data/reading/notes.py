@@ -74,6 +74,8 @@ def _unused(fields: Raw, format: Format) -> Iterator[str]:
     known = _KEYS.get(format)
     if known is None:
         return
+    if format == "alpaca" and "output" not in fields:  # Dolly
+        known = known | {"response", "context"}
     if format == "question_answer":
         known = known | set(question_answer_keys(fields) or ())
     for key, value in fields.items():

@@ -50,9 +50,9 @@ def test_every_record_is_held_out_since_all_begin_alike(stage: str, tmp_path: Pa
     cfg = load_config(tmp_path / "config.yaml")
     with pytest.raises(ValueError, match=r"nothing to train on.*all begin with the same"):
         load_mixture(getattr(cfg, stage).data, [], 0.999, cfg.seed, STAGES[stage])
-    assert mixture_findings(tmp_path, stage, ["A", "B", "C"], eval_fraction=0.9999) == [
-        "every record is held out"
-    ]
+    for questions in (["A", "B", "C"], ["A"]):
+        said = mixture_findings(tmp_path, stage, questions, eval_fraction=0.9999)
+        assert said == ["every record is held out"]
 
 
 def test_none_is_held_out_where_the_reward_model_needs_some(tmp_path: Path) -> None:

@@ -179,3 +179,23 @@ def test_the_check_lists_keys_that_are_not_used(tmp_path: Path) -> None:
     assert part.notes == [
         "keys not used: id (2), synthetic (1), training (1), messages[].colour (1)"
     ]
+
+
+DOLLY = {"instruction": "q", "context": "c", "response": "a"}
+ORCA = {"system_prompt": "s", "question": "q", "response": "a"}
+
+
+@pytest.mark.parametrize(
+    ("row", "unused"),
+    [
+        (DOLLY, []),
+        (ORCA, []),
+        ({**DOLLY, "category": "qa"}, ["key not used: category"]),
+        ({"instruction": "q", "output": "a", "response": "b"}, ["key not used: response"]),
+    ],
+)
+def test_keys_of_known_data_sets_are_used(
+    row: dict[str, Any], unused: list[str], tmp_path: Path
+) -> None:
+    (found,) = read_bytes(tmp_path, "a.jsonl", lines(row), "sft")
+    assert found["notes"] == unused
