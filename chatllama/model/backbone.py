@@ -27,6 +27,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from chatllama.config.model import BackboneSection
+from chatllama.model.families import as_llama
 from chatllama.model.packed_attention import check_varlen, registered
 from chatllama.runtime.distributed import device, rank
 
@@ -42,7 +43,7 @@ def load_backbone(
     `dtype` overrides that of the section: full fine-tuning trains float32 weights.
 
     Raises:
-        ValueError: not a LLaMA, no safetensors weights, or some of them missing, or a kernel that
+        ValueError: another family, no safetensors weights, some of them missing, or a kernel that
             does not work here.
     """
     revision = section.revision if path == section.path else None
@@ -59,6 +60,7 @@ def load_backbone(
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             path,
+            config=config,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported by name below
             dtype=dtype or getattr(torch, section.dtype),
@@ -116,9 +118,7 @@ def _read_config(path: str, common: dict[str, Any]) -> LlamaConfig:
         ) from error
     except ValueError as error:  # no known model_type, or code that we do not run
         raise ValueError(f"backbone.path: {path!r} cannot be loaded: {error}") from error
-    if not isinstance(config, LlamaConfig):
-        raise ValueError(f"backbone.path: {path!r} is a {config.model_type!r} model, not a LLaMA")
-    return config
+    return as_llama(config, path)
 
 
 def _load_failure(section: BackboneSection, path: str, error: Exception) -> str:

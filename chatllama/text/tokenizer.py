@@ -71,7 +71,8 @@ def load_tokenizer(
         tokenizer.vocab_file = str(model_file)
     llama = _read_json(folder / "config.json")
     _check_embeddings(tokenizer, str(path), llama.get("vocab_size"))
-    vars(tokenizer)["max_positions"] = llama.get("max_position_embeddings")
+    limits = (llama.get("max_position_embeddings"), llama.get("sliding_window"))  # Mistral's
+    vars(tokenizer)["max_positions"] = min(filter(None, limits), default=None)
     return _apply_policy(tokenizer, str(path), llama.get("vocab_size"))
 
 

@@ -21,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralForCausalLM,
     PreTrainedModel,
 )
 
@@ -282,6 +283,33 @@ def test_the_snippets_of_the_cards_give_the_runs_scores(instruct: Exported) -> N
         assert found.tolist() == pytest.approx([score for _, score in answered], abs=1e-4)
         assert f"Padding is\ntoken {record['pad_token_id']}" in card
     assert LlamaConfig.from_pretrained(instruct.out / "merged").pad_token_id == 0
+
+
+def as_mistral(model: LlamaForCausalLM, folder: Path) -> None:
+    PreTrainedModel.save_pretrained(model, folder)
+    file = folder / "config.json"
+    changes = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    config = json.loads(file.read_text()) | changes | {"sliding_window": 128}
+    file.write_text(json.dumps(config))
+
+
+def test_adapters_of_a_mistral_load_on_it(
+    tmp_path: Path, tiny_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "save_pretrained", as_mistral)
+        exported = make_exported(tmp_path, tiny_tokenizer_dir, chat={"template": "llama2"})
+    base = AutoModelForCausalLM.from_pretrained(exported.base)
+    assert type(base) is MistralForCausalLM
+    tuned = PeftModel.from_pretrained(base, str(exported.out / "adapter"))
+    merged_model = AutoModelForCausalLM.from_pretrained(exported.out / "merged")
+    assert type(merged_model) is LlamaForCausalLM
+    assert merged_model.config.max_position_embeddings == 128
+    rows = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        found, expected = merged_model(rows).logits, tuned(rows).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert GgufFile(exported.out / "gguf" / "model.gguf").number("llama.context_length") == 128
 
 
 def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused_first(
