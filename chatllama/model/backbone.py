@@ -23,6 +23,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -38,7 +39,10 @@ NF4_BLOCK = 64
 def load_backbone(
     section: BackboneSection, path: str, dtype: torch.dtype | None = None
 ) -> LlamaForCausalLM:
-    """The causal LLaMA at `path`, frozen, in eval mode, on the CPU or partitioned under ZeRO-3.
+    """The causal LLaMA at `path`, frozen, in eval mode, on this process's device or partitioned.
+
+    The weights go there from the files, one tensor at a time: nothing is held in between, where
+    every rank of a machine would hold it.
 
     `dtype` overrides that of the section: full fine-tuning trains float32 weights.
 
@@ -66,6 +70,7 @@ def load_backbone(
             dtype=dtype or getattr(torch, section.dtype),
             attn_implementation=registered(section.attn_implementation),
             use_safetensors=True,
+            **_placement(),
             **_quantized(section, config, dtype),
             **common,
         )
@@ -106,6 +111,13 @@ def _warn_of_slow_bfloat16(dtype: torch.dtype) -> None:
             "backbone.dtype: this CPU has no bfloat16 instructions; float32 is much faster",
             file=sys.stderr,
         )
+
+
+def _placement() -> dict[str, Any]:
+    """Arguments with which `from_pretrained` reads onto the GPU; ZeRO-3 places weights itself."""
+    if device().type == "cpu" or is_deepspeed_zero3_enabled():
+        return {}
+    return {"device_map": {"": device()}}
 
 
 def _read_config(path: str, common: dict[str, Any]) -> LlamaConfig:
@@ -163,7 +175,7 @@ def _quantized(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype or getattr(torch, section.dtype),
         )
-    return {"quantization_config": config, "device_map": {"": device()}}
+    return {"quantization_config": config, "device_map": {"": device()}}  # also on the CPU
 
 
 def _keep_4bit_layout(model: nn.Module) -> None:

@@ -69,6 +69,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[LlamaForCausalLM, di
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.rope", rope)
     monkeypatch.setattr(backbone, "find_spec", lambda name: name)
     monkeypatch.setattr(backbone, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(backbone, "_placement", dict)
     return calls
 
 
