@@ -4,6 +4,7 @@ A fake model lies on a fake CPU. Ids and masks are real, since indexing needs th
 Attention counts as on a GPU: a fused kernel, of which the result and a number per row are kept.
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,15 +17,13 @@ from memory_record import MemoryRecord, tensors_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from chatllama.config.generation import GenerationSection
 from chatllama.config.schema import Config
 from chatllama.generation import decoding_batch
-from chatllama.generation.sampling import Sampling
 from chatllama.model import lm_head
-from chatllama.model.roles import Adapter, RoleModel, autocast
+from chatllama.model.roles import Adapter, RoleModel
 from data.batches import SharedPromptCollator
 from trainers.ppo.model import build_engine as ppo_engine
-from trainers.ppo.rollout import _sampling_as, arrange, score
+from trainers.ppo.rollout import arrange, sample_responses, score
 from trainers.ppo.update import Targets, Update
 from trainers.reward.model import build_engine as reward_engine
 from trainers.reward.train import optimizer_step as reward_step
@@ -163,14 +162,20 @@ def _reward(cfg: Config, model: RoleModel, record: MemoryRecord) -> Measured:
     return Measured(resident, {"step": record.most})
 
 
+STOP = 5
+
+
 @contextmanager
-def _any_token() -> Iterator[None]:
-    """Sampling computes on fake logits and then gives the token 5."""
-    sample = decoding_batch.next_tokens
+def _two_tokens() -> Iterator[None]:
+    """Sampling computes on fake logits, and gives every row a token and then the stop token.
+
+    Later steps would allocate nothing more: the cache has its full size from the first on.
+    """
+    sample, calls = decoding_batch.next_tokens, itertools.count()
 
     def next_tokens(logits: torch.Tensor, *rest: Any) -> torch.Tensor:
         sample(logits, *rest)
-        return torch.full((len(logits),), 5)
+        return torch.full((len(logits),), STOP if next(calls) else STOP + 1)
 
     with mock.patch.object(decoding_batch, "next_tokens", next_tokens):
         yield
@@ -180,21 +185,34 @@ def _ppo(cfg: Config, model: RoleModel, record: MemoryRecord) -> Measured:
     section, generation = cfg.ppo, cfg.generation
     engine = ppo_engine(cfg, model)
     count, length = section.rollout_batch_size, generation.max_new_tokens
-    prompts = [[5] * section.max_prompt_length] * count
-    rollout = arrange(prompts, [[5] * length] * count, [], 0)
-    mask, zeros = rollout.response_mask, torch.zeros(rollout.response_mask.shape)
-    targets = Targets(zeros, zeros, mask)
+    prompt = [5] * section.max_prompt_length
+    rollout = arrange([prompt] * count, [[5] * length] * count, [], 0)
+    zeros = torch.zeros(rollout.response_mask.shape)
+    targets = Targets(zeros, zeros, rollout.response_mask)
+    prompts = [[STOP + row, *prompt[1:]] for row in range(generation.batch_size)]
+
+    def sample() -> None:
+        with _two_tokens():
+            sample_responses(engine, "policy", prompts, generation, [STOP], (0,))
 
     def update() -> None:
-        shared = {"seed": 0, "lr_factor": lambda done: 1.0, "ptx": None, "after_step": lambda: None}
-        Update(engine, rollout, targets, section, 1.0, 0, **shared).run()
+        Update(
+            engine=engine,
+            rollout=rollout,
+            targets=targets,
+            section=section,
+            temperature=1.0,
+            step=0,
+            seed=0,
+            lr_factors=lambda done: dict.fromkeys(engine.trained, 1.0),
+            ptx=None,
+            after_step=lambda: None,
+        ).run()
 
+    sample()
     update()
     resident, peaks = record.restart(), {}
-    with _any_token(), torch.no_grad():
-        # Later steps allocate nothing more: the cache has its full size by then.
-        others = [[5 + i, *prompts[0][1:]] for i in range(generation.batch_size)]
-        _decode(model, others, generation, steps=2)
+    sample()
     peaks["rollout"] = record.most
     record.restart()
     score(model, rollout, 1.0, section.microbatch_size, ["reward"])
@@ -203,19 +221,3 @@ def _ppo(cfg: Config, model: RoleModel, record: MemoryRecord) -> Measured:
     update()
     peaks["update"] = record.most
     return Measured(resident, peaks)
-
-
-def _decode(
-    model: RoleModel, prompts: list[list[int]], generation: GenerationSection, steps: int
-) -> None:
-    """The prompts and a few tokens of the policy, unmerged or merged as in training."""
-    engine: Any = type("E", (), {"model": model, "is_zero3": staticmethod(lambda: False)})
-    sampling = Sampling.of(generation)
-    uniforms = torch.rand(len(prompts), generation.max_new_tokens)
-    model.eval()
-    with _sampling_as(engine, "policy", generation), autocast(model):
-        batch = decoding_batch.DecodingBatch(model.llama, len(prompts))
-        whole = zip(prompts, uniforms, strict=True)
-        batch.admit([decoding_batch.Request(p, sampling, [], u) for p, u in whole])
-        for _ in range(steps):
-            batch.step()

@@ -69,7 +69,7 @@ def kept_by_layer(
 
     Norms keep their input in float32 and one number per token. Attention keeps queries, keys,
     values, its result and one float32 number per head. The MLP keeps both projections and the
-    activation. An adapter keeps its input, and in 16 bits a copy of its own and of its A and B.
+    activation. Adapters keep their inputs, each once, and in 16 bits copies of A, B and A x.
 
     Args:
         lora: None where all weights train.
@@ -84,11 +84,12 @@ def kept_by_layer(
         return numbers * step.tokens + extra
     adapted = shape.adapted(lora)
     if precision.half or lora.dropout:
-        numbers += sum(2 * matrix.inputs + 2 * lora.r for matrix in adapted)
-        extra += 2.0 * lora.r * sum(matrix.inputs + matrix.outputs for matrix in adapted)
-    else:
-        kept = {INPUT[m.name]: m.inputs for m in adapted if m.name in INPUT}
-        numbers += 4 * sum(kept.values())
+        numbers += size * lora.r * len(adapted)
+        extra += 2.0 * precision.half * lora.r * sum(m.inputs + m.outputs for m in adapted)
+    kept = {INPUT[m.name]: m.inputs for m in adapted if m.name in INPUT}
+    numbers += size * sum(kept.values())
+    if lora.dropout:  # a mask, and what it leaves of every input
+        numbers += (1 + size) * sum(matrix.inputs for matrix in adapted)
     return numbers * step.tokens + extra
 
 
@@ -103,17 +104,15 @@ def transient_backward(
     hidden, inner = shape.hidden_size, shape.intermediate_size
     if not precision.half:
         return 8.0 * inner * step.tokens
-    inside = (
-        9.0 * hidden + 6 * inner if recomputed else max(19.0 * hidden, 5.0 * hidden + 6 * inner)
-    )
-    return inside * step.tokens
+    inside = hidden + 4 * inner if recomputed else 19 * hidden
+    return float(inside * step.tokens)
 
 
 def transient_forward(shape: ModelShape, precision: Precision, step: Pass) -> float:
     """Bytes of a pass without gradients at their most, inside one layer."""
     hidden, inner = shape.hidden_size, shape.intermediate_size
     mask = float((1 + precision.product) * step.mask_elements)
-    inside = 12 * hidden + 8 * inner if precision.half else 17 * hidden + 12 * inner
+    inside = 8 * hidden + 8 * inner if precision.half else 17 * hidden + 12 * inner
     return float(inside * step.tokens) + mask
 
 

@@ -161,6 +161,9 @@ def _resident(cfg: Config, shape: ModelShape, place: Place, stage: Stage) -> Ite
             if name != "gradients" or zero.stage:  # else they come and go with each step
                 yield Line(name, size, role)
         total += elements
+    if stage == "ppo" and cfg.generation.engine == "local" and zero.stage < 3:
+        half = cfg.backbone.dtype == "bfloat16"
+        yield Line("copy in 16 bits, for sampling", 2.0 * adapter * half, "policy")
     if zero.stage:
         yield Line("buffer of gradient reduction", bucket_bytes(zero, total))
 
@@ -239,8 +242,6 @@ def _ppo(cfg: Config, shape: ModelShape, place: Place) -> Phases:
     section, generation = cfg.ppo, cfg.generation
     precision, adapter = _precision(cfg, "ppo"), shape.adapter_parameters(cfg.adapter_lora)
     fetched = [*_fetched(cfg, shape, precision)]
-    if precision.half:
-        fetched.append(Line("adapter in 16 bits", 2.0 * adapter))
     length = section.max_prompt_length + generation.max_new_tokens
     step = Pass(section.microbatch_size, length, read=generation.max_new_tokens)
     scoring = max(
@@ -248,7 +249,8 @@ def _ppo(cfg: Config, shape: ModelShape, place: Place) -> Phases:
         Line("logits", head_chunk(shape, precision, step.scored, place.chunk)),
         key=lambda line: line.bytes,
     )
-    phases: Phases = {"scoring": (*fetched, scoring)}
+    copies = [Line("adapters in 16 bits", 2.0 * adapter)] if precision.half else []
+    phases: Phases = {"scoring": (*fetched, *copies, scoring)}
     if generation.engine == "local":
         phases["rollout"] = (*fetched, *_rollout(cfg, shape, precision))
     for name, lines in _training(cfg, shape, "ppo", "policy", step, place.chunk).items():

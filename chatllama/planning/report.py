@@ -100,7 +100,7 @@ def remedy_lines(
     cfg: Config, shape: ModelShape, place: Place, stage: Stage, limit: float
 ) -> Iterator[str]:
     """The keys that lower a stage's peak, with prices."""
-    for remedy in remedies(cfg, shape, place, stage):
+    for remedy in remedies(cfg, shape, place, stage, limit):
         value = str(remedy.value).lower()
         verdict = judge(remedy.peak, limit)
         yield (

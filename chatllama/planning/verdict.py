@@ -40,7 +40,11 @@ class Remedy:
     value: object
     price: str
     peak: float
-    """Bytes of the stage with it alone."""
+    """Bytes with it alone, in the phase of those asked for that takes most then."""
+    phase: str
+    """The phase that it lowers most."""
+    lowered: float
+    """Bytes of that phase then."""
 
 
 def judge(peak: float, memory: float) -> Verdict:
@@ -61,17 +65,28 @@ def with_settings(cfg: Config, settings: Mapping[str, object]) -> Config | None:
         return None
 
 
-def remedies(cfg: Config, shape: ModelShape, place: Place, stage: Stage) -> list[Remedy]:
-    """The keys that lower a stage's peak, those that cost least time first."""
-    before = plan_memory(cfg, shape, place, stage).peak
+def remedies(
+    cfg: Config, shape: ModelShape, place: Place, stage: Stage, limit: float | None = None
+) -> list[Remedy]:
+    """The keys that lower a phase's peak, those that cost least time first.
+
+    Args:
+        limit: bytes of a GPU; phases that fit it are not looked at.
+    """
+    before = plan_memory(cfg, shape, place, stage).peaks
+    if limit is not None:
+        before = {name: peak for name, peak in before.items() if judge(peak, limit) != "FITS"}
     found: list[Remedy] = []
     for key, value, price in _candidates(cfg, place, stage):
         changed = with_settings(cfg, {key: value})
         if changed is None:
             continue
-        peak = plan_memory(changed, shape, place, stage).peak
-        if peak < 0.995 * before:
-            found.append(Remedy(key, value, price, peak))
+        after = plan_memory(changed, shape, place, stage).peaks
+        saved = {name: peak - after[name] for name, peak in before.items()}
+        phase = max(saved, key=saved.__getitem__)
+        if saved[phase] > 0.005 * before[phase]:
+            peak = max(after[name] for name in before)
+            found.append(Remedy(key, value, price, peak, phase, after[phase]))
     return found
 
 

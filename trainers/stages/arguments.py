@@ -23,9 +23,10 @@ from chatllama.config.loader import dump_config, load_config
 from chatllama.config.schema import Config
 from chatllama.runs import interruption
 from chatllama.runs import lock as run_lock
-from chatllama.runs.folder import RunFolder, check_run_dir
+from chatllama.runs.folder import RunFolder, Stage, check_run_dir
 from chatllama.runtime.command_line import printable, shown_only
 from chatllama.runtime.gpu import let_memory_grow
+from trainers.stages.launcher import SCRIPTS
 
 _EXAMPLES = """\
 examples:
@@ -191,6 +192,8 @@ def _failure(error: Exception) -> tuple[int, str]:
     if isinstance(error, ValueError | OSError) and _is_correctable(error) and not debugging:
         text = str(error) if isinstance(error, ValueError) else _disk_message(error)
         return 2, _prefixed(f"error: {text}\n(CHATLLAMA_DEBUG=1 shows where it happened)")
+    if _is_out_of_memory(error) and not debugging:
+        return 2, _prefixed(f"error: {_out_of_memory(error)}")
     if "WORLD_SIZE" not in os.environ:
         run_lock.release_all()
         raise error
@@ -217,6 +220,22 @@ def _failure(error: Exception) -> tuple[int, str]:
         )
     traceback.print_exc()
     return 1, _prefixed(f"error: {type(error).__name__}: {error}")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, of a GPU or of the machine."""
+    names = ("OutOfMemoryError", "MemoryError")  # torch's own class without importing torch
+    return type(error).__name__ in names or "can't allocate memory" in str(error)
+
+
+def _out_of_memory(error: Exception) -> str:
+    """The message, with the plan of the stage that this script is."""
+    from trainers.stages.memory import out_of_memory
+
+    reason = (str(error).strip() or "no more memory").splitlines()[0]
+    stages: dict[str, Stage] = {script: stage for stage, script in SCRIPTS.items()}
+    stage = stages.get(Path(sys.argv[0]).name)
+    return out_of_memory(parse_stage_arguments("").config, stage, reason) if stage else reason
 
 
 def _disk_message(error: OSError) -> str:

@@ -17,6 +17,7 @@ from chatllama.runtime.libraries import quiet_libraries
 from chatllama.text.chat_format import describe_contract
 from chatllama.text.tokenizer import load_tokenizer
 from trainers.engine.start import initialise
+from trainers.stages import memory
 from trainers.stages.arguments import record_config
 from trainers.stages.decisions import check_resumed, finished_before
 from trainers.stages.lineage import finish as complete_record
@@ -74,6 +75,7 @@ def open_stage(cfg: Config, run: RunFolder, stage: Stage) -> PreTrainedTokenizer
     if rank() == 0:
         write_record(run, stage, check_resumed(cfg, run, stage))
         record_config(cfg, run)
+    print_lines(memory.announcement(cfg, stage))
     return load_tokenizer(
         backbone_path(cfg.backbone, run),
         revision=cfg.backbone.revision,
@@ -83,6 +85,7 @@ def open_stage(cfg: Config, run: RunFolder, stage: Stage) -> PreTrainedTokenizer
 
 def finish(cfg: Config, run: RunFolder, stage: Stage, numbers: Mapping[str, float]) -> None:
     """Records that a stage is finished, copies its results to all machines and frees the lock."""
+    print_lines([memory.actual(cfg, stage)])
     if rank() == 0:
         complete_record(cfg, run, stage)
         write_json(run.result(stage), dict(numbers))
