@@ -29,6 +29,8 @@ class HttpError(Exception):
 
     retry_after = 0.0
     """Seconds to wait before the next try, by the server."""
+    unreachable = False
+    """No connection could be made, and the server has never answered."""
 
     def __init__(self, message: str, status: int | None = None, content: bytes = b"") -> None:
         super().__init__(message)
@@ -76,6 +78,7 @@ class HttpClient:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url}: expected an address such as http://host:8000/v1")
+        self._answered = False
         self._client = httpx2.Client(
             headers=headers,
             timeout=timeout,
@@ -113,7 +116,11 @@ class HttpClient:
         try:
             response = self._client.request(method, address, content=content)
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise HttpError(f"{address}: {str(error) or type(error).__name__}") from None
+            failure = HttpError(f"{address}: {str(error) or type(error).__name__}")
+            connecting = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.InvalidURL)
+            failure.unreachable = isinstance(error, connecting) and not self._answered
+            raise failure from None
+        self._answered = True
         code, answer = response.status_code, response.content
         if response.is_success:
             try:

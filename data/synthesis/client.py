@@ -16,7 +16,7 @@ from chatllama.runtime.http_client import HttpClient, HttpError, complaint
 
 CUT, FILTERED, HALF = "cut at max_tokens", "content filter", "half surrogates"
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_USELESS = (None, 401, 403, 404, 405, 429)
+_USELESS = (401, 403, 404, 405, 429)
 """Status after which another prompt fares no better; so does every redirect."""
 
 
@@ -78,7 +78,8 @@ class Endpoint:
         """The answer to a conversation, whose turns have `role` and `content`.
 
         Raises:
-            BadReply: this conversation is refused, or still fails after all retries.
+            BadReply: this conversation is refused, or still fails after all retries, by an answer
+                or for lack of one.
             EndpointError: so would every other.
         """
         name = self.limit_name
@@ -96,7 +97,8 @@ class Endpoint:
                 return self.chat(messages, temperature=temperature, max_tokens=max_tokens)
             if error.status == 400 and b"content_filter" in error.content:
                 return Reply("", FILTERED, 0, 0)
-            useless = error.status in _USELESS or 300 <= (error.status or 0) < 400
+            redirected = 300 <= (error.status or 0) < 400
+            useless = error.status in _USELESS or redirected or error.unreachable
             raise (EndpointError if useless else BadReply)(str(error)) from None
 
 

@@ -164,11 +164,12 @@ class Synthesis:
         self._for_each(pair, len(prompts), "pairs")
 
     def _for_each(self, make: Callable[[int], Step], num: int, name: str) -> None:
-        done = self.output.done()
+        done, failed_before = self.output.done(), self.output.failed()
         left, in_a_row = [number for number in range(num) if number not in done], 0
+        left.sort(key=failed_before.__contains__)  # they come last
         for count, (number, step) in enumerate(self._in_parallel(make, left), start=1):
             failed = "failed" in step.outcomes  # without `id` it is tried again by the next run
-            self.output.add(step.records, step.entry(**({} if failed else {"id": number})))
+            self.output.add(step.records, step.entry(**{"failed" if failed else "id": number}))
             in_a_row = in_a_row + 1 if failed else 0
             if in_a_row == FRUITLESS or (in_a_row == len(left) and not self.output.records):
                 raise EndpointError(f"{in_a_row} prompts in a row failed, for the reasons above")

@@ -36,6 +36,10 @@ class OutputFile:
         """Numbers (`id`) of the prompts that need no further request."""
         return {line["id"] for line in (*self.records, *self.entries) if "id" in line}
 
+    def failed(self) -> set[int]:
+        """Numbers of the prompts that have failed at least once."""
+        return {entry["failed"] for entry in self.entries if "failed" in entry}
+
     def outcomes(self) -> Counter[str]:
         """How often each outcome came, over all runs."""
         counts: Counter[str] = Counter()

@@ -1,8 +1,10 @@
 """`chatllama data generate` against a small endpoint of our own on this machine."""
 
+import itertools
 import json
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,6 +19,7 @@ from chatllama.config.sources import DataSource
 from chatllama.runtime.http_client import HttpClient
 from data.reading.source import read_source
 from data.similarity import Pool, rouge_l
+from data.synthesis import command as synthesis_command
 from data.synthesis.client import BadReply, Endpoint, EndpointError, Pace
 from data.synthesis.command import estimate_answers, estimate_prompts
 from data.synthesis.generate import _verdict
@@ -25,7 +28,8 @@ from data.synthesis.options import SynthesisOptions
 
 pytestmark = pytest.mark.usefixtures("data_cache")
 
-Answer = str | tuple[int, dict[str, str], bytes]
+Answer = str | bytes | tuple[int, dict[str, str], bytes] | Callable[[], bytes]
+"""A completion's text, what goes over the wire before it is closed, or status, headers and body."""
 
 
 class Stub:
@@ -45,6 +49,12 @@ class Stub:
                     stub.asked.append(body)
                     stub.headers.append({"path": self.path, **dict(self.headers)})
                     answer = stub.reply(body)
+                if callable(answer):
+                    answer = answer()
+                if isinstance(answer, bytes):
+                    self.wfile.write(answer)
+                    self.close_connection = True
+                    return
                 if isinstance(answer, str):
                     choice = {"message": {"content": answer}, "finish_reason": stub.finish}
                     usage = {"prompt_tokens": 10, "completion_tokens": 3}
@@ -381,6 +391,82 @@ def test_one_bad_reply_never_ends_the_command(
     assert grow(what, *words) == 0 and bool(stub.asked) == (requests == 0)
 
 
+def slowly() -> bytes:
+    time.sleep(1.5)
+    return b""
+
+
+SILENCES = [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n{", b"no HTTP at all\r\n\r\n"]
+
+
+@pytest.mark.parametrize(
+    ("silence", "place", "what"),
+    [*itertools.product(SILENCES, (0, 1, 2), ("answers", "pairs")), (slowly, 0, "answers")],
+)
+def test_a_prompt_without_any_http_answer_is_passed_over_and_counted(
+    silence: Answer, place: int, what: str,
+    stub: Stub, grow: Callable[..., int], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(synthesis_command, "TIMEOUT", 1.0)
+    silent, count = ("river", "tree", "bird")[place], iter(range(1000))
+
+    def reply(body: dict[str, Any]) -> Answer:
+        asked = body["messages"][0]["content"]
+        if "[Answer A]" in asked:
+            return "A" if asked.index("Answer 1") < asked.index("Answer 2") else "B"
+        return silence if silent in asked else f"Answer {next(count) % 2 + 1}"
+
+    stub.reply = reply
+    words = ("--retries", "0", "--parallel", "1")
+    assert grow(what, *words) == 0
+    out = tmp_path / "out.jsonl"
+    assert [line["id"] for line in lines(out)] == [i for i in range(3) if i != place]
+    assert "1 failed" in (said := capsys.readouterr().err)
+    assert "1 prompts failed, and the same command tries them again" in said
+    silent = "nothing"
+    assert grow(what, *words) == 0 and {line["id"] for line in lines(out)} == {0, 1, 2}
+
+
+def test_what_failed_before_comes_last(stub: Stub, grow: Callable[..., int]) -> None:
+    def reply(body: dict[str, Any]) -> Answer:
+        return "Oak." if "bird" not in body["messages"][0]["content"] else (401, {}, b"")
+
+    stub.reply = lambda body: b"" if "river" in body["messages"][0]["content"] else reply(body)
+    words = ("--retries", "0", "--parallel", "1")
+    assert grow("answers", *words) == 2  # the key does not hold for birds
+    stub.asked.clear()
+    stub.reply = lambda body: "Oak."
+    assert grow("answers", *words) == 0
+    asked = [body["messages"][0]["content"] for body in stub.asked]
+    assert asked == ["Name a bird.", "Name a river."]
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1", "http://nowhere.invalid/v1"])
+@pytest.mark.parametrize("what", ["answers", "pairs", "prompts"])
+def test_an_endpoint_that_was_never_there_ends_the_command_at_once(
+    url: str, what: str, stub: Stub, grow: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--retries", "0", "--parallel", "1", "--num", "3", "--url", url)
+    assert grow(what, *words) == 2
+    said = capsys.readouterr().err
+    assert said.count(f"{url}/chat/completions: ") == 1 and "Traceback" not in said
+
+
+@pytest.mark.parametrize("after", [1, 5])
+def test_an_endpoint_that_falls_silent_ends_the_command(
+    after: int, stub: Stub, grow: Callable[..., int], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    many = tmp_path / "many.jsonl"
+    many.write_text("".join(json.dumps({"prompt": f"Say {i}."}) + "\n" for i in range(40)))
+    stub.reply = lambda body: "Fine." if len(stub.asked) <= after else b""
+    words = ("--file", str(many), "--retries", "0", "--parallel", "1")
+    assert grow("answers", *words) == 2
+    assert "10 prompts in a row failed" in capsys.readouterr().err
+    assert len(stub.asked) <= after + 11 and len(lines(tmp_path / "out.jsonl")) == after
+
+
 def test_an_endpoint_that_always_fails_ends_the_command(
     stub: Stub, grow: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -402,6 +488,7 @@ def test_an_endpoint_that_always_fails_ends_the_command(
         (completion("1. Why is grass green here?", "content_filter"), "content filter"),
         (completion("1. Why is grass \ud83d green?"), "half surrogates"),
         ((400, {}, b"no"), "failed"),
+        (b"", "failed"),
     ],
 )
 def test_one_bad_reply_never_ends_prompts(
@@ -409,7 +496,7 @@ def test_one_bad_reply_never_ends_prompts(
 ) -> None:
     answers = [bad, completion("1. Why is the sky blue?\n2. Count to five in French.")]
     stub.reply = lambda body: answers.pop(0)
-    assert grow("prompts", "--num", "2", "--parallel", "1") == 0
+    assert grow("prompts", "--num", "2", "--parallel", "1", "--retries", "0") == 0
     assert len(lines(tmp_path / "out.jsonl")) == 2
     ledger = lines(tmp_path / "out.jsonl.ledger")
     assert [entry["outcomes"] for entry in ledger] == [{outcome: 1}, {"kept": 2}]
