@@ -56,7 +56,7 @@ def import_meta(
     """
     quiet_libraries()
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
+        raise ValueError(f"{folder}: no such folder or file")
     folder = folder.resolve()
     out = output_folder(folder, out, folder.name)
     check_positions(max_positions)

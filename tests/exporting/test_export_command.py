@@ -32,6 +32,7 @@ from chatllama.exporting.cli import ExportOptions
 from chatllama.exporting.export import export_run, run_gate
 from chatllama.exporting.gate import INFO, Refused, check_adapter, check_merged, read_record
 from chatllama.generation.sampling import Sampling
+from chatllama.importing.gguf_checkpoint import import_gguf
 from chatllama.importing.gguf_file import GgufFile
 from chatllama.inference.answerer import Answerer
 from chatllama.inference.load import load_run
@@ -255,12 +256,17 @@ def padded_with_eos(model: LlamaForCausalLM, folder: Path) -> None:
     assert json.loads((folder / "config.json").read_text())["pad_token_id"] == 2
 
 
-def test_the_gguf_of_a_byte_level_model(instruct: Exported) -> None:
+def test_the_gguf_of_a_byte_level_model(instruct: Exported, tmp_path: Path) -> None:
     file = GgufFile(instruct.out / "gguf" / "model.gguf")
     assert file.text("tokenizer.ggml.pre") == "smollm"
     assert not file.flag("tokenizer.ggml.add_bos_token", True)
     text = (instruct.out / "gguf" / "Modelfile").read_text()
     assert 'TEMPLATE """{{- if .System }}<|im_start|>system' in text and "SYSTEM" not in text
+    back = import_gguf(instruct.out / "gguf" / "model.gguf", tmp_path / "back")
+    theirs = load_file(instruct.out / "merged" / "model.safetensors")
+    found = load_file(back / "model.safetensors")
+    assert found.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in found.items())
     for folder in ("adapter", "merged", "reward"):
         assert "space token" not in (instruct.out / folder / "README.md").read_text()
         record = json.loads((instruct.out / folder / INFO).read_text())["export"]

@@ -73,6 +73,17 @@ def test_every_door_opens_a_text_as_the_publisher_does(
     assert Service._prompt_ids(served, [text]) == [ids]
 
 
+@pytest.mark.parametrize("name", OPENINGS)
+def test_data_check_finds_no_second_bos_in_chatml(
+    name: str, tokenizers: dict[str, PreTrainedTokenizerFast]
+) -> None:
+    chat = ChatSection(template="alpaca" if name.startswith("Sentence") else "chatml")
+    turns = [{"role": "user", "content": "Anna?"}, {"role": "assistant", "content": "Yes."}]
+    row = {"messages": turns, "untrained": [], "where": "line 1"}
+    found = _measure(row, tokenizers[name], chat, None)
+    assert found["problems"] == [] and 0 < found["trained"] < found["tokens"]
+
+
 def test_padding_and_truncation_that_were_left_on_are_not_the_opening(
     tokenizers: dict[str, PreTrainedTokenizerFast], tmp_path: Path
 ) -> None:
