@@ -8,8 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-import datasets
 from datasets import Dataset, Features
+from datasets import config as datasets_config
 
 from chatllama.runtime.hub import unwritable
 
@@ -35,7 +35,7 @@ def writing_cache() -> Iterator[None]:
     Raises:
         ValueError: it cannot be written, from the start or in the middle.
     """
-    folder = Path(datasets.config.HF_DATASETS_CACHE)
+    folder = Path(datasets_config.HF_DATASETS_CACHE)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):

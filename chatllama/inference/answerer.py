@@ -86,9 +86,6 @@ class Answerer:
         continued = [is_continued(messages) for messages in conversations]
         streams = [_StopStrings(self.loaded.tokenizer, stops, c) for c in continued if stops]
 
-        def ends_with(number: int, token: int) -> bool:
-            return streams[number].ends_with(token)
-
         with sampling_as(self.model, self.acting):
             sampled = generate(
                 self.model.llama,
@@ -97,7 +94,7 @@ class Answerer:
                 stop_ids,
                 uniforms,
                 batch_size,
-                ends_with=ends_with if streams else None,
+                ends_with=(lambda n, token: streams[n].ends_with(token)) if streams else None,
                 compiled=self.compiled,
             )
         answers: list[Answer] = []

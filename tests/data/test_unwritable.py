@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -14,13 +14,13 @@ from chatllama.config.sources import DataSource
 from chatllama.text.tokenizer import load_tokenizer
 from data.checking.check import examine
 from data.mixture import load_mixture
-from data.reading.records import Kind
 from data.tokenize import NOT_RENDERED, tokenize, tokenize_text
 
 pytestmark = pytest.mark.usefixtures("data_cache")
 
 LETTERS = ("漢", "é", "🙂")
-KINDS = ("sft", "preferences", "prompts")
+Kind = Literal["sft", "preferences", "prompts"]
+KINDS: tuple[Kind, ...] = ("sft", "preferences", "prompts")
 TEMPLATES = {
     # As Qwen3's: earlier answers lose what they thought.
     "thoughts": "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
@@ -115,13 +115,10 @@ def test_characters_of_answers_and_of_plain_text_count_too(
     text = load_mixture([text_source(tmp_path, "the é river " * 20)], [], 0.0, 0, "text").train
     pieces, report = tokenize_text(text, bare, 20)
     assert len(pieces) > 1 and report.lost == ["é"] and pieces.column_names == ["input_ids"]
-    for rows_of, kind in ((rows, "sft"), (text, None)):  # with byte fallback nothing is lost
-        made = (
-            tokenize(rows_of, kind, tokenizer, ChatSection(), 200)
-            if kind
-            else (tokenize_text(rows_of, tokenizer))
-        )
-        assert made[1].lost == [] and "cannot write" not in made[1].summary()
+    # With byte fallback nothing is lost.
+    turns_report = tokenize(rows, "sft", tokenizer, ChatSection(), 200)[1]
+    for report in (turns_report, tokenize_text(text, tokenizer)[1]):
+        assert report.lost == [] and "cannot write" not in report.summary()
 
 
 def text_source(folder: Path, text: str) -> DataSource:
@@ -147,7 +144,7 @@ def test_what_a_template_rewrites_is_left_out_counted_and_named(
     assert len(examples) == 2 and report.left_out == {NOT_RENDERED: 1}
     place = f"{source.path}:2: the tokenizer's chat template: message"
     assert f"1 left out: {NOT_RENDERED}\n  {place}" in report.summary()
-    if (kind, name) not in zip(KINDS, TEMPLATES, strict=True):
+    if (kind, name) not in set(zip(KINDS, TEMPLATES, strict=True)):
         return
     with pytest.raises(ValueError, match=r"no record can be used \(0 of 1 .*\n.*a\.jsonl:2: "):
         tokenize(rows.filter(lambda row: ":2" in row["where"]), kind, tokenizer, chat, 200)
@@ -161,7 +158,8 @@ def test_a_template_that_no_record_can_have_is_no_fault_of_the_records(
 ) -> None:
     source = write(tmp_path / "a.jsonl", [turns("the river")], "sft", ("yes", ""))
     rows = load_mixture([source], [], 0.0, 0, "sft").train
-    for template, words in (("llama3", "needs the token"), ("tokenizer", "no chat_template")):
+    llama3, own = ChatSection(template="llama3"), ChatSection(template="tokenizer")
+    for chat, words in ((llama3, "needs the token"), (own, "no chat_template")):
         with pytest.raises(ValueError, match=words) as caught:
-            tokenize(rows, "sft", tokenizer, ChatSection(template=template), 200)
+            tokenize(rows, "sft", tokenizer, chat, 200)
         assert "no record can be used" not in str(caught.value)

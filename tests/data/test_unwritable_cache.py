@@ -60,7 +60,7 @@ def test_a_disk_that_is_full_in_the_middle_is_told_from_bad_data(
     with monkeypatch.context() as patch:
         patch.setattr(type(data), "map", full)
         with pytest.raises(ValueError, match=said):
-            cached_map(data, len, {})
+            cached_map(data, dict, {})
     with monkeypatch.context() as patch:
         patch.setattr(reading, "_rows", full)
         with pytest.raises(ValueError, match=said):

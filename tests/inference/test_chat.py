@@ -215,7 +215,8 @@ def test_a_real_model_answers_in_its_role(tiny_llama_dir: Path) -> None:
     begun = said("Hi", "the river ")
     more = "".join(chat_of_run.answer(begun, "base"))
     prompt = render(loaded.tokenizer, loaded.chat, begun, continue_final_message=True).ids
-    plain: Any = llama.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
+    writer: Any = llama
+    plain = writer.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
     text = decode(loaded.tokenizer, [*prompt, *plain[0, len(prompt) :].tolist()])
     assert more and text.endswith("the river" + more)
     with pytest.MonkeyPatch.context() as patch:

@@ -180,13 +180,14 @@ def test_a_begun_answer_is_continued_as_generate_does(
     (own,) = answerer.answer([messages], numbers, Sampling(24, temperature=0.0), [], 1, False)
     asked: dict[str, Any] = {"model": "policy", "messages": messages, "temperature": 0}
     asked |= {"max_tokens": 24, "extra_body": CONTINUE}
-    answer = client.chat.completions.create(**asked)
+    create: Any = client.chat.completions.create
+    answer = create(**asked)
     text = "".join(stream_text(loaded.tokenizer, own.ids, continues=True))
     assert answer.choices[0].message.content == text
-    chunks = client.chat.completions.create(**asked, stream=True)
+    chunks = create(**asked, stream=True)
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == text
     drawn = asked | {"temperature": 100, "max_tokens": 1, "n": 128}
-    several = [client.chat.completions.create(**drawn, seed=seed).choices for seed in range(4)]
+    several = [create(**drawn, seed=seed).choices for seed in range(4)]
     texts = [choice.message.content or "" for choices in several for choice in choices]
     assert any(text.startswith(" ") for text in texts)
 
