@@ -18,7 +18,15 @@ from chatllama.config.sources import DataSource
 from data.reading.files import COMPRESSIONS, TYPES, DataFile, suffix
 from data.reading.formats import RecordError, shorten, unique_keys
 from data.reading.json_arrays import ArrayReader, Line
-from data.reading.lines import DAMAGES, MAX_BYTES, check_file, not_read, open_unpacked, read_lines
+from data.reading.lines import (
+    DAMAGES,
+    MAX_BYTES,
+    check_file,
+    check_unpacked,
+    not_read,
+    open_unpacked,
+    read_lines,
+)
 
 Decoded = tuple[str, object]
 _QUOTING: dict[str, dict[str, Any]] = {
@@ -30,6 +38,8 @@ _QUOTING_HINT = (
     "cells in quotation marks have `quoting: double` (a mark inside is doubled) or `backslash`; "
     "with `none` marks are text"
 )
+PARQUET_ROWS = 64
+"""Rows in memory at a time."""
 _BACKSLASHES = "a backslash before a mark makes it text, as with `quoting: backslash`"
 
 
@@ -262,7 +272,21 @@ def _parquet(file: DataFile) -> Iterator[Decoded]:
         names = table.schema_arrow.names
         if len(set(names)) < len(names):
             raise RecordError(f"{file.name}: two columns of one name: {names}")
-        batches = table.iter_batches(batch_size=1024)
-        rows = (row for batch in batches for row in batch.to_pylist())
+        rows = (row for batch in _limited(table, file.name) for row in batch.to_pylist())
         for number, row in enumerate(rows, start=1):
             yield f"{file.name}: record {number}", {k: v for k, v in row.items() if v is not None}
+
+
+def _limited(table: pyarrow.parquet.ParquetFile, name: str) -> Iterator[pyarrow.RecordBatch]:
+    """The rows of a table, up to the limit of unpacked bytes.
+
+    Its own word for its size is checked first. The rows are counted as well, since repeated values
+    take no room in the file.
+    """
+    groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
+    check_unpacked(sum(group.total_byte_size for group in groups), name)
+    unpacked = 0
+    for batch in table.iter_batches(batch_size=PARQUET_ROWS):
+        unpacked += batch.nbytes
+        check_unpacked(unpacked, name)
+        yield batch

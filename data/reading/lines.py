@@ -36,6 +36,12 @@ def check_file(path: Path, name: str) -> None:
             raise RecordError(f"{name}: a git-lfs pointer, not the file itself: run git lfs pull")
 
 
+def check_unpacked(size: int, name: str) -> None:
+    """Raises RecordError for more bytes than are read of a file."""
+    if size > MAX_BYTES:
+        raise RecordError(f"{name}: over {MAX_BYTES:,} bytes (unpacked), the most that is read")
+
+
 def not_read(error: str, path: Path) -> str:
     """`; reading stopped at line N, M lines not read`; nothing where no line follows."""
     last = re.match(r".*?:(\d+): ", error)
@@ -75,8 +81,7 @@ def _physical_lines(stream: BinaryIO, name: str) -> Iterator[bytes]:
         else:
             yield line
         total += len(line)
-        if total > MAX_BYTES:
-            raise RecordError(f"{name}: over {MAX_BYTES:,} bytes (unpacked), the most that is read")
+        check_unpacked(total, name)
 
 
 def read_lines(stream: BinaryIO, name: str, encoding: str) -> Iterator[Line]:

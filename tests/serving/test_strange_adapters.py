@@ -11,7 +11,8 @@ from peft.tuners.lora import LoraLayer
 from serving_setup import make_served_run, post, serving
 
 from chatllama.inference.load import LoadedRun, load_run
-from chatllama.runs.folder import RunFolder
+from chatllama.runs.folder import RunFolder, write_record
+from chatllama.runtime.files import file_hash
 
 pytestmark = pytest.mark.slow
 Change = Callable[[Path], Any]
@@ -71,6 +72,29 @@ def test_strange_adapters_are_refused_and_leave_nothing(run: RunFolder, loaded: 
             assert str(run.root) not in str(told)
             assert names(loaded) == before, number
         assert post(url, "/v1/completions", {"model": "policy", "prompt": "a"})[0] == 200
+
+
+def test_an_adapter_that_is_not_as_its_run_wrote_it_is_refused(
+    run: RunFolder, loaded: LoadedRun
+) -> None:
+    other = RunFolder(run.root / "other")
+    names_of_files = ("adapter_model.safetensors", "adapter_config.json", "chatllama.json")
+    shutil.copytree(run.root / "extra", other.policy_adapter)
+    files = {f"ppo/policy/{n}": file_hash(other.policy_adapter / n) for n in names_of_files}
+    write_record(other, "ppo", {"finished": "2026-11-30", "files": files})
+    body = {"lora_name": "other", "lora_path": str(other.policy_adapter), "load_inplace": True}
+    with serving(run, loaded) as url:
+        assert post(url, "/v1/load_lora_adapter", body)[0] == 200
+        for name in names_of_files:
+            content = (other.policy_adapter / name).read_bytes()
+            flipped = bytearray(content)
+            flipped[len(content) // 2] ^= 1
+            (other.policy_adapter / name).write_bytes(flipped)
+            status, told = post(url, "/v1/load_lora_adapter", body)
+            assert status == 400 and f"{name} is not what the stage wrote" in str(told)
+            assert str(run.root) not in str(told)
+            (other.policy_adapter / name).write_bytes(content)
+        assert post(url, "/v1/load_lora_adapter", body)[0] == 200
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), MemoryError(), KeyError("x")])

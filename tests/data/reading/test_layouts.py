@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 from malformed_inputs import GOOD_SFT, lines, message, read_bytes
 
@@ -164,6 +165,39 @@ def test_only_regular_files_within_limits(tmp_path: Path, monkeypatch: pytest.Mo
     assert "a line of over 500 bytes" in last["problem"]
     (last,) = read_bytes(tmp_path, "c.jsonl", lines(*[GOOD_SFT] * 100), "sft")
     assert "over 1,000 bytes" in last["problem"]
+
+
+def parquet(path: Path, rows: list[dict[str, str]], **options: Any) -> bytes:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, **options)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "read"),
+    [
+        # compressed: the file says how large it is unpacked, and no row is read
+        ([{"prompt": "q" * 90 + str(i), "completion": "a"} for i in range(300)],
+         {"use_dictionary": False}, 0),
+        # every row the same: only reading tells
+        ([{"prompt": "q" * 90, "completion": "a"}] * 3000, {}, 64),
+        ([{"prompt": "q", "completion": "a" * 5000}] * 3000, {}, 0),
+    ],
+)  # fmt: skip
+def test_parquet_is_limited_by_its_unpacked_size(
+    rows: list[dict[str, str]],
+    options: dict[str, Any],
+    read: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    content = parquet(tmp_path / "a.parquet", rows, compression="zstd", **options)
+    assert len(content) < 8000
+    *_, whole = read_bytes(tmp_path, "b.parquet", content, "sft")
+    assert not whole["problem"]
+    monkeypatch.setattr(line_reading, "MAX_BYTES", 10_000)
+    *good, last = read_bytes(tmp_path, "c.parquet", content, "sft")
+    assert "over 10,000 bytes (unpacked), the most that is read" in last["problem"]
+    assert len(good) == read
 
 
 @pytest.mark.parametrize("text", ["Translate:", "q", "Continue"])
