@@ -95,6 +95,7 @@ def test_an_adapter_that_is_not_as_its_run_wrote_it_is_refused(
             assert str(run.root) not in str(told)
             (other.policy_adapter / name).write_bytes(content)
         assert post(url, "/v1/load_lora_adapter", body)[0] == 200
+        assert post(url, "/v1/unload_lora_adapter", {"lora_name": "other"})[0] == 200
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), MemoryError(), KeyError("x")])
