@@ -102,7 +102,7 @@ def _heading(one: Shown) -> str:
 def _sequences(
     row: dict[str, Any], part: StageSource, cfg: Config, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[Shown]:
-    """Every sequence that a record becomes."""
+    """Every sequence that a record becomes; none, with the reason, if training leaves it out."""
     place = f"{part.stage}.{part.role} {row['where']}"
     if part.kind == "text":
         ids = [*encode_text(tokenizer, row["text"]), cast(int, tokenizer.eos_token_id)]
@@ -111,7 +111,11 @@ def _sequences(
     ranks = [f", rank {rank}" for rank in row.get("ranks") or []] or [""]
     opened = part.kind == "prompts"
     for turns, rank in zip(conversations(row), ranks, strict=True):
-        rendered = render(tokenizer, cfg.chat, turns, add_generation_prompt=opened)
+        try:
+            rendered = render(tokenizer, cfg.chat, turns, add_generation_prompt=opened)
+        except ValueError as error:
+            yield Shown(f"{place}{rank}, left out: {error}", [], 0)
+            continue
         mask = without_turns(rendered.mask, turns, row.get("untrained") or ())
         yield _shown(place + rank, rendered.ids, mask, part, tokenizer)
 

@@ -13,6 +13,7 @@ from chatllama.config.model import ChatSection
 from chatllama.config.sources import DataSource
 from chatllama.text.tokenizer import load_tokenizer
 from data.checking.check import examine
+from data.checking.show import shown_records
 from data.mixture import load_mixture
 from data.tokenize import NOT_RENDERED, tokenize, tokenize_text
 
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("data_cache")
 LETTERS = ("漢", "é", "🙂")
 Kind = Literal["sft", "preferences", "prompts"]
 KINDS: tuple[Kind, ...] = ("sft", "preferences", "prompts")
+STAGES: dict[str, str] = {"sft": "sft", "preferences": "reward", "prompts": "ppo"}
 TEMPLATES = {
     # As Qwen3's: earlier answers lose what they thought.
     "thoughts": "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
@@ -57,7 +59,7 @@ def write(file: Path, prompts: list[list[Any]], kind: str, answers: tuple[str, s
 
 def check_command(tmp_path: Path, kind: str, source: DataSource, backbone: Path, chat: Any) -> Any:
     """What `data check` says of a source."""
-    stage = {"sft": "sft", "preferences": "reward", "prompts": "ppo"}[kind]
+    stage = STAGES[kind]
     content = {
         "run_dir": str(tmp_path / "run"),
         "backbone": {"path": str(backbone)},
@@ -149,6 +151,11 @@ def test_what_a_template_rewrites_is_left_out_counted_and_named(
     with pytest.raises(ValueError, match=r"no record can be used \(0 of 1 .*\n.*a\.jsonl:2: "):
         tokenize(rows.filter(lambda row: ":2" in row["where"]), kind, tokenizer, chat, 200)
     found = check_command(tmp_path, kind, source, folder, chat.model_dump()).findings
+    cfg, stage = load_config(tmp_path / "config.yaml"), STAGES[kind]
+    shown = shown_records(cfg, tokenizer, stage, 3)
+    reasons = [one.title for one in shown if not one.tokens]
+    assert {reason.split(", ")[0] for reason in reasons} == {f"{stage}.data {source.path}:2"}
+    assert all(f"left out: {place.split(': ', 1)[1]}" in reason for reason in reasons)
     (error,) = (each for each in found if each.check == "cannot_be_rendered")
     assert error.severity == "error" and error.examples[0].startswith(place)
 
