@@ -1,24 +1,11 @@
 """Bugs that PPO-RLHF code bases have shipped, each as one changed line, and the tests that see it.
 
-`run.py` plants them one at a time in a copy of the project. Every named test must fail.
+`run.py` plants them one at a time in a copy of the project. Every named test must fail. Bugs around
+the arithmetic (rollback, health, resume ...) are in `run_bugs.py`.
 """
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """One planted bug."""
-
-    name: str
-    file: str
-    """From the project's root."""
-    old: str
-    """Part of exactly one line of the file."""
-    new: str
-    """What stands there instead."""
-    catchers: tuple[str, ...]
-    """Tests as pytest names them; a function without [case] fails when one of its cases does."""
+from mutation import Mutation
+from run_bugs import RUN_BUGS
 
 
 def _selftest(case: str) -> str:
@@ -678,4 +665,4 @@ SCORING_BUGS = (
     ),
 )
 
-MUTATIONS = (*REWARD_BUGS, *ADVANTAGE_BUGS, *LOSS_BUGS, *SCORING_BUGS)
+MUTATIONS = (*REWARD_BUGS, *ADVANTAGE_BUGS, *LOSS_BUGS, *SCORING_BUGS, *RUN_BUGS)

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from catalogue import MUTATIONS, Mutation
+from catalogue import MUTATIONS
+from mutation import Mutation
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 COPIED = ("chatllama", "trainers", "data", "configs", "tests", "pyproject.toml")

@@ -40,7 +40,6 @@ class ZeroGroups:
     def __init__(self, optimizer: Any) -> None:
         self.resting: Collection[int] = ()
         self._norms: list[torch.Tensor] = []
-        self._optimizer = optimizer
         self._clip, self._step = optimizer.unscale_and_clip_grads, optimizer._optimizer_step
         optimizer._optimizer_step = self._step_unless_resting
         self._parts: dict[int, int] | None = None
