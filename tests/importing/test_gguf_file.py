@@ -106,14 +106,14 @@ def test_any_damage_is_found_or_harmless(
     change: Callable[[random.Random, bytes], bytes], whole: bytes, tmp_path: Path
 ) -> None:
     luck, path, refused = random.Random(4), tmp_path / "damaged.gguf", 0
-    for _ in range(40):
+    for _ in range(20):
         path.write_bytes(change(luck, whole))
         try:
             GgufFile(path)
         except ValueError as error:
             refused += 1
             assert str(path) in str(error) and "\n" not in str(error)
-    assert refused > (39 if change is cut else 3)
+    assert refused > (19 if change is cut else 1)
 
 
 def test_every_kind_of_value(tmp_path: Path) -> None:

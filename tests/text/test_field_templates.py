@@ -118,7 +118,7 @@ def conversations(count: int) -> list[list[dict[str, str]]]:
 
 @pytest.mark.parametrize("kind", ["byte level", "no BOS", "sentencepiece"])
 @pytest.mark.parametrize("style", TEMPLATES)
-@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [8, pytest.param(200, marks=pytest.mark.slow)])
 def test_rendering_is_apply_chat_templates(
     style: str, kind: str, count: int, folders: dict[str, Path]
 ) -> None:
