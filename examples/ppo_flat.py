@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = load_tokenizer(backbone_path(cfg.backbone, run))
     sft, reward = load_adapter(run.sft_adapter), load_adapter(run.reward_adapter)
     for saved, folder in ((sft, run.sft_adapter), (reward, run.reward_adapter)):
-        check_contract(saved.info["contract"], tokenizer, cfg.chat, str(folder))
+        check_contract(saved.info.get("contract"), tokenizer, cfg.chat, str(folder))
 
     # The reference is SFT's adapter, not the bare base; the critic starts from the reward model.
     torch.manual_seed(cfg.seed)

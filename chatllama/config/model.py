@@ -53,6 +53,13 @@ class FromScratch(Section):
         return self
 
 
+CODE_NOT_RUN = (
+    "it brings Python code of its own, which is not run. If you trust whoever wrote it, set "
+    "backbone.trust_remote_code: true"
+)
+"""Why a model is refused; commands that open a run name their flag in place of the key."""
+
+
 class BackboneSection(Section):
     """The LLaMA that all roles share, frozen."""
 

@@ -7,7 +7,6 @@ refuses.
 import json
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.model import ChatSection
@@ -15,6 +14,7 @@ from chatllama.config.schema import GenerationSection
 from chatllama.exporting.reference_outputs import CONVERSATIONS, is_prompt
 from chatllama.text.chat_format import Message, default_system, end_of_turn_ids, opening_bos, render
 from chatllama.text.encoding import adds_bos
+from chatllama.text.template_process import rendered
 from chatllama.text.tokenizer_template import frozen_template
 
 _SYSTEM = """\
@@ -175,11 +175,8 @@ def jinja_template(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> str
 
 
 def as_text(tokenizer: Any, messages: list[Message], template: str) -> str:
-    """A conversation as text by a Jinja chat template."""
-    opens = is_prompt(messages)
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, chat_template=template, add_generation_prompt=opens
-    )
+    """A conversation as text by a Jinja chat template; ValueError if it refuses or fails."""
+    return rendered(template, tokenizer.special_tokens_map, [(messages, is_prompt(messages))])[0]
 
 
 def own_layout(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> ChatSection | None:
@@ -211,7 +208,7 @@ def _unasked_system(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> st
     question: Message = {"role": "user", "content": "?"}
     try:
         asked = as_text(tokenizer, [{"role": "system", "content": mark}, question], template)
-    except TemplateError:
+    except ValueError:
         return ""
     unasked = as_text(tokenizer, [question], template)
     before, _, after = asked.partition(mark)

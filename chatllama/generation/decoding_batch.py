@@ -107,7 +107,8 @@ class DecodingBatch:
     def admit(self, requests: Sequence[Request]) -> list[Sampled]:
         """The first token of each request, in order; rows are numbered from 0 as they are admitted.
 
-        Equal prompts are computed once. ValueError if a prompt is empty or does not fit.
+        Equal prompts are computed once. ValueError if a prompt is empty or does not fit. After any
+        error the rows that ran before go on, but not in a compiled cache.
         """
         assert 0 < len(requests) <= self.free
         for request in requests:
@@ -115,12 +116,19 @@ class DecodingBatch:
             assert len(request.uniforms) >= request.sampling.max_new_tokens
         sampling = RowSampling([r.sampling for r in requests], self._llama.device)
         first = len(self._rows)
-        hidden = self._read_prompts(requests)
-        for request in requests:
-            uniforms, stops = request.uniforms.tolist(), frozenset(request.stop_ids)
-            self._rows.append(_Row(self._next_number, request, uniforms, stops))
-            self._next_number += 1
-        return self._sample(hidden, first, sampling)
+        try:
+            hidden = self._read_prompts(requests)
+            for request in requests:
+                uniforms, stops = request.uniforms.tolist(), frozenset(request.stop_ids)
+                self._rows.append(_Row(self._next_number, request, uniforms, stops))
+                self._next_number += 1
+            return self._sample(hidden, first, sampling)
+        except Exception:
+            if isinstance(self._cache, KVCache):
+                del self._rows[first:]
+                self._sampling = None
+                self._cache.abandon_prompts(first)
+            raise
 
     @torch.no_grad()
     def step(self) -> list[Sampled]:

@@ -159,6 +159,14 @@ class KVCache:
         self.prompt_of = None
         self.starts += [self.end - length for length in lengths]
 
+    def abandon_prompts(self, first: int) -> None:
+        """Removes the rows from `first` on, however far the reading of their prompts has come."""
+        self.prompt_of = None
+        del self.starts[first:]
+        for layer in self._layers:
+            if layer.is_initialized:
+                layer.wipe(range(first, len(layer.tensors[0])))
+
     def open_token(self) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Mask and positions for a forward pass of one token per row.
 
@@ -208,10 +216,15 @@ class KVCache:
     def _resize(self, allocated: int, capacity: int) -> None:
         if (allocated, capacity) == (self.allocated, self.capacity):
             return
+        before = self.allocated, self.capacity
         self.allocated, self.capacity = allocated, capacity
-        for layer in self._layers:
-            if layer.is_initialized:
-                layer.rebuild(self.low, self.end)
+        try:
+            for layer in self._layers:
+                if layer.is_initialized:
+                    layer.rebuild(self.low, self.end)
+        except Exception:  # some layers have more memory now, which does no harm
+            self.allocated, self.capacity = before
+            raise
 
     def _slide(self, new_end: int) -> None:
         low, end = self.low, self.end

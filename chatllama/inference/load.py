@@ -8,13 +8,13 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.loader import load_config
-from chatllama.config.model import ChatSection, without_training_kernels
+from chatllama.config.model import CODE_NOT_RUN, ChatSection, without_training_kernels
 from chatllama.config.schema import Config
 from chatllama.model.adapters import load_adapter
 from chatllama.model.backbone import load_backbone
 from chatllama.model.fingerprint import check_base
 from chatllama.model.integrity import check_opened, tell_unknown
-from chatllama.model.roles import Adapter, Role, RoleModel
+from chatllama.model.roles import Adapter, Role, RoleModel, set_head
 from chatllama.runs.folder import RunFolder, backbone_path, base_path
 from chatllama.runtime.distributed import device
 from chatllama.runtime.gpu import choose_kernels
@@ -92,7 +92,7 @@ def load_run(
         )
     saved = {role: load_adapter(folders[role]) for role in names}
     for role, adapter in saved.items():
-        check_contract(adapter.info["contract"], tokenizer, cfg.chat, str(folders[role]))
+        check_contract(adapter.info.get("contract"), tokenizer, cfg.chat, str(folders[role]))
         check_base(cfg, run, adapter.info, str(folders[role]))
     rewards = [role for role in names if role.startswith("reward")]
     with _naming_the_flag(path):
@@ -105,18 +105,18 @@ def load_run(
         heads=tuple(rewards),
     )
     for role in rewards:
-        model.heads[role].load_state_dict(saved[role].head)
+        set_head(model, role, saved[role].head.get("weight"))
     model.to(device()).eval().requires_grad_(False)
     return LoadedRun(model, tokenizer, cfg.chat, cfg, rewards)
 
 
 @contextmanager
 def _naming_the_flag(path: str) -> Iterator[None]:
-    """Says which option allows a model's own code, where transformers names its own argument."""
+    """Says which option allows a model's own code, where training names a key of the config."""
     try:
         yield
     except ValueError as error:
-        if "trust_remote_code" not in str(error):
+        if CODE_NOT_RUN not in str(error):
             raise
         raise ValueError(
             f"{path} brings Python code of its own, which is not run. If you trust whoever wrote "

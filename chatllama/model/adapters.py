@@ -4,23 +4,26 @@ A folder holds adapter_model.safetensors, adapter_config.json and chatllama.json
 base, stage). No config.json: transformers would take the folder for a whole model.
 """
 
-import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from peft import LoraConfig
+from pydantic import Field, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import NotRequired, Required, TypedDict
 
 from chatllama.config.model import LoraSection
 from chatllama.model.integrity import check_adapter
 from chatllama.runs.folder import INFO
 from chatllama.runtime.files import replace_folder, write_json
+from chatllama.runtime.json_files import MORE_KEYS, read_json
 
 WEIGHTS = "adapter_model.safetensors"
 HEAD_PREFIX = "base_model.model.score."
@@ -31,6 +34,32 @@ READ = [
 """Keys of adapter_config.json that may differ from PEFT's defaults; others must be empty or so."""
 STARTS = (True, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights that leave the base's weights alone."""
+
+
+_PART = re.compile(r"(.+)\.lora_([AB])\.weight")
+_Names = list[str] | None
+
+
+class _AdapterFile(TypedDict):
+    """Keys of adapter_config.json that are read, with those that no adapter lacks."""
+
+    __pydantic_config__ = MORE_KEYS  # pyright: ignore[reportGeneralTypeIssues]
+    peft_type: str
+    r: Annotated[int, Field(ge=1, le=2**16)]
+    lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
+    target_modules: Annotated[list[str], Field(min_length=1)]
+    modules_to_save: NotRequired[_Names]
+
+
+class _InfoFile(TypedDict, total=False):
+    """Keys of chatllama.json that are read; older versions wrote fewer."""
+
+    __pydantic_config__ = MORE_KEYS  # pyright: ignore[reportGeneralTypeIssues]
+    base: Required[str]
+    stage: str
+    contract: dict[str, Any]
+    base_fingerprint: str | None
 
 
 @dataclass(frozen=True)
@@ -141,29 +170,66 @@ def _check_plain(config: Mapping[str, Any]) -> None:
 
 
 def load_adapter(folder: Path) -> SavedAdapter:
-    """The adapter in `folder`, checked.
+    """The adapter in `folder`, checked: what is built from its config has its tensors' size.
 
     Raises:
         ValueError: a file is missing, cut off, or not an adapter that this project wrote, or not
             as its run wrote it.
     """
     check_adapter(folder)
-    for name in (WEIGHTS, "adapter_config.json", INFO):
+    config_file = folder / "adapter_config.json"
+    for name in (WEIGHTS, config_file.name, INFO):
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: no {name}; is this an adapter of a chatllama run?")
+    info = read_json(folder / INFO, _InfoFile)
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        info = json.loads((folder / INFO).read_text(encoding="utf-8"))
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        _check_plain(config)
+        _check_plain(read_json(config_file))
+        config = read_json(config_file, _AdapterFile)
         names = {key: config[f"lora_{key}"] for key in ("alpha", "dropout")}
         lora = LoraSection(r=config["r"], target_modules=sorted(config["target_modules"]), **names)
     except _OtherArithmetic as error:
-        raise ValueError(f"{folder / 'adapter_config.json'}: {error}") from None
-    except Exception as error:
+        raise ValueError(f"{config_file}: {error}") from None
+    except ValidationError as error:  # of LoraSection
+        raise ValueError(f"{config_file}: {error.errors()[0]['msg']}") from error
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # the library has several
         raise ValueError(f"{folder}: damaged adapter: {error!r}") from error
     check_tensors(tensors, str(folder))
     names = [name for name in tensors if name.startswith(HEAD_PREFIX)]
     head = {name.removeprefix(HEAD_PREFIX): tensors.pop(name) for name in names}
+    _check_shapes(lora, tensors, head, folder)
     return SavedAdapter(lora, tensors, head, info)
+
+
+def _check_shapes(
+    lora: LoraSection, state: Mapping[str, Tensor], head: Mapping[str, Tensor], folder: Path
+) -> None:
+    """Raises ValueError if the config names other ranks or modules than the weights have.
+
+    PEFT makes what the config names, and does not take back a module that it has wrapped.
+    """
+    adapted: dict[str, set[str]] = {}
+    for name, tensor in state.items():
+        part = _PART.fullmatch(name)
+        if part is None or tensor.ndim != 2:
+            raise ValueError(f"{folder}: tensor {name} of shape {tuple(tensor.shape)} is no LoRA's")
+        adapted.setdefault(part[1], set()).add(part[2])
+        rank = tensor.shape[0 if part[2] == "A" else 1]
+        if rank != lora.r:
+            raise ValueError(f"{folder}: adapter_config.json says r {lora.r}, {name} has {rank}")
+    if lone := [module for module, parts in adapted.items() if parts != {"A", "B"}]:
+        raise ValueError(f"{folder}: {lone[0]} has one of its two matrices only")
+    named = {target.split(".")[-1] for target in lora.target_modules}
+    there = {module.split(".")[-1] for module in adapted}
+    if named != there:
+        raise ValueError(
+            f"{folder}: adapter_config.json says target_modules {sorted(named)}, the weights have "
+            f"{sorted(there)}"
+        )
+    shapes = {name: tensor.shape for name, tensor in head.items()}
+    if head and ("weight" not in head or head["weight"].shape[:-1] != (1,)):
+        raise ValueError(f"{folder}: the head has tensors of the shapes {shapes}, not one row")
+    if shapes.get("bias", (1,)) != (1,) or shapes.keys() - {"weight", "bias"}:
+        raise ValueError(f"{folder}: the head has tensors of the shapes {shapes}")

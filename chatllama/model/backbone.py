@@ -7,7 +7,8 @@ from text (`backbone.from_scratch`) is in trainers/sft/pretrain.py.
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import FunctionType
@@ -27,9 +28,11 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from chatllama.config.model import BackboneSection
+from chatllama.config.model import CODE_NOT_RUN, BackboneSection
 from chatllama.model.families import as_llama
+from chatllama.model.llama_config import check_model_folder, check_weights
 from chatllama.model.packed_attention import check_varlen, registered
+from chatllama.model.weight_files import local_folder
 from chatllama.runtime.distributed import device, rank
 
 NF4_BLOCK = 64
@@ -47,12 +50,15 @@ def load_backbone(
     `dtype` overrides that of the section: full fine-tuning trains float32 weights.
 
     Raises:
-        ValueError: another family, no safetensors weights, some of them missing, or a kernel that
-            does not work here.
+        ValueError: another family, damaged files, no safetensors weights, or others than
+            config.json describes, or a kernel that does not work here.
     """
     revision = section.revision if path == section.path else None
-    common = {"revision": revision, "trust_remote_code": section.trust_remote_code}
-    config = _read_config(path, common)
+    trusted = section.trust_remote_code
+    with _naming_the_key():
+        folder = local_folder(path, revision, trusted)
+        check_model_folder(folder)
+    config = _read_config(path, folder, trusted)
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if method not in (None, "bitsandbytes"):
         raise ValueError(
@@ -61,22 +67,48 @@ def load_backbone(
         )
     check_kernels(section, config)
     _warn_of_slow_bfloat16(dtype or getattr(torch, section.dtype))
+    with _naming_the_key():
+        if not (trusted and "auto_map" in vars(config)):  # own code may have other tensors
+            check_weights(config, folder)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            path,
+            folder,
             config=config,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported by name below
             dtype=dtype or getattr(torch, section.dtype),
             attn_implementation=registered(section.attn_implementation),
             use_safetensors=True,
+            trust_remote_code=trusted,
             **_placement(),
             **_quantized(section, config, dtype),
-            **common,
         )
-    except (OSError, ImportError, SafetensorError) as error:
+    except (ArithmeticError, AttributeError, ImportError, LookupError, OSError, SafetensorError,
+            TypeError, ValueError) as error:  # fmt: skip
         raise ValueError(_load_failure(section, path, error)) from error
     model, report = cast(tuple[LlamaForCausalLM, dict], loaded)
+    _check_report(report, path)
+    model.requires_grad_(False)
+    if section.liger_kernel:
+        use_liger(model)
+    if section.quantization == "nf4":
+        _keep_4bit_layout(model)
+    if section.quantization != "none" and rank() == 0:
+        memory = f"{section.quantization}, {megabytes(weight_bytes(model))} of weights"
+        print(f"backbone: {memory}", file=sys.stderr)  # answers go to stdout
+    return model.eval()
+
+
+@contextmanager
+def _naming_the_key() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"backbone.path: {error}") from error
+
+
+def _check_report(report: dict[str, Any], path: str) -> None:
+    """Raises ValueError for tensors that did not fit, of a model that brings code of its own."""
     for name, found, expected in sorted(report["mismatched_keys"]):
         raise ValueError(
             f"backbone.path: {path!r}: {name} has shape {tuple(found)}, but by config.json it "
@@ -88,15 +120,6 @@ def load_backbone(
             f"backbone.path: {path!r} lacks {len(missing)} of the model's tensors, such as "
             f"{missing[0]}; they would be random numbers"
         )
-    model.requires_grad_(False)
-    if section.liger_kernel:
-        use_liger(model)
-    if section.quantization == "nf4":
-        _keep_4bit_layout(model)
-    if section.quantization != "none" and rank() == 0:
-        memory = f"{section.quantization}, {megabytes(weight_bytes(model))} of weights"
-        print(f"backbone: {memory}", file=sys.stderr)  # answers go to stdout
-    return model.eval()
 
 
 CPU_FLAGS = Path("/proc/cpuinfo")
@@ -120,16 +143,17 @@ def _placement() -> dict[str, Any]:
     return {"device_map": {"": device()}}
 
 
-def _read_config(path: str, common: dict[str, Any]) -> LlamaConfig:
+def _read_config(path: str, folder: Path, trusted: bool) -> LlamaConfig:
     try:
-        config = AutoConfig.from_pretrained(path, **common)
-    except OSError as error:
-        raise ValueError(
-            f"backbone.path: no model at {path!r}. Give a local Hugging Face folder (with "
-            f"config.json and model.safetensors) or a hub id. {_first_line(error)}"
-        ) from error
-    except ValueError as error:  # no known model_type, or code that we do not run
-        raise ValueError(f"backbone.path: {path!r} cannot be loaded: {error}") from error
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+    except Exception as error:  # of a stranger's file
+        if "trust_remote_code" in str(error):
+            reason = CODE_NOT_RUN
+        elif not (folder / "config.json").is_file():
+            reason = "there is no config.json"
+        else:
+            reason = f"config.json: {' '.join(str(error).split())[:300]}"
+        raise ValueError(f"backbone.path: {path!r} cannot be loaded: {reason}") from error
     return as_llama(config, path)
 
 
@@ -143,10 +167,12 @@ def _load_failure(section: BackboneSection, path: str, error: Exception) -> str:
         )
     if isinstance(error, SafetensorError):
         return f"backbone.path: damaged weights in {path!r}: {reason}"
-    return (
-        f"backbone.path: {path!r} holds no safetensors weights (pickled checkpoints are not "
-        f"loaded). {reason}"
-    )
+    if isinstance(error, OSError):
+        return (
+            f"backbone.path: {path!r} holds no safetensors weights (pickled checkpoints are not "
+            f"loaded). {reason}"
+        )
+    return f"backbone.path: {path!r} cannot be loaded: {type(error).__name__}: {reason}"
 
 
 def _quantized(
@@ -200,7 +226,7 @@ def megabytes(count: int) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 ACTIVATIONS = ("silu", "swish")

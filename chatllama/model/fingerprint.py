@@ -1,13 +1,12 @@
 """Fingerprints of weights: on which base an adapter was trained, and whether it is in use."""
 
 import hashlib
-import json
-import struct
 from pathlib import Path
 from typing import Any
 
 from chatllama.config.model import BackboneSection
 from chatllama.config.schema import Config
+from chatllama.model.safetensors_header import read_header, read_index
 from chatllama.runs.folder import RunFolder, base_path
 from chatllama.runtime.files import file_hash
 
@@ -71,23 +70,15 @@ def fingerprint(folder: Path) -> str | None:
     """
     entries: dict[str, bytes] = {}
     for index in folder.glob("*.safetensors.index.json"):
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        if not all((folder / shard).is_file() for shard in shards):
+        if not all(shard.is_file() for shard in read_index(index)):
             return None
     for path in sorted(folder.glob("*.safetensors")):
+        header = read_header(path)
         with path.open("rb") as file:
-            try:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(length))
-            except (struct.error, ValueError) as error:
-                raise ValueError(f"{path} is damaged: no safetensors header") from error
             for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
-                begin, end = (8 + length + offset for offset in entry["data_offsets"])
-                size = min(SAMPLE, end - begin)
-                entries[name] = f"{entry['dtype']}{entry['shape']}".encode()
-                for place in (begin, end - size):
+                size = min(SAMPLE, entry.end - entry.begin)
+                entries[name] = f"{entry.dtype}{list(entry.shape)}".encode()
+                for place in (entry.begin, entry.end - size):
                     file.seek(place)
                     entries[name] += file.read(size)
     if not entries:

@@ -314,6 +314,16 @@ def _load_state(model: RoleModel, role: Role, state: Mapping[str, Tensor]) -> No
         own[name].copy_(tensor)
 
 
+def set_head(model: RoleModel, role: Role, weight: Tensor | None) -> None:
+    """Copies a saved weight (1, H), or a scalar, into a role's head; ValueError if none fits."""
+    own = cast(ScalarHead, model.heads[role]).weight
+    found = None if weight is None else tuple(weight.shape)
+    if weight is None or found not in ((), own.shape):
+        needs = f"the backbone needs {tuple(own.shape)}"
+        raise ValueError(f"adapter for role {role}: its head has shape {found}, {needs}")
+    own.data.copy_(weight)
+
+
 def autocast(model: RoleModel) -> torch.autocast:
     """Matrix products in the backbone's type; adapters and heads themselves stay float32."""
     kind = model.llama.dtype

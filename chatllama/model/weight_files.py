@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import safe_open
 from torch import Tensor
 
 from chatllama.model.adapters import SavedAdapter
+from chatllama.model.safetensors_header import model_files, read_header
 from chatllama.runtime.files import write_json
 from chatllama.runtime.hub import hub_folder
 
@@ -23,7 +25,7 @@ MAX_FILE_BYTES = 5 * 10**9
 """Of a file of weights; a model that needs several gets an index."""
 _NAMES = {dtype: name for name, dtype in TORCH_TYPES.items()}
 _PREFIX = "base_model.model."
-_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja")
+_FILES = ("model*.safetensors", "*.json", "tokenizer*", "*.jinja")
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,25 @@ class ModelFiles:
     tensor: Callable[[str], Tensor]
 
 
-def local_folder(path: str, revision: str | None = None) -> Path:
-    """A model's folder on this machine; a hub id is downloaded, or found in the cache."""
+def local_folder(path: str, revision: str | None = None, with_code: bool = False) -> Path:
+    """A model's folder on this machine; a hub id is downloaded, or found in the cache.
+
+    Args:
+        with_code: the repository's Python files, too.
+
+    Raises:
+        ValueError: neither a folder nor a readable hub id.
+    """
     if Path(path).is_dir():
         return Path(path)
-    return hub_folder(path, revision, _FILES)
+    patterns = [*_FILES, *(["*.py"] if with_code else [])]
+    try:
+        return hub_folder(path, revision, patterns)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ValueError(
+            f"no model at {path!r}. Give a local Hugging Face folder (with config.json and "
+            f"model.safetensors) or a hub id. {str(error).strip().splitlines()[0]}"
+        ) from error
 
 
 def open_model(folder: Path) -> ModelFiles:
@@ -48,17 +64,12 @@ def open_model(folder: Path) -> ModelFiles:
     places: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (no mapping)
-                    part = opened.get_slice(name)
-                    places[name], shapes[name] = file, tuple(part.get_shape())
-                    if part.get_dtype() not in TORCH_TYPES:
-                        raise ValueError(f"{file}: {name} is of type {part.get_dtype()}")
-                    dtypes[name] = TORCH_TYPES[part.get_dtype()]
-        except SafetensorError as error:
-            raise ValueError(f"{file}: damaged: {error}") from error
+    for file in model_files(folder):
+        for name, entry in read_header(file).items():
+            if entry.dtype not in TORCH_TYPES:
+                raise ValueError(f"{file}: {name} is of type {entry.dtype}")
+            places[name], shapes[name] = file, entry.shape
+            dtypes[name] = TORCH_TYPES[entry.dtype]
     if not places:
         raise ValueError(f"{folder}: no safetensors files")
 

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
 from chatllama import __version__
 from chatllama.reporting.plots import PANELS, PRETRAINING, Panel, draw
@@ -26,6 +26,7 @@ from chatllama.reporting.summary import (
 from chatllama.runs.folder import STAGES, RunFolder, Stage
 from chatllama.runtime.command_line import duration
 from chatllama.runtime.files import replace_text
+from chatllama.runtime.json_files import held_to_be_whole, read_json
 from chatllama.runtime.jsonl import read_lines
 
 STAGE_TITLES: dict[Stage, str] = {"ppo": "PPO", "reward": "Reward model", "sft": "SFT"}
@@ -57,7 +58,11 @@ def write_report(run: RunFolder) -> Path:
         lstrip_blocks=True,
     )
     environment.filters |= {"place": _place, "duration": duration}
-    replace_text(run.report, environment.get_template("report.html.jinja").render(_content(run)))
+    try:
+        page = environment.get_template("report.html.jinja").render(_content(run))
+    except (ArithmeticError, LookupError, TypeError, UndefinedError) as error:
+        raise ValueError(f"{run.root}: a file to be shown is damaged: {error!r}") from error
+    replace_text(run.report, page)
     return run.report
 
 
@@ -111,8 +116,9 @@ def _health(run: RunFolder) -> dict[str, list[dict[str, Any]]] | None:
     if not path.is_file():
         return None
     by_name: dict[str, list[dict[str, Any]]] = {}
-    for line in read_lines(path):
-        by_name.setdefault(line["name"], []).append(line)
+    with held_to_be_whole(path):
+        for line in read_lines(path):
+            by_name.setdefault(line["name"], []).append(line)
     return by_name
 
 
@@ -122,7 +128,8 @@ def _curves(metrics: Path, panels: Sequence[Panel], limit: float | None) -> dict
     plots, left_out = [], []
     for panel in panels if lines else ():
         shows_accuracy = "reward/accuracy" in panel.curves.values()
-        svg = draw(panel, lines, limit if shows_accuracy else None)
+        with held_to_be_whole(metrics):
+            svg = draw(panel, lines, limit if shows_accuracy else None)
         if svg is None:
             left_out.append(panel.title.lower())
         else:
@@ -136,16 +143,17 @@ def _samples(run: RunFolder) -> list[dict[str, Any]] | None:
     if not run.evaluation.is_file():
         return None
     found = []
-    samples = json.loads(run.evaluation.read_text(encoding="utf-8"))["samples"]
-    for sample in samples[:SAMPLES_SHOWN]:
-        kind = "gold" if sample.get("gold") else "RM score"
-        scores = sample.get("gold") or sample.get("score") or {}
-        answers = [
-            (label, sample[role], scores.get(role))
-            for role, label in ROWS
-            if sample.get(role) is not None
-        ]
-        found.append({"prompt": sample["prompt"], "kind": kind, "answers": answers})
+    content = read_json(run.evaluation)
+    with held_to_be_whole(run.evaluation):
+        for sample in content["samples"][:SAMPLES_SHOWN]:
+            kind = "gold" if sample.get("gold") else "RM score"
+            scores = sample.get("gold") or sample.get("score") or {}
+            answers = [
+                (label, str(sample[role]), scores.get(role))
+                for role, label in ROWS
+                if sample.get(role) is not None
+            ]
+            found.append({"prompt": sample["prompt"], "kind": kind, "answers": answers})
     return found
 
 

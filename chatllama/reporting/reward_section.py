@@ -3,7 +3,6 @@
 The findings are made in `trainers/reward/diagnosis/`; the HTML around them is `report.html.jinja`.
 """
 
-import json
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from chatllama.reporting.plots import INK, LIMIT, LINES, style, themed
 from chatllama.reporting.statistics import FLIP_EVIDENCE, interval_text
 from chatllama.runs.folder import RunFolder
+from chatllama.runtime.json_files import held_to_be_whole, read_json
 
 Found = dict[str, Any]
 
@@ -22,9 +22,10 @@ def diagnosis_section(run: RunFolder) -> Found | None:
     path = run.reward_diagnosis
     if not path.is_file():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    plots = _plots(found["model"]) if found["model"] else []
-    return {"warnings": found["warnings"], "rows": _rows(found), "plots": plots}
+    found = read_json(path)
+    with held_to_be_whole(path):
+        plots = _plots(found["model"]) if found["model"] else []
+        return {"warnings": found["warnings"], "rows": _rows(found), "plots": plots}
 
 
 def _rows(found: Found) -> list[tuple[str, str]]:

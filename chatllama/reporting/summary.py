@@ -4,14 +4,16 @@ Table and findings are read from the summary only; the terminal (`trainers/stage
 the page (`page.py`) show the same.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from typing_extensions import TypedDict
+
 from chatllama.reporting.statistics import INTERVAL, interval_text
 from chatllama.runs.folder import STAGES, RunFolder
 from chatllama.runtime.files import write_json
+from chatllama.runtime.json_files import read_json
 
 ROWS = (("base", "base"), ("sft", "SFT"), ("ppo", "PPO"))
 COLUMNS = {
@@ -34,6 +36,10 @@ class Finding:
     text: str
 
 
+class _Evaluation(TypedDict):
+    roles: dict[str, dict[str, Any]]
+
+
 def write_summary(run: RunFolder) -> dict[str, Any]:
     """Collects the results of stages and evaluation in summary.json; returns them.
 
@@ -43,7 +49,7 @@ def write_summary(run: RunFolder) -> dict[str, Any]:
     """
     summary: dict[str, Any] = {}
     if run.evaluation.is_file():
-        summary.update(json.loads(run.evaluation.read_text(encoding="utf-8"))["roles"])
+        summary.update(read_json(run.evaluation, _Evaluation)["roles"])
     results = {s: run.read_result(s) for s in STAGES if run.result(s).is_file()}
     reward = {name: results.get("reward", {}).get(name) for name in REWARD_NUMBERS}
     summary["reward"] = {name: value for name, value in reward.items() if value is not None}
@@ -61,16 +67,18 @@ def write_summary(run: RunFolder) -> dict[str, Any]:
 
 def read_summary(run: RunFolder) -> dict[str, Any]:
     """The numbers of summary.json; empty if it has not been written."""
-    return json.loads(run.summary.read_text(encoding="utf-8")) if run.summary.is_file() else {}
+    return read_json(run.summary) if run.summary.is_file() else {}
 
 
 def number(summary: dict[str, Any], name: str) -> float | None:
-    """The value at a dotted name; None where it is absent."""
+    """The value at a dotted name; None where it is absent, ValueError where it is no number."""
     value: Any = summary
     for key in name.split("."):
         if not isinstance(value, dict) or key not in value:
             return None
         value = value[key]
+    if value is not None and not isinstance(value, int | float):
+        raise ValueError(f"summary.json is damaged: {name} must be a number, not {value!r:.60}")
     return None if value is None else float(value)
 
 

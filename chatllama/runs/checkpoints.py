@@ -5,7 +5,6 @@ disk and only then renamed, so that a kill at any moment leaves the last good on
 is in it is up to the writer (`trainers/engine/engine.py`).
 """
 
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from typing_extensions import NotRequired, TypedDict
 
 from chatllama.config.schema import DeepSpeedSection
 from chatllama.runs.folder import RunFolder, Stage
 from chatllama.runtime.distributed import all_gather_objects, barrier, is_launched, rank, world_size
 from chatllama.runtime.files import file_hash, put_back, replace_folder, write_json
+from chatllama.runtime.json_files import MORE_KEYS, read_json
 
 STEP, DAMAGED, REMOVED = "step-", "damaged-", ".removed"
 MANIFEST = "manifest.json"
@@ -34,6 +35,23 @@ class DamagedError(ValueError):
 
 class NotFiniteError(ValueError):
     """A tensor that was to be written holds NaN or infinity."""
+
+
+class _File(TypedDict):
+    bytes: int
+    sha256: str
+
+
+class _Layout(TypedDict):
+    ranks: int
+    zero_stage: int | None
+    microbatch_size: int
+
+
+class _Manifest(TypedDict):
+    __pydantic_config__ = MORE_KEYS  # pyright: ignore[reportGeneralTypeIssues]
+    files: dict[str, _File]
+    layout: NotRequired[_Layout]
 
 
 def step_folders(folder: Path) -> list[Path]:
@@ -257,13 +275,13 @@ def verify(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path, _Manifest)
     except FileNotFoundError:
         raise DamagedError(f"{path} is missing: this is no complete checkpoint") from None
     except ValueError as error:
-        raise DamagedError(f"{path} is damaged: {error}") from error
-    expected = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(expected, dict) or not expected:
+        raise DamagedError(str(error)) from error
+    expected = manifest["files"]
+    if not expected:
         raise DamagedError(f"{path} is damaged: it lists no files")
     for name, entry in expected.items():
         path = folder / name

@@ -3,13 +3,15 @@
 What lineage.json records, and what follows from it, is in `trainers/stages/`.
 """
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from typing_extensions import NotRequired, TypedDict
+
 from chatllama.runtime.files import write_json
+from chatllama.runtime.json_files import MORE_KEYS, read_json
 
 if TYPE_CHECKING:  # importing it takes a second
     from chatllama.config.model import BackboneSection
@@ -19,6 +21,36 @@ Stage = Literal["sft", "reward", "ppo"]
 STAGES: tuple[Stage, ...] = ("sft", "reward", "ppo")
 INFO = "chatllama.json"
 """Beside every adapter and model that was made here: what it is."""
+
+
+class _Data(TypedDict):
+    __pydantic_config__ = MORE_KEYS  # pyright: ignore[reportGeneralTypeIssues]
+    sha256: str | None
+
+
+class _Base(TypedDict):
+    __pydantic_config__ = MORE_KEYS  # pyright: ignore[reportGeneralTypeIssues]
+    path: str
+    fingerprint: str | None
+    files: NotRequired[dict[str, str]]
+    commit: NotRequired[str]
+
+
+class _Record(TypedDict):
+    """What lineage.json holds of a stage; `trainers/stages/lineage.py` writes it."""
+
+    __pydantic_config__ = MORE_KEYS  # pyright: ignore[reportGeneralTypeIssues]
+    begun: str
+    finished: str | None
+    code: dict[str, str]
+    packages: dict[str, str]
+    config: dict[str, Any]
+    base: _Base
+    data: dict[str, _Data]
+    parents: dict[str, str | None]
+    outputs: NotRequired[dict[str, str | None]]
+    files: NotRequired[dict[str, str | None]]
+    changed: NotRequired[list[list[str]]]
 
 
 @dataclass
@@ -103,7 +135,7 @@ class RunFolder:
         """The number of members in `members`."""
         if not self.members.is_file():
             return 0
-        return len(json.loads(self.members.read_text(encoding="utf-8")))
+        return len(read_json(self.members, list[dict[str, Any]]))
 
     def stage(self, stage: Stage) -> Path:
         """Folder of one stage."""
@@ -140,7 +172,7 @@ class RunFolder:
         path = self.result(stage)
         if not path.is_file():
             raise ValueError(f"stage {stage} of {self.root} has not finished: {path} is missing")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path, dict[str, int | float])
 
 
 def check_run_dir(root: Path) -> None:
@@ -164,10 +196,7 @@ def read_lineage(run: RunFolder) -> dict[str, dict[str, Any]]:
     """The record of each stage; empty where none is written."""
     if not run.lineage.is_file():
         return {}
-    try:
-        return json.loads(run.lineage.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{run.lineage} is damaged: {error}") from error
+    return read_json(run.lineage, dict[str, _Record])
 
 
 def write_record(run: RunFolder, stage: Stage, record: dict[str, Any] | None) -> None:

@@ -22,6 +22,7 @@ import psutil
 
 from chatllama.runs.folder import RunFolder, check_run_dir
 from chatllama.runtime.command_line import duration
+from chatllama.runtime.json_files import read_json
 
 Holder = Literal["run", "stage"]
 SAME_START_SECONDS = 5.0
@@ -71,13 +72,11 @@ def lock_path(run: RunFolder, holder: Holder) -> Path:
 def read_owner(path: Path) -> Owner | None:
     """The process in a lock file, None without one; raises ValueError where it is damaged."""
     try:
-        return Owner(**json.loads(path.read_text(encoding="utf-8")))
+        return read_json(path, Owner)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}): if nothing runs there, remove it"
-        ) from error
+    except ValueError as error:
+        raise ValueError(f"{error}: if nothing runs there, remove it") from error
 
 
 def acquire(run: RunFolder, holder: Holder, token: str | None = None) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from chatllama.runtime.files import replace_text, write_json
+from chatllama.runtime.json_files import read_json
 
 _BREAKS = re.compile("[\x85\u2028\u2029]")
 """Line breaks to `str.splitlines` and many readers, which JSON writes as they are."""
@@ -31,7 +32,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             content = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: not JSON ({error})") from None
         if not isinstance(content, dict):
             raise ValueError(f"{path}:{number}: not a JSON object")
@@ -94,9 +95,9 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     if not beside.is_file():
         raise ValueError(f"--out {path} exists, without {beside.name} beside it: {remedy}")
     try:
-        before = json.loads(beside.read_text(encoding="utf-8"))
+        before = read_json(beside)
     except ValueError as error:
-        raise ValueError(f"{beside}: damaged ({error}): {remedy}") from None
+        raise ValueError(f"{error}: {remedy}") from None
     differing = [
         "other prompts"
         if name == "prompts"

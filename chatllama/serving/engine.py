@@ -181,16 +181,7 @@ class Engine:
             if not group:
                 continue
             batch = self._batches.setdefault(role, _RoleBatch(self._model, self.limits.rows))
-
-            def read(batch: _RoleBatch = batch, group: list[Row] = group) -> list[Sampled]:
-                sampled = batch.decoding.admit([row.request for row in group])
-                for one, row in zip(sampled, group, strict=True):
-                    batch.rows[one.row] = row
-                return sampled
-
-            if not self._guarded(role, batch, read):
-                for row in group:
-                    self._fail(row.job, _broken())
+            self._read_prompts(role, batch, group)
 
     def _can_be_sampled(self, row: Row) -> bool:
         """Fails a row whose settings make no tensors, before it can fail a batch."""
@@ -222,7 +213,28 @@ class Engine:
                 group.append(self._waiting.popleft())
         return group
 
-    def _guarded(self, role: Role, batch: _RoleBatch, work: Callable[[], list[Sampled]]) -> bool:
+    def _read_prompts(self, role: Role, batch: _RoleBatch, group: Sequence[Row]) -> None:
+        """Reads prompts; if that raises, each half again, so that what raises fails alone."""
+        group = [row for row in group if not row.job.over]
+        if not group:
+            return
+        sampled: list[Sampled] | None = None
+        try:
+            with sampling_as(self._model, role):
+                sampled = batch.decoding.admit([row.request for row in group])
+        except Exception as error:
+            if len(group) == 1:
+                self._break([group[0].job], error)
+                return
+        if sampled is None:  # the error is gone, and with it the tensors that it held
+            middle = len(group) // 2
+            self._read_prompts(role, batch, group[:middle])
+            self._read_prompts(role, batch, group[middle:])
+            return
+        batch.rows |= {one.row: row for one, row in zip(sampled, group, strict=True)}
+        self._guarded(role, batch, lambda: sampled)
+
+    def _guarded(self, role: Role, batch: _RoleBatch, work: Callable[[], list[Sampled]]) -> None:
         """Runs a batch's work and delivers; if it raises, only this batch's jobs fail."""
         try:
             with sampling_as(self._model, role):
@@ -231,8 +243,6 @@ class Engine:
         except Exception as error:
             self._break([row.job for row in batch.rows.values()], error)
             self._batches.pop(role, None)
-            return False
-        return True
 
     def _deliver(self, batch: _RoleBatch, sampled: list[Sampled]) -> None:
         deltas: dict[Job, list[Delta]] = {}

@@ -174,12 +174,18 @@ def describe_contract(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> 
 
 
 def check_contract(
-    expected: dict[str, Any], tokenizer: PreTrainedTokenizerFast, chat: ChatSection, where: str
+    expected: dict[str, Any] | None,
+    tokenizer: PreTrainedTokenizerFast,
+    chat: ChatSection,
+    where: str,
 ) -> None:
     """Raises ValueError, naming every difference, if tokenizer and chat have another contract.
 
-    `expected` is from `describe_contract`; `where` names the path or stage that holds it.
+    `expected` is from `describe_contract`, None where there is none; `where` names the path or
+    stage that holds it.
     """
+    if expected is None:
+        raise ValueError(f"{where}: chatllama.json names no chat contract")
     found = describe_contract(tokenizer, chat)
     expected = {"date": found["date"], **expected}  # not recorded by earlier versions
     labels = {
@@ -196,7 +202,7 @@ def check_contract(
     if missing := [key for key in (*labels, "hash") if key not in expected]:
         raise ValueError(f"{where}: the chat contract lacks {', '.join(missing)}")
     differing = [
-        f"{label}: {expected[key]!r} there, {found[key]!r} here"
+        f"{label}: {repr(expected[key])[:200]} there, {repr(found[key])[:200]} here"
         for key, label in labels.items()
         if expected[key] != found[key]
     ]

@@ -15,6 +15,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from chatllama.text.tokenizer_files import pipeline_errors
+
 # Published tokenizers sometimes forget to flag these as special.
 TURN_MARKERS = (
     "<|im_start|>",
@@ -105,12 +107,13 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str, *, continues: bool = F
     both together where the boundary is not inside a token.
 
     Raises:
-        ValueError: the text holds half a surrogate pair.
+        ValueError: the text holds half a surrogate pair, or the pipeline fails on it.
     """
     encoders = text_encoders(tokenizer)
     pipeline = encoders.continuing if continues else encoders.start
     try:
-        return pipeline.encode(text, add_special_tokens=False).ids
+        with pipeline_errors():
+            return pipeline.encode(text, add_special_tokens=False).ids
     except (UnicodeEncodeError, TypeError) as error:
         raise ValueError(f"not valid Unicode text: {text[:80]!r}") from error
 
@@ -129,7 +132,8 @@ def decode(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> str:
     """Text of ids, without special tokens and without SentencePiece's leading space."""
     special = text_encoders(tokenizer).control_ids
     kept = [index for index in ids if index not in special]
-    return tokenizer.backend_tokenizer.decode(kept, skip_special_tokens=False)
+    with pipeline_errors():
+        return tokenizer.backend_tokenizer.decode(kept, skip_special_tokens=False)
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:

@@ -14,6 +14,8 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
 SPACE = "▁"
+LONGEST_PIECE = 1000
+"""Characters; sentencepiece trains pieces of 16 unless told otherwise."""
 sp_model: Any = sentencepiece_model_pb2  # its classes are made at import: no static types
 _Piece = sp_model.ModelProto.SentencePiece
 
@@ -52,6 +54,8 @@ def build_bpe(path: Path, model: Any) -> Tokenizer:
         ValueError: one of `TEXTS` gets other ids than from sentencepiece: nothing is approximated.
     """
     vocab = {piece.piece: index for index, piece in enumerate(model.pieces)}
+    if (longest := max(map(len, vocab))) > LONGEST_PIECE:
+        raise ValueError(f"{path}: a piece of {longest} characters; {LONGEST_PIECE} is the most")
     unk = next((p.piece for p in model.pieces if p.type == _Piece.UNKNOWN), None)
     merges, fallback = _ranked_merges(model), model.trainer_spec.byte_fallback
     pipeline = Tokenizer(

@@ -21,8 +21,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from chatllama.config.schema import Config
 from chatllama.runs.folder import RunFolder, backbone_path
 from chatllama.runtime.hub import hub_folder
+from chatllama.runtime.json_files import read_json
 from chatllama.runtime.libraries import quiet_libraries
 from chatllama.text import sentencepiece_bpe
+from chatllama.text.tokenizer_files import read_by_library, read_file, read_template
 
 # Key of our own tokenizer_config.json: the tokenizer.json beside it is exact as it is.
 MARKER = "chatllama_exact"
@@ -49,31 +51,42 @@ def load_tokenizer(
         ValueError: nothing loadable there, no EOS token, or no token to pad with.
     """
     folder = _local_folder(path, revision, trust_remote_code)
-    config = _read_json(folder / "tokenizer_config.json")
-    model_file, json_file = folder / "tokenizer.model", folder / "tokenizer.json"
-    model = sentencepiece_bpe.read_model(model_file) if model_file.is_file() else None
-    if MARKER in config and json_file.is_file():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    elif model is not None and sentencepiece_bpe.is_bpe(model):
-        tokenizer = _from_sentencepiece(model_file, model, config)
-    elif json_file.is_file() and "auto_map" not in config:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    elif config or (folder / "config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    else:
-        raise ValueError(f"{path}: no tokenizer.model, tokenizer.json or tokenizer_config.json")
+    config, llama = read_file(folder, "tokenizer_config.json"), read_file(folder, "config.json")
+    for name in ("special_tokens_map.json", "added_tokens.json"):
+        read_file(folder, name)
+    read_template(folder, config)
+    tokenizer = _open(folder, str(path), config, trust_remote_code)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(
             f"{path}: {type(tokenizer).__name__} has no `tokenizers` pipeline; convert it to a "
             "tokenizer.json first"
         )
-    if model is not None:
-        tokenizer.vocab_file = str(model_file)
-    llama = _read_json(folder / "config.json")
     _check_embeddings(tokenizer, str(path), llama.get("vocab_size"))
     limits = (llama.get("max_position_embeddings"), llama.get("sliding_window"))  # Mistral's
     vars(tokenizer)["max_positions"] = min(filter(None, limits), default=None)
     return _apply_policy(tokenizer, str(path), llama.get("vocab_size"))
+
+
+def _open(folder: Path, path: str, config: dict[str, Any], trust_remote_code: bool) -> Any:
+    """The tokenizer as one of the libraries, or our conversion, makes it; see `load_tokenizer`."""
+    model_file, json_file = folder / "tokenizer.model", folder / "tokenizer.json"
+    model = sentencepiece_bpe.read_model(model_file) if model_file.is_file() else None
+    is_bpe = model is not None and sentencepiece_bpe.is_bpe(model)
+    with_json = json_file.is_file() and "auto_map" not in config
+    if json_file.is_file() and (MARKER in config or (with_json and not is_bpe)):
+        with read_by_library(json_file):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    elif is_bpe:
+        with read_by_library(model_file):
+            tokenizer = _from_sentencepiece(model_file, model, config)
+    elif config or (folder / "config.json").is_file():
+        with read_by_library(folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    else:
+        raise ValueError(f"{path}: no tokenizer.model, tokenizer.json or tokenizer_config.json")
+    if model is not None:
+        tokenizer.vocab_file = str(model_file)
+    return tokenizer
 
 
 def within_positions(tokenizer: PreTrainedTokenizerFast, max_length: int) -> int:
@@ -102,7 +115,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> No
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(folder)
     config_file = folder / "tokenizer_config.json"
-    config = _read_json(config_file)
+    config = read_json(config_file)
     for key in ("is_local", "local_files_only", "name_or_path", "vocab_file", "auto_map"):
         config.pop(key, None)
     # Named LlamaTokenizer, the pipeline would be rebuilt by transformers, with other ids.
@@ -167,7 +180,7 @@ def _from_sentencepiece(
                 f"{folder}: added token {token.content!r} should have id {index} but the "
                 f"{len(model.pieces)} pieces and the tokens before it end elsewhere"
             )
-    names = _read_json(folder / "special_tokens_map.json") | config
+    names = read_file(folder, "special_tokens_map.json") | config
     spec, special = model.trainer_spec, {}
     for role, index in (("bos", spec.bos_id), ("eos", spec.eos_id), ("unk", spec.unk_id)):
         special[f"{role}_token"] = model.pieces[index].piece if index >= 0 else None
@@ -178,7 +191,7 @@ def _from_sentencepiece(
             special[name] = content
     adds_bos = special["bos_token"] is not None and config.get("add_bos_token") is not False
     return PreTrainedTokenizerFast(
-        tokenizer_object=pipeline, chat_template=_chat_template(folder, config),
+        tokenizer_object=pipeline, chat_template=read_template(folder, config),
         add_bos_token=adds_bos, clean_up_tokenization_spaces=False,
         model_max_length=names.get("model_max_length"), **special,
     )  # fmt: skip
@@ -186,9 +199,9 @@ def _from_sentencepiece(
 
 def _published_additions(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
     """Tokens that the publisher added behind the SentencePiece vocabulary, by id."""
-    added = _read_json(folder / "added_tokens.json").items()
+    added = read_file(folder, "added_tokens.json").items()
     found: dict[int, dict[str, Any]] = {i: {"content": c, "special": True} for c, i in added}
-    tokens = _read_json(folder / "tokenizer.json").get("added_tokens", [])
+    tokens = read_file(folder, "tokenizer.json").get("added_tokens", [])
     found |= {token["id"]: token for token in tokens}
     found |= {int(index): token for index, token in config.get("added_tokens_decoder", {}).items()}
     keys = ("content", "special", "lstrip", "rstrip", "single_word")
@@ -197,15 +210,6 @@ def _published_additions(folder: Path, config: dict[str, Any]) -> dict[int, Adde
         index: AddedToken(normalized=False, **{k: v for k, v in token.items() if k in keys})
         for index, token in found.items()
     }
-
-
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str] | None:
-    if (file := folder / "chat_template.jinja").is_file():
-        return file.read_text("utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        return {entry["name"]: entry["template"] for entry in template}
-    return template
 
 
 def _apply_policy(
@@ -245,10 +249,6 @@ def _local_folder(path: str | Path, revision: str | None, trust_remote_code: boo
         return hub_folder(str(path), revision, patterns)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(f"{path}: neither a folder nor a readable hub id: {error}") from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
 
 def _explain_vocab_size(vocab_size: int, error: str) -> str:

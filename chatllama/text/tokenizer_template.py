@@ -12,13 +12,13 @@ from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.text.chat_templates import Segment
 from chatllama.text.encoding import control_tokens, text_encoders
+from chatllama.text.template_process import rendered
 
-_CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.{,200}?)\1\s*\)")
 _PRIVATE_USE = range(0xE000, 0xF900)
 
 
@@ -32,18 +32,24 @@ def template_segments(
     the last user message. `date` (YYYY-MM-DD) stands for the day of the template's strftime_now.
 
     Raises:
-        ValueError: the template refuses the conversation, rewrites an answer, does
-            not write prompts as prefixes of the whole, or ends an answer without a control token.
+        ValueError: the template refuses the conversation or exceeds its limits, rewrites an answer,
+            does not write prompts as prefixes of the whole, or ends an answer without a control
+            token.
     """
     names = sorted(control_tokens(tokenizer), key=len, reverse=True)
     controls = _control_pattern(tokenizer, names)
     mark, escaped = _escape(messages, names)
-    text = _write(tokenizer, escaped, prompt, date)
-    spans: list[tuple[int, int]] = []
-    for index, message in enumerate(escaped):
-        if message["role"] == "assistant":
-            opening = _write(tokenizer, escaped[:index], True, date)
-            spans.append(_answer_span(text, opening, message["content"], index, controls))
+    answers = [i for i, message in enumerate(escaped) if message["role"] == "assistant"]
+    template = frozen_template(tokenizer.get_chat_template(), date)
+    text, *openings = rendered(
+        template,
+        tokenizer.special_tokens_map,
+        [(escaped, prompt), *((escaped[:index], True) for index in answers)],
+    )
+    spans = [
+        _answer_span(text, opening, escaped[index]["content"], index, controls)
+        for index, opening in zip(answers, openings, strict=True)
+    ]
     if spans and messages[-1]["role"] == "assistant":
         text = text[: spans[-1][1]]
     bare = not text_encoders(tokenizer).prefixes_every_segment
@@ -68,20 +74,6 @@ def frozen_template(template: str, date: str | None) -> str:
             f"{found[0]!r}; write the format into the call, as in strftime_now('%d %b %Y')"
         )
     return frozen
-
-
-def _write(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Any], prompt: bool, date: str | None
-) -> str:
-    template = frozen_template(tokenizer.get_chat_template(), date)
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages), chat_template=template, tokenize=False, add_generation_prompt=prompt
-        )
-    except TemplateError as error:
-        raise ValueError(f"the tokenizer's chat template refuses this: {error}") from error
-    assert isinstance(text, str)
-    return text
 
 
 def _answer_span(

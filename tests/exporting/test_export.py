@@ -38,7 +38,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def written(model: RoleModel, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`policy`, `reward` and `value` adapters; read them, never write into them."""
     folder = tmp_path_factory.mktemp("adapters")
-    info = {"base": str(base), "contract": "abc", "stage": "ppo"}
+    info = {"base": str(base), "contract": {"hash": "abc"}, "stage": "ppo"}
     save_adapter(folder / "policy", adapter_state(model, "policy"), LORA, info)
     roles: tuple[Role, ...] = ("reward", "value")
     for role in roles:
@@ -82,7 +82,7 @@ def test_an_adapter_reads_back_as_it_was(model: RoleModel, written: Path, base: 
         assert torch.equal(saved.state[name], tensor)
     section = LORA if role == "policy" else REWARD_LORA
     assert (saved.lora.r, saved.lora.alpha) == (section.r, section.alpha)
-    assert saved.info == {"base": str(base), "contract": "abc", "stage": "ppo"}
+    assert saved.info == {"base": str(base), "contract": {"hash": "abc"}, "stage": "ppo"}
     head = {} if role == "policy" else model.heads[role].state_dict()
     assert saved.head.keys() == head.keys()
     assert all(torch.equal(saved.head[name], tensor) for name, tensor in head.items())
@@ -209,7 +209,7 @@ def test_a_bad_tensor_is_refused_and_the_old_adapter_stays(
     state = {**adapter_state(model, "policy"), NAME: tensor}
     with pytest.raises(ValueError, match=f"policy: tensor {NAME} {message}"):
         save_adapter(policy, state, LORA, {"base": "b"})
-    assert load_adapter(policy).info["contract"] == "abc"
+    assert load_adapter(policy).info["contract"] == {"hash": "abc"}
 
 
 def test_a_bad_head_is_refused(tmp_path: Path):
@@ -245,7 +245,7 @@ def test_a_missing_folder_is_named(tmp_path: Path):
 def test_a_file_cut_off_is_refused(policy: Path, name: str, part: float):
     content = (policy / name).read_bytes()
     (policy / name).write_bytes(content[: int(len(content) * part)])
-    with pytest.raises(ValueError, match=r"policy: damaged adapter: \w+Error"):
+    with pytest.raises(ValueError, match=r"policy(: |/\w+\.json is )damaged"):
         load_adapter(policy)
 
 
@@ -312,15 +312,15 @@ def test_an_interrupted_save_leaves_the_old_adapter(
         monkeypatch.setattr(Path, "rename", refuse_new)
     state = {name: tensor + 1 for name, tensor in adapter_state(model, "policy").items()}
     with pytest.raises((KeyboardInterrupt, OSError, ValueError)) as caught:
-        save_adapter(policy, state, LORA, {"base": "b", "contract": "new"})
+        save_adapter(policy, state, LORA, {"base": "b", "contract": {"hash": "new"}})
     if moment == "reopening":
         assert f"tensor {NAME} did not read back equal" in str(caught.value)
     old = load_adapter(policy)
-    assert old.info["contract"] == "abc"
+    assert old.info["contract"] == {"hash": "abc"}
     assert torch.equal(old.state[NAME], adapter_state(model, "policy")[NAME])
 
     monkeypatch.undo()  # what the interruption left lying about does not matter
-    save_adapter(policy, state, LORA, {"base": "b", "contract": "new"})
-    assert load_adapter(policy).info["contract"] == "new"
+    save_adapter(policy, state, LORA, {"base": "b", "contract": {"hash": "new"}})
+    assert load_adapter(policy).info["contract"] == {"hash": "new"}
     assert torch.equal(load_adapter(policy).state[NAME], state[NAME])
     assert {path.name for path in policy.parent.iterdir()} == {"policy"}

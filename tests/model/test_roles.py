@@ -26,6 +26,7 @@ from chatllama.model.roles import (
     adapter_parameters,
     adapter_state,
     lora_config,
+    set_head,
 )
 from chatllama.model.scoring import policy_and_value, response_logprobs, score_sequences
 
@@ -285,3 +286,14 @@ def test_padding_embedding_gets_no_gradient(model: RoleModel):
     assert embedding.grad is not None
     assert embedding.grad[0].abs().max() == 0.0
     assert embedding.grad[2:].abs().max() > 0.0
+
+
+@pytest.mark.parametrize("shape", [None, (1, 8), (2, 32), (32,), (1, 32, 1)])
+def test_a_head_of_another_width_is_refused(model: RoleModel, shape: tuple[int, ...] | None):
+    own = next(model.heads["value"].parameters())
+    before = own.detach().clone()
+    with pytest.raises(ValueError, match=r"adapter for role value.* head"):
+        set_head(model, "value", None if shape is None else torch.ones(shape))
+    assert torch.equal(own, before)
+    set_head(model, "value", torch.full((1, 32), 0.5))
+    assert own.unique().tolist() == [0.5]

@@ -191,7 +191,17 @@ DAMAGES = {
     r"manifest\.json is damaged: it lists no": lambda folder: (folder / MANIFEST).write_text(
         '{"step": 4, "files": {}}'
     ),
-    r"manifest\.json is damaged: it lists": lambda folder: (folder / MANIFEST).write_text("[]"),
+    r"manifest\.json is damaged: the whole must be": lambda f: (f / MANIFEST).write_text("[]"),
+    r"manifest\.json is damaged: files must be": lambda folder: (folder / MANIFEST).write_text(
+        '{"files": [5]}'
+    ),
+    r"manifest\.json is damaged: files\.part\.bytes must": lambda folder: (
+        folder / MANIFEST
+    ).write_text('{"files": {"part": {"bytes": "1", "sha256": "x"}}}'),
+    r"manifest\.json is damaged: layout\.ranks must": lambda f: (f / MANIFEST).write_text(
+        '{"files": {}, "layout": {"ranks": null, "zero_stage": 2, "microbatch_size": 1}}'
+    ),
+    r"manifest\.json is damaged: recursion": lambda f: (f / MANIFEST).write_text("[" * 99_999),
 }
 
 

@@ -1,6 +1,8 @@
 """Paths of a run folder, and the records of lineage.json."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,18 +42,57 @@ def test_checkpoints_or_finished_members_show_that_a_stage_was_begun(tmp_path: P
     assert run.was_begun("sft") and run.was_begun("reward") and run.was_begun("ppo")
 
 
+def record(**changes: Any) -> dict[str, Any]:
+    """What lineage.json holds of a stage that runs."""
+    base = {"path": "b", "fingerprint": None, "of_next_year": 1}
+    empty = {key: {} for key in ("code", "packages", "config", "data", "parents")}
+    return {"begun": "2026", "finished": None, "base": base, **empty, "seed": 1} | changes
+
+
 def test_records_of_lineage_are_replaced_and_removed(tmp_path: Path):
     run = RunFolder(tmp_path)
     assert read_lineage(run) == {}
-    write_record(run, "ppo", {"seed": 1})
-    write_record(run, "sft", {"seed": 2})
-    write_record(run, "ppo", {"seed": 3})
-    assert list(read_lineage(run).items()) == [("sft", {"seed": 2}), ("ppo", {"seed": 3})]
+    write_record(run, "ppo", record())
+    write_record(run, "sft", record(seed=2))
+    write_record(run, "ppo", record(seed=3))
+    expected = [("sft", record(seed=2)), ("ppo", record(seed=3))]
+    assert list(read_lineage(run).items()) == expected
     write_record(run, "sft", None)
-    assert read_lineage(run) == {"ppo": {"seed": 3}}
+    assert read_lineage(run) == {"ppo": record(seed=3)}
     run.lineage.write_text("{")
     with pytest.raises(ValueError, match=r"lineage\.json is damaged"):
         read_lineage(run)
+
+
+STRANGE: list[Any] = [
+    None, [], 5, "x", {"sft": None}, {"sft": []}, {"sft": {}}, {"sft": "x"}, {"sft": 2**70},
+    *({"sft": record(**{key: value})} for key in ("base", "config", "data", "parents", "packages",
+      "code", "outputs", "files", "changed", "begun") for value in (None, 5, "x" * 5, [[[5]]])
+      if not (key == "begun" and isinstance(value, str))),
+    {"sft": record(base={"path": 5, "fingerprint": None})}, {"sft": record(base={"path": "b"})},
+    {"sft": record(base={"path": "b", "fingerprint": 5})}, {"sft": record(data={"a": {}})},
+    {"sft": record(base={"path": "b", "fingerprint": "f", "files": {"a": None}})},
+    {"sft": record(data={"a": {"sha256": 5}})}, {"sft": record(files={"a": {}})},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", STRANGE)
+def test_lineage_of_another_shape_is_damaged(tmp_path: Path, content: Any):
+    run = RunFolder(tmp_path)
+    run.lineage.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"lineage\.json is damaged: .*(must be|is missing)"):
+        read_lineage(run)
+
+
+@pytest.mark.parametrize(
+    "content", ["null", "[]", "5", '{"loss": "x"}', '{"loss": null}', "[" * 9999]
+)
+def test_results_of_another_shape_are_damaged(tmp_path: Path, content: str):
+    run = RunFolder(tmp_path)
+    run.stage("sft").mkdir()
+    run.result("sft").write_text(content)
+    with pytest.raises(ValueError, match=r"result\.json is damaged"):
+        run.read_result("sft")
 
 
 def test_what_cannot_be_a_run_folder_is_refused(tmp_path: Path):

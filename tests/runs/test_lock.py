@@ -106,7 +106,7 @@ def test_another_machine_is_never_overruled(run: RunFolder):
 def test_an_unreadable_lock_is_named(run: RunFolder):
     run.root.mkdir()
     lock_path(run, "stage").write_text("{")
-    with pytest.raises(ValueError, match=r"lock-stage cannot be read .* remove it"):
+    with pytest.raises(ValueError, match=r"lock-stage is damaged: .* remove it"):
         acquire(run, "run")
 
 
@@ -144,3 +144,20 @@ def test_another_machine_that_locks_in_between_is_first(
         acquire(run, "run")
     assert lock_path(run, "run").read_text() == "theirs"
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["null", "[]", "", "{", "{}", "[" * 100_000, '{"host": 5}']
+    + [{key: value} for key, value in (("pid", "1"), ("pid", None), ("pid", 1e9), ("host", []),
+       ("started", "x"), ("since", None), ("token", 5), ("command", {}))],
+)  # fmt: skip
+def test_a_lock_of_another_shape_is_refused_with_the_remedy(run: RunFolder, content: Any):
+    leave_lock(run, os.getpid())
+    path = lock_path(run, "run")
+    whole = json.loads(path.read_text())
+    path.write_text(content if isinstance(content, str) else json.dumps(whole | content))
+    with pytest.raises(
+        ValueError, match=r"lock-run is damaged: .*: if nothing runs there, remove it"
+    ):
+        acquire(run, "stage")

@@ -157,3 +157,111 @@ def test_a_text_that_cannot_be_decoded_fails_alone(
     body = json.dumps({"model": "policy", "prompt": "a", "max_tokens": 5}).encode()
     found, told = answers_beside(url, [body])
     assert found == alone and told[0][0] == 500 and "tokenizer" not in str(told)
+
+
+PLACES = {
+    "the last layer": lambda llama: llama.model.layers[-1].mlp,
+    "the first layer": lambda llama: llama.model.layers[0].self_attn,
+    "the head": lambda llama: llama.lm_head,
+}
+
+
+ERRORS = (torch.OutOfMemoryError("no memory"), MemoryError(), ValueError())
+
+
+@pytest.mark.parametrize(("place", "error"), zip(PLACES, ERRORS, strict=True))
+def test_a_prompt_that_cannot_be_read_fails_alone(
+    url: str, loaded: LoadedRun, place: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails somewhere in the forward pass, with rows of the cache written, some of them NaN."""
+    alone, _ = answers_beside(url, [])
+    module, embedding = PLACES[place](loaded.model.llama), loaded.model.llama.model.embed_tokens
+    forward, embed = module.forward, embedding.forward
+    longest: list[int] = []
+
+    def embedding_noted(tokens: torch.Tensor) -> Any:
+        longest[:] = [tokens.shape[1]]
+        return embed(tokens)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if longest[0] > 40:
+            raise error
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(embedding, "forward", embedding_noted)
+    monkeypatch.setattr(module, "forward", failing)
+    common = {"model": "policy", "max_tokens": 3}
+    prompts: list[Any] = [[5] * 50, "a", [BAD] * 45, [[6] * 41, [7, 8]], "the river"]
+    bodies = [json.dumps({**common, "prompt": prompt}).encode() for prompt in prompts]
+    found, told = answers_beside(url, bodies)
+    assert found == alone
+    assert [status for status, _ in told] == [500, 200, 500, 500, 200]
+    assert all("internal" in str(answer) for status, answer in told if status == 500)
+    assert answers_beside(url, [])[0] == alone
+
+
+def has_ended(told: list[Any]) -> bool:
+    return bool(told) and (isinstance(told[-1], ApiError) or bool(told[-1][-1].ended))
+
+
+def engine_of(loaded: LoadedRun, prompts: list[Any], roles: list[str]) -> list[list[Any]]:
+    """What an engine tells about each prompt, all of them admitted together."""
+    engine = Engine(loaded.model, EngineLimits(8, 4096, 8), Metrics())
+    told: list[list[Any]] = [[] for _ in prompts]
+    for number, (prompt, role) in enumerate(zip(prompts, roles, strict=True)):
+        deliver = lambda _, what, number=number: told[number].append(what)  # noqa: E731
+        job = Job(role, deliver, time.monotonic() + 60)
+        request = Request(prompt, Sampling(6), [], torch.full((6,), 0.4))
+        job.add_rows([request], loaded.tokenizer, [], False)
+        engine._waiting.extend(job.rows)
+    engine.start()
+    deadline = time.monotonic() + 60
+    while not all(map(has_ended, told)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert engine.alive
+    engine.stop()
+    return told
+
+
+def tokens_of(told: list[Any]) -> list[int] | str:
+    if isinstance(told[-1], ApiError):
+        return f"{told[-1].status} {told[-1].detail.code}"
+    return [one.token for deltas in told for delta in deltas for one in delta.tokens]
+
+
+@pytest.mark.parametrize("bad", [[0], [3], [0, 1], [1, 4], [0, 1, 2, 3, 4], []])
+def test_of_prompts_read_together_only_the_bad_fail(
+    loaded: LoadedRun, bad: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [[5, 6, 7 + n] for n in range(5)]
+    alone = [tokens_of(engine_of(loaded, [prompt], ["policy"])[0]) for prompt in prompts]
+    embedding = loaded.model.llama.model.embed_tokens
+    embed = embedding.forward
+
+    def failing(tokens: torch.Tensor) -> Any:
+        if tokens.shape[1] > 1 and set(tokens[:, -1].tolist()) & {7 + n for n in bad}:
+            raise torch.OutOfMemoryError("no memory")
+        return embed(tokens)
+
+    monkeypatch.setattr(embedding, "forward", failing)
+    found = [tokens_of(told) for told in engine_of(loaded, prompts, ["policy"] * 5)]
+    assert found == ["500 internal" if n in bad else alone[n] for n in range(5)]
+
+
+def test_a_step_that_fails_ends_the_answers_of_its_role_alone(
+    loaded: LoadedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, roles = [[5, 6], [6, 7], [7, 8]], ["policy", "reference", "policy"]
+    alone = tokens_of(engine_of(loaded, prompts[1:2], ["reference"])[0])
+    embedding, calls = loaded.model.llama.model.embed_tokens, []
+    embed = embedding.forward
+
+    def failing(tokens: torch.Tensor) -> Any:
+        if tokens.shape == (2, 1):
+            calls.append(1)
+            raise torch.OutOfMemoryError("no memory")
+        return embed(tokens)
+
+    monkeypatch.setattr(embedding, "forward", failing)
+    found = [tokens_of(told) for told in engine_of(loaded, prompts, roles)]
+    assert found == ["500 internal", alone, "500 internal"] and len(calls) == 1

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
@@ -17,9 +16,9 @@ from chatllama.model.roles import (
     Adapter,
     Role,
     RoleModel,
-    ScalarHead,
     adapter_parameters,
     adapter_state,
+    set_head,
 )
 from chatllama.runs.folder import RunFolder, base_path
 from chatllama.runtime.distributed import barrier, rank, world_size
@@ -48,7 +47,7 @@ def build_roles(cfg: Config, run: RunFolder, tokenizer: PreTrainedTokenizerFast)
 
     def opened(path: str | Path) -> SavedAdapter:
         saved = load_adapter(Path(path))
-        check_contract(saved.info["contract"], tokenizer, cfg.chat, str(path))
+        check_contract(saved.info.get("contract"), tokenizer, cfg.chat, str(path))
         check_base(cfg, run, saved.info, str(path))
         return saved
 
@@ -63,7 +62,7 @@ def build_roles(cfg: Config, run: RunFolder, tokenizer: PreTrainedTokenizerFast)
     adapters["policy"] = Adapter(start.lora, start.state, trainable=True)
     if section.ema_decay is not None:
         adapters["ema"] = start
-    heads: dict[Role, torch.Tensor] = {}
+    heads: dict[Role, torch.Tensor | None] = {}
     members: list[list[Role]] = []
     first: SavedAdapter | None = None
     for reward in section.rewards:
@@ -74,7 +73,7 @@ def build_roles(cfg: Config, run: RunFolder, tokenizer: PreTrainedTokenizerFast)
             saved = opened(folder)
             role = f"reward_{len(heads)}" if heads else "reward"
             adapters[role] = Adapter(saved.lora, saved.state)
-            heads[role] = saved.head["weight"]
+            heads[role] = saved.head.get("weight")
             members[-1].append(role)
             first = first or saved
     if section.advantage == "gae":
@@ -82,16 +81,15 @@ def build_roles(cfg: Config, run: RunFolder, tokenizer: PreTrainedTokenizerFast)
         heads["value"] = torch.zeros(())
         if section.value_model == "adapter":
             source = first or start
-            heads["value"] = first.head["weight"] if first else torch.zeros(())
+            heads["value"] = first.head.get("weight") if first else torch.zeros(())
             adapters["value"] = Adapter(source.lora, source.state, trainable=True)
     with partitioned_loading(cfg.deepspeed, cfg.backbone.dtype):
         backbone = load_backbone(cfg.backbone, base_path(cfg, run))
     torch.manual_seed(cfg.seed)
     shared = {"value": "policy"} if "value" in heads and "value" not in adapters else None
     model = RoleModel(backbone, adapters, heads=tuple(heads), shared=shared)
-    with torch.no_grad():
-        for role, weight in heads.items():
-            cast(ScalarHead, model.heads[role]).weight.copy_(weight)
+    for role, weight in heads.items():
+        set_head(model, role, weight)
     if cfg.backbone.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return Roles(model, Scorer(cfg, members))

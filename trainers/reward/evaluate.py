@@ -13,6 +13,7 @@ from chatllama.model.scoring import score_sequences, score_shared
 from chatllama.reporting.summary import below_bayes
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.distributed import device
+from chatllama.runtime.json_files import held_to_be_whole
 from chatllama.text.padding import pad_left, pad_right
 from data.batches import AnswerRows, PreferenceCollator, SharedPromptCollator, answer_pairs
 from trainers.engine.microbatches import distribute, gather_rows
@@ -123,8 +124,9 @@ def check_gate(run: RunFolder, section: RewardSection) -> list[str]:
     Raises:
         ValueError: its held-out accuracy is no better than guessing, without `reward.allow_weak`.
     """
-    numbers = run.read_result("reward")
-    accuracy, low, high = (numbers[name] for name in ("accuracy", "accuracy_low", "accuracy_high"))
+    numbers, names = run.read_result("reward"), ("accuracy", "accuracy_low", "accuracy_high")
+    with held_to_be_whole(run.result("reward")):
+        accuracy, low, high = (numbers[name] for name in names)
     warnings = []
     if low <= 0.5:
         text = (

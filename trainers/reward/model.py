@@ -36,7 +36,7 @@ def build_reward_model(
     state = None
     if cfg.lora is not None:
         sft = load_adapter(run.sft_adapter)
-        check_contract(sft.info["contract"], tokenizer, cfg.chat, str(run.sft_adapter))
+        check_contract(sft.info.get("contract"), tokenizer, cfg.chat, str(run.sft_adapter))
         check_base(cfg, run, sft.info, str(run.sft_adapter))
         state = sft.state
     with partitioned_loading(cfg.deepspeed, cfg.backbone.dtype):

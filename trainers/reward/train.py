@@ -7,7 +7,6 @@ examination of scores in `diagnosis/`.
 """
 
 import gc
-import json
 import shutil
 from dataclasses import asdict
 from functools import partial
@@ -26,6 +25,7 @@ from chatllama.runs.checkpoints import check_resume
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.distributed import all_sum, barrier, device, rank, to_device
 from chatllama.runtime.files import write_json
+from chatllama.runtime.json_files import read_json
 from data.batches import PreferenceCollator, batch_indices
 from trainers.engine.engine import Engine
 from trainers.engine.microbatches import microbatches
@@ -33,7 +33,6 @@ from trainers.reward.data import Preferences
 from trainers.reward.evaluate import (
     Collator,
     Member,
-    PaddingError,
     collator_for,
     measure,
     ordered,
@@ -84,8 +83,7 @@ def _finished_members(path: Path, resume: bool) -> list[Member]:
     if not path.is_file():
         return []
     check_resume(path, resume)
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    return [Member(m["loss"], m["scores"], PaddingError(**m["padding"])) for m in saved]
+    return read_json(path, list[Member])
 
 
 def train_member(

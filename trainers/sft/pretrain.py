@@ -4,7 +4,6 @@ The LLaMA trains on every token, as SFT does. It ends as a plain Hugging Face fo
 RUN/backbone, which everything after treats like any other backbone.
 """
 
-import json
 import shutil
 import time
 from typing import cast
@@ -26,6 +25,7 @@ from chatllama.model.roles import RoleModel
 from chatllama.runs.folder import INFO, RunFolder
 from chatllama.runs.replicas import replicate_folder
 from chatllama.runtime import distributed
+from chatllama.runtime.json_files import held_to_be_whole, read_json
 from chatllama.text.tokenizer import load_tokenizer, train_tokenizer
 from data.mixture import load_mixture
 from data.tokenize import tokenize_text
@@ -81,8 +81,11 @@ def backbone_seconds(run: RunFolder) -> dict[str, float]:
     info = run.backbone / INFO
     if not info.is_file():
         return {}
-    content = json.loads(info.read_text(encoding="utf-8"))
-    return {"backbone_seconds": content["wall_seconds"]} if content["stage"] == "backbone" else {}
+    content = read_json(info)
+    with held_to_be_whole(info):
+        if content["stage"] != "backbone":
+            return {}
+        return {"backbone_seconds": float(content["wall_seconds"])}
 
 
 def _as_sft(cfg: Config, section: FromScratch) -> Config:

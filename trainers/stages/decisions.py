@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from typing_extensions import TypedDict
+
 from chatllama.config.schema import Config
 from chatllama.model.integrity import check_base_files, check_outputs, tell_unknown
 from chatllama.runs.checkpoints import step_folders, step_of
 from chatllama.runs.folder import INFO, STAGES, RunFolder, Stage
+from chatllama.runtime.json_files import read_json
 from trainers.stages import lineage
 
 Action = Literal["keep", "do", "go on", "prolong", "again", "forget"]
@@ -194,12 +197,16 @@ def saved_steps(run: RunFolder, stage: Stage) -> set[int]:
     return {step_of(path) for path in step_folders(run.checkpoints(stage))}
 
 
+class _BackboneInfo(TypedDict, total=False):
+    config: dict[str, Any] | None
+
+
 def _check_backbone(cfg: Config, run: RunFolder) -> None:
     """Raises ValueError if the backbone was built here under other settings than those of `cfg`."""
     info = run.backbone / INFO
     if cfg.backbone.from_scratch is None or not info.is_file():
         return
-    old = json.loads(info.read_text(encoding="utf-8")).get("config")
+    old = read_json(info, _BackboneInfo).get("config")
     if old is None:
         return
     new = backbone_config(cfg)

@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typing_extensions import TypedDict
 
 from chatllama.config.batch_sizes import check_batches
 from chatllama.config.schema import Config
@@ -32,6 +33,7 @@ from chatllama.runs.folder import STAGES, RunFolder, Stage
 from chatllama.runs.interruption import EXIT_CODE
 from chatllama.runs.lock import lock_path, locked, read_owner
 from chatllama.runtime.command_line import duration
+from chatllama.runtime.json_files import read_json
 from trainers.stages.arguments import load_stage_config, record_config
 from trainers.stages.decisions import Decision, decide, forget, saved_steps, set_aside
 from trainers.stages.launcher import (
@@ -231,11 +233,16 @@ def _run_stage(
     )
 
 
+class _Interruption(TypedDict):
+    step: int
+    signal: str
+
+
 def _interruption(run: RunFolder, stage: Stage) -> str:
     """How a signal ended a stage, in words."""
     if not run.interrupted(stage).is_file():
         return f"stage {stage} was interrupted while it made no steps"
-    saved = json.loads(run.interrupted(stage).read_text(encoding="utf-8"))
+    saved = read_json(run.interrupted(stage), _Interruption)
     return f"stage {stage} was interrupted ({saved['signal']}) and is saved at step {saved['step']}"
 
 
