@@ -18,7 +18,7 @@ SLOW_WORKERS ?= 0
 # children. CPU seconds, since wall time would fail an innocent change on a busy machine.
 UNIT_CPU_SECONDS ?= 180
 
-.PHONY: help venv demo unit test check lines mutations kills clean
+.PHONY: help venv demo unit test check lines mutations kills gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +29,7 @@ help:
 	@echo "make lines   lines of Python per package, and what is over its limit"
 	@echo "make mutations  plant known bugs of PPO one at a time; the tests must see every one"
 	@echo "make kills   kill real training 50 times; nothing may be lost (minutes)"
+	@echo "make gpu     every check that needs a GPU, half an hour; a dated table in benchmarks/results"
 	@echo "make venv    install into .venv only (PYTHON=python3.12 chooses the interpreter)"
 	@echo "make clean   remove .venv and caches; runs/ stays"
 
@@ -75,6 +76,10 @@ mutations: venv
 
 kills: venv
 	"$(BIN)/python" tests/kills/run.py
+
+# GPU_OPTIONS="--model FOLDER --trl-python PYTHON" adds rows that need more than this checkout.
+gpu: venv
+	"$(BIN)/python" benchmarks/gpu.py $(GPU_OPTIONS)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache build dist

@@ -51,7 +51,7 @@ def environment(**more: str) -> dict[str, str]:
         "CXX": "/nonexistent",
         "CUDA_VISIBLE_DEVICES": "",
         "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": str(PROJECT),
+        "PYTHONPATH": f"{PROJECT}:{PROJECT / 'tests'}",
         "PATH": f"{LAUNCHER.parent}:{os.environ['PATH']}",
         **more,
     }

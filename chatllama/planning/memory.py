@@ -23,7 +23,7 @@ from chatllama.planning.activations import (
     transient_forward,
 )
 from chatllama.planning.shape import ModelShape
-from chatllama.planning.sharding import bucket_bytes, gathered_bytes, trained_state
+from chatllama.planning.sharding import bucket_bytes, gathered_bytes, resident_state, step_state
 from chatllama.runs.folder import Stage
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -148,7 +148,7 @@ def _resident(cfg: Config, shape: ModelShape, place: Place, stage: Stage) -> Ite
         kind = cfg.backbone.quantization if is_quantized(cfg) else cfg.backbone.dtype
         here = 0.0 if zero.offload_param != "none" else weights / split
         yield Line(f"backbone, {kind}", here)
-    adapter, total = shape.adapter_parameters(cfg.adapter_lora), 0
+    adapter = shape.adapter_parameters(cfg.adapter_lora)
     trained = {"policy": shape.parameters} if full else {}
     for role, trains in stage_roles(cfg, stage).items():
         yield Line("adapter", 4.0 * adapter / split, role)
@@ -157,15 +157,13 @@ def _resident(cfg: Config, shape: ModelShape, place: Place, stage: Stage) -> Ite
     if full:
         yield Line("weights, float32", weights / split, "policy")
     for role, elements in trained.items():
-        for name, size in trained_state(zero, elements, place.ranks).items():
-            if name != "gradients" or zero.stage:  # else they come and go with each step
-                yield Line(name, size, role)
-        total += elements
+        for name, size in resident_state(zero, elements, place.ranks).items():
+            yield Line(name, size, role)
     if stage == "ppo" and cfg.generation.engine == "local" and zero.stage < 3:
         half = cfg.backbone.dtype == "bfloat16"
         yield Line("copy in 16 bits, for sampling", 2.0 * adapter * half, "policy")
-    if zero.stage:
-        yield Line("buffer of gradient reduction", bucket_bytes(zero, total))
+    if zero.stage == 3:
+        yield Line("buffer of gradient reduction", bucket_bytes(sum(trained.values())))
 
 
 def is_quantized(cfg: Config) -> bool:
@@ -187,20 +185,22 @@ def _fetched(cfg: Config, shape: ModelShape, precision: Precision) -> Iterator[L
         yield Line("layers gathered by ZeRO-3", gathered_bytes(shape, precision.weights))
 
 
-def _gradients(cfg: Config, elements: int, role: str) -> Iterator[Line]:
-    if not cfg.deepspeed.stage:
-        yield Line("gradients", 4.0 * elements, role)
+def _gradients(cfg: Config, place: Place, elements: int, role: str) -> Iterator[Line]:
+    zero = cfg.deepspeed
+    yield Line("gradients", step_state(zero, elements, place.ranks), role)
+    if zero.stage in (1, 2):
+        yield Line("buffer of their reduction", bucket_bytes(elements), role)
 
 
 def _training(
-    cfg: Config, shape: ModelShape, stage: Stage, role: str, step: Pass, chunk: int
+    cfg: Config, shape: ModelShape, place: Place, stage: Stage, role: str, step: Pass
 ) -> Phases:
-    """A pass with gradients, at the LM head (without one: `chunk` 0) and in its backward pass."""
+    """A pass with gradients, at the LM head (the reward stage has none) and backward."""
     lora = None if stage == "sft" and cfg.lora is None else cfg.adapter_lora
     precision, layers = _precision(cfg, stage), shape.num_hidden_layers
     kept = kept_by_layer(shape, lora, precision, step)
     elements = shape.parameters if lora is None else shape.adapter_parameters(lora)
-    always = [*_fetched(cfg, shape, precision), *_gradients(cfg, elements, role)]
+    always = [*_fetched(cfg, shape, precision), *_gradients(cfg, place, elements, role)]
     table = shape.vocab_size * shape.hidden_size
     if lora is None and precision.half:
         copies = 2.0 * (shape.linear_parameters + table)
@@ -217,8 +217,8 @@ def _training(
     inside = transient_backward(shape, precision, step, checkpointing)
     back.append(Line("gradients inside a layer", inside, role))
     phases = {"backward": (*always, *back)}
-    if chunk:
-        logits = head_chunk(shape, precision, step.scored, chunk)
+    if stage != "reward":
+        logits = head_chunk(shape, precision, step.scored, place.chunk)
         head = [Line("logits", logits, role)]
         if lora is None:
             head.append(Line("gradients of the LM head", 8.0 * table, role))
@@ -229,13 +229,13 @@ def _training(
 def _sft(cfg: Config, shape: ModelShape, place: Place) -> Phases:
     section = cfg.sft
     step = Pass(section.microbatch_size, section.max_length, masked=section.packing)
-    return _training(cfg, shape, "sft", "policy", step, place.chunk)
+    return _training(cfg, shape, place, "sft", "policy", step)
 
 
 def _reward(cfg: Config, shape: ModelShape, place: Place) -> Phases:
     # Pairs too long to share a row with their prompt take a row for each answer.
     step = Pass(2 * cfg.reward.microbatch_size, cfg.reward.max_length, masked=True)
-    return _training(cfg, shape, "reward", "reward", step, 0)
+    return _training(cfg, shape, place, "reward", "reward", step)
 
 
 def _ppo(cfg: Config, shape: ModelShape, place: Place) -> Phases:
@@ -253,8 +253,8 @@ def _ppo(cfg: Config, shape: ModelShape, place: Place) -> Phases:
     phases: Phases = {"scoring": (*fetched, *copies, scoring)}
     if generation.engine == "local":
         phases["rollout"] = (*fetched, *_rollout(cfg, shape, precision))
-    for name, lines in _training(cfg, shape, "ppo", "policy", step, place.chunk).items():
-        beside = (*_value_beside(cfg, shape, lines, adapter), *_ptx_beside(cfg, shape, precision))
+    for name, lines in _training(cfg, shape, place, "ppo", "policy", step).items():
+        beside = (*_value_beside(cfg, place, lines, adapter), *_ptx_beside(cfg, shape, precision))
         phases[f"update, {name}"] = (*lines, *beside)
     return phases
 
@@ -277,7 +277,7 @@ def _rollout(cfg: Config, shape: ModelShape, precision: Precision) -> Iterator[L
 
 
 def _value_beside(
-    cfg: Config, shape: ModelShape, lines: tuple[Line, ...], adapter: int
+    cfg: Config, place: Place, lines: tuple[Line, ...], adapter: int
 ) -> Iterator[Line]:
     """What a value adapter of its own adds to the policy's pass."""
     if "value" not in stage_roles(cfg, "ppo"):
@@ -286,7 +286,7 @@ def _value_beside(
         kept = [line for line in lines if line.name.startswith(("activations", "inputs", "states"))]
         yield Line("graph of the value", sum(line.bytes for line in kept), "value")
         return
-    yield from _gradients(cfg, adapter, "value")
+    yield from _gradients(cfg, place, adapter, "value")
     yield Line("gradients, computed already", 4.0 * adapter, "value")
 
 

@@ -13,36 +13,36 @@ LIVE_ELEMENTS = 1_000_000_000
 """ZeRO-3: parameters that DeepSpeed keeps gathered for their next use."""
 
 
-def trained_state(zero: DeepSpeedSection, elements: int, ranks: int) -> dict[str, float]:
-    """Bytes on one rank of what training some parameters takes beside their weights.
+def resident_state(zero: DeepSpeedSection, elements: int, ranks: int) -> dict[str, float]:
+    """Bytes on one rank, beside their weights, of trained parameters between steps.
 
     Args:
-        zero: None of it applies without the launcher: pass stage 0.
+        zero: stage 0 stands for a process without the launcher too.
         elements: of the trained parameters.
     """
-    away = zero.offload_optimizer != "none"
-    share = elements / ranks
     if zero.stage == 0:
-        return {"gradients": 4.0 * elements, "AdamW": 8.0 * elements}
+        return {"AdamW": 8.0 * elements}
+    share = elements / ranks
+    state = {"AdamW": 8 * share, "optimizer's own copy": 4 * share}
+    if zero.offload_optimizer != "none":
+        state = dict.fromkeys(state, 0.0)
     if zero.stage == 3:
-        state = {"gradients": 4 * share, "AdamW": 8 * share, "optimizer's own copy": 4 * share}
-    else:
-        # Stages 1 and 2 reduce into shards, but keep a rank's gradients for the next step's.
-        state = {
-            "gradients": 4.0 * elements + 4 * share,
-            "AdamW": 8 * share,
-            "optimizer's own copy": 4 * share,
-        }
-    return {name: 0.0 if away and name != "gradients" else size for name, size in state.items()}
+        return state | {"gradients": 4 * share}
+    return state | {"gradients of the last step": 4.0 * elements}
 
 
-def bucket_bytes(zero: DeepSpeedSection, elements: int) -> float:
-    """Bytes of the buffer that gradients are reduced through.
+def step_state(zero: DeepSpeedSection, elements: int, ranks: int) -> float:
+    """Bytes on one rank of gradients that a step adds; arguments as of `resident_state`."""
+    return {0: 4.0 * elements, 3: 0.0}.get(zero.stage, 4.0 * elements / ranks)
+
+
+def bucket_bytes(elements: int) -> float:
+    """Bytes of the buffer that gradients are reduced through; ZeRO-3 keeps it between steps.
 
     Args:
         elements: of all trained parameters of the stage.
     """
-    return 4.0 * min(elements, BUCKET_ELEMENTS) if zero.stage else 0.0
+    return 4.0 * min(elements, BUCKET_ELEMENTS)
 
 
 def gathered_bytes(shape: ModelShape, size: int) -> float:

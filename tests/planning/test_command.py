@@ -52,7 +52,7 @@ def test_each_role_and_phase_is_told(capsys: pytest.CaptureFixture[str]) -> None
     assert "backbone, bfloat16 13.5 GB" in text
     for role in ("reference", "policy", "reward", "value"):
         assert f"    {role:<16}" in text
-    assert "adapter 0.16 GB, gradients 0.32 GB, AdamW 0.32 GB" in text
+    assert "adapter 0.16 GB, AdamW 0.32 GB, optimizer's own copy 0.16 GB" in text
     # 8 rows x 1,024 columns x 32 layers x 2 x 4,096 x 2 bytes
     assert "KV cache 4.29 GB" in text
     assert text.count(": FITS") == 3
@@ -189,7 +189,9 @@ def test_shares_of_ranks() -> None:
 
     assert held(0, 4) == {"adapter": 4, "AdamW": 8}
     assert held(2, 4)["AdamW"] == 2 and held(2, 4)["optimizer's own copy"] == 1
-    assert held(3, 4) == {"adapter": 1, "gradients": 1, "AdamW": 2, "optimizer's own copy": 1}
+    kept = held(3, 4)
+    assert kept.pop("adapter") == kept.pop("gradients") == kept.pop("optimizer's own copy") == 1
+    assert kept == {"AdamW": 2}
 
 
 def test_work_and_disk_by_hand() -> None:
