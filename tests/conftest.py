@@ -40,12 +40,12 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Puts tests on real data into the slow tier; skips the gpu tier where there is no CUDA.
+    """Puts tests on real data and models into the slow tier; skips the gpu tier without CUDA.
 
     Asks torch for CUDA only when such a test was chosen.
     """
     for item in items:
-        if "testdata" in getattr(item, "fixturenames", ()):
+        if {"testdata", "real_model"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
     if config.getoption("collectonly") or "not gpu" in str(config.getoption("markexpr")):
         return
@@ -89,6 +89,16 @@ def testdata() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return TESTDATA
+
+
+@pytest.fixture(scope="session")
+def real_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct, imported from its GGUF file: a Hugging Face folder of 540 MB."""
+    from real_model import real_gguf
+
+    from chatllama.importing.gguf_checkpoint import import_gguf
+
+    return import_gguf(real_gguf(), tmp_path_factory.mktemp("real") / "smollm2")
 
 
 @pytest.fixture(scope="session")
