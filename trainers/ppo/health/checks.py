@@ -16,8 +16,6 @@ DEAD_STEPS = 3
 CRITIC_STEPS, CRITIC_RISE = 10, 0.1
 SURPRISE_FLOOR = 0.01
 """Nats per token that different kernels in sampling and scoring may cause."""
-MAX_EXPONENT = 700.0
-"""Beyond it exp overflows."""
 KL_FLOOR = 0.02
 """Nats per response by which an estimate below 0 is rounding."""
 
@@ -112,9 +110,7 @@ def check_first_ratio(history: History, section: HealthSection, metrics: Metrics
     )
 
 
-def check_mean_initial_kl(
-    history: History, section: HealthSection, metrics: Metrics
-) -> Finding | None:
+def check_mean_kl(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
     """Policy and reference are the same model before the first update, but for rounding."""
     figure = metrics["ppo/kl_abs_mean"] if history.steps <= 1 else 0.0
     return _above(
@@ -125,9 +121,7 @@ def check_mean_initial_kl(
     )
 
 
-def check_mean_first_ratio(
-    history: History, section: HealthSection, metrics: Metrics
-) -> Finding | None:
+def check_mean_ratio(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
     """Rollout and first minibatch score the same weights alike, but for rounding."""
     figure = metrics["ppo/first_log_ratio_mean"]
     return _above(
@@ -152,7 +146,7 @@ def check_ratio(history: History, section: HealthSection, metrics: Metrics) -> F
 def check_approx_kl(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
     """Ratios stay near 1 on the whole."""
     figure = metrics["ppo/approx_kl"]
-    factor = math.exp(min(math.sqrt(2 * figure), MAX_EXPONENT))
+    factor = math.exp(min(math.sqrt(2 * figure), 700.0))  # beyond it exp overflows
     return _above(
         figure,
         section.max_approx_kl,
@@ -237,7 +231,7 @@ def check_raw_scores(history: History, section: HealthSection, metrics: Metrics)
     deviations = history.recent("ppo/rm_score_std", DEAD_STEPS)
     sizes = [max(1.0, abs(mean)) for mean in history.recent("ppo/rm_score_mean", DEAD_STEPS)]
     figure = max(d / size for d, size in zip(deviations, sizes, strict=True))
-    return _dead(
+    return _below(
         figure,
         section.min_score_std,
         f"The raw scores of {DEAD_STEPS} steps running differ by {max(deviations):.2g} (standard "
@@ -247,16 +241,12 @@ def check_raw_scores(history: History, section: HealthSection, metrics: Metrics)
 
 def check_scores(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
     """Shaped scores, with their clipping and penalties, differ between responses."""
-    return _dead(
+    return _below(
         max(history.recent("ppo/score_std", DEAD_STEPS)),
         section.min_score_std,
         f"All responses of {DEAD_STEPS} steps running got the same score: there is nothing to "
         "learn but the KL penalty.",
     )
-
-
-def _dead(figure: float, threshold: float, meaning: str) -> Finding | None:
-    return Finding(figure, threshold, meaning) if figure <= threshold else None
 
 
 def check_gold_falls(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
