@@ -24,7 +24,8 @@ from chatllama.text.tokenizer import within_positions
 from data.decontaminate import build_index, contamination
 from data.reading.records import Kind
 from data.reading.source import ReadReport, read_source
-from data.tokenize import TokenReport, tokenize
+from data.token_report import TokenReport
+from data.tokenize import tokenize
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ Batches and their order are in `batches.py`; the layout of a conversation is in
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from datasets import Dataset, List, Value
@@ -14,53 +13,12 @@ from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.model import ChatSection
 from chatllama.text.chat_format import Message, end_of_turn_ids, render
-from chatllama.text.encoding import decode, encode, encode_text
+from chatllama.text.encoding import encode_text
 from chatllama.text.tokenizer import within_positions
 from data.caching import cached_map
-from data.reading.records import record_texts
+from data.token_report import NUM_EXAMPLES, TokenReport, lost_characters
 
-NUM_EXAMPLES = 3
 NOT_RENDERED = "the chat template refuses or rewrites it"
-
-
-@dataclass(frozen=True)
-class TokenReport:
-    """Counts of tokenised records."""
-
-    num_read: int
-    num_kept: int
-    changed: dict[str, int]
-    """Kept but changed, by what was done."""
-    left_out: dict[str, int]
-    """Left out, by reason."""
-    lost: list[str] = field(default_factory=list[str])
-    """Of each kept record that has some, the characters that the tokenizer cannot write."""
-    examples: list[str] = field(default_factory=list[str])
-    """`file:line: reason` of the first few that the chat template refuses."""
-
-    def summary(self) -> str:
-        """A line for the log, and one for each example."""
-        counts = [f"{count} {what}" for what, count in self.changed.items()]
-        counts += [f"{count} left out: {reason}" for reason, count in self.left_out.items()]
-        if self.lost:
-            characters = Counter("".join(self.lost)).most_common(5)
-            counts.append(
-                f"{len(self.lost)} with characters that this tokenizer cannot write, such as "
-                f"{', '.join(repr(char) for char, _ in characters)}: <unk> or nothing stands for "
-                "them. Take a tokenizer with byte fallback, or take them out (`chatllama data "
-                "check` counts each)"
-            )
-        line = "; ".join([f"{self.num_kept} of {self.num_read} examples", *counts])
-        return "\n  ".join([line, *self.examples])
-
-    @property
-    def facts(self) -> dict[str, float]:
-        """The counts for a stage's result."""
-        return {
-            "examples": self.num_kept,
-            "examples_changed": sum(self.changed.values()),
-            "examples_left_out": sum(self.left_out.values()),
-        }
 
 
 def tokenize(
@@ -125,7 +83,7 @@ def _by_record(
         dict(zip(records, values, strict=True)) for values in zip(*records.values(), strict=True)
     ]
     made: list[dict[str, Any]] = []
-    for record, lost in zip(each, _lost_characters(each, tokenizer), strict=True):
+    for record, lost in zip(each, lost_characters(each, tokenizer), strict=True):
         notes = {"changed": "", "left_out": "", "refusal": "", "lost": lost}
         try:
             made.append(notes | make(record, tokenizer, *arguments))
@@ -133,23 +91,6 @@ def _by_record(
             refusal = f"{record.get('where', 'a record')}: {error}"
             made.append(notes | {"left_out": NOT_RENDERED, "refusal": refusal})
     return {name: [row.get(name) for row in made] for name in columns}
-
-
-def _lost_characters(
-    records: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerFast
-) -> list[str]:
-    """For each record, the characters of its texts that the tokenizer cannot write."""
-    present = [set[str]().union(*record_texts(record)) for record in records]
-    lost = {char for char in set[str]().union(*present) if drops(tokenizer, char)}
-    return ["".join(sorted(chars & lost)) for chars in present]
-
-
-def drops(tokenizer: PreTrainedTokenizerFast, char: str) -> bool:
-    """Whether a character is lost as tokens: nothing or the unknown token stands for it."""
-    if char.isspace():
-        return False
-    ids = encode(tokenizer, char)
-    return tokenizer.unk_token_id in ids or char not in decode(tokenizer, ids)
 
 
 def tokenize_text(
@@ -227,7 +168,7 @@ def _texts(
     """Examples of a batch of texts; what a text loses is noted at its first example."""
     examples: list[list[int]] = []
     noted: list[str] = []
-    losses = _lost_characters([{"text": text} for text in records["text"]], tokenizer)
+    losses = lost_characters([{"text": text} for text in records["text"]], tokenizer)
     for text, lost in zip(records["text"], losses, strict=True):
         ids = [*encode_text(tokenizer, text), tokenizer.eos_token_id]
         size = max_length or len(ids)

@@ -16,7 +16,8 @@ from data.caching import cached_map
 from data.checking.records import iterate
 from data.checking.report import MESSAGES, Findings, StageSource, percentiles
 from data.reading.records import record_texts
-from data.tokenize import drops, fit, nothing_within, without_turns
+from data.token_report import drops
+from data.tokenize import fit, nothing_within, without_turns
 
 
 def sequence_problems(

@@ -10,7 +10,7 @@ import yaml
 from planted_data import LONG, PAIRS, PLANTED_PAIRS, PLANTED_SFT, PROMPTS, SFT, TOPICS, ask
 from transformers import PreTrainedTokenizerFast
 
-import data.tokenize
+import data.token_report
 from chatllama import cli
 from chatllama.config.loader import load_config
 from chatllama.config.schema import Config
@@ -20,7 +20,7 @@ from data.checking.clean import write_cleaned
 from data.checking.report import MESSAGES
 from data.checking.show import page, shown_records
 from data.checking.tokens import sequence_problems
-from data.tokenize import drops
+from data.token_report import drops
 
 pytestmark = pytest.mark.usefixtures("data_cache")
 
@@ -266,12 +266,12 @@ def test_dropped_characters(
 ) -> None:
     tokenizer = load_tokenizer(tiny_tokenizer_dir)
     assert not drops(tokenizer, "\u6f22") and not drops(tokenizer, " ")  # byte fallback
-    original = data.tokenize.encode
+    original = data.token_report.encode
 
     def without_bytes(given: Any, text: str) -> list[int]:
         return [given.unk_token_id] if text == "\u6f22" else original(given, text)
 
-    monkeypatch.setattr(data.tokenize, "encode", without_bytes)
+    monkeypatch.setattr(data.token_report, "encode", without_bytes)
     cfg = config(sft={"data": [*SFT, ask("What is \u6f22?", "A \u6f22.")]})
     (finding,) = examine(cfg, tokenizer).report.findings
     assert finding.check == "dropped_character"
