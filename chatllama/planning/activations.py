@@ -93,6 +93,17 @@ def kept_by_layer(
     return numbers * step.tokens + extra
 
 
+def kept_by_last_layer(
+    shape: ModelShape, lora: LoraSection | None, precision: Precision, step: Pass
+) -> float:
+    """Bytes kept of the last layer, which computes queries and MLP only where its state is read."""
+    whole = kept_by_layer(shape, lora, precision, step)
+    unread = step.tokens - step.scored
+    needed = 8 * shape.hidden_size
+    needed += precision.product * (shape.hidden_size + 2 * shape.key_width)
+    return whole * step.scored / step.tokens + float(needed * unread)
+
+
 def transient_backward(
     shape: ModelShape, precision: Precision, step: Pass, recomputed: bool
 ) -> float:

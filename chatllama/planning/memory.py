@@ -17,6 +17,7 @@ from chatllama.planning.activations import (
     Precision,
     decode_logits,
     head_chunk,
+    kept_by_last_layer,
     kept_by_layer,
     kv_cache,
     transient_backward,
@@ -212,7 +213,8 @@ def _training(
         inputs = precision.weights * shape.hidden_size * step.tokens * layers
         always.append(Line("inputs of all layers", float(inputs), role))
     else:
-        always.append(Line(f"activations of {layers} layers", kept * layers, role))
+        whole = kept * (layers - 1) + kept_by_last_layer(shape, lora, precision, step)
+        always.append(Line(f"activations of {layers} layers", whole, role))
     back = [Line("one layer, computed again", kept, role)] if checkpointing else []
     inside = transient_backward(shape, precision, step, checkpointing)
     back.append(Line("gradients inside a layer", inside, role))
