@@ -11,6 +11,8 @@ BUCKET_ELEMENTS = 50_000_000
 """Most gradients that are reduced together; fewer where less is trained."""
 LIVE_ELEMENTS = 1_000_000_000
 """ZeRO-3: parameters that DeepSpeed keeps gathered for their next use."""
+PREFETCHED_ELEMENTS = 50_000_000
+"""ZeRO-3: parameters that are fetched together."""
 
 
 def resident_state(zero: DeepSpeedSection, elements: int, ranks: int) -> dict[str, float]:
@@ -52,4 +54,5 @@ def gathered_bytes(shape: ModelShape, size: int) -> float:
         size: bytes of an element.
     """
     layer = (shape.linear_parameters + shape.vector_parameters) / shape.num_hidden_layers
-    return float(size * min(shape.parameters, LIVE_ELEMENTS + layer))
+    fetched = min(shape.parameters, PREFETCHED_ELEMENTS)  # as they come, and then in their places
+    return float(size * (min(shape.parameters, LIVE_ELEMENTS + layer) + fetched))

@@ -11,6 +11,9 @@ from chatllama.planning.memory import Place, stage_roles, weight_bytes
 from chatllama.planning.shape import ModelShape
 from chatllama.runs.folder import Stage
 
+FILE_BYTES = 10e9
+"""Of the largest file of published models."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -93,16 +96,19 @@ def bound_seconds(
 def host_bytes(cfg: Config, shape: ModelShape, place: Place, here: int) -> float:
     """Bytes of one machine's memory while its ranks load the backbone, at most.
 
+    Outside ZeRO-3 a rank reads one file at a time and puts its tensors on the GPU; else every rank
+    may hold the whole model once.
+
     Args:
         here: ranks on the machine.
     """
-    whole = max(weight_bytes(cfg, shape, stage) for stage in ("sft", "reward", "ppo"))
-    if cfg.backbone.quantization != "none":
-        whole = 2.0 * shape.parameters
-    offloaded = 0.0
-    if cfg.deepspeed.offload_param == "cpu":
-        offloaded += whole * here / place.ranks
-    return whole * here + offloaded
+    whole = 2.0 * shape.parameters
+    if cfg.backbone.quantization == "none":
+        whole = max(weight_bytes(cfg, shape, stage) for stage in ("sft", "reward", "ppo"))
+    if place.device == "cuda" and not (place.launched and cfg.deepspeed.stage == 3):
+        return min(whole, FILE_BYTES) * here
+    offloaded = whole / place.ranks if cfg.deepspeed.offload_param == "cpu" else 0.0
+    return (whole + offloaded) * here
 
 
 def disk_bytes(cfg: Config, shape: ModelShape) -> Mapping[str, float]:
