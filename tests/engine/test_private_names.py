@@ -9,6 +9,7 @@ import inspect
 import pytest
 
 METHODS = {
+    "deepspeed.runtime.engine.DeepSpeedEngine": ("coalesce_grad_reduction",),
     "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": (
         "get_param_id",
         "unscale_and_clip_grads",

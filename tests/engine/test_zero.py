@@ -26,7 +26,24 @@ def test_settings(monkeypatch: pytest.MonkeyPatch):
     split = settings["zero_optimization"]
     assert split["stage"] == 3 and split["stage3_param_persistence_threshold"] == 7
     assert split["offload_optimizer"]["device"] == "cpu" and "offload_param" not in split
-    assert settings_of(stage=1)["zero_optimization"] == {"stage": 1}
+    assert settings_of(stage=1)["zero_optimization"] == {
+        "stage": 1,
+        "reduce_bucket_size": 50_000_000,
+    }
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("num_trained", "bucket"), [(35_000, 35_000), (50_000_000, 50_000_000), (7 * 10**9, 50_000_000)]
+)
+def test_buckets_are_no_larger_than_what_is_trained(stage: int, num_trained: int, bucket: int):
+    settings = zero_settings(
+        DeepSpeedSection(stage=stage),
+        accumulation_steps=1,
+        max_grad_norm=1.0,
+        num_trained=num_trained,
+    )
+    assert settings["zero_optimization"]["reduce_bucket_size"] == bucket
 
 
 def test_nvme_settings_are_passed_on(monkeypatch: pytest.MonkeyPatch):

@@ -8,7 +8,7 @@ which one is in use.
 
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -108,6 +108,9 @@ class Engine:
         self._gather: bool | Literal["auto"] = zero.gather_for_rollouts
         self._backwards = 0
         self._deepspeed: Any = None
+        # Gradients of adapters are small: whole on every rank until they are reduced, once a step.
+        self._reduces_once = bool(model.lora) and zero.stage > 0 and accumulation_steps > 1
+        self._reduction = ExitStack()
         if not is_launched():
             model.to(device())
         decay = section.weight_decay
@@ -124,7 +127,10 @@ class Engine:
 
             limit = section.max_grad_norm if zero.stage else 0.0  # stage 0 is clipped in `step`
             settings = zero_settings(
-                zero, accumulation_steps=accumulation_steps, max_grad_norm=limit
+                zero,
+                accumulation_steps=1 if self._reduces_once else accumulation_steps,
+                max_grad_norm=limit,
+                num_trained=sum(num_elements(parameter) for parameter in trained),
             )
             with gpu_as_local_rank():
                 self._deepspeed, self.optimizer, _, _ = deepspeed.initialize(
@@ -141,11 +147,14 @@ class Engine:
         self._backwards += 1
         if self._deepspeed is None:
             loss.backward()
-        else:
-            # DeepSpeed divides by accumulation steps and averages over ranks: undo both.
-            self._deepspeed.backward(loss * (self.accumulation_steps * world_size()))
-            if self._backwards < self.accumulation_steps:
-                self._deepspeed.step()  # ends the microbatch; weights move only at the last
+            return
+        if self._reduces_once and self._backwards == 1:
+            self._reduction.enter_context(self._deepspeed.coalesce_grad_reduction())
+        # DeepSpeed divides by its accumulation steps and averages over ranks: undo both.
+        divisor = self._deepspeed.gradient_accumulation_steps() * world_size()
+        self._deepspeed.backward(loss * divisor)
+        if not self._reduces_once and self._backwards < self.accumulation_steps:
+            self._deepspeed.step()  # ends the microbatch; weights move only at the last
 
     def step(self, lr_factor: float | Mapping[str, float]) -> float:
         """Updates the weights after all microbatches.
@@ -158,6 +167,7 @@ class Engine:
         """
         assert self._backwards == self.accumulation_steps, self._backwards
         self._backwards = 0
+        self._reduction.close()
         names = [name for name, _ in self.groups]
         factors = lr_factor if isinstance(lr_factor, Mapping) else dict.fromkeys(names, lr_factor)
         resting = [number for number, name in enumerate(names) if name not in factors]

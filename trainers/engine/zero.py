@@ -14,15 +14,23 @@ from chatllama.runtime.distributed import all_max, device, free_memory, rank, wo
 MEMORY_FRACTION = 0.8
 """Share of the free memory that weights may take; the rest is for the KV cache."""
 
+LARGEST_BUCKET = 50_000_000
+"""Elements of gradients that are reduced at a time, at most."""
+
 
 def zero_settings(
-    section: DeepSpeedSection, *, accumulation_steps: int, max_grad_norm: float
+    section: DeepSpeedSection,
+    *,
+    accumulation_steps: int,
+    max_grad_norm: float,
+    num_trained: int = LARGEST_BUCKET,
 ) -> dict[str, Any]:
     """DeepSpeed's configuration.
 
     Args:
         accumulation_steps: backward passes per optimizer step.
         max_grad_norm: global norm over all ranks.
+        num_trained: elements of all trained parameters.
 
     Raises:
         ValueError: DeepSpeed would silently train wrongly.
@@ -33,7 +41,9 @@ def zero_settings(
             "out gradients that are not the model's, and training silently goes wrong. Use cpu or "
             "none"
         )
-    zero: dict[str, Any] = {"stage": section.stage}
+    # Allocated in full; DeepSpeed's default of 5e8 elements would take 2 GB on every GPU.
+    bucket = min(num_trained, LARGEST_BUCKET)
+    zero: dict[str, Any] = {"stage": section.stage, "reduce_bucket_size": bucket}
     if section.stage == 3:
         zero["stage3_param_persistence_threshold"] = section.stage3_param_persistence_threshold
         zero["stage3_gather_16bit_weights_on_model_save"] = True
