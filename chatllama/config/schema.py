@@ -20,8 +20,9 @@ class DeepSpeedSection(Section):
     """ZeRO settings, used when a script is started by the `deepspeed` launcher."""
 
     stage: Annotated[int, Field(ge=0, le=3)] = 2
-    """ZeRO stage. 2 suits LoRA; 3 shards the backbone too, for models larger than one GPU. Adapters'
-    gradients are reduced once a step; with `lora: null` at every microbatch in stages 2 and 3."""
+    """ZeRO stage. 2 suits LoRA; 3 shards the backbone too, for models larger than one GPU.
+    Adapters' gradients are reduced once a step; with `lora: null` at every microbatch in stages 2
+    and 3."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     """Where optimizer state is stored (cpu: stages 1 to 3; nvme: stage 3, with GPUs only)."""
     offload_param: Literal["none", "cpu", "nvme"] = "none"

@@ -17,14 +17,15 @@ def let_memory_grow() -> None:
         os.environ[POOL_VARIABLES[0]] = "expandable_segments:True"
 
 
-def choose_kernels(deterministic: bool = False) -> None:
+def choose_kernels(deterministic: bool | None = None) -> None:
     """Leaves cuDNN's attention out, for the whole process; before anything runs on the GPU.
 
     It comes first on Hopper, builds a plan of tens of milliseconds for every new shape, and may
     take another plan with gradient than without: the first probability ratios would not be 1.
 
     Args:
-        deterministic: only kernels that repeat bit for bit, also in the backward pass.
+        deterministic: only kernels that repeat bit for bit, also in the backward pass. None: as
+            the process has it.
     """
     import torch
 
@@ -32,7 +33,8 @@ def choose_kernels(deterministic: bool = False) -> None:
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS repeats with its own workspace
         os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # read by transformers
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic is not None:
+        torch.use_deterministic_algorithms(deterministic)
 
 
 @contextmanager

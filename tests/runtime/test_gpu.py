@@ -36,6 +36,14 @@ def test_cudnn_s_attention_is_off_and_kernels_repeat_where_asked(deterministic: 
     assert (os.environ.get("FLASH_ATTENTION_DETERMINISTIC") == "1") is deterministic
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_a_program_that_opens_a_run_keeps_its_own_choice(own: bool):
+    torch.use_deterministic_algorithms(own)
+    choose_kernels()
+    assert torch.are_deterministic_algorithms_enabled() is own
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_any_kernels_are_allowed_for_a_while(deterministic: bool):
     choose_kernels(deterministic)
