@@ -88,47 +88,31 @@ def _below(figure: float, threshold: float, meaning: str) -> Finding | None:
     return Finding(figure, threshold, meaning) if figure < threshold else None
 
 
-def check_initial_kl(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
-    """Policy and reference are the same model before the first update."""
-    figure = metrics["ppo/kl_abs_max"] if history.steps <= 1 else 0.0
+def check_initial_kl(
+    history: History, section: HealthSection, metrics: Metrics, mean: bool = False
+) -> Finding | None:
+    """Policy and reference are the same model before the first update: each token, or the mean."""
+    figure = metrics["ppo/kl_abs_mean" if mean else "ppo/kl_abs_max"] if history.steps <= 1 else 0.0
+    size = f"{figure:.3g} nats a token on average" if mean else f"up to {figure:.3g} nats a token"
     return _above(
         figure,
-        section.max_initial_kl,
-        f"Before step 1 policy and reference differ by up to {figure:.3g} nats a token: the KL "
-        "penalty pulls towards another model than the one PPO starts from.",
+        section.max_initial_kl_mean if mean else section.max_initial_kl,
+        f"Before step 1 policy and reference differ by {size}: the KL penalty pulls towards "
+        "another model than the one PPO starts from.",
     )
 
 
-def check_first_ratio(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
-    """Rollout and first minibatch score the same weights alike."""
-    figure = metrics["ppo/first_log_ratio"]
+def check_first_ratio(
+    history: History, section: HealthSection, metrics: Metrics, mean: bool = False
+) -> Finding | None:
+    """Rollout and first minibatch score the same weights alike; on average, or everywhere."""
+    figure = metrics["ppo/first_log_ratio_mean" if mean else "ppo/first_log_ratio"]
+    size = f"{figure:.3g} nats on average" if mean else f"up to {figure:.3g} nats"
     return _above(
         figure,
-        section.max_first_log_ratio,
-        "Before any update of this step the log-probability of a token differs by up to "
-        f"{figure:.3g} nats from the rollout's: the probability ratios measure noise.",
-    )
-
-
-def check_mean_kl(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
-    """Policy and reference are the same model before the first update, but for rounding."""
-    figure = metrics["ppo/kl_abs_mean"] if history.steps <= 1 else 0.0
-    return _above(
-        figure,
-        section.max_initial_kl_mean,
-        f"Before step 1 policy and reference differ by {figure:.3g} nats a token on average: the "
-        "KL penalty pulls towards another model than the one PPO starts from.",
-    )
-
-
-def check_mean_ratio(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
-    """Rollout and first minibatch score the same weights alike, but for rounding."""
-    figure = metrics["ppo/first_log_ratio_mean"]
-    return _above(
-        figure,
-        section.max_first_log_ratio_mean,
-        "Before any update of this step the log-probability of a token differs by "
-        f"{figure:.3g} nats on average from the rollout's: the probability ratios measure noise.",
+        section.max_first_log_ratio_mean if mean else section.max_first_log_ratio,
+        f"Before any update of this step the log-probability of a token differs by {size} from the "
+        "rollout's: the probability ratios measure noise.",
     )
 
 

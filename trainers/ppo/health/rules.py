@@ -6,6 +6,7 @@ diagnosis in `monitor.py`; docs/health.md is the table.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from chatllama.config.ppo import DiagnosisName, HealthSection
@@ -52,7 +53,7 @@ def _sameness(
         Rule(
             "initial_kl_not_zero",
             ("ppo/kl_abs_mean" if mean else "ppo/kl_abs_max",),
-            checks.check_mean_kl if mean else checks.check_initial_kl,
+            partial(checks.check_initial_kl, mean=mean),
             "RUN/sft/adapter or the base is not what the policy started from; the reference is the "
             "bare base; dropout is on",
             "run_dir, backbone.path (those of the SFT stage)",
@@ -63,7 +64,7 @@ def _sameness(
         Rule(
             "first_ratio_not_one",
             ("ppo/first_log_ratio_mean" if mean else "ppo/first_log_ratio",),
-            checks.check_mean_ratio if mean else checks.check_first_ratio,
+            partial(checks.check_first_ratio, mean=mean),
             "dropout is on; rollout and update score at different temperatures or in different "
             "batches; kernels that are not deterministic",
             "backbone.attn_implementation (sdpa), backbone.dtype (float32)",
