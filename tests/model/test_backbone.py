@@ -186,8 +186,9 @@ def test_code_that_comes_with_a_model_does_not_run(damaged: Path):
     config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
     (damaged / "config.json").write_text(json.dumps(config))
     (damaged / "own.py").write_text("raise SystemExit('ran')\n")
-    with pytest.raises(ValueError, match="trust_remote_code"):
+    with pytest.raises(ValueError, match=r"set backbone\.trust_remote_code: true$") as refused:
         load_backbone(section(damaged), str(damaged))
+    assert "trust_remote_code=True" not in str(refused.value)
 
 
 def test_paths_of_backbone_and_base(tmp_path: Path):

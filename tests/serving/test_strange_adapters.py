@@ -1,5 +1,6 @@
 """Adapters of strangers get 400 with a reason, and nothing of them stays in memory."""
 
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft.tuners.lora import LoraLayer
 from serving_setup import make_served_run, post, serving
 
@@ -81,7 +83,10 @@ def test_an_adapter_that_is_not_as_its_run_wrote_it_is_refused(
     names_of_files = ("adapter_model.safetensors", "adapter_config.json", "chatllama.json")
     shutil.copytree(run.root / "extra", other.policy_adapter)
     files = {f"ppo/policy/{n}": file_hash(other.policy_adapter / n) for n in names_of_files}
-    write_record(other, "ppo", {"finished": "2026-11-30", "files": files})
+    empty = {key: {} for key in ("code", "packages", "config", "data", "parents")}
+    base = {"path": "b", "fingerprint": None}
+    written = {"begun": "2026-11-30", "finished": "2026-11-30", "base": base, "files": files}
+    write_record(other, "ppo", written | empty)
     body = {"lora_name": "other", "lora_path": str(other.policy_adapter), "load_inplace": True}
     with serving(run, loaded) as url:
         assert post(url, "/v1/load_lora_adapter", body)[0] == 200
@@ -96,6 +101,26 @@ def test_an_adapter_that_is_not_as_its_run_wrote_it_is_refused(
             (other.policy_adapter / name).write_bytes(content)
         assert post(url, "/v1/load_lora_adapter", body)[0] == 200
         assert post(url, "/v1/unload_lora_adapter", {"lora_name": "other"})[0] == 200
+
+
+@pytest.mark.parametrize(
+    "change",
+    [text("chatllama.json", '{"base": "b"}'), key(r=5), key(target_modules=["q_proj", "lm_head"])],
+)
+def test_fifty_refusals_take_no_memory(run: RunFolder, loaded: LoadedRun, change: Change) -> None:
+    folder = run.root / "again"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(run.root / "extra", folder)
+    change(folder)
+    before, counts = names(loaded), []
+    with serving(run, loaded) as url:
+        for _ in range(2):
+            for _ in range(25):
+                asked = {"lora_name": "strange", "lora_path": str(folder)}
+                assert post(url, "/v1/load_lora_adapter", asked)[0] == 400
+            gc.collect()
+            counts.append(sum(isinstance(each, torch.Tensor) for each in gc.get_objects()))
+    assert counts[1] <= counts[0] and names(loaded) == before
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), MemoryError(), KeyError("x")])
