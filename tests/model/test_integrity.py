@@ -13,7 +13,7 @@ from chatllama.inference.load import load_run
 from chatllama.model.adapters import load_adapter
 from chatllama.model.integrity import base_record, check_outputs
 from chatllama.runs.folder import STAGES, RunFolder, Stage, read_lineage, write_record
-from chatllama.runtime import digests
+from chatllama.runtime import digests, distributed
 from chatllama.runtime.files import write_json
 from trainers.stages import lineage
 from trainers.stages.decisions import check_resumed, decide
@@ -268,3 +268,31 @@ def test_a_model_of_the_hub(run: RunFolder, tmp_path: Path, monkeypatch: pytest.
     flip((snapshot / "model.safetensors").resolve())
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged: .*to download it again"):
         base_record(cfg, run)
+
+
+@pytest.mark.parametrize("damaged", [None, *BASE, "other weights"])
+def test_machines_have_the_same_base(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, damaged: str | None
+):
+    from trainers.stages import stage
+
+    cfg = load_config(run.config)
+    first = base_record(cfg, run)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("CROSS_SIZE", "2")
+    monkeypatch.setattr(distributed, "from_rank_zero", lambda _: first)
+    if damaged is None:
+        stage.compare_machines(cfg, run, None)
+        return
+    if damaged == "other weights":
+        file = run.root.parent / "base/model.safetensors"
+        flip(file)
+        file.rename(file.with_name("model-1.safetensors"))  # other files, compared by both ends
+        first["fingerprint"] = "0"
+    else:
+        flip(run.root.parent / damaged)
+    name = "has other weights" if damaged == "other weights" else f"base: {Path(damaged).name} on "
+    with pytest.raises(ValueError, match=name):
+        stage.compare_machines(cfg, run, None)
+    monkeypatch.setenv("CROSS_SIZE", "1")
+    stage.compare_machines(cfg, run, None)

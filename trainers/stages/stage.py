@@ -1,11 +1,14 @@
 """The beginning and the end that all stages share; training is in the stages' packages."""
 
+import socket
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.schema import Config
 from chatllama.model.fingerprint import model_fingerprint
+from chatllama.model.integrity import base_record
 from chatllama.runs.folder import RunFolder, Stage, backbone_path, base_path, write_record
 from chatllama.runs.lock import acquire, release_all
 from chatllama.runs.replicas import check_run_folder, replicate_file, replicate_folder
@@ -69,18 +72,48 @@ def open_stage(cfg: Config, run: RunFolder, stage: Stage) -> PreTrainedTokenizer
     """Writes config and lineage into the run folder; returns the backbone's tokenizer.
 
     Raises:
-        ValueError: the stage has checkpoints from other settings, data, base or parents.
+        ValueError: the stage has checkpoints from other settings, data, base or parents, or a
+            machine has another base.
     """
     check_run_folder(cfg, run)
+    base: dict[str, Any] | None = None
     if rank() == 0:
-        write_record(run, stage, check_resumed(cfg, run, stage))
+        record = check_resumed(cfg, run, stage)
+        write_record(run, stage, record)
         record_config(cfg, run)
+        base = record["base"]
+    compare_machines(cfg, run, base)
     print_lines(memory.announcement(cfg, stage))
     return load_tokenizer(
         backbone_path(cfg.backbone, run),
         revision=cfg.backbone.revision,
         trust_remote_code=cfg.backbone.trust_remote_code,
     )
+
+
+def compare_machines(cfg: Config, run: RunFolder, base: Mapping[str, Any] | None) -> None:
+    """Compares the base on each machine with that of rank 0's; every rank must call.
+
+    Args:
+        base: on rank 0 its `base_record`.
+
+    Raises:
+        ValueError: a file of this machine is another: names it.
+    """
+    if distributed.nodes() == 1:
+        return
+    first: dict[str, Any] = distributed.from_rank_zero(base)
+    if rank() == 0 or not distributed.leads_node():
+        return
+    own = base_record(cfg, run, fresh=True)
+    for name, sha in first["files"].items():
+        if own["files"].get(name, sha) != sha:
+            raise ValueError(
+                f"{own['path']}: {name} on {socket.gethostname()} is not the file that rank 0's "
+                "machine has: one of them was changed or damaged. Copy it again"
+            )
+    if own["fingerprint"] and first["fingerprint"] not in (None, own["fingerprint"]):
+        raise ValueError(f"{own['path']} on {socket.gethostname()} has other weights than rank 0's")
 
 
 def finish(cfg: Config, run: RunFolder, stage: Stage, numbers: Mapping[str, float]) -> None:
