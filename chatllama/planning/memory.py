@@ -186,9 +186,11 @@ def _fetched(cfg: Config, shape: ModelShape, precision: Precision) -> Iterator[L
         yield Line("layers gathered by ZeRO-3", gathered_bytes(shape, precision.weights))
 
 
-def _gradients(cfg: Config, place: Place, elements: int, role: str) -> Iterator[Line]:
+def _gradients(
+    cfg: Config, place: Place, elements: int, role: str, adapter: bool
+) -> Iterator[Line]:
     zero = cfg.deepspeed
-    yield Line("gradients", step_state(zero, elements, place.ranks), role)
+    yield Line("gradients", step_state(zero, elements, place.ranks, adapter), role)
     if zero.stage in (1, 2):
         yield Line("buffer of their reduction", bucket_bytes(elements), role)
 
@@ -201,7 +203,10 @@ def _training(
     precision, layers = _precision(cfg, stage), shape.num_hidden_layers
     kept = kept_by_layer(shape, lora, precision, step)
     elements = shape.parameters if lora is None else shape.adapter_parameters(lora)
-    always = [*_fetched(cfg, shape, precision), *_gradients(cfg, place, elements, role)]
+    always = [
+        *_fetched(cfg, shape, precision),
+        *_gradients(cfg, place, elements, role, lora is not None),
+    ]
     table = shape.vocab_size * shape.hidden_size
     if lora is None and precision.half:
         copies = 2.0 * (shape.linear_parameters + table)
@@ -284,11 +289,11 @@ def _value_beside(
     """What a value adapter of its own adds to the policy's pass."""
     if "value" not in stage_roles(cfg, "ppo"):
         return
+    yield from _gradients(cfg, place, adapter, "value", True)
     if cfg.deepspeed.stage == 3:  # both graphs are alive
         kept = [line for line in lines if line.name.startswith(("activations", "inputs", "states"))]
         yield Line("graph of the value", sum(line.bytes for line in kept), "value")
         return
-    yield from _gradients(cfg, place, adapter, "value")
     yield Line("gradients, computed already", 4.0 * adapter, "value")
 
 

@@ -33,9 +33,16 @@ def resident_state(zero: DeepSpeedSection, elements: int, ranks: int) -> dict[st
     return state | {"gradients of the last step": 4.0 * elements}
 
 
-def step_state(zero: DeepSpeedSection, elements: int, ranks: int) -> float:
-    """Bytes on one rank of gradients that a step adds; arguments as of `resident_state`."""
-    return {0: 4.0 * elements, 3: 0.0}.get(zero.stage, 4.0 * elements / ranks)
+def step_state(zero: DeepSpeedSection, elements: int, ranks: int, adapter: bool) -> float:
+    """Bytes on one rank of gradients that a step adds; arguments as of `resident_state`.
+
+    Args:
+        adapter: gradients of adapters lie whole on every rank until they are reduced, once a step;
+            those of whole models are reduced at every microbatch.
+    """
+    if adapter or zero.stage == 0:
+        return 4.0 * elements
+    return 0.0 if zero.stage == 3 else 4.0 * elements / ranks
 
 
 def bucket_bytes(elements: int) -> float:
