@@ -184,33 +184,34 @@ def acting_as(model: RoleModel, role: Role) -> Iterator[None]:
 
 
 @contextmanager
-def sampling_as(model: RoleModel, role: Role) -> Iterator[None]:
+def sampling_as(
+    model: RoleModel, role: Role, layers: SamplingLayers | None = None
+) -> Iterator[None]:
     """As `acting_as` with autocast, for sampling without gradient: no other adapter trains inside.
 
-    A 16-bit model that is whole on this device computes with `sampling_layers`, whose copies of the
-    adapter are made at the first call, and again at each of a model that trains.
+    A 16-bit model computes with `sampling_layers`, whose copies of the adapter are made at the
+    first call, and again at each of a model that trains; or with those that are given. Where
+    ZeRO-3 has split the weights, and none are given, it keeps its own layers.
     """
     with acting_as(model, role):
         if model.llama.dtype not in HALF:
             yield
             return
-        layers = _sampling_layers(model, role)
+        if layers is None and all(p.numel() for p in model.llama.parameters()):
+            layers = sampling_layers(model, role)
         with float32_head(model.llama), layers.in_place() if layers else autocast(model):
             yield
 
 
-def _sampling_layers(model: RoleModel, role: Role) -> SamplingLayers | None:
-    """The role's, up to date. None: ZeRO-3 has split the weights, and fetches them itself."""
+def sampling_layers(model: RoleModel, role: Role) -> SamplingLayers:
+    """The role's, up to date; under ZeRO-3 its adapter must be gathered."""
     layers = model._sampling.get(role)
-    if layers is not None and not model.trainable_roles:
-        return layers
-    if not all(parameter.numel() for parameter in model.llama.parameters()):
-        return None
-    if layers is not None:
+    if layers is None:
+        layers = SamplingLayers(model.llama, model.adapter_names[role])
+        model._sampling[role] = layers
+    elif model.trainable_roles:
         layers.refresh()
-        return layers
-    model._sampling[role] = SamplingLayers(model.llama, model.adapter_names[role])
-    return model._sampling[role]
+    return layers
 
 
 def mergeable(model: RoleModel) -> bool:

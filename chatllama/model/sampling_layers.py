@@ -77,10 +77,11 @@ class _Projection(nn.Module):
 class SamplingLayers:
     """What stands in for a model's layers while one adapter samples.
 
-    Their memory stays where it is, so that a compiled step finds it there.
+    Their memory stays where it is, so that a compiled step finds it there. The last norm keeps its
+    own, since ZeRO-3 fetches what is outside of decoder layers by the modules that it knows.
 
     Args:
-        llama: with its adapters in place, whole on this device, in bfloat16 or float16.
+        llama: with its adapters in place, in bfloat16 or float16; the adapter whole on this device.
         adapter: PEFT's name; None: no adapter.
     """
 
@@ -89,7 +90,7 @@ class SamplingLayers:
         self._copies: list[tuple[Tensor, Sequence[Tensor]]] = []
         """Tensors and the float32 ones that they are copies of, one below the other."""
         self._places: list[tuple[nn.Module, str, nn.Module]] = []
-        for parent in list(llama.model.modules()):
+        for parent in list(llama.model.layers.modules()):
             if isinstance(parent, LoraLayer):
                 continue
             for name, child in parent.named_children():

@@ -311,6 +311,18 @@ def test_dump_keeps_text_that_looks_like_something_else(tmp_path: Path, text: st
     assert load_config(tmp_path / "c.yaml") == cfg
 
 
+@pytest.mark.parametrize("overrides", [[], ["generation.engine=local", "generation.servers=null"]])
+def test_what_no_gpu_holds_is_sampled_by_servers_unless_told_otherwise(
+    overrides: list[str],
+) -> None:
+    path = PROJECT / "configs" / "llama-70b-multinode-zero3.yaml"
+    cfg = load_config(path, overrides)
+    assert cfg.generation.engine == ("local" if overrides else "server")
+    text = path.read_text(encoding="utf-8")
+    assert f"`{' '.join(['generation.engine=local', 'generation.servers=null'])}`" in text
+    assert "needs 4 GPUs of 80 GB" in text
+
+
 def test_reference_file_is_what_the_schema_says() -> None:
     committed = (PROJECT / "configs" / "reference.yaml").read_text(encoding="utf-8")
     assert committed == render_reference(), (

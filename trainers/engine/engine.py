@@ -71,6 +71,21 @@ def _local(parameter: nn.Parameter) -> torch.Tensor:
     return cast(Any, parameter).ds_tensor if hasattr(parameter, "ds_id") else parameter.data
 
 
+def _remove_hooks(offload: Any) -> None:
+    """Modules neither fetch their weights nor release them from here on."""
+    for hook in [*offload.forward_hooks, *offload.backward_hooks]:
+        hook.remove()
+    offload.forward_hooks, offload.backward_hooks = [], []
+
+
+def _add_hooks(offload: Any) -> None:
+    """Modules do so again, in an order that DeepSpeed has yet to learn."""
+    coordinator = offload.param_coordinator
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+    offload._register_deepspeed_module(offload.module)
+
+
 def seed_step(seed: int, step: int) -> None:
     """Seeds dropout of one step from (seed, step, rank), so that resuming needs no random state."""
     torch.manual_seed(hash((seed, step, rank())) % 2**63)
@@ -240,11 +255,11 @@ class Engine:
     def gathered_model(self) -> Iterator[None]:
         """Weights are whole on every rank inside, so that ZeRO-3 fetches nothing layer by layer.
 
-        Without `gather_for_rollouts` they stay sharded: every forward pass fetches layer by layer,
-        and all ranks must make equally many of them.
+        Without `gather_for_rollouts` they stay sharded, as in `whole_layers`.
         """
         if not (self.is_zero3() and self.gather_for_rollouts):
-            yield
+            with self.whole_layers():
+                yield
             return
         # The hooks that fetch and release each layer's weights would release the gathered ones.
         # Their names are DeepSpeed's own (pinned; tests/engine/test_engine.py compares tokens).
@@ -252,16 +267,40 @@ class Engine:
         with gathered(list(self.model.parameters())):
             for parameter in cast(Iterator[Any], self.model.parameters()):
                 parameter.ds_active_sub_modules.clear()
-            for hook in [*offload.forward_hooks, *offload.backward_hooks]:
-                hook.remove()
-            offload.forward_hooks, offload.backward_hooks = [], []
+            _remove_hooks(offload)
             try:
                 yield
             finally:
-                coordinator = offload.param_coordinator
-                if not coordinator.is_invalid_trace():
-                    coordinator._invalidate_trace()
-                offload._register_deepspeed_module(offload.module)
+                _add_hooks(offload)
+
+    @contextmanager
+    def whole_layers(self) -> Iterator[None]:
+        """Under ZeRO-3 a decoder layer's weights are fetched together, for passes without gradient.
+
+        DeepSpeed fetches for every matrix and norm by itself otherwise: 23 times a layer with four
+        roles. All ranks must make equally many passes. Training does without: DeepSpeed takes the
+        gradients of what is fetched together to be there in every backward pass.
+        """
+        if not self.is_zero3():
+            yield
+            return
+        from deepspeed.utils import set_z3_leaf_module
+
+        offload, layers = self._deepspeed.optimizer.parameter_offload, self.model.llama.model.layers
+
+        def fetch_together(together: bool) -> None:
+            _remove_hooks(offload)
+            for layer in layers:
+                set_z3_leaf_module(layer, together)
+            _add_hooks(offload)
+
+        fetch_together(True)
+        try:
+            yield
+        finally:
+            fetch_together(False)
+            for parameter in layers.parameters():
+                del cast(Any, parameter).ds_z3_leaf_module
 
     def save(self, folder: Path, state: dict[str, Any]) -> list[str]:
         """Writes trained weights, optimizer and `state` into `folder`; every rank must call.

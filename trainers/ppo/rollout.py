@@ -16,7 +16,17 @@ from torch import Tensor
 from chatllama.config.generation import GenerationSection
 from chatllama.generation.generate import generate
 from chatllama.generation.sampling import Sampling
-from chatllama.model.roles import Role, RoleModel, autocast, mergeable, merged_as, sampling_as
+from chatllama.model.roles import (
+    HALF,
+    Role,
+    RoleModel,
+    adapter_parameters,
+    autocast,
+    mergeable,
+    merged_as,
+    sampling_as,
+    sampling_layers,
+)
 from chatllama.model.scoring import policy_and_value, response_logprobs, score_sequences
 from chatllama.runtime.distributed import (
     all_any,
@@ -28,7 +38,7 @@ from chatllama.runtime.distributed import (
 )
 from chatllama.runtime.gpu import any_kernels
 from chatllama.text.padding import pad_left, pad_right
-from trainers.engine.engine import Engine
+from trainers.engine.engine import Engine, gathered
 from trainers.engine.microbatches import balanced_groups, distribute, gather_rows
 from trainers.ppo.data import StopTokens
 from trainers.ppo.rewards import Scorer
@@ -147,7 +157,11 @@ def _sampling(engine: Engine, role: Role, generation: GenerationSection) -> Iter
         with merged_as(model, role), autocast(model):
             yield
     else:
-        with sampling_as(model, role):
+        layers = None
+        if engine.is_zero3() and not engine.gather_for_rollouts and model.llama.dtype in HALF:
+            with gathered(adapter_parameters(model, role)):
+                layers = sampling_layers(model, role)
+        with sampling_as(model, role, layers):
             yield
 
 
@@ -255,7 +269,8 @@ class Collector:
         texts = [stop.decode(response) for response in responses]
         rollout = arrange(prompts, responses, stop.stop_ids, stop.pad_id)
         size, roles = self.microbatch_size, self.scorer.roles
-        rollout = score(engine.model, rollout, generation.temperature, size, roles, reference)
+        with engine.whole_layers():
+            rollout = score(engine.model, rollout, generation.temperature, size, roles, reference)
         questions = [record["text"] for record in records]
         scores = self.scorer.total(rollout.member_scores, questions, texts)
         return replace(rollout, scores=scores), texts
