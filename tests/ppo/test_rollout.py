@@ -1,5 +1,6 @@
 """Rollouts: layout, trimming, dealing to ranks, sampling and scoring, against rows taken alone."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,7 @@ def test_where_weights_stay_split_idle_ranks_sample_along(
     monkeypatch.setattr(rollout_module, "generate", spy)
     monkeypatch.setattr(trainer.engine, "is_zero3", lambda: True)
     monkeypatch.setattr(trainer.engine, "_gather", False)
+    monkeypatch.setattr(trainer.engine, "whole_layers", nullcontext)
     as_rank(monkeypatch, 1, 2)
     share = sample(trainer)
     assert seen == [(2, rollout_module.all_any)]
