@@ -35,7 +35,7 @@ from trainers.engine.sharded_state import (
     write_shards,
 )
 from trainers.engine.start import gpu_as_local_rank
-from trainers.engine.zero import whole_model_fits, zero_settings
+from trainers.engine.zero import add_hooks, remove_hooks, whole_model_fits, zero_settings
 
 
 @dataclass(frozen=True)
@@ -69,21 +69,6 @@ def gathered(parameters: Sequence[nn.Parameter], modified: bool = False) -> Iter
 def _local(parameter: nn.Parameter) -> torch.Tensor:
     """This rank's shard of a parameter under ZeRO-3, else all of it."""
     return cast(Any, parameter).ds_tensor if hasattr(parameter, "ds_id") else parameter.data
-
-
-def _remove_hooks(offload: Any) -> None:
-    """Modules neither fetch their weights nor release them from here on."""
-    for hook in [*offload.forward_hooks, *offload.backward_hooks]:
-        hook.remove()
-    offload.forward_hooks, offload.backward_hooks = [], []
-
-
-def _add_hooks(offload: Any) -> None:
-    """Modules do so again, in an order that DeepSpeed has yet to learn."""
-    coordinator = offload.param_coordinator
-    if not coordinator.is_invalid_trace():
-        coordinator._invalidate_trace()
-    offload._register_deepspeed_module(offload.module)
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -267,11 +252,11 @@ class Engine:
         with gathered(list(self.model.parameters())):
             for parameter in cast(Iterator[Any], self.model.parameters()):
                 parameter.ds_active_sub_modules.clear()
-            _remove_hooks(offload)
+            remove_hooks(offload)
             try:
                 yield
             finally:
-                _add_hooks(offload)
+                add_hooks(offload)
 
     @contextmanager
     def whole_layers(self) -> Iterator[None]:
@@ -289,10 +274,10 @@ class Engine:
         offload, layers = self._deepspeed.optimizer.parameter_offload, self.model.llama.model.layers
 
         def fetch_together(together: bool) -> None:
-            _remove_hooks(offload)
+            remove_hooks(offload)
             for layer in layers:
                 set_z3_leaf_module(layer, together)
-            _add_hooks(offload)
+            add_hooks(offload)
 
         fetch_together(True)
         try:

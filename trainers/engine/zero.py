@@ -64,6 +64,21 @@ def zero_settings(
     }
 
 
+def remove_hooks(offload: Any) -> None:
+    """Modules neither fetch their weights nor release them from here on."""
+    for hook in [*offload.forward_hooks, *offload.backward_hooks]:
+        hook.remove()
+    offload.forward_hooks, offload.backward_hooks = [], []
+
+
+def add_hooks(offload: Any) -> None:
+    """Modules do so again, in an order that DeepSpeed has yet to learn."""
+    coordinator = offload.param_coordinator
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+    offload._register_deepspeed_module(offload.module)
+
+
 def absent_bytes(model: nn.Module) -> int:
     """Bytes of this rank's memory that gathering all parameters takes; 0 if none is sharded."""
     parameters = cast(list[Any], list(model.parameters()))
