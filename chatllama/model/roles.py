@@ -207,8 +207,7 @@ def sampling_layers(model: RoleModel, role: Role) -> SamplingLayers:
     """The role's, up to date; under ZeRO-3 its adapter must be gathered."""
     layers = model._sampling.get(role)
     if layers is None:
-        layers = SamplingLayers(model.llama, model.adapter_names[role])
-        model._sampling[role] = layers
+        layers = model._sampling[role] = SamplingLayers(model.llama, model.adapter_names[role])
     elif model.trainable_roles:
         layers.refresh()
     return layers
