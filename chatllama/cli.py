@@ -12,7 +12,7 @@ from pathlib import Path
 from chatllama import __version__
 from chatllama.exporting.cli import ExportOptions, add_export_arguments
 from chatllama.inference.cli import add_chat_arguments, add_eval_arguments, add_generate_arguments
-from chatllama.inference.options import ChatOptions, GenerateOptions
+from chatllama.inference.options import TRUST, ChatOptions, GenerateOptions
 from chatllama.planning.cli import add_plan_arguments
 from chatllama.runtime.command_line import (
     Command,
@@ -137,6 +137,7 @@ def _finish_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
     about = "step of the checkpoint (default: the newest)"
     parser.add_argument("--step", type=int, metavar="N", help=about)
+    parser.add_argument("--trust-remote-code", action="store_true", help=TRUST)
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -189,7 +190,7 @@ def _finish(arguments: argparse.Namespace) -> None:
     from trainers.stages.pipeline import StageFailed, finish_run
 
     try:
-        finish_run(arguments.run, arguments.step)
+        finish_run(arguments.run, arguments.step, arguments.trust_remote_code)
     except StageFailed as error:
         tell(f"chatllama: {error}")
         raise SystemExit(error.exit_code) from error

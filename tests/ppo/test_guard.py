@@ -1,8 +1,10 @@
 """Rollbacks and the state of checkpoints: what comes back, what is lowered, what is counted."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -134,6 +136,36 @@ def test_a_checkpoint_holds_the_whole_state(tiny: TinyRun, tmp_path: Path, state
     assert load_state(trainer.cfg, trainer.engine, folder) == state
     for number, parameter in enumerate(changing):
         assert float(parameter.min()) == float(parameter.max()) == pytest.approx(0.01 * number)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "offered"),
+    [
+        ({EXPLODED: 1.0}, True),
+        ({EXPLODED: 0.3, "ppo/entropy": 1.0}, True),
+        ({EXPLODED: 1.0, "ppo/kl_token": 90.0}, True),
+        ({"ppo/policy_loss": math.nan}, False),
+        ({"ppo/grad_norm": math.inf, EXPLODED: 1.0}, False),
+        ({"ppo/kl_abs_max": 1.0}, False),
+    ],
+    ids=str,
+)
+def test_going_on_with_a_warning_is_offered_where_it_is_possible(
+    tiny: TinyRun, tmp_path: Path, metrics: dict[str, float], offered: bool
+):
+    nothing: Any = None
+    rollout: Any = SimpleNamespace(tokens=torch.ones(1, 1))
+    state = PpoState(1, 0.05, Statistics())
+    guards = {
+        action: Guard(tiny.config(ppo={"health": {"action": action}}), RunFolder(tmp_path), nothing)
+        for action in ("stop", "warn")
+    }
+    for guard in guards.values():
+        guard.begin(state, new_run=True)
+    with pytest.raises(ValueError, match="stopped after step 1") as error:
+        guards["stop"].after_step(nothing, state, metrics, rollout)
+    assert ("or set ppo.health.action: warn" in str(error.value)) == offered
+    assert (guards["warn"].check(state, metrics, rollout) == "go on") == offered
 
 
 # --- whole runs

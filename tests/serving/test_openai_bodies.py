@@ -72,6 +72,7 @@ def test_null_is_not_given_at_any_place(cls: Any, body: dict[str, Any]) -> None:
         {"continue_final_message": True, "add_generation_prompt": False},
         {"continue_final_message": True, "add_generation_prompt": None},
         {"prediction": {"type": "content", "content": "a"}, "parallel_tool_calls": False},
+        {"prompt_cache_options": {"mode": "explicit"}, "response_format": {"type": "text"}},
     ],
 )  # fmt: skip
 def test_what_does_not_change_the_answer_is_accepted(extra: dict[str, Any]) -> None:
@@ -83,7 +84,8 @@ def test_what_does_not_change_the_answer_is_accepted(extra: dict[str, Any]) -> N
     "extra",
     [
         {}, {"annotations": []}, {"tool_calls": [], "audio": None}, {"reasoning_content": None},
-        {"name": "Anna", "refusal": None}, {"reasoning_content": "", "id": "msg_1"},
+        {"name": "Anna", "refusal": None},
+        {"reasoning_content": "", "reasoning": "", "refusal": "", "id": "msg_1"},
     ],
 )  # fmt: skip
 def test_a_message_of_the_client_can_be_sent_back_as_it_is(extra: dict[str, Any]) -> None:
@@ -117,6 +119,7 @@ def test_errors_name_their_parameter(extra: dict[str, Any], param: str) -> None:
     detail = refused({"messages": ASK, **extra})
     assert detail.param is not None and detail.param.startswith(param)
     assert param in detail.message
+    assert "[" not in detail.param and not {"str", "int"} & set(detail.param.split("."))
 
 
 @pytest.mark.parametrize("value", [0, 1e-4, 0.7, 1, 100])

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from chatllama import cli
 from chatllama.config.loader import dump_config, load_config
 from chatllama.config.schema import Config
 from chatllama.runs.folder import STAGES, RunFolder, Stage
@@ -394,3 +395,21 @@ def test_finishing_an_interrupted_stage_at_a_checkpoint(
         assert options == {"resume": True, "only": "ppo"}
     with pytest.raises(ValueError, match=r"cannot be finished at step 5: .* of steps 3, 17"):
         pipeline.finish_run(run.root, 5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_finishing_a_run_does_not_run_the_code_that_its_config_trusts(
+    config: str,
+    run: RunFolder,
+    stage: Stage,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(pipeline, "run_pipeline", lambda *_, only, **__: calls.append(only))
+    dump_config(load_config(config, ["backbone.trust_remote_code=true"]), run.config)
+    (run.checkpoints(stage) / "step-3").mkdir(parents=True)
+    assert cli.main(["finish", str(run.root)]) == 2 and calls == []
+    error = capsys.readouterr().err
+    assert str(run.config) in error and "give --trust-remote-code" in error
+    assert cli.main(["finish", str(run.root), "--trust-remote-code"]) == 0 and calls == [stage]

@@ -109,7 +109,7 @@ def run_pipeline(
             print_results(run, write_report(run))
 
 
-def finish_run(folder: Path, step: int | None) -> None:
+def finish_run(folder: Path, step: int | None, trust_remote_code: bool = False) -> None:
     """Ends the interrupted stage of a run at a checkpoint: its result, as if `steps` had been that.
 
     A reward ensemble then consists of the members that have finished and of the one that is ended.
@@ -117,12 +117,20 @@ def finish_run(folder: Path, step: int | None) -> None:
     Args:
         step: of the checkpoint. None: the newest; of an ensemble whose next member has none, the
             finished members alone.
+        trust_remote_code: whether the run's own config may allow Python code of the model.
 
     Raises:
-        ValueError: no stage is interrupted, or it has no such checkpoint.
+        ValueError: no stage is interrupted, it has no such checkpoint, or the config allows what
+            `trust_remote_code` does not.
     """
     run = RunFolder(folder)
     config = str(run.existing_config())
+    cfg = load_stage_config(config, ())
+    if cfg.backbone.trust_remote_code and not trust_remote_code:
+        raise ValueError(
+            f"{config} lets Python code of the model run (backbone.trust_remote_code). If you "
+            "trust whoever wrote it, give --trust-remote-code"
+        )
     begun: list[Stage] = [s for s in STAGES if run.was_begun(s) and not run.result(s).is_file()]
     if not begun:
         raise ValueError(f"{folder}: no stage is interrupted with a checkpoint to finish from")
@@ -140,7 +148,7 @@ def finish_run(folder: Path, step: int | None) -> None:
             f"{folder}: stage {stage} cannot be finished at step {step}: it has checkpoints of "
             f"steps {', '.join(map(str, saved)) or 'none'}"
         )
-    if stage == "reward" and load_stage_config(config, ()).reward.ensemble > 1:
+    if stage == "reward" and cfg.reward.ensemble > 1:
         overrides.append(f"reward.ensemble={max(1, members)}")
     run_pipeline(config, overrides, resume=True, only=stage)
 
