@@ -108,6 +108,7 @@ def test_a_message_of_the_client_can_be_sent_back_as_it_is(extra: dict[str, Any]
         ({"top_k": 9223372036854775808}, "top_k"),
         ({"max_tokens": 10**30}, "max_tokens"),
         ({"seed": 2**63}, "seed"),
+        ({"n": 129}, "n"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content"),
         ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]}, "tool_calls"),
         ({"continue_final_message": 1}, "continue_final_message"),

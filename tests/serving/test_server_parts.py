@@ -64,6 +64,7 @@ def test_this_machine_needs_none(host: str) -> None:
         ({"allow_origins": ("a.example",), "api_keys": (KEY,)}, "--allow-origin a.example"),
         ({"allow_origins": ("https://a/b",), "api_keys": (KEY,)}, "without a path"),
         ({"allow_origins": ("*",), "api_keys": (KEY,)}, "expected http://HOST"),
+        ({"allow_origins": ("ftp://a.example",), "api_keys": (KEY,)}, "expected http://HOST"),
         ({"adapter_root": Path("/nowhere/at/all")}, "--adapter-root /nowhere/at/all: not a folder"),
     ],
 )
@@ -214,7 +215,7 @@ def test_votes_are_counted_without_reading_the_file_again(
     path.write_bytes(b"{}\n" * 5)
     file = VoteFile(path)
     assert [file.append(vote_record(vote())) for _ in range(2)] == [6, 7]
-    path.write_bytes(b"[]" + path.read_bytes()[2:])  # what was counted is not looked at again
+    path.write_bytes(path.read_bytes().replace(b"\n", b" ", 1))  # counted before, not read again
     with path.open("ab") as other:
         other.write(b"{}\n" * 3)
     assert file.append(vote_record(vote())) == 11
@@ -231,6 +232,21 @@ def test_a_vote_with_an_empty_turn_is_refused(content: Any) -> None:
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}, *ASK]
     with pytest.raises(ValidationError, match="message 0 is empty"):
         vote(messages=turns)
+
+
+@pytest.mark.parametrize("answers", [["", "a"], ["a", " \n"], ["\t", "\u3000"]])
+def test_a_vote_on_an_empty_answer_is_refused(answers: list[str]) -> None:
+    with pytest.raises(ValidationError, match="an answer is empty"):
+        vote(answers=answers)
+
+
+@pytest.mark.parametrize("answers", [["a", "a"], ["a", " a\n"]])
+def test_equal_answers_can_only_be_tied(answers: list[str]) -> None:
+    for verdict in ("a", "b"):
+        with pytest.raises(ValueError, match="both answers are the same"):
+            vote_record(vote(answers=answers, verdict=verdict))
+    assert [vote_record(vote(answers=answers, verdict=tie))["ranks"]
+            for tie in ("tie", "both_bad")] == [[0, 0]] * 2  # fmt: skip
 
 
 @pytest.mark.parametrize("text", ["a\u2028b", "a\u2029b", "a\x85b"])

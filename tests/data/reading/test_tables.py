@@ -147,15 +147,20 @@ def test_lines_that_are_not_read_are_counted(
         assert "reading stopped at line 3, 1 lines not read" in str(last)
 
 
-def test_cells_over_lines_and_missing_values_are_said(tmp_path: Path) -> None:
-    content = b'prompt,completion\nq,"one\ntwo"\nr,nan\nnan,x\ns,nano\n'
-    file = tmp_path / "a.csv"
-    file.write_bytes(content)
+@pytest.mark.parametrize("missing", ["nan", "NaN"])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_cells_over_lines_and_missing_values_are_said(
+    name: str, missing: str, tmp_path: Path
+) -> None:
+    content = f'prompt,completion\nq,"one\ntwo"\nr,{missing}\n{missing},x\ns,nano\n'
+    file, quoted = tmp_path / name, name == "a.csv"
+    file.write_text(content if quoted else content.replace(",", "\t").replace('"one\ntwo"', "one"))
     data, report = read_source(DataSource(path=str(file)), "sft")
-    assert [row[1]["content"] for row in data["messages"][:]] == ["one\ntwo", "nano"]
+    answers = [row[1]["content"] for row in data["messages"][:]]
+    assert answers == ["one\ntwo" if quoted else "one", "nano"]
     assert report.left_out == {"empty assistant turn": 1, "empty user turn": 1}
     said = report.summary()
-    assert "1 records: a cell over several lines" in said
+    assert ("1 records: a cell over several lines" in said) == quoted
     assert "2 records: a cell 'nan' read as empty" in said
 
 
