@@ -10,7 +10,7 @@ from chatllama.config.schema import TrackingSection
 from chatllama.reporting import tracker as tracking
 from chatllama.reporting.display import LiveDisplay
 from chatllama.reporting.tracker import Tracker
-from chatllama.runs.folder import RunFolder
+from chatllama.runs.folder import RunFolder, Stage
 from chatllama.runtime.command_line import duration, printable
 from chatllama.runtime.jsonl import read_lines
 
@@ -68,21 +68,26 @@ def test_resume_cuts_later_steps_and_continues_the_clock(tmp_path: Path) -> None
     assert read_lines(run.samples("ppo")) == [{"step": 2}]
 
 
-def test_a_closing_evaluation_is_not_told_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("torn", ["", '{"step": 4, "ti'])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_closing_evaluation_is_not_told_twice(tmp_path: Path, stage: Stage, torn: str) -> None:
+    """Nor thrice, where the process was killed behind it, or in the middle of its line."""
     run = RunFolder(tmp_path)
-    for start, loss in ((None, 3.0), (4, 5.0)):
-        with Tracker(run, "reward", QUIET, 4, 0) as tracker:
+    for start, loss in ((None, 3.0), (4, 5.0), (4, 7.0)):
+        with Tracker(run, stage, QUIET, 4, 0) as tracker:
             if start is None:
-                tracker.log(3, {"reward/loss": 1.0, "reward/eval_loss": 6.0})
-                tracker.log(4, {"reward/loss": 2.0})
+                tracker.log(3, {f"{stage}/loss": 1.0, f"{stage}/eval_loss": 6.0})
+                tracker.log(4, {f"{stage}/loss": 2.0})
             else:
                 tracker.resume_from(start)
-            tracker.log(4, {"reward/eval_loss": loss})
-    lines = [{k: v for k, v in x.items() if k != "time"} for x in read_lines(run.metrics("reward"))]
+            tracker.log(4, {f"{stage}/eval_loss": loss})
+        with run.metrics(stage).open("a") as file:
+            file.write(torn)
+    lines = [{k: v for k, v in x.items() if k != "time"} for x in read_lines(run.metrics(stage))]
     assert lines == [
-        {"step": 3, "reward/loss": 1.0, "reward/eval_loss": 6.0},
-        {"step": 4, "reward/loss": 2.0},
-        {"step": 4, "reward/eval_loss": 5.0},
+        {"step": 3, f"{stage}/loss": 1.0, f"{stage}/eval_loss": 6.0},
+        {"step": 4, f"{stage}/loss": 2.0},
+        {"step": 4, f"{stage}/eval_loss": 7.0},
     ]
 
 
