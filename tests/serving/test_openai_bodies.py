@@ -12,7 +12,15 @@ from openai.types.completion_create_params import CompletionCreateParamsNonStrea
 from pydantic import ValidationError
 
 from chatllama.serving.errors import of_validation
-from chatllama.serving.schema import ChatRequest, CompletionRequest, LoadAdapter, Vote
+from chatllama.serving.schema import (
+    ChatRequest,
+    CompletionRequest,
+    LoadAdapter,
+    ScoreRequest,
+    TokenKlRequest,
+    UnloadAdapter,
+    Vote,
+)
 
 VOTE = {"answers": ["a", "b"], "models": ["x", "y"], "verdict": "a"}
 PART = {"type": "text", "text": "a"}
@@ -55,6 +63,10 @@ def test_null_is_not_given_for_every_argument_of_two_major_versions_of_the_clien
         (ChatRequest, {"messages": ASK, "stream": True, "stream_options": {"include_usage": None}}),
         (LoadAdapter, {"lora_name": "a", "lora_path": "b", "load_inplace": None, "base": None}),
         (Vote, {"messages": ASK, **VOTE, "reason": None, "at": None}),
+        (CompletionRequest, {"prompt": "a", "stop": None, "logprobs": None, "vllm_xargs": None}),
+        (ScoreRequest, {"messages": ASK, "conversations": None, "model": None, "user": None}),
+        (TokenKlRequest, {"messages": ASK, "reference": None, "model": None, "n": None}),
+        (UnloadAdapter, {"lora_name": "a", "lora_int_id": None, "base": None}),
     ],
 )  # fmt: skip
 def test_null_is_not_given_at_any_place(cls: Any, body: dict[str, Any]) -> None:
