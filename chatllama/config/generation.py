@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from chatllama.config.base import NonNegative, Positive, PositiveFloat, Section
+from chatllama.config.base import FilePath, NonNegative, Positive, PositiveFloat, Section
 from chatllama.config.limits import LEAST_TEMPERATURE, MOST_NEW_TOKENS, MOST_TEMPERATURE, MOST_TOP_K
 
 
@@ -20,7 +20,7 @@ class ServersSection(Section):
     """`http://HOST:PORT` of each."""
     api_key_variable: str = "CHATLLAMA_API_KEY"
     """Environment variable with the servers' bearer key; unset: no key is sent."""
-    adapter_dir: str | None = None
+    adapter_dir: FilePath | None = None
     """Folder that adapters are written to; the same path on every server. null: RUN/ppo/served."""
     requests_per_server: Positive = 64
     """Requests in flight at each server."""

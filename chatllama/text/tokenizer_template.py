@@ -67,7 +67,12 @@ def frozen_template(template: str, date: str | None) -> str:
     if date is None:
         return template
     day = datetime.fromisoformat(date)
-    frozen = _CLOCK.sub(lambda call: json.dumps(day.strftime(call[2])), template)
+
+    def written(call: re.Match[str]) -> str:
+        escaped = call[2].encode("ascii", "backslashreplace")  # as Jinja reads its strings
+        return json.dumps(day.strftime(escaped.decode("unicode-escape")), ensure_ascii=False)
+
+    frozen = _CLOCK.sub(written, template)
     if found := re.search(r"strftime_now(?!\s+is\b).{,40}", frozen):
         raise ValueError(
             f"the tokenizer's chat template reads the clock in a way that cannot be frozen: "

@@ -50,9 +50,7 @@ def annotators(fields: Raw) -> list[object]:
 
 def written(value: object) -> str | None:
     """A verdict as the keys of `verdicts` write it: 1 of 1, 1.0 and "1"; None if it is none."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if not isinstance(value, str | int | float):
+    if not isinstance(value, str | int | float):  # bool is an int
         return None
     text = str(value).strip().lower()
     try:

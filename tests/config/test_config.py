@@ -360,21 +360,41 @@ def test_loading_imports_nothing_heavy() -> None:
     assert shown.stdout.strip() == "[]"
 
 
-def test_a_home_folder_is_expanded_once_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+PATHS = {
+    "run_dir": "'{}'",
+    "backbone": "{{path: '{}'}}",
+    "sft": "{{data: [{{path: '{}'}}], eval_data: [{{path: b~/c}}, {{path: '{}'}}]}}",
+    "ppo": "{{rewards: [{{adapter: '{}'}}]}}",
+    "generation": "{{engine: server, servers: {{urls: ['http://a:1'], adapter_dir: '{}'}}}}",
+    "deepspeed": "{{stage: 3, offload_param: nvme, nvme_path: '{}'}}",
+}
+"""Sections with every kind of path, and how one is written there."""
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("~/x", "/home/anna/x"), ("~/Läufe [1]/a b", "/home/anna/Läufe [1]/a b"), ("~", "/home/anna")]
+    + [(same, same) for same in ("a~/b", "../Läufe/[1] x")],
+)
+def test_a_home_folder_is_expanded_once_in_every_path(
+    written: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", "/home/anna")
-    cfg = Config.model_validate(
-        {
-            "run_dir": "~/runs/x",
-            "backbone": {"path": "~/llama"},
-            "sft": {"data": [{"path": "~/a/*.jsonl"}], "eval_data": [{"path": "b~/c"}]},
-            "ppo": {"rewards": [{"adapter": "~/rm"}]},
-        }
-    )
-    assert (cfg.run_dir, cfg.backbone.path) == ("/home/anna/runs/x", "/home/anna/llama")
-    assert cfg.sft.data[0].path == "/home/anna/a/*.jsonl" and cfg.sft.eval_data[0].path == "b~/c"
-    assert cfg.ppo.rewards[0].adapter == "/home/anna/rm"
-    for run_dir in ("Läufe/[1] x", "relative", "/a b"):
-        assert cfg.model_validate({**cfg.model_dump(), "run_dir": run_dir}).run_dir == run_dir
+    given = {key: value.format(written, written) for key, value in PATHS.items()}
+    file = write(tmp_path, "".join(f"{key}: {value}\n" for key, value in given.items()))
+    told = load_config(write(tmp_path, MINIMAL, "b.yaml"), [f"{k}={v}" for k, v in given.items()])
+    cfg = load_config(file)
+    assert told == cfg and cfg.model_dump_json().count(f'"{meant}"') == len(PATHS) + 1
+    assert cfg.sft.eval_data[0].path == "b~/c"
+    dump_config(cfg, tmp_path / "c.yaml")
+    monkeypatch.setenv("HOME", "/home/other")
+    assert load_config(tmp_path / "c.yaml") == cfg
+
+
+def test_every_path_of_the_schema_is_among_them() -> None:
+    names = {str(path[-1]) for path in schema_paths(Config)}
+    found = {name for name in names if re.search(r"(^|_)(path|dir|adapter|folder|file)$", name)}
+    assert found == {"run_dir", "path", "adapter", "adapter_dir", "nvme_path"}
 
 
 def test_one_sample_cannot_normalise_scores() -> None:

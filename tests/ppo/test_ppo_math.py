@@ -116,6 +116,20 @@ def test_grpo_takes_scores_that_hardly_differ_for_equal(size: float):
     assert broken.isnan().all()  # a fault is never taken for rounding
 
 
+@pytest.mark.parametrize("size", [1e5, -3e5, 2.0**20])
+def test_groups_far_from_zero_are_centred_in_float64(size: float):
+    numbers = [size, size + 100, size + 250]  # exact in float32, and their mean is not
+    mean, deviation = statistics.fmean(numbers), statistics.stdev(numbers)
+    centred, mask = [number - mean for number in numbers], rows("1", "1", "1")
+    given, zero = torch.tensor(numbers), torch.zeros(3)
+    for found, factor in (
+        (grpo_advantages(given, zero[:, None], mask, 0.0, 3), 1 / (deviation + 1e-4)),
+        (grpo_advantages(zero, given[:, None], mask, 0.5, 3), -0.5),
+        (rloo_advantages(given[:, None], mask, 3), 3 / 2),
+    ):
+        assert found[:, 0].tolist() == pytest.approx([factor * each for each in centred], rel=1e-6)
+
+
 @pytest.mark.parametrize("garbage", GARBAGE)
 def test_grpo_adds_the_kl_after_dividing(garbage: float):
     # Scores 2, 4, 9: mean 5, deviation sqrt((9 + 1 + 16) / 2) = sqrt(13). KL of the responses

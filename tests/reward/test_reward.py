@@ -3,6 +3,7 @@
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -20,6 +21,7 @@ from chatllama.runs.folder import RunFolder
 from chatllama.runtime.files import write_json
 from data.batches import PreferenceCollator, SharedPromptCollator, answer_pairs
 from trainers.engine.engine import Engine
+from trainers.reward import data as reward_data
 from trainers.reward import evaluate as reward_scores
 from trainers.reward import train as reward
 from trainers.reward.data import Preferences, bayes_accuracy
@@ -320,3 +322,24 @@ def test_ppo_is_warned_far_below_the_bayes_limit(tmp_path: Path):
     assert check_gate(gated(tmp_path, 0.8, 0.7, bayes_accuracy=0.84), RewardSection()) == []
     (warning,) = check_gate(gated(tmp_path, 0.8, 0.7, bayes_accuracy=0.9), RewardSection())
     assert "0.800" in warning and "0.900" in warning
+
+
+UNRATED = [[[0.0, 0.0]], [[0.0, 0.0, 0.0], [0.0, 0.0]], [[2.0, 2.0]]]
+RATED = [[[0.0, 0.0], [0.5, 0.0]], [[3.0, 2.0, 2.0]], [[-1.0, -2.0]]]
+
+
+@pytest.mark.parametrize("ratings", [*UNRATED, *RATED])
+def test_a_margin_coefficient_needs_margins(
+    ratings: list[list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixture = SimpleNamespace(reports=[], held_out=[], train=[])
+    train = SimpleNamespace(train={"ratings": ratings}, held_out=[1], mixture=mixture, reports=[])
+    monkeypatch.setattr(reward_data, "load_examples", lambda *_: train)
+    tokenizer: Any = None
+    assert reward_data.load_preferences(config(), tokenizer)
+    wanted = config(margin_coef=0.25)
+    if ratings in RATED:
+        assert reward_data.load_preferences(wanted, tokenizer)
+        return
+    with pytest.raises(ValueError, match=r"margin_coef 0\.25: no pair .* has a margin.*coef=0$"):
+        reward_data.load_preferences(wanted, tokenizer)

@@ -307,14 +307,14 @@ def test_the_server_may_be_given_another_day_than_its_run(
 
     def service(_: object, loaded: LoadedRun) -> None:
         assert (loaded.chat.date, loaded.config.chat.date) == (shown, "2024-01-02")
-        raise KeyboardInterrupt
+        raise RuntimeError("opened")
 
     monkeypatch.setattr(
         server, "load_run", lambda _, cfg, **more: LoadedRun(nothing, nothing, cfg.chat, cfg, [])
     )
     monkeypatch.setattr(server, "describe_model", lambda *_: "")
     monkeypatch.setattr(server, "Service", service)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError, match="opened"):
         server.serve(ServerSettings(run=tmp_path, port=0, date=day))
     with pytest.raises(ValueError, match="date"):
         server.serve(ServerSettings(run=tmp_path, port=0, date="soon"))

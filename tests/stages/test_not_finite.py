@@ -4,15 +4,19 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from chatllama.runs.checkpoints import newest_good, step_folders
+from chatllama.config.model import BackboneSection
+from chatllama.config.schema import Config
+from chatllama.runs.checkpoints import NotFiniteError, newest_good, save_step, step_folders
 from chatllama.runs.folder import RunFolder, Stage, read_lineage
-from trainers.stages.loop import warn_of_warmup
+from trainers.engine.sharded_state import state_of, write_shards
+from trainers.stages.loop import train_steps, warn_of_warmup
 from trainers.stages.not_finite import check_finite, dump_batch
 
 EXPLODING = ["save_every=1", "save_total_limit=2", "learning_rate=1e38", "lr_schedule=constant",
@@ -73,6 +77,9 @@ def test_the_first_metric_that_is_not_finite_stops(tmp_path: Path, value: float)
     assert content["tokens"].tolist() == [[3, 4]]
     with pytest.raises(ValueError, match=r"look for NaN in the weights that the stage starts from"):
         check_finite(run, "sft", "sft", 1, {"sft/loss": value}, batch)
+    (run.checkpoints("sft") / "step-2").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"The weights of .*/step-2 are too large: remove it"):
+        check_finite(run, "sft", "sft", 3, {"sft/loss": value}, batch, begun=2)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +93,70 @@ def test_a_warmup_as_long_as_the_stage_is_said(
     said = capsys.readouterr().err
     assert (f"reward.warmup_steps {warmup} is not shorter" in said) == bool(words)
     assert words in said
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "name", "value"),
+    [
+        ("sft", "sft", "loss", math.nan),
+        ("reward", "reward", "grad_norm", math.inf),
+        ("sft", "backbone.from_scratch", "grad_norm", -math.inf),
+    ],
+)
+def test_the_loop_of_stages_stops_before_it_saves(
+    tmp_path: Path, stage: Stage, key: str, name: str, value: float,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run, metric = RunFolder(tmp_path), f"{stage}/{name}"
+    cfg = Config(run_dir=str(tmp_path), backbone=BackboneSection(path="m"))
+    changes = {"warmup_steps": 4, "save_every": 1}
+    section = (cfg.reward if stage == "reward" else cfg.sft).model_copy(update=changes)
+
+    def save(folder: Path, state: object) -> list[str]:
+        (folder / "a").write_text("x")
+        return ["a"]
+
+    def step(done: int, _: float) -> dict[str, float]:
+        good = {f"{stage}/loss": 1.0, f"{stage}/grad_norm": 1.0}
+        return good | ({metric: value} if done == 2 else {})
+
+    with pytest.raises(ValueError, match=rf"step 3: {metric} is {value}.*Lower {key}\.learning_ra"):
+        train_steps(
+            cfg, section, run, stage, cast(Any, SimpleNamespace(save=save)),
+            cast(Any, SimpleNamespace(log=lambda *_: None)), 4, seed=0, resume=False,
+            optimizer_step=step, evaluate=dict, batch=lambda done: {"step": torch.tensor([done])},
+            interrupted=None if "." in key else run,
+        )  # fmt: skip
+    assert newest_good(run.checkpoints(stage))[0].name == "step-2"
+    assert torch.load(run.stage(stage) / "bad_batch-step-3.pt")["step"].tolist() == [2]
+    assert f"{key}.warmup_steps 4 is not shorter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", ["value", "exp_avg", "exp_avg_sq"])
+def test_weights_and_moments_that_are_not_finite_reach_no_checkpoint(
+    tmp_path: Path, kind: str, value: float
+) -> None:
+    run, model = RunFolder(tmp_path), torch.nn.Linear(2, 2)
+    layout = {"ranks": 1, "zero_stage": None, "microbatch_size": 2}
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def save(step: int) -> None:
+        def write(folder: Path) -> None:
+            write_shards(folder, model, optimizer)
+
+        save_step(run, "ppo", step, 2, layout, write)
+
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    save(1)
+    held = {"value": model.weight.data, **state_of(model.weight, optimizer)}
+    held[kind][1, 0] = value
+    words = rf"stopped after step 2: {kind} of weight holds NaN or infinity.*step-1 is as it was"
+    with pytest.raises(ValueError, match=words) as caught:
+        save(2)
+    assert isinstance(caught.value.__cause__, NotFiniteError)
+    assert newest_good(run.checkpoints("ppo"))[0].name == "step-1"
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
+import jinja2
 import pytest
 import sentencepiece
 from tiny_gguf import byte_level_tokenizer
@@ -28,6 +29,7 @@ from chatllama.text.chat_format import (
 from chatllama.text.chat_templates import ALPACA_SYSTEM, VICUNA_SYSTEM
 from chatllama.text.encoding import decode, encode
 from chatllama.text.tokenizer import load_tokenizer
+from chatllama.text.tokenizer_template import frozen_template
 
 CHATML = (
     "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
@@ -434,6 +436,18 @@ def test_the_day_of_a_template_is_the_configs_whatever_the_clock_says(
     with pytest.raises(ValueError, match=r"chat\.date .*'2024-01-02' there, None here"):
         check_contract(contract, tokenizer, live, "here")
     check_contract({k: v for k, v in contract.items() if k != "date"}, tokenizer, chat, "older")
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["strftime_now('%d %b %Y')", 'strftime_now( "%A" )', "strftime_now(\n'%H:%M')",
+     r"strftime_now('%d\n%m')", r"strftime_now('%d o\'clock \\')", 'strftime_now("🙂 é %Y")'],
+)  # fmt: skip
+def test_a_frozen_day_is_written_as_the_template_writes_it(call: str) -> None:
+    template = "{{ " + call + " }} and {{ " + call + " }}"
+    live = jinja2.Template(template).render(strftime_now=datetime.fromisoformat(DAY).strftime)
+    frozen = frozen_template(template, DAY)
+    assert "strftime_now" not in frozen and jinja2.Template(frozen).render() == live
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,7 @@ LEFT_OUT: list[tuple[dict[str, Any], str]] = [
     (answer(weight=0.5), "weight: 0.5 on a turn of the assistant"),
     (answer(mask=True), "mask: True on a turn of the assistant"),
     (answer(tool_calls=[{"id": 1}]), "tool calls"),
+    (answer(function_call={"name": "f"}), "tool calls"),
     ({"messages": [{**message("user", "q"), "train": True}, message("assistant", "a")]},
      "train: True on a turn of the user"),
     (sft(weight=0), "weight: 0"),
@@ -102,7 +103,8 @@ LEFT_OUT: list[tuple[dict[str, Any], str]] = [
     (sft(weight="0.25"), WEIGHED),
     (sft(train=-1), WEIGHED),
     (sft(mask=[0, 1]), "the key 'mask', which may mean either of two things"),
-    (sft(images=["cat.png"]), "images beside the text"),
+    *((sft(**{key: ["a.png"]}), f"{key} beside the text")
+      for key in ("images", "image", "videos", "audios")),
     (sft(tools='[{"name": "f"}]'), "tools beside the text"),
     (sft(deleted=True), "deleted: true"),
     (sft(review_result=False), "review_result: false"),

@@ -112,6 +112,7 @@ TOLD = [
     (labelled(True, False), {"true": "first", "false": "second"}, ["first", "second"]),
     (labelled(0.2, 0.9, 0.5), {"0": "second", "1": "first"}, ["second", "first"]),
     (labelled("left", "right"), {"left": "first", "right": "second"}, ["first", "second"]),
+    (labelled("A", "B", "tie"), {"a": "second", "b": "first"}, ["second", "first"]),
 ]
 
 
@@ -120,6 +121,13 @@ def test_the_config_gives_the_meaning(
     rows: list[Any], told: dict[str, str], expected: list[str], tmp_path: Path
 ) -> None:
     assert best(write(tmp_path, rows), verdicts=told) == expected
+
+
+def test_votes_of_annotators_count_and_not_a_label_beside_them(tmp_path: Path) -> None:
+    rows = labelled(0, True, "1", names="response1 response2")
+    for row, vote in zip(rows, (2, 1, 2), strict=True):
+        row |= {"annotator1": vote, "annotator2": vote}
+    assert best(write(tmp_path, rows)) == ["second", "first", "second"]
 
 
 def test_a_value_that_the_config_does_not_name_has_its_line(tmp_path: Path) -> None:

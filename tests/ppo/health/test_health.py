@@ -329,6 +329,22 @@ def test_an_ensemble_that_disagrees_while_the_score_rises() -> None:
     assert watch(and_score_falls) == []
 
 
+@pytest.mark.parametrize("size", [0.02, 35.0, -4000.0])
+def test_members_that_differ_by_rounding_agree(size: float) -> None:
+    """Their disagreement grows tenfold, within a millionth of the scores."""
+
+    def alike(share: float) -> Fault:
+        def fault(step: int, metrics: Metrics) -> None:
+            metrics["ppo/rm_score_mean"] = size
+            share_now = share if step < 30 else 10 * share
+            metrics["ppo/ensemble_disagreement"] = share_now * max(1.0, abs(size))
+
+        return fault
+
+    assert watch(alike(1e-7)) == []
+    assert "reward models disagree" in watch(alike(1e-4))[0].message
+
+
 @pytest.mark.parametrize(("gold", "told"), [(1.7, False), (1.59, False), (1.56, True)])
 def test_the_error_of_the_best_gold_counts_too(gold: float, told: bool) -> None:
     """Best 2.0, then twice less, each with an error of 0.1: three of sqrt(0.02) are 0.424."""

@@ -19,6 +19,9 @@ SURPRISE_FLOOR = 0.01
 KL_FLOOR = 0.02
 """Nats per response by which an estimate below 0 is rounding."""
 
+ROUNDING = 1e-6
+"""Share of the scores' size by which the members of an ensemble differ when they are the same."""
+
 Metrics = Mapping[str, float]
 
 
@@ -259,7 +262,8 @@ def check_ensemble(history: History, section: HealthSection, metrics: Metrics) -
     """The reward models of an ensemble agree as much as at first, or the score does not rise."""
     spread = history.change("ppo/ensemble_disagreement", section)
     score = history.change("ppo/score_mean", section)
-    if spread[0] <= 0 or score[1] <= score[0]:
+    size = max(1.0, abs(history.recent("ppo/rm_score_mean", 1)[0]))
+    if spread[0] <= ROUNDING * size or score[1] <= score[0]:
         return None
     figure = spread[1] / spread[0]
     return _above(

@@ -165,7 +165,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "reward_hacking",
-        ("ppo/ensemble_disagreement", "ppo/score_mean"),
+        ("ppo/ensemble_disagreement", "ppo/score_mean", "ppo/rm_score_mean"),
         checks.check_ensemble,
         "KL penalty too weak for these reward models; reward models trained on other text than "
         "the policy now writes",
