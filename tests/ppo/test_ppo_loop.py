@@ -1,8 +1,10 @@
 """The loop: prompts and seeds, checks at the start, which roles there are and which move."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +12,14 @@ import torch
 from ppo_runs import TinyRun, make_prompts, nudge, weights
 
 import trainers.ppo.train as ppo_module
+from chatllama.config.batch_sizes import policy_steps
+from chatllama.config.schema import Config
 from chatllama.model.roles import adapter_parameters
 from chatllama.runs.folder import RunFolder
 from data.batches import batch_indices
+from trainers.ppo.rewards import Statistics
 from trainers.ppo.rollout import Rollout
+from trainers.ppo.state import PpoState
 from trainers.ppo.train import PpoTrainer
 from trainers.ppo.update import Update
 
@@ -278,3 +284,29 @@ def test_held_out_prompts_are_measured_on_their_steps(tiny: TinyRun):
     names += ["response_length", "eos_rate"]
     assert seen[1] == seen[3] == {f"ppo/eval_{name}" for name in names}
     assert seen[0] == seen[2] == set()
+
+
+@pytest.mark.parametrize(("spare", "words"), [(1, ""), (0, "just reaches"), (-1, "never reaches")])
+def test_a_warm_up_as_long_as_the_stage_is_said(
+    spare: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    class Begun(Exception):
+        pass
+
+    def advance(_: PpoState) -> None:
+        raise Begun
+
+    content = {"run_dir": str(tmp_path), "backbone": {"path": "m"}, "tracking": {"report_to": []}}
+    cfg = Config.model_validate(content | {"ppo": {"steps": 2}})
+    total = policy_steps(cfg.ppo, 2)
+    cfg = Config.model_validate(content | {"ppo": {"steps": 2, "warmup_steps": total - spare}})
+    stub: Any = SimpleNamespace(
+        cfg=cfg, run=RunFolder(tmp_path), servers=None, advance=advance,
+        start=lambda: PpoState(0, 0.05, Statistics()),
+        guard=SimpleNamespace(begin=lambda *_, **__: None, saving_without_servers=nullcontext),
+    )  # fmt: skip
+    with pytest.raises(Begun):
+        PpoTrainer.train(stub, resume=False)
+    said = capsys.readouterr().err
+    assert (f"ppo.warmup_steps {total - spare} is not shorter" in said) == bool(words)
+    assert words in said

@@ -2,6 +2,7 @@
 
 import math
 import os
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,11 @@ def test_statistics_far_from_zero_keep_their_digits():
     assert merged.mean == pytest.approx(1e6 + 49.5, rel=1e-12)
     # variance of 0..99 with n - 1: 100 * 101 / 12
     assert merged.deviation == pytest.approx(math.sqrt(100 * 101 / 12), rel=1e-9)
+    for size in (1e5, -3e5, 2.0**20):  # the mean of a part is not exact in float32
+        part = [size, size + 1, size + 3]
+        found = Statistics().merged(torch.tensor(part))
+        assert found.mean == pytest.approx(statistics.fmean(part), rel=1e-12)
+        assert found.deviation == pytest.approx(statistics.stdev(part), rel=1e-9)
 
 
 # --- what PPO sees

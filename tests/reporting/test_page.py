@@ -180,6 +180,8 @@ def test_table_leaves_out_what_nobody_has() -> None:
         ((1.0, 0.3), (1.5, 0.4), "neutral", "no measurable difference"),
         ((1.0, 0.3), (-1.0, 0.4), "bad", "from -0.50 to 2.50: it is over-optimised"),
         ((1.0, 0.0), (1.0, 0.0), "neutral", "errors unknown"),
+        ((0.7, 1e-8), (0.7000001, 0.0), "neutral", "errors unknown"),  # rounding
+        ((-3e4, 1e-3), (-29999.0, 1e-3), "neutral", "errors unknown"),
     ],
 )
 def test_finding_about_gold(
