@@ -156,6 +156,8 @@ def test_only_regular_files_within_limits(tmp_path: Path, monkeypatch: pytest.Mo
     for path in (str(tmp_path / "pipe.jsonl"), "/dev/zero"):
         with pytest.raises(ValueError, match="not a regular file"):
             find_files(path)
+        with pytest.raises(ValueError, match=r"^a: not a regular file"):  # as it is opened, too
+            line_reading.check_file(Path(path), "a")
     monkeypatch.setattr(line_reading, "MAX_BYTES", 1000)
     monkeypatch.setattr(line_reading, "MAX_LINE_BYTES", 500)
     packed = gzip.compress(lines(*[GOOD_SFT] * 100))
