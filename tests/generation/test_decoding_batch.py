@@ -101,27 +101,34 @@ def broken_llama() -> LlamaForCausalLM:
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("logprobs", [None, 2])
-def test_a_row_that_cannot_be_sampled_leaves_alone(compiled: bool, logprobs: int | None) -> None:
+@pytest.mark.parametrize(("logprobs", "order"), [(None, "gbgh"), (2, "gghb"), (1, "bhgg")])
+def test_a_row_that_cannot_be_sampled_leaves_alone(
+    compiled: bool, logprobs: int | None, order: str
+) -> None:
+    """Others move to where bad and hot rows were, or are admitted there."""
     llama = broken_llama()
     zeros = torch.zeros(40)
     good = [Request([5, 9, 30], Sampling(20, 0.0), [], zeros, logprobs),
             Request([7, *range(20, 40)], Sampling(16), [], zeros, logprobs)]  # fmt: skip
-    bad = Request([8, *range(3, 30), BAD], Sampling(9, top_k=3), [], zeros, logprobs)
+    bad = Request([8, BAD, *range(3, 30)], Sampling(9, top_k=3), [], zeros, logprobs)
     hot = Request([8, 9], Sampling(9, 1e-39), [], zeros, logprobs)
     static = StaticKVCache(llama, "eager") if compiled else None
     batch = DecodingBatch(llama, 4, static)
     produced: dict[int, list[int]] = {}
-    first = batch.admit([good[0], bad, good[1], hot])
-    assert [one.ended for one in first] == [None, "failed", None, "failed"]
+    waiting = {"g": list(good), "b": [bad], "h": [hot]}
+    first = batch.admit([waiting[kind].pop(0) for kind in order])
+    failed = [one for one in first if one.ended == "failed"]
+    assert [one.row for one in failed] == [i for i, kind in enumerate(order) if kind in "bh"]
+    assert all(one.logprob is None and one.top == [] for one in failed)
     note(produced, first)
     note(produced, batch.step())
     late = Request([5, 9], Sampling(30, 0.0), [], zeros, logprobs)  # takes a place with NaN in it
-    note(produced, batch.admit([late, Request([4] * 12, Sampling(3), [], zeros)]))
+    note(produced, batch.admit([Request([4] * 12, Sampling(3), [], zeros), late]))
     while batch.running:
         note(produced, batch.step())
-    assert produced[1] == produced[3] == [-1]
-    assert [produced[row] for row in (0, 2, 4)] == [alone(llama, each) for each in (*good, late)]
+    assert all(produced[one.row] == [-1] for one in failed)
+    rows = [i for i, kind in enumerate(order) if kind == "g"]
+    assert [produced[row] for row in (*rows, 5)] == [alone(llama, each) for each in (*good, late)]
 
 
 def test_a_model_that_breaks_ends_generate_and_stream() -> None:
