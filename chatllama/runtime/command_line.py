@@ -90,7 +90,8 @@ def shown_only(*names: str) -> Iterator[None]:
         yield
     finally:
         for name in names:
-            if isinstance(getattr(sys, name), _ShownOnly):
+            if isinstance(shown := getattr(sys, name), _ShownOnly):
+                shown.flush()
                 setattr(sys, name, before[name])
 
 

@@ -41,14 +41,16 @@ DOORS = pytest.mark.parametrize("door", [pytest.param(STAGE, id="stage"), COMMAN
 
 def start(door: str, text: str, folder: Path, **options) -> subprocess.Popen:
     code = textwrap.dedent(WORK).format(text=text) + textwrap.dedent(door)
-    return subprocess.Popen([sys.executable, "-c", code], cwd=folder, **options)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "", **options.pop("env", {})}
+    command = [sys.executable, "-c", code]
+    return subprocess.Popen(command, cwd=folder, env=environment, **options)
 
 
 @DOORS
 @pytest.mark.parametrize("text", ["it\u2019s", "\u00e4\u4e2d", "half \ud83d"])
 def test_an_ascii_stream_shows_escapes(door: str, text: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    process = start(door, text, tmp_path, env=environment, stdout=-1, stderr=-1)
+    ascii_only = {"PYTHONIOENCODING": "ascii"}
+    process = start(door, text, tmp_path, env=ascii_only, stdout=-1, stderr=-1)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert text.encode("ascii", "backslashreplace") in out and (tmp_path / "done").is_file()
@@ -66,6 +68,19 @@ def test_a_closed_pipe_is_ignored(door: str, closed: str, tmp_path: Path) -> Non
     process = start(door, "x", tmp_path, **streams)
     os.close(writer)
     assert process.wait(timeout=60) == 0 and (tmp_path / "done").is_file()
+
+
+@pytest.mark.parametrize("text", ["x", "\u4e2d " * 900])
+def test_a_closed_pipe_is_ignored_also_by_what_is_still_buffered(text: str) -> None:
+    code = "from chatllama.runtime.command_line import shown_only\n"
+    code += f"with shown_only('stdout'):\n    print({text!r})"
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "", "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, stdout=writer, stderr=-1, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @DOORS
