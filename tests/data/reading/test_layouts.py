@@ -153,7 +153,7 @@ def test_commas_at_line_ends(line: str, tmp_path: Path) -> None:
 
 def test_only_regular_files_within_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
-    for path in (str(tmp_path / "pipe.jsonl"), "/dev/zero"):
+    for path in ("/dev/zero", str(tmp_path / "pipe.jsonl")):
         with pytest.raises(ValueError, match="not a regular file"):
             find_files(path)
         with pytest.raises(ValueError, match=r"^a: not a regular file"):  # as it is opened, too
