@@ -42,7 +42,8 @@ def shown_records(
     """The first `num` records of each source of a stage (sft, reward or ppo), as tokens.
 
     Raises:
-        ValueError: the stage has no data, or a source cannot be read.
+        ValueError: the stage has no data, a source cannot be read, or training leaves out
+            every record that would be shown.
     """
     parts = [part for part in stage_sources(cfg) if part.stage == stage]
     if not parts:
@@ -52,6 +53,8 @@ def shown_records(
         data, _ = read_source(part.source, part.kind)
         for row in data.select(range(min(num, len(data)))):
             shown += _sequences(cast(dict[str, Any], row), part, cfg, tokenizer)
+    if shown and not any(one.tokens for one in shown):
+        raise ValueError(f"nothing can be shown: {shown[0].title}")
     return shown
 
 

@@ -327,6 +327,10 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused_first(
     section = {"type": "Split", "pattern": {"String": "§"}, "behavior": "Isolated", "invert": False}
     pipeline["pre_tokenizer"]["pretokenizers"].insert(0, section)
     file.write_text(json.dumps(pipeline))
+    lineage = json.loads((run / "lineage.json").read_text())
+    for record in lineage.values():  # changed on purpose
+        record["base"]["files"].pop("tokenizer.json", None)
+    (run / "lineage.json").write_text(json.dumps(lineage))
     config = (run / "config.yaml").read_text().replace(instruct.base, str(file.parent))
     (run / "config.yaml").write_text(config.replace(str(instruct.run.root), str(run)))
     with pytest.raises(ValueError, match="splits text as one of gpt-2, smollm"):
