@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from chatllama.config.schema import Config
 from chatllama.generation import decoding_batch
-from chatllama.model import lm_head
+from chatllama.model import lm_head, sampling_layers
 from chatllama.model.roles import Adapter, RoleModel
 from data.batches import SharedPromptCollator
 from trainers.ppo.model import build_engine as ppo_engine
@@ -96,8 +96,18 @@ def measure(cfg: Config, shape: LlamaConfig, stage: str, chunk: int = GPU_CHUNK)
     model = fake_model(cfg, shape, stage)
     record = MemoryRecord(tensors_of(model))
     measured = {"sft": _sft, "reward": _reward, "ppo": _ppo}[stage]
-    with mock.patch.object(lm_head, "CHUNK_ELEMENTS", chunk), record:
+    with (
+        mock.patch.object(lm_head, "CHUNK_ELEMENTS", chunk),
+        mock.patch.object(lm_head, "float32_logits", _gpu_logits),
+        mock.patch.object(sampling_layers, "float32_logits", _gpu_logits),
+        record,
+    ):
         return measured(cfg, model, record)
+
+
+def _gpu_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """One tensor, as a GPU's product with float32 sums; the CPU's widens the weights in parts."""
+    return hidden.new_empty((*hidden.shape[:-1], len(weight)), dtype=torch.float32)
 
 
 def extrapolated(cfg: Config, shape: LlamaConfig, stage: str) -> Measured:
