@@ -11,9 +11,9 @@ export PATH := $(BIN):$(PATH)
 # Test processes at a time. A file's tests stay in one process, which makes its fixtures once.
 WORKERS ?= 2
 PYTEST = "$(BIN)/python" -m pytest -n $(WORKERS) --dist loadfile
-# The slow and gpu tiers run one test at a time (0), since many of them start ranks of their own.
-# Ports and folders do not collide: a machine with more cores can take 2.
-SLOW_WORKERS ?= 0
+# The same for the slow and gpu tiers, of which many tests start ranks of their own; ports and
+# folders do not collide. With a GPU too small for two tests, 0: one at a time.
+SLOW_WORKERS ?= 2
 # What `make unit` may cost: 90 s on two cores, in CPU seconds of all test processes and their
 # children. CPU seconds, since wall time would fail an innocent change on a busy machine.
 UNIT_CPU_SECONDS ?= 180

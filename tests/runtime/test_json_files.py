@@ -73,4 +73,4 @@ def test_content_of_another_shape_names_its_file(wrong: Any) -> None:
         pytest.raises(ValueError, match=r"a\.json is damaged: \w+Error"),
         held_to_be_whole(Path("a.json")),
     ):
-        wrong["a"]["b"] + 1
+        _ = wrong["a"]["b"] + 1
