@@ -134,8 +134,8 @@ HEALTH_BUGS = (
     Mutation(
         "disagreement counts where the score falls",
         CHECKS,
-        "if spread[0] <= 0 or score[1] <= score[0]:",
-        "if spread[0] <= 0:",
+        "if spread[0] <= ROUNDING * size or score[1] <= score[0]:",
+        "if spread[0] <= ROUNDING * size:",
         (_HEALTH + "an_ensemble_that_disagrees_while_the_score_rises",),
     ),
     Mutation(
