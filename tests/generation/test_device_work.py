@@ -49,6 +49,7 @@ def test_a_step_waits_for_the_device_once(kind: str, logprobs: int | None):
         assert counts.syncs == {"tolist": 1}
 
 
+@pytest.mark.slow
 def test_a_compiled_step_waits_once(monkeypatch: pytest.MonkeyPatch):
     llama = llama_7b(1)
     static = StaticKVCache(llama)

@@ -78,6 +78,7 @@ def on_two_ranks(
     return [(folder / n).read_text() if (folder / n).is_file() else "" for n in ("0", "1")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "wait"),
     [*(("gloo", w) for w in WAITS), *(("silent", w) for w in ("barrier", "objects", "rank 0"))],
