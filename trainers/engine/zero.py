@@ -9,13 +9,11 @@ import torch
 from torch import nn
 
 from chatllama.config.schema import DeepSpeedSection
+from chatllama.planning.sharding import BUCKET_ELEMENTS
 from chatllama.runtime.distributed import all_max, device, free_memory, rank, world_size
 
 MEMORY_FRACTION = 0.8
 """Share of the free memory that weights may take; the rest is for the KV cache."""
-
-LARGEST_BUCKET = 50_000_000
-"""Elements of gradients that are reduced at a time, at most."""
 
 
 def zero_settings(
@@ -23,7 +21,7 @@ def zero_settings(
     *,
     accumulation_steps: int,
     max_grad_norm: float,
-    num_trained: int = LARGEST_BUCKET,
+    num_trained: int = BUCKET_ELEMENTS,
 ) -> dict[str, Any]:
     """DeepSpeed's configuration.
 
@@ -42,7 +40,7 @@ def zero_settings(
             "none"
         )
     # Allocated in full; DeepSpeed's default of 5e8 elements would take 2 GB on every GPU.
-    bucket = min(num_trained, LARGEST_BUCKET)
+    bucket = min(num_trained, BUCKET_ELEMENTS)
     zero: dict[str, Any] = {"stage": section.stage, "reduce_bucket_size": bucket}
     if section.stage == 3:
         zero["stage3_param_persistence_threshold"] = section.stage3_param_persistence_threshold
