@@ -5,11 +5,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 PROJECT = Path(__file__).resolve().parent.parent
 LAUNCHER = Path(sys.executable).with_name("deepspeed")
@@ -25,6 +28,22 @@ def command(ranks: int, script: Path, *arguments: object) -> list[str]:
     """`ranks` processes of a script on this machine."""
     launcher = [str(LAUNCHER), "--num_gpus", str(ranks), "--master_port", str(free_port())]
     return [*launcher, str(script), *map(str, arguments)]
+
+
+def gone(pids: Iterable[int], seconds: float = 60) -> bool:
+    """Whether all processes end within a time; one that only waits to be collected has ended."""
+    deadline = time.monotonic() + seconds
+    left = list(pids)
+    while left and time.monotonic() < deadline:
+        time.sleep(0.1)
+        left = [pid for pid in left if _runs(pid)]
+    return not left
+
+
+def _runs(pid: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def launch(script: Path | str, *arguments: object) -> None:

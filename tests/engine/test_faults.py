@@ -8,7 +8,16 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import LAUNCHER, PROJECT, command, environment, free_port, start_on, two_machines
+from launching import (
+    LAUNCHER,
+    PROJECT,
+    command,
+    environment,
+    free_port,
+    gone,
+    start_on,
+    two_machines,
+)
 
 from chatllama.runtime import distributed
 from trainers.stages import arguments
@@ -42,8 +51,7 @@ def test_a_rank_that_fails_ends_the_job(
     assert output.count(told) == 1, output
     assert output.count("error: ") == (fault != "kill"), output  # nothing of the one that waited
     assert output.count("Traceback") == (fault == "crash"), output
-    for rank in (0, 1):
-        assert not psutil.pid_exists(int((tmp_path / f"pid-{rank}").read_text()))
+    assert gone(pid_of(tmp_path, rank) for rank in (0, 1))
 
 
 @pytest.mark.slow
@@ -60,8 +68,11 @@ def test_a_rank_that_is_stopped_for_good_ends_the_job(tmp_path: Path, stopped: i
     assert done.returncode == 1, output
     assert "another rank did not answer within 0.1 minutes (deepspeed.timeout_minutes)" in output
     assert "Traceback" not in output and "--resume" in output
-    for rank in (0, 1):
-        assert not psutil.pid_exists(int((tmp_path / f"pid-{rank}").read_text()))
+    assert gone(pid_of(tmp_path, rank) for rank in (0, 1))
+
+
+def pid_of(folder: Path, rank: int) -> int:
+    return int((folder / f"pid-{rank}").read_text())
 
 
 def pids_of(folder: Path) -> list[int]:
@@ -71,7 +82,7 @@ def pids_of(folder: Path) -> list[int]:
         assert time.monotonic() < deadline
         time.sleep(0.2)
     time.sleep(1)
-    return [int((folder / f"pid-{rank}").read_text()) for rank in (0, 1)]
+    return [pid_of(folder, rank) for rank in (0, 1)]
 
 
 @pytest.mark.slow
@@ -104,18 +115,10 @@ def test_ranks_whose_launcher_is_killed_are_named_by_the_next_start(tmp_path: Pa
         assert f"(process {pids[0]} on {socket.gethostname()}" in again.stderr
         assert f"wait for it, or stop it: kill {pids[0]}" in again.stderr
         psutil.Process(pids[0]).terminate()  # as that says; the other rank then ends by itself
-        deadline = time.monotonic() + 60
-        while any(map(alive, pids)) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert not any(map(alive, pids)) and not list(tmp_path.glob(".lock*"))
+        assert gone(pids) and not list(tmp_path.glob(".lock*"))
     finally:
         for pid in filter(psutil.pid_exists, pids):
             psutil.Process(pid).kill()
-
-
-def alive(pid: int) -> bool:
-    """Whether the process runs; what waits for init to collect it does not."""
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import gone
 
 from chatllama import cli
 from chatllama.config.loader import dump_config, load_config
@@ -322,7 +323,7 @@ def test_no_process_outlives_a_failed_command(tmp_path: Path) -> None:
         sys.exit(4)
     """
     assert run_to_end([PYTHON, "-c", textwrap.dedent(code)], os.environ, never) == 4
-    assert_gone(int(pid_file.read_text()))
+    assert gone([int(pid_file.read_text())], seconds=5)
 
 
 @pytest.mark.parametrize(
@@ -353,15 +354,7 @@ def test_a_signal_ends_every_process(tmp_path: Path, signum: int, exit_code: int
         time.sleep(0.05)
     process.send_signal(signum)
     assert process.wait(timeout=30) == exit_code
-    for pid in pid_file.read_text().split():
-        assert_gone(int(pid))
-
-
-def assert_gone(pid: int) -> None:
-    import psutil
-
-    if psutil.pid_exists(pid):
-        assert psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert gone(map(int, pid_file.read_text().split()), seconds=5)
 
 
 def test_signal_handlers_come_back() -> None:
