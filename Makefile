@@ -18,7 +18,7 @@ SLOW_WORKERS ?= 2
 # children. CPU seconds, since wall time would fail an innocent change on a busy machine.
 UNIT_CPU_SECONDS ?= 180
 
-.PHONY: help venv demo unit test check lines mutations kills gpu clean
+.PHONY: help venv demo unit test check lines mutations kills gpu site clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make mutations  plant known bugs of PPO one at a time; the tests must see every one"
 	@echo "make kills   kill real training 50 times; nothing may be lost (minutes)"
 	@echo "make gpu     every check that needs a GPU, half an hour; a dated table in benchmarks/results"
+	@echo "make site    build the documentation into site/; warnings are errors"
 	@echo "make venv    install into .venv only (PYTHON=python3.12 chooses the interpreter)"
 	@echo "make clean   remove .venv and caches; runs/ stays"
 
@@ -76,6 +77,10 @@ mutations: venv
 
 kills: venv
 	"$(BIN)/python" tests/kills/run.py
+
+site: venv
+	"$(BIN)/python" -m pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 "$(BIN)/python" -m mkdocs build --quiet --strict
 
 # GPU_OPTIONS="--model FOLDER --trl-python PYTHON" adds rows that need more than this checkout.
 gpu: venv

@@ -188,6 +188,15 @@ def test_the_index_lists_every_page_of_docs() -> None:
             assert f"]({page.name})" in index, page.name
 
 
+def test_the_site_has_every_page_of_docs() -> None:
+    text = (PROJECT / "mkdocs.yml").read_text(encoding="utf-8")
+    shown = set(re.findall(r": ([\w-]+\.md)$", text, re.MULTILINE))
+    written = {page.name for page in pages() if page.parent.name == "docs"}
+    assert written - {"README.md"} <= shown
+    made = set(re.findall(r'"([\w-]+\.md)"', (PROJECT / "docs" / "site_pages.py").read_text()))
+    assert shown <= written | made
+
+
 def test_make_targets_of_the_docs_exist() -> None:
     makefile = (PROJECT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
