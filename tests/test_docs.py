@@ -184,14 +184,14 @@ def test_links_lead_somewhere() -> None:
 def test_the_index_lists_every_page_of_docs() -> None:
     index = (PROJECT / "docs" / "README.md").read_text(encoding="utf-8")
     for page in pages():
-        if page.parent.name == "docs" and page.name != "README.md":
+        if page.parent == PROJECT / "docs" and page.name != "README.md":
             assert f"]({page.name})" in index, page.name
 
 
 def test_the_site_has_every_page_of_docs() -> None:
     text = (PROJECT / "mkdocs.yml").read_text(encoding="utf-8")
     shown = set(re.findall(r": ([\w-]+\.md)$", text, re.MULTILINE))
-    written = {page.name for page in pages() if page.parent.name == "docs"}
+    written = {page.name for page in pages() if page.parent == PROJECT / "docs"}
     assert written - {"README.md"} <= shown
     made = set(re.findall(r'"([\w-]+\.md)"', (PROJECT / "docs" / "site_pages.py").read_text()))
     assert shown <= written | made
