@@ -73,11 +73,30 @@ class EvaluationSection(Section):
     best accuracy that any reward model can have (the Bayes limit) is known."""
 
 
+class WandbSection(Section):
+    """Weights & Biases: a run for each stage, in one group."""
+
+    project: str = "chatllama"
+    """Project there."""
+    entity: str | None = None
+    """User or team. null: your default."""
+    name: str | None = None
+    """Name of the group; the stage is added to it for each run's. null: the run folder's name."""
+    tags: list[str] = []
+    """Tags of each run."""
+    notes: str | None = None
+    """Notes of each run."""
+    mode: Literal["online", "offline", "disabled"] | None = None
+    """offline: into RUN/<stage>/wandb, for `wandb sync`. null: WANDB_MODE, or online."""
+
+
 class TrackingSection(Section):
     """Progress display, metrics and samples."""
 
     report_to: list[str] = ["tensorboard"]
     """Trackers besides metrics.jsonl: tensorboard, wandb (needs the extra of that name)."""
+    wandb: WandbSection = WandbSection()
+    """How runs are named at Weights & Biases."""
     log_every: Positive = 1
     """Steps between lines of metrics.jsonl and trackers."""
     sample_every: NonNegative = 10

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-from chatllama.config.schema import TrackingSection
+from chatllama.config.schema import TrackingSection, WandbSection
 from chatllama.reporting.display import LiveDisplay, PlainDisplay
 from chatllama.runs.folder import RunFolder, Stage
 from chatllama.runtime.jsonl import append_lines, keep_lines, read_lines
@@ -57,18 +57,26 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """One Weights & Biases run per stage, in the project `chatllama`."""
+    """One Weights & Biases run per stage; a resumed stage goes on in its own."""
 
-    def __init__(self, run: RunFolder, stage: Stage) -> None:
+    def __init__(self, run: RunFolder, stage: Stage, section: WandbSection, resumed: bool) -> None:
         import wandb  # pyright: ignore[reportMissingImports]
 
-        name = run.root.name
-        about = {"group": name, "name": f"{name}-{stage}", "dir": str(run.stage(stage))}
-        self._run = wandb.init(project="chatllama", **about)
+        group, folder = section.name or run.root.name, run.stage(stage)
+        names = {"project": section.project, "entity": section.entity, "notes": section.notes}
+        names |= {"group": group, "name": f"{group}-{stage}", "tags": section.tags}
+        path = folder / "wandb-id"
+        known = path.read_text(encoding="utf-8") if resumed and path.is_file() else None
+        self._run = wandb.init(
+            **names, dir=str(folder), mode=section.mode, id=known, resume="allow"
+        )
+        path.write_text(self._run.id, encoding="utf-8")
+        # Steps as a column: after a rollback they repeat, which W&B's own counter cannot.
+        self._run.define_metric("*", step_metric="step")
         self.close = self._run.finish
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
+        self._run.log({"step": step, **metrics})
 
 
 class Tracker:
@@ -195,7 +203,8 @@ class Tracker:
                     folder = self._run.stage(self._stage) / "tensorboard"
                     self._writers.append(_TensorBoard(folder, self._resumed_step))
                 else:
-                    self._writers.append(_Wandb(self._run, self._stage))
+                    section, resumed = self._tracking.wandb, self._resumed_step > 0
+                    self._writers.append(_Wandb(self._run, self._stage, section, resumed))
         return self._writers
 
     def _close_writers(self) -> None:

@@ -3,6 +3,8 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -162,6 +164,37 @@ def test_unknown_or_missing_trackers_are_refused_on_every_rank(
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install wandb"):
         Tracker(RunFolder(tmp_path), "sft", TrackingSection(report_to=["wandb"]), 1, 0)
+
+
+def test_a_resumed_stage_goes_on_in_its_wandb_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[dict[str, Any]] = []
+    logged: list[dict[str, float]] = []
+
+    def init(**options: Any) -> SimpleNamespace:
+        begun.append(options)
+        return SimpleNamespace(
+            id=options["id"] or f"id-{len(begun)}",
+            define_metric=lambda name, step_metric: None,
+            log=logged.append,
+            finish=lambda: None,
+        )
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setattr(tracking, "find_spec", lambda name: True)
+    keys = {"project": "p", "entity": "team", "tags": ["a"], "mode": "offline"}
+    section = TrackingSection.model_validate({"report_to": ["wandb"], "wandb": keys})
+    run = RunFolder(tmp_path / "mine")
+    for resumed_step in (0, 1, 0):
+        with Tracker(run, "sft", section, 2, 0) as tracker:
+            tracker.resume_from(resumed_step)
+            tracker.log(resumed_step + 1, {"sft/loss": 2.0})
+    assert [options["id"] for options in begun] == [None, "id-1", None]
+    for options in begun:
+        assert options.items() >= keys.items()
+        assert (options["group"], options["name"]) == ("mine", "mine-sft")
+    assert logged[1] == {"step": 2, "sft/loss": 2.0}
 
 
 def test_tensorboard_gets_finite_values(tmp_path: Path) -> None:
