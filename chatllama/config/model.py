@@ -134,8 +134,11 @@ class BackboneSection(Section):
 class ChatSection(Section):
     """How a conversation becomes tokens, in all stages and in chat."""
 
-    template: Literal["llama2", "llama3", "alpaca", "vicuna", "chatml", "tokenizer"] = "llama2"
-    """Chat template. `tokenizer`: the one that comes with the tokenizer."""
+    template: Literal["auto", "llama2", "llama3", "alpaca", "vicuna", "chatml", "tokenizer"] = (
+        "auto"
+    )
+    """Chat template. `tokenizer`: the one that comes with the tokenizer. auto: that one where there
+    is one, else llama2; the run folder's config.yaml names it."""
     system: str | None = None
     """System prompt for conversations that have none."""
     date: Day | None = None

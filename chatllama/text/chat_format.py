@@ -17,6 +17,7 @@ from chatllama.config.model import ChatSection
 from chatllama.text import chat_templates as templates
 from chatllama.text.chat_templates import Segment
 from chatllama.text.encoding import control_tokens, encode
+from chatllama.text.tokenizer_files import has_template
 from chatllama.text.tokenizer_template import template_segments
 
 Role = Literal["system", "user", "assistant"]
@@ -55,6 +56,21 @@ _HASHED: tuple[list[Message], ...] = (
         {"role": "assistant", "content": "done"},
     ],
 )
+
+_TALK = ("Who wrote this?", "Anna, in 1912.", "And where?", "At home.")
+_COMPARED: tuple[list[Message], ...] = tuple(
+    [{"role": "assistant" if i % 2 else "user", "content": _TALK[i]} for i in range(length)]
+    for length in range(1, 5)
+)
+"""One question to two exchanges, without the blanks that only some templates keep."""
+
+
+def settled(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> ChatSection:
+    """The section with the template that `auto` comes to with this tokenizer."""
+    if chat.template != "auto":
+        return chat
+    own = has_template(tokenizer.chat_template)
+    return chat.model_copy(update={"template": "tokenizer" if own else "llama2"})
 
 
 def check_messages(messages: Sequence[Message]) -> None:
@@ -144,6 +160,7 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> li
 
 def contract_hash(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> str:
     """16 hex digits that change with the layout, the system prompt and the tokenizer."""
+    chat = settled(tokenizer, chat)
     rendered = [render(tokenizer, chat, messages) for messages in _HASHED]
     return _digest(
         [
@@ -158,6 +175,7 @@ def contract_hash(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> str:
 
 def describe_contract(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> dict[str, Any]:
     """The contract as JSON values, saved beside every adapter."""
+    chat = settled(tokenizer, chat)
     own = chat.template == "tokenizer"
     return {
         "template": chat.template,
@@ -171,6 +189,33 @@ def describe_contract(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> 
         "pad_token_id": tokenizer.pad_token_id,
         "end_of_turn_ids": end_of_turn_ids(tokenizer, chat),
     }
+
+
+def template_line(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> str:
+    """A line that says which chat template is used; a warning where the tokenizer's own differs."""
+    name = settled(tokenizer, chat).template
+    if name == "tokenizer":
+        return "chat template: the tokenizer's own"
+    if not has_template(tokenizer.chat_template):
+        return f"chat template: {name}; the tokenizer has none of its own"
+    own = chat.model_copy(update={"template": "tokenizer"})
+    try:
+        ours, theirs = (
+            [
+                render(tokenizer, each, said, add_generation_prompt=len(said) % 2 == 1)
+                for said in _COMPARED
+            ]
+            for each in (chat, own)
+        )
+    except ValueError as error:
+        return f"chat template: {name}; the tokenizer's own cannot be used ({error})"
+    if ours == theirs:
+        return f"chat template: {name}, which writes the tokens of the tokenizer's own"
+    return (
+        f"warning: chat.template {name} writes other tokens than the tokenizer's own chat "
+        "template. A model that was tuned on its own answers worse under another: set "
+        f"chat.template: tokenizer, unless it was tuned on {name}"
+    )
 
 
 def check_contract(
@@ -215,8 +260,9 @@ def check_contract(
 def _segments(
     tokenizer: PreTrainedTokenizerFast, chat: ChatSection, messages: Sequence[Message], prompt: bool
 ) -> Iterable[Segment]:
+    chat = settled(tokenizer, chat)
     if chat.template == "tokenizer":
-        if not tokenizer.chat_template:
+        if not has_template(tokenizer.chat_template):
             raise ValueError(
                 "chat.template is 'tokenizer' but this tokenizer has no chat_template; choose "
                 f"{_fitting(tokenizer)}"
@@ -232,6 +278,7 @@ def _segments(
     turns, system = _turns(chat, messages)
     _eos_id(tokenizer)
     ends = templates.Ends(opening_bos(tokenizer, chat), str(tokenizer.eos_token))
+    assert chat.template != "auto"
     match chat.template:
         case "llama2":
             return templates.llama2(turns, system, ends)
@@ -254,7 +301,8 @@ def _fitting(tokenizer: PreTrainedTokenizerFast) -> str:
     """The layouts that can be chosen with this tokenizer, as text."""
     names = [name for name in get_args(ChatSection.model_fields["template"].annotation)
              if not _lacking(tokenizer, name)]  # fmt: skip
-    names = [name for name in names if name != "tokenizer" or tokenizer.chat_template]
+    names = [name for name in names if name != "tokenizer" or has_template(tokenizer.chat_template)]
+    names.remove("auto")
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 

@@ -14,17 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from chatllama.config.schema import Config
 from chatllama.runs.folder import RunFolder, backbone_path
-from chatllama.runtime.hub import hub_folder
 from chatllama.runtime.json_files import read_json
 from chatllama.runtime.libraries import quiet_libraries
 from chatllama.text import sentencepiece_bpe
-from chatllama.text.tokenizer_files import read_by_library, read_file, read_template
+from chatllama.text.tokenizer_files import (
+    TOKENIZER_CONFIG,
+    local_folder,
+    read_by_library,
+    read_file,
+    read_template,
+)
 
 # Key of our own tokenizer_config.json: the tokenizer.json beside it is exact as it is.
 MARKER = "chatllama_exact"
@@ -50,8 +54,9 @@ def load_tokenizer(
     Raises:
         ValueError: nothing loadable there, no EOS token, or no token to pad with.
     """
-    folder = _local_folder(path, revision, trust_remote_code)
-    config, llama = read_file(folder, "tokenizer_config.json"), read_file(folder, "config.json")
+    code = ["*.py"] if trust_remote_code else []
+    folder = local_folder(path, revision, [*_FILES, *code])
+    config, llama = read_file(folder, TOKENIZER_CONFIG), read_file(folder, "config.json")
     for name in ("special_tokens_map.json", "added_tokens.json"):
         read_file(folder, name)
     read_template(folder, config)
@@ -238,17 +243,6 @@ def _apply_policy(
     tokenizer.padding_side = "left"
     tokenizer.clean_up_tokenization_spaces = False
     return tokenizer
-
-
-def _local_folder(path: str | Path, revision: str | None, trust_remote_code: bool) -> Path:
-    """The folder itself, or the tokenizer files of a hub repository as a cached folder."""
-    if Path(path).is_dir():
-        return Path(path)
-    patterns = [*_FILES, *(["*.py"] if trust_remote_code else [])]
-    try:
-        return hub_folder(str(path), revision, patterns)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ValueError(f"{path}: neither a folder nor a readable hub id: {error}") from error
 
 
 def _explain_vocab_size(vocab_size: int, error: str) -> str:

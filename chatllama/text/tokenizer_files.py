@@ -3,7 +3,7 @@
 Making a tokenizer of them is in `tokenizer.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +11,10 @@ from typing import Annotated, Any
 from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
-from chatllama.config.model import CODE_NOT_RUN
+from chatllama.config.model import CODE_NOT_RUN, BackboneSection
 from chatllama.runtime.json_files import MORE_KEYS, read_json, read_regular
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 MOST_TEMPLATE_BYTES = 2**20
 """Of a chat template; published ones have some thousands."""
 _Id = Annotated[int, Field(ge=0, lt=2**31)]
@@ -60,7 +61,7 @@ class _Pipeline(TypedDict, total=False):
 
 
 SHAPES: dict[str, Any] = {
-    "tokenizer_config.json": _Settings,
+    TOKENIZER_CONFIG: _Settings,
     "special_tokens_map.json": _SpecialTokens,
     "added_tokens.json": dict[str, _Id],
     "config.json": _Sizes,
@@ -92,8 +93,43 @@ def read_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str] 
         template = {entry["name"]: entry["template"] for entry in template}
     texts = template.values() if isinstance(template, dict) else [template or ""]
     if (longest := max(map(len, texts), default=0)) > MOST_TEMPLATE_BYTES:
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: a chat template of {longest} bytes")
+        raise ValueError(f"{folder / TOKENIZER_CONFIG}: a chat template of {longest} bytes")
     return template
+
+
+def has_template(template: str | dict[str, str] | None) -> bool:
+    """Whether a tokenizer's `chat_template` can be used without naming one of several."""
+    return "default" in template if isinstance(template, dict) else bool(template)
+
+
+def own_template_exists(section: BackboneSection) -> bool:
+    """Whether the backbone's tokenizer brings a chat template; reads its files, makes nothing.
+
+    Raises:
+        ValueError: the backbone is neither a folder nor a readable hub id, or a file is damaged.
+    """
+    if section.path is None:
+        return False  # a tokenizer that a run makes of text has none
+    folder = local_folder(section.path, section.revision, [TOKENIZER_CONFIG, "chat_template*"])
+    return has_template(read_template(folder, read_file(folder, TOKENIZER_CONFIG)))
+
+
+def local_folder(path: str | Path, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The folder itself, or those files of a hub repository as a cached folder.
+
+    Raises:
+        ValueError: neither a folder nor a readable hub id.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    from chatllama.runtime.hub import hub_folder
+
+    try:
+        return hub_folder(str(path), revision, patterns)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ValueError(f"{path}: neither a folder nor a readable hub id: {error}") from error
 
 
 @contextmanager

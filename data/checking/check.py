@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.schema import Config
 from chatllama.config.stages import StageSection
+from chatllama.text.chat_format import template_line
 from data.checking.records import check_records, iterate, question
 from data.checking.report import DataReport, Findings, StageSource
 from data.checking.tokens import check_tokens
@@ -109,7 +110,7 @@ def examine(
             own = [one for one in checked if one.part.stage == stage]
             _check_stage(stage_section(cfg, stage), stage, own, cfg.seed, findings)
     _check_between_stages(checked, findings)
-    notes = []
+    notes = [] if tokenizer is None else [template_line(tokenizer, cfg.chat)]
     if tokenizer is None:
         notes.append("there is no tokenizer yet, so nothing that needs tokens was checked")
     if not parts:

@@ -20,7 +20,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     path = tmp_path / "run.yaml"
-    path.write_text("run_dir: r\nbackbone: {path: m}\n", encoding="utf-8")
+    path.write_text("run_dir: r\nbackbone: {path: m}\nchat: {template: llama2}\n", encoding="utf-8")
     return str(path)
 
 
@@ -112,6 +112,7 @@ PATHS = {
     "reward.data=[{path: data/samples/preference.jsonl}]": [],
 }  # fmt: skip
 """Overrides, and which of their paths are of the current folder: not ids of the hub or samples."""
+MINE = "run_dir: runs/x\nbackbone: {path: models/llama}\nchat: {template: llama2}\n"
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_paths_count_from_the_current_folder_and_hold_in_any_other(
     here: Path, override: str
 ) -> None:
-    (here / "mine.yaml").write_text("run_dir: runs/x\nbackbone: {path: models/llama}\n")
+    (here / "mine.yaml").write_text(MINE)
     cfg = arguments.load_stage_config("mine.yaml", [override])
     assert cfg.run_dir == "runs/x"
     run = RunFolder(here / cfg.run_dir)
@@ -146,7 +147,7 @@ def test_paths_count_from_the_current_folder_and_hold_in_any_other(
 
 @pytest.mark.parametrize("moved", ["runs/x", "elsewhere/y", "runs/x y"])
 def test_the_config_of_a_run_folder_belongs_to_it(here: Path, moved: str) -> None:
-    (here / "mine.yaml").write_text("run_dir: runs/x\nbackbone: {path: models/llama}\n")
+    (here / "mine.yaml").write_text(MINE)
     run = RunFolder(here / "runs/x")
     arguments.record_config(arguments.load_stage_config("mine.yaml", []), run)
     run.lineage.write_text("{}")
@@ -182,6 +183,64 @@ def test_the_day_is_frozen_when_a_run_starts(
     assert arguments.load_stage_config(file, ["chat.template=llama2"]).chat.date is None
     with pytest.raises(ConfigError, match=r"chat\.date"):
         arguments.load_stage_config(file, ["chat.date=2026-13-01"])
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, "llama2"),
+        ({"tokenizer_config.json": "{}"}, "llama2"),
+        ({"tokenizer_config.json": '{"chat_template": null}'}, "llama2"),
+        ({"tokenizer_config.json": '{"chat_template": "{{ messages }}"}'}, "tokenizer"),
+        ({"chat_template.jinja": "{{ messages }}"}, "tokenizer"),
+        (
+            {"tokenizer_config.json": '{"chat_template": [{"name": "rag", "template": "x"}]}'},
+            "llama2",
+        ),
+        (
+            {"tokenizer_config.json": '{"chat_template": [{"name": "default", "template": "x"}]}'},
+            "tokenizer",
+        ),
+    ],
+)
+def test_auto_is_the_template_that_the_tokenizer_brings(
+    tmp_path: Path, files: dict[str, str], expected: str
+) -> None:
+    model, file = tmp_path / "model", tmp_path / "mine.yaml"
+    model.mkdir()
+    for name, text in files.items():
+        (model / name).write_text(text)
+    file.write_text(f"run_dir: {tmp_path / 'run'}\nbackbone: {{path: {model}}}\n")
+    cfg = arguments.load_stage_config(file, [])
+    assert cfg.chat.template == expected
+    assert (cfg.chat.date is None) == (expected == "llama2")  # its day is frozen too
+    assert arguments.load_stage_config(file, ["chat.template=vicuna"]).chat.template == "vicuna"
+    scratch = ["backbone={from_scratch: {data: [{path: a.txt}]}}"]
+    assert arguments.load_stage_config(file, scratch).chat.template == "llama2"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "path", "expected"),
+    [
+        ("llama2", "model", "llama2"),  # made when that was the default
+        ("vicuna", "model", "tokenizer"),  # was named, and is no more
+        ("tokenizer", "model", "tokenizer"),
+        ("llama2", "other", "tokenizer"),
+    ],
+)
+def test_a_run_made_under_the_old_default_keeps_it(
+    tmp_path: Path, recorded: str, path: str, expected: str
+) -> None:
+    model, run = tmp_path / "model", tmp_path / "run"
+    model.mkdir()
+    run.mkdir()
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "mine.yaml").write_text(f"run_dir: {run}\nbackbone: {{path: {model}}}\n")
+    (run / "config.yaml").write_text(
+        f"run_dir: r\nchat: {{template: {recorded}}}\nbackbone: {{path: {tmp_path / path}}}\n"
+    )
+    found = arguments.load_stage_config(tmp_path / "mine.yaml", []).chat.template
+    assert found == expected
 
 
 def test_an_error_of_a_stage_cannot_steer_the_terminal(

@@ -30,7 +30,9 @@ PYTHON = sys.executable
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(pipeline, "count_gpus", lambda: 0)
     path = tmp_path / "my.yaml"
-    path.write_text(f"run_dir: {tmp_path / 'run'}\nbackbone: {{path: llama}}\n")
+    path.write_text(
+        f"run_dir: {tmp_path / 'run'}\nbackbone: {{path: llama}}\nchat: {{template: llama2}}\n"
+    )
     return str(path)
 
 

@@ -25,6 +25,7 @@ from chatllama.text.chat_format import (
     describe_contract,
     end_of_turn_ids,
     render,
+    template_line,
 )
 from chatllama.text.chat_templates import ALPACA_SYSTEM, VICUNA_SYSTEM
 from chatllama.text.encoding import decode, encode
@@ -516,3 +517,39 @@ def test_contract_names_what_differs(
     tokenizer.chat_template = CHATML + "{# another #}"
     with pytest.raises(ValueError, match="tokenizer \\(chat_template\\)"):
         check_contract(contract, tokenizer, own, "here")
+
+
+def test_auto_takes_the_tokenizers_own_template_or_llama2(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    messages, auto = conversation("Anna?", "yes"), ChatSection()
+    for own, name in ((CHATML, "tokenizer"), (None, "llama2"), ({"rag": CHATML}, "llama2")):
+        tokenizer.chat_template = own
+        named = ChatSection.model_validate({"template": name})
+        assert render(tokenizer, auto, messages) == render(tokenizer, named, messages)
+        assert describe_contract(tokenizer, auto) == describe_contract(tokenizer, named)
+        assert describe_contract(tokenizer, auto)["template"] == name
+        assert contract_hash(tokenizer, auto) == contract_hash(tokenizer, named)
+
+
+@pytest.mark.parametrize(
+    ("own", "template", "expected"),
+    [
+        (None, "auto", "chat template: llama2; the tokenizer has none of its own"),
+        (CHATML, "auto", "chat template: the tokenizer's own"),
+        ("ours", "vicuna", "chat template: vicuna, which writes the tokens of the tokenizer's own"),
+        # With SentencePiece it has a space after the control token, which ours has not.
+        (CHATML, "chatml", "warning: chat.template chatml writes other tokens than"),
+        (CHATML, "vicuna", "warning: chat.template vicuna writes other tokens than"),
+        (CHATML, "llama2", "unless it was tuned on llama2"),
+        ("no turns", "alpaca", "chat template: alpaca; the tokenizer's own cannot be used"),
+    ],
+)
+def test_the_line_about_the_template_warns_where_the_tokenizers_own_differs(
+    tokenizer: PreTrainedTokenizerFast, own: str | None, template: str, expected: str
+) -> None:
+    chat = ChatSection.model_validate({"template": template})
+    tokenizer.chat_template = jinja_template(tokenizer, chat) if own == "ours" else own
+    line = template_line(tokenizer, chat)
+    assert expected in line
+    assert line.startswith("warning") == ("other tokens" in line or "tuned on" in line)

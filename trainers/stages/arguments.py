@@ -20,12 +20,14 @@ from typing import Any, NoReturn
 
 from chatllama.config.batch_sizes import check_batches
 from chatllama.config.loader import dump_config, load_config
+from chatllama.config.model import ChatSection
 from chatllama.config.schema import Config
 from chatllama.runs import interruption
 from chatllama.runs import lock as run_lock
 from chatllama.runs.folder import RunFolder, Stage, check_run_dir
 from chatllama.runtime.command_line import printable, shown_only
 from chatllama.runtime.gpu import let_memory_grow
+from chatllama.text.tokenizer_files import own_template_exists
 from trainers.stages.launcher import SCRIPTS
 
 _EXAMPLES = """\
@@ -104,25 +106,39 @@ def parse_stage_arguments(description: str, argv: Sequence[str] | None = None) -
 
 
 def load_stage_config(path: str | Path, overrides: Sequence[str]) -> Config:
-    """The config, with absolute paths and the day of the chat template frozen as the run starts.
+    """The config, with absolute paths, and with chat template and its day as the run starts.
 
-    Paths count from the current folder, so that the run can be opened from any other. The day is
-    the one that the run folder records; today in a new run. The config.yaml of a run folder belongs
-    to that folder, wherever it has been moved.
+    Paths count from the current folder, so that the run can be opened from any other. The
+    config.yaml of a run folder belongs to that folder, wherever it has been moved.
     """
     cfg = Config.model_validate(_absolute(load_config(path, overrides).model_dump()))
     own = RunFolder(Path(path).parent)
     given = any(each.startswith("run_dir=") for each in overrides)
     if own.config == Path(path) and own.lineage.is_file() and not given:
         cfg = cfg.model_copy(update={"run_dir": str(own.root)})
+    return cfg.model_copy(update={"chat": _settled_chat(cfg)})
+
+
+def _settled_chat(cfg: Config) -> ChatSection:
+    """The section `chat` with `auto` and the template's day as the run folder records them.
+
+    In a new run: the template that the backbone's tokenizer has, else llama2; today.
+    """
     recorded = RunFolder(Path(cfg.run_dir)).config
-    if cfg.chat.template != "tokenizer" or cfg.chat.date is not None:
-        return cfg
-    old = load_config(recorded).chat if recorded.is_file() else None
-    day = date.today().isoformat()
-    if old is not None and old.template == "tokenizer":
-        day = old.date
-    return cfg.model_copy(update={"chat": cfg.chat.model_copy(update={"date": day})})
+    chat = cfg.chat
+    if chat.template != "auto" and (chat.template != "tokenizer" or chat.date is not None):
+        return chat
+    old = load_config(recorded) if recorded.is_file() else None
+    if chat.template == "auto":
+        # llama2 was the default before, so a run of it goes on with it.
+        kept = old and old.backbone.path == cfg.backbone.path and old.chat.template == "llama2"
+        own = not kept and own_template_exists(cfg.backbone)
+        chat = chat.model_copy(update={"template": "tokenizer" if own else "llama2"})
+    if chat.template == "tokenizer" and chat.date is None:
+        known = old is not None and old.chat.template == "tokenizer"
+        day = old.chat.date if old and known else date.today().isoformat()
+        chat = chat.model_copy(update={"date": day})
+    return chat
 
 
 def record_config(cfg: Config, run: RunFolder) -> None:

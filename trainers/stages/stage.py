@@ -17,7 +17,7 @@ from chatllama.runtime.distributed import rank
 from chatllama.runtime.files import write_json
 from chatllama.runtime.gpu import choose_kernels
 from chatllama.runtime.libraries import quiet_libraries
-from chatllama.text.chat_format import describe_contract
+from chatllama.text.chat_format import describe_contract, template_line
 from chatllama.text.tokenizer import load_tokenizer
 from trainers.engine.start import initialise
 from trainers.stages import memory
@@ -84,11 +84,13 @@ def open_stage(cfg: Config, run: RunFolder, stage: Stage) -> PreTrainedTokenizer
         base = record["base"]
     compare_machines(cfg, run, base)
     print_lines(memory.announcement(cfg, stage))
-    return load_tokenizer(
+    tokenizer = load_tokenizer(
         backbone_path(cfg.backbone, run),
         revision=cfg.backbone.revision,
         trust_remote_code=cfg.backbone.trust_remote_code,
     )
+    print_lines([template_line(tokenizer, cfg.chat)])
+    return tokenizer
 
 
 def compare_machines(cfg: Config, run: RunFolder, base: Mapping[str, Any] | None) -> None:
