@@ -204,7 +204,8 @@ def _preference(
     for answer, rank, rating in zip(
         record["answers"], record["ranks"], record["ratings"], strict=True
     ):
-        ids = render(tokenizer, chat, [*prompt, {"role": "assistant", "content": answer}]).ids
+        whole: list[Message] = [*prompt, {"role": "assistant", "content": answer}]
+        ids = render(tokenizer, chat, whole, last_answer_only=True).ids
         assert ids[: len(begin)] == begin, f"the answer changed its prompt's tokens: {prompt}"
         too_long = too_long or len(ids) > max_length
         again = any(ids == other for other, _, _ in kept)

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from chatllama.config.base import (
     FilePath,
     Fraction,
+    FunctionName,
     NonNegative,
     NonNegativeFloat,
     Positive,
@@ -100,8 +101,9 @@ class RewardSource(Section):
 
     adapter: FilePath | None = None
     """Folder of a reward adapter; `run`: the one that this run trained (with its ensemble)."""
-    function: str | None = None
-    """`module:function` from (prompt, response) strings to a float."""
+    function: FunctionName | None = None
+    """`module:function` from (prompt, response) strings to a float; `FOLDER/module:function` where
+    the module is neither installed nor in the current folder (RUN/config.yaml holds it so)."""
     weight: float = 1.0
     """Factor of this term."""
 

@@ -8,7 +8,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from chatllama.config.base import FilePath, NonNegative, Positive, PositiveFloat, Section
+from chatllama.config.base import (
+    FilePath,
+    FunctionName,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Section,
+)
 from chatllama.config.generation import GenerationSection
 from chatllama.config.limits import MOST_SEED
 from chatllama.config.model import BackboneSection, ChatSection, LoraSection
@@ -66,8 +73,9 @@ class EvaluationSection(Section):
 
     num_prompts: NonNegative = 256
     """Held-out prompts answered by every role. 0: no evaluation."""
-    gold: str | None = None
-    """`module:function` from (prompt, response) strings to a float: the true reward, if known."""
+    gold: FunctionName | None = None
+    """`module:function`, or `FOLDER/module:function`, from (prompt, response) strings to a
+    float: the true reward, if known."""
     label_scale: PositiveFloat | None = None
     """With gold: labels were drawn with probability sigmoid(label_scale * gold difference), so the
     best accuracy that any reward model can have (the Bayes limit) is known."""

@@ -56,10 +56,13 @@ class Answerer:
         layout = (self.loaded.tokenizer, self.loaded.chat)
         continues = add_generation_prompt and is_continued(messages)
         opens = add_generation_prompt and not continues
-        made = render(
-            *layout, messages, add_generation_prompt=opens, continue_final_message=continues
-        )
-        return made.ids
+        return render(
+            *layout,
+            messages,
+            add_generation_prompt=opens,
+            continue_final_message=continues,
+            last_answer_only=True,
+        ).ids
 
     @torch.no_grad()
     def answer(

@@ -53,11 +53,7 @@ def load_backbone(
         ValueError: another family, damaged files, no safetensors weights, or others than
             config.json describes, or a kernel that does not work here.
     """
-    revision = section.revision if path == section.path else None
-    trusted = section.trust_remote_code
-    with _naming_the_key():
-        folder = local_folder(path, revision, trusted)
-        check_model_folder(folder)
+    folder, trusted = backbone_folder(section, path), section.trust_remote_code
     config = _read_config(path, folder, trusted)
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if method not in (None, "bitsandbytes"):
@@ -97,6 +93,19 @@ def load_backbone(
         memory = f"{section.quantization}, {megabytes(weight_bytes(model))} of weights"
         print(f"backbone: {memory}", file=sys.stderr)  # answers go to stdout
     return model.eval()
+
+
+def backbone_folder(section: BackboneSection, path: str) -> Path:
+    """The folder of the model at a path, or of a hub id, which is downloaded if it is not there.
+
+    Raises:
+        ValueError: there is no such model, or what is there is none.
+    """
+    revision = section.revision if path == section.path else None
+    with _naming_the_key():
+        folder = local_folder(path, revision, section.trust_remote_code)
+        check_model_folder(folder)
+    return folder
 
 
 @contextmanager

@@ -56,7 +56,7 @@ class _Manifest(TypedDict):
 
 def step_folders(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest step first."""
-    found = [p for p in folder.glob(f"{STEP}*") if p.name.removeprefix(STEP).isdigit()]
+    found = [p for p in folder.glob(f"{STEP}*") if p.name.removeprefix(STEP).isdecimal()]
     return sorted(found, key=step_of)
 
 

@@ -115,10 +115,22 @@ class RunFolder:
         return folder if number == 0 else folder.with_name(f"{folder.name}-{number}")
 
     def reward_members(self) -> list[Path]:
-        """PEFT folders of the reward ensemble, `reward_adapter` first."""
-        others = [p for p in self.reward_adapter.parent.glob("adapter-*") if p.is_dir()]
-        others.sort(key=lambda path: int(path.name.removeprefix("adapter-")))
-        return [self.reward_adapter, *others]
+        """PEFT folders of the reward ensemble, `reward_adapter` first.
+
+        Raises:
+            ValueError: a folder adapter-X whose X is no number.
+        """
+        members: dict[int, Path] = {}
+        for path in self.reward_adapter.parent.glob("adapter-*"):
+            number = path.name.removeprefix("adapter-")
+            if not number.isdecimal() and path.is_dir():
+                raise ValueError(
+                    f"{path} is no member of the reward ensemble, which are adapter, adapter-1, "
+                    f"adapter-2 and so on: move it out of {path.parent}"
+                )
+            if path.is_dir():
+                members[int(number)] = path
+        return [self.reward_adapter, *(members[number] for number in sorted(members))]
 
     def reward_run(self, member: int) -> "RunFolder":
         """Where a member of the reward ensemble keeps metrics and checkpoints; member 0 here."""
@@ -157,7 +169,7 @@ class RunFolder:
         """True where an interrupted start left checkpoints or finished members of an ensemble."""
         folder = self.checkpoints(stage)
         steps = (p.name.removeprefix("step-") for p in folder.rglob("step-*"))
-        return (folder / "members.json").is_file() or any(step.isdigit() for step in steps)
+        return (folder / "members.json").is_file() or any(step.isdecimal() for step in steps)
 
     def interrupted(self, stage: Stage) -> Path:
         """The step at which a signal stopped the stage."""

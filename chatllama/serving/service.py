@@ -135,7 +135,7 @@ class Service:
         self, messages: Sequence[Message], add_generation_prompt: bool, continues: bool = False
     ) -> list[int]:
         layout = (self.run.tokenizer, self.run.chat)
-        opens = {"add_generation_prompt": add_generation_prompt}
+        opens = {"add_generation_prompt": add_generation_prompt, "last_answer_only": True}
         try:
             return render(*layout, messages, **opens, continue_final_message=continues).ids
         except ValueError as error:

@@ -99,6 +99,7 @@ def render(
     *,
     add_generation_prompt: bool = False,
     continue_final_message: bool = False,
+    last_answer_only: bool = False,
 ) -> Rendered:
     """Ids and loss mask of a conversation; ids of a prompt begin those of prompt plus answer.
 
@@ -108,6 +109,8 @@ def render(
     conversation's, else `chat.system`, else the layout's own; "" means none.
     `add_generation_prompt` opens the assistant's turn after a last user message;
     `continue_final_message` leaves the assistant's last turn open behind its text, for more of it.
+    With any of both, or `last_answer_only`, earlier answers are context: turns that the tokenizer's
+    template rewrites are allowed, and outside the mask.
 
     Raises:
         ValueError: messages out of order (see `check_messages`), a layout whose tokens the
@@ -123,7 +126,8 @@ def render(
     controls = control_tokens(tokenizer)
     ids: list[int] = []
     mask: list[bool] = []
-    parts = list(_segments(tokenizer, chat, messages, add_generation_prompt))
+    last_answer_only = last_answer_only or add_generation_prompt or continue_final_message
+    parts = list(_segments(tokenizer, chat, messages, add_generation_prompt, last_answer_only))
     if continue_final_message:
         parts = _unfinished(parts, messages)
     for part in parts:
@@ -258,7 +262,11 @@ def check_contract(
 
 
 def _segments(
-    tokenizer: PreTrainedTokenizerFast, chat: ChatSection, messages: Sequence[Message], prompt: bool
+    tokenizer: PreTrainedTokenizerFast,
+    chat: ChatSection,
+    messages: Sequence[Message],
+    prompt: bool,
+    last_answer_only: bool,
 ) -> Iterable[Segment]:
     chat = settled(tokenizer, chat)
     if chat.template == "tokenizer":
@@ -269,7 +277,7 @@ def _segments(
             )
         if messages[0]["role"] != "system" and chat.system is not None:
             messages = [{"role": "system", "content": chat.system}, *messages]
-        return template_segments(tokenizer, messages, prompt, chat.date)
+        return template_segments(tokenizer, messages, prompt, chat.date, last_answer_only)
     if lacking := _lacking(tokenizer, chat.template):
         raise ValueError(
             f"chat.template {chat.template!r} needs the token {lacking[0]!r}, which this tokenizer "

@@ -23,13 +23,19 @@ _PRIVATE_USE = range(0xE000, 0xF900)
 
 
 def template_segments(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Any], prompt: bool, date: str | None
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Any],
+    prompt: bool,
+    date: str | None,
+    last_answer_only: bool,
 ) -> list[Segment]:
     """Segments of the text that the tokenizer's `chat_template` writes for checked messages.
 
     Text after the last answer's end-of-turn token is left out, so that a finished conversation
     ends there. `{% generation %}` tags are allowed and not needed. `prompt` opens an answer after
     the last user message. `date` (YYYY-MM-DD) stands for the day of the template's strftime_now.
+    With `last_answer_only` answers before the last message are context, which the template may
+    rewrite (Qwen3's drops their thoughts): such a turn is then marked as no answer.
 
     Raises:
         ValueError: the template refuses the conversation or exceeds its limits, rewrites an answer,
@@ -46,10 +52,13 @@ def template_segments(
         tokenizer.special_tokens_map,
         [(escaped, prompt), *((escaped[:index], True) for index in answers)],
     )
-    spans = [
-        _answer_span(text, opening, escaped[index]["content"], index, controls)
-        for index, opening in zip(answers, openings, strict=True)
-    ]
+    spans: list[tuple[int, int]] = []
+    for index, opening in zip(answers, openings, strict=True):
+        try:
+            spans.append(_answer_span(text, opening, escaped[index]["content"], index, controls))
+        except ValueError:
+            if not last_answer_only or index == len(messages) - 1:
+                raise
     if spans and messages[-1]["role"] == "assistant":
         text = text[: spans[-1][1]]
     bare = not text_encoders(tokenizer).prefixes_every_segment

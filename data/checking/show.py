@@ -115,7 +115,8 @@ def _sequences(
     opened = part.kind == "prompts"
     for turns, rank in zip(conversations(row), ranks, strict=True):
         try:
-            rendered = render(tokenizer, cfg.chat, turns, add_generation_prompt=opened)
+            whole = {"add_generation_prompt": opened, "last_answer_only": bool(row.get("answers"))}
+            rendered = render(tokenizer, cfg.chat, turns, **whole)
         except ValueError as error:
             yield Shown(f"{place}{rank}, left out: {error}", [], 0)
             continue

@@ -119,7 +119,8 @@ def _measure(
             if not answered:
                 lengths.append(len(prompt.ids))
                 continue
-            whole = render(tokenizer, chat, conversation)
+            ranked = bool(row.get("answers"))
+            whole = render(tokenizer, chat, conversation, last_answer_only=ranked)
             lengths.append(len(whole.ids))
             mask = without_turns(whole.mask, conversation, row.get("untrained") or ())
             trained += sum(mask)

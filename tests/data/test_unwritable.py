@@ -128,26 +128,73 @@ def text_source(folder: Path, text: str) -> DataSource:
     return DataSource(path=str(folder / "a.txt"), format="text")
 
 
+REFUSING = "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}"
+LEFT_OUT: dict[str, tuple[str, str]] = {
+    **{name: ("sft", template) for name, template in TEMPLATES.items()},
+    "refused answers": ("preferences", REFUSING + TEMPLATES["cut"]),
+    "refused prompts": ("prompts", REFUSING + TEMPLATES["cut"]),
+}
+
+
+def with_template(folder: Path, tokenizer_dir: Path, template: str) -> PreTrainedTokenizerFast:
+    shutil.copytree(tokenizer_dir, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return load_tokenizer(folder)
+
+
+def as_text(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    """The text of ids, without the space that SentencePiece has after a control token."""
+    return str(tokenizer.decode(ids)).replace("s> ", "s>")
+
+
+def long_conversation(name: str) -> list[Any]:
+    system = [{"role": "system", "content": "Be brief."}] if name == "system" else []
+    thought = "<think>Hm, water.</think>It is wet."
+    return [*system, *turns("the river", thought, "the market")]
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_a_template_rewrites_is_left_out_counted_and_named(
+@pytest.mark.parametrize("kind", ["preferences", "prompts"])
+def test_turns_that_a_template_rewrites_are_context_where_no_mask_is_needed(
     name: str, kind: Kind, tmp_path: Path, tiny_tokenizer_dir: Path
 ) -> None:
-    folder = tmp_path / "tokenizer"
-    shutil.copytree(tiny_tokenizer_dir, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATES[name])
-    tokenizer, chat = load_tokenizer(folder), ChatSection(template="tokenizer", date="2026-01-02")
-    long = turns("the river", "<think>Hm, water.</think>It is wet.", "the market")
-    system = [{"role": "system", "content": "Be brief."}] if name == "system" else []
-    prompts = [turns("a garden"), [*system, *long], turns("a house")]
+    folder, chat = tmp_path / "tokenizer", ChatSection(template="tokenizer", date="2026-01-02")
+    tokenizer = with_template(folder, tiny_tokenizer_dir, TEMPLATES[name])
+    prompt = long_conversation(name)
+    source = write(tmp_path / "a.jsonl", [prompt], kind, ("yes", "no"))
+    rows = load_mixture([source], [], 0.0, 0, kind).train
+    examples, report = tokenize(rows, kind, tokenizer, chat, 200)
+    example: dict[str, Any] = examples[0]
+    assert report.left_out == {}
+    found = check_command(tmp_path, kind, source, folder, chat.model_dump()).findings
+    assert not [each for each in found if each.check == "cannot_be_rendered"]
+    shown = shown_records(load_config(tmp_path / "config.yaml"), tokenizer, STAGES[kind], 3)
+    opened = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+    if kind == "prompts":
+        assert as_text(tokenizer, example["input_ids"]) == opened
+        assert len(shown[0].tokens) == len(example["input_ids"])
+        return
+    for ids, text, one in zip(example["answer_ids"], ("yes", "no"), shown, strict=True):
+        assert as_text(tokenizer, ids[: example["prompt_length"]]) == opened
+        assert as_text(tokenizer, ids) == f"{opened}{text}</s>"
+        assert len(one.tokens) == len(ids)
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_what_a_template_rewrites_is_left_out_counted_and_named(
+    name: str, tmp_path: Path, tiny_tokenizer_dir: Path
+) -> None:
+    folder, chat = tmp_path / "tokenizer", ChatSection(template="tokenizer", date="2026-01-02")
+    kind: Any = LEFT_OUT[name][0]
+    tokenizer = with_template(folder, tiny_tokenizer_dir, LEFT_OUT[name][1])
+    prompts = [turns("a garden"), long_conversation(name), turns("a house")]
     source = write(tmp_path / "a.jsonl", prompts, kind, ("yes", "no"))
     rows = load_mixture([source], [], 0.0, 0, kind).train
     examples, report = tokenize(rows, kind, tokenizer, chat, 200)
     assert len(examples) == 2 and report.left_out == {NOT_RENDERED: 1}
-    place = f"{source.path}:2: the tokenizer's chat template: message"
+    place = f"{source.path}:2: the tokenizer's chat template"
+    place += ": message" if name in TEMPLATES else " refuses this: too long"
     assert f"1 left out: {NOT_RENDERED}\n  {place}" in report.summary()
-    if (kind, name) not in set(zip(KINDS, TEMPLATES, strict=True)):
-        return
     with pytest.raises(ValueError, match=r"no record can be used \(0 of 1 .*\n.*a\.jsonl:2: "):
         tokenize(rows.filter(lambda row: ":2" in row["where"]), kind, tokenizer, chat, 200)
     found = check_command(tmp_path, kind, source, folder, chat.model_dump()).findings

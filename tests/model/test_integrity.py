@@ -10,6 +10,7 @@ from ppo_runs import TinyRun
 from chatllama.cli import main
 from chatllama.config.loader import dump_config, load_config
 from chatllama.inference.load import load_run
+from chatllama.model import weight_files
 from chatllama.model.adapters import load_adapter
 from chatllama.model.integrity import base_record, check_outputs
 from chatllama.runs.folder import STAGES, RunFolder, Stage, read_lineage, write_record
@@ -238,20 +239,24 @@ def test_after_full_fine_tuning_the_model_is_compared(run: RunFolder):
         check_resumed(cfg, run, "reward")
 
 
-def test_a_model_of_the_hub(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    base = run.root.parent / "base"
-    commit, cache = "c" * 40, tmp_path / "hub/models--a--b"
-    snapshot = cache / "snapshots" / commit
-    (cache / "blobs").mkdir(parents=True)
-    snapshot.mkdir(parents=True)
+def download(base: Path, cache: Path) -> tuple[Path, str]:
+    """Puts a model into a cache of the hub, as a/b; its folder there, and its commit."""
+    commit, blobs = "c" * 40, cache / "models--a--b/blobs"
+    snapshot = cache / "models--a--b/snapshots" / commit
+    for folder in (blobs, snapshot, cache / "models--a--b/refs"):
+        folder.mkdir(parents=True)
     for number, file in enumerate(sorted(base.iterdir())):
         large = file.name == "model.safetensors"
-        sha = digests.file_hashes([file])[file]
-        blob = cache / "blobs" / (sha if large else f"{number:040d}")
+        blob = blobs / (digests.file_hashes([file])[file] if large else f"{number:040d}")
         shutil.copyfile(file, blob)
         (snapshot / file.name).symlink_to(blob)
-    (cache / "refs").mkdir()
-    (cache / "refs/main").write_text(commit)
+    (cache / "models--a--b/refs/main").write_text(commit)
+    return snapshot, commit
+
+
+def test_a_model_of_the_hub(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    base = run.root.parent / "base"
+    snapshot, commit = download(base, tmp_path / "hub")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     cfg = load_config(run.config, ["backbone.path=a/b"])
     record = base_record(cfg, run)
@@ -268,6 +273,35 @@ def test_a_model_of_the_hub(run: RunFolder, tmp_path: Path, monkeypatch: pytest.
     flip((snapshot / "model.safetensors").resolve())
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged: .*to download it again"):
         base_record(cfg, run)
+
+
+@pytest.mark.parametrize("stage", ["reward", "ppo"])
+@pytest.mark.parametrize("damaged", [None, *BASE])
+def test_a_model_that_a_stage_downloads_is_compared_in_that_stage(
+    run: RunFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damaged: str | None,
+    stage: Stage,
+):
+    from trainers.stages import stage as stages
+
+    base, cache = run.root.parent / "base", tmp_path / "hub"
+    cfg = load_config(run.config, ["backbone.path=a/b"])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(stages, "record_config", lambda cfg, run: None)
+    if damaged and damaged.endswith(".json"):
+        with (run.root.parent / damaged).open("a") as file:
+            file.write("\n")  # still JSON
+    elif damaged:
+        flip(run.root.parent / damaged)
+    monkeypatch.setattr(weight_files, "hub_folder", lambda *_: download(base, cache)[0])
+    if damaged is None:
+        stages.open_stage(cfg, run, stage)
+        assert read_lineage(run)[stage]["base"]["commit"] == "c" * 40
+        return
+    with pytest.raises(ValueError, match=rf"{Path(damaged).name} is not the file that stage sft"):
+        stages.open_stage(cfg, run, stage)
 
 
 @pytest.mark.parametrize("damaged", [None, *BASE, "other weights"])

@@ -108,7 +108,7 @@ def test_what_was_interrupted_is_no_checkpoint(run: RunFolder):
 
 def test_other_names_are_not_taken_for_checkpoints(run: RunFolder):
     folder = run.checkpoints("ppo")
-    for name in ("step-", "step-x", ".step-4.tmp", "members.json", "7", "step-6.old"):
+    for name in ("step-", "step-x", "step-²", ".step-4.tmp", "members.json", "7", "step-6.old"):
         (folder / name).mkdir(parents=True)
     assert step_folders(folder) == []
 

@@ -18,6 +18,14 @@ def test_members_of_an_ensemble_are_in_order(tmp_path: Path):
     assert [folder.name for folder in run.reward_members()] == names
 
 
+@pytest.mark.parametrize("name", ["adapter-x", "adapter-", "adapter-1.old", "adapter-²"])
+def test_a_folder_that_is_no_member_of_the_ensemble_is_named(name: str, tmp_path: Path):
+    run = RunFolder(tmp_path)
+    (run.stage("reward") / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"reward/adapter-.* is no member .*: move it out of"):
+        run.reward_members()
+
+
 def test_a_missing_config_or_result_names_its_file(tmp_path: Path):
     run = RunFolder(tmp_path)
     with pytest.raises(ValueError, match=r"is not a run folder: .*config\.yaml is missing"):
@@ -32,7 +40,8 @@ def test_a_missing_config_or_result_names_its_file(tmp_path: Path):
 
 def test_checkpoints_or_finished_members_show_that_a_stage_was_begun(tmp_path: Path):
     run = RunFolder(tmp_path)
-    (run.checkpoints("sft") / "damaged-step-4").mkdir(parents=True)
+    for name in ("damaged-step-4", "step-", "step-x", "step-²"):
+        (run.checkpoints("sft") / name).mkdir(parents=True)
     assert not run.was_begun("sft")
     (run.checkpoints("sft") / "step-4").mkdir()
     (run.checkpoints("reward") / "member-1" / "reward" / "checkpoints" / "step-2").mkdir(

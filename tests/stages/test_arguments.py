@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from chatllama.config.base import load_function, with_folder
 from chatllama.config.loader import ConfigError, load_config
 from chatllama.runs.folder import RunFolder
 from trainers.stages import arguments
@@ -250,3 +251,72 @@ def test_an_error_of_a_stage_cannot_steer_the_terminal(
         parse_stage_arguments("X.", [str(tmp_path / "no\x1b[31m.yaml")])
     shown = capsys.readouterr().err
     assert "\N{REPLACEMENT CHARACTER}" in shown and "\x1b" not in shown
+
+
+SCORE = "def score(prompt, response):\n    return {value}.0\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "recorded", "file"),
+    [
+        ("mine_of_a_test:score", "WORK/mine_of_a_test:score", "mine_of_a_test.py"),
+        (
+            "pack_of_a_test.inner:score",
+            "WORK/pack_of_a_test.inner:score",
+            "pack_of_a_test/inner.py",
+        ),
+        ("whole_of_a_test:score", "WORK/whole_of_a_test:score", "whole_of_a_test/__init__.py"),
+        ("sub/mine_of_sub:score", "WORK/sub/mine_of_sub:score", "sub/mine_of_sub.py"),
+    ],
+)
+def test_functions_are_recorded_with_the_folder_of_their_module(
+    name: str, recorded: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, other = tmp_path / "work", tmp_path / "other"
+    for folder, value in ((work, 3), (other, 4)):
+        (folder / file).parent.mkdir(parents=True)
+        (folder / file).write_text(SCORE.format(value=value))
+    (work / "c.yaml").write_text(
+        f"run_dir: r\nbackbone: {{path: m}}\nchat: {{template: llama2}}\nevaluation: {{gold: '{name}'}}\n"
+        f"ppo: {{rewards: [{{function: '{name}'}}]}}\n"
+    )
+    monkeypatch.chdir(work)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])
+    cfg = arguments.load_stage_config("c.yaml", [])
+    recorded = recorded.replace("WORK", os.path.realpath(work))
+    assert (cfg.ppo.rewards[0].function, cfg.evaluation.gold) == (recorded, recorded)
+    monkeypatch.chdir(other)
+    arguments.record_config(cfg, RunFolder(tmp_path / "r"))
+    again = arguments.load_stage_config(tmp_path / "r" / "config.yaml", [])
+    assert again.ppo == cfg.ppo and again.evaluation == cfg.evaluation
+    assert load_function(recorded, "k")("", "") == 3
+    with pytest.raises(ValueError, match=r"k: '.*': Python finds another module of that name, /"):
+        load_function(recorded.replace(str(work), str(other)), "k")
+
+
+@pytest.mark.parametrize("name", ["data.garden_notes:gold", "json:loads", "no_such_thing:f"])
+def test_functions_from_elsewhere_keep_their_names(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for decoy in ("data", "json"):
+        (tmp_path / decoy).mkdir()
+        (tmp_path / decoy / "garden_notes.py").write_text(SCORE.format(value=0))
+    (tmp_path / "json.py").write_text(SCORE.format(value=0))
+    monkeypatch.chdir(tmp_path)
+    assert with_folder(name) == name
+
+
+@pytest.mark.parametrize("key", ["deepspeed.nvme_path", "generation.servers.adapter_dir"])
+def test_folders_that_are_made_later_are_recorded_absolute(
+    key: str, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    more = ["deepspeed.stage=3", "deepspeed.offload_optimizer=nvme", f"{key}=fast/x"]
+    if "servers" in key:
+        urls = "generation.servers={urls: ['http://a:1']}"
+        more = ["generation.engine=server", urls, f"{key}=fast/x"]
+    cfg = arguments.load_stage_config(config, more)
+    section: object = cfg
+    for part in key.split("."):
+        section = getattr(section, part)
+    assert section == str(tmp_path / "fast" / "x")

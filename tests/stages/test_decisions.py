@@ -564,3 +564,28 @@ def test_moved_data_and_bases_may_be_gone_on_with(world: World):
     (world.folder / "moved-sft.jsonl").write_text('{"other": 1}\n')
     with pytest.raises(ValueError, match=r"sft\.data: "):
         check_resumed(cfg, world.run, "sft")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "kept"),
+    [
+        ("mine:score", "/work/mine:score", True),  # of a version that recorded no folder
+        ("/work/mine:score", "/work/mine:score", True),
+        ("/work/mine:score", "/other/mine:score", False),
+        ("/work/mine:score", "mine:score", False),
+        ("mine:score", "/work/mine:other", False),
+    ],
+)
+def test_functions_of_a_record_may_lack_the_folder(world: World, before: str, now: str, kept: bool):
+    def config(name: str) -> Config:
+        return world.config(
+            evaluation__gold=name, ppo__rewards=[{"adapter": "run"}, {"function": name}]
+        )
+
+    for each in STAGES:
+        world.train(each, config(before))
+    decision = world.decide(config(now))["ppo"]
+    assert decision.action == ("keep" if kept else "again")
+    assert kept or {reason.split(":")[0] for reason in decision.reasons} == {
+        "evaluation.gold", "ppo.rewards"
+    }  # fmt: skip

@@ -18,6 +18,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NoReturn
 
+from chatllama.config.base import with_folder
 from chatllama.config.batch_sizes import check_batches
 from chatllama.config.loader import dump_config, load_config
 from chatllama.config.model import ChatSection
@@ -149,19 +150,26 @@ def record_config(cfg: Config, run: RunFolder) -> None:
 def _absolute(tree: Any) -> Any:
     """The values of a config with the paths absolute that name something in the current folder.
 
-    Others are ids of the hub, or samples that come with this package.
+    Others are ids of the hub, or samples that come with this package. Functions of a module in the
+    current folder get that folder's name.
     """
     if isinstance(tree, list):
         return [_absolute(each) for each in tree]
     if not isinstance(tree, dict):
         return tree
     place = glob.escape(str(tree.get("path"))) + ".*" if tree.get("languages") else ""
-    return {
-        key: str(Path(value).absolute())
-        if key in ("path", "adapter") and isinstance(value, str) and _is_here(key, value, place)
-        else _absolute(value)
-        for key, value in tree.items()
-    }
+    made: dict[str, Any] = {}
+    for key, value in tree.items():
+        made[key] = _absolute(value)
+        if not isinstance(value, str):
+            continue
+        if key in ("function", "gold"):
+            made[key] = with_folder(value)
+        elif key in ("nvme_path", "adapter_dir") or (
+            key in ("path", "adapter") and _is_here(key, value, place)
+        ):
+            made[key] = str(Path(value).absolute())
+    return made
 
 
 def _is_here(key: str, path: str, pair: str) -> bool:

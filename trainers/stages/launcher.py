@@ -123,7 +123,7 @@ def hostfile_slots(hostfile: Path) -> list[int]:
         if not words:
             continue
         count = words[-1].removeprefix("slots=")
-        if len(words) != 2 or not words[1].startswith("slots=") or not count.isdigit():
+        if len(words) != 2 or not words[1].startswith("slots=") or not count.isdecimal():
             raise ValueError(f"{hostfile}, line {number}: {line!r} is not `name slots=N`")
         slots.append(int(count))
     if not slots:

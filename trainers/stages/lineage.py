@@ -34,7 +34,7 @@ SECTIONS: dict[Stage, tuple[str, ...]] = {
     "ppo": ("ppo", "generation", "evaluation", *SHARED),
 }
 FREE_KEYS = ("save_every", "save_total_limit", "eval_every", "allow_weak", "gradient_checkpointing",
-             "liger_kernel")  # fmt: skip
+             "liger_kernel", "adapter_dir")  # fmt: skip
 FREE = ("sft.microbatch_size", "reward.microbatch_size", "generation.compile")
 """Keys that do not change what a stage learns: by their last part (FREE_KEYS) and in full."""
 RESUMABLE = ("learning_rate", "value_learning_rate", "warmup_steps", "max_grad_norm")
@@ -121,7 +121,20 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[An
     # its whole section was null (`lora: null`).
     later = [key for key in now if not any(key.startswith(f"{name}.") for name in known)]
     before = dict.fromkeys(now) | {key: _default(key) for key in later} | known
-    return {k: (v, now.get(k)) for k, v in sorted(before.items()) if v != now.get(k)}
+    return {
+        key: (was, now.get(key))
+        for key, was in sorted(before.items())
+        if was not in (now.get(key), _without_folders(key, now.get(key)))
+    }
+
+
+def _without_folders(key: str, value: Any) -> Any:
+    """The names of functions as older records have them: without the folder of their module."""
+    if key == "ppo.rewards":
+        return [{k: _without_folders(k, v) for k, v in each.items()} for each in value or []]
+    if key in ("function", "evaluation.gold") and value is not None:
+        return value.rpartition("/")[2]
+    return value
 
 
 def resumable(

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.schema import Config
+from chatllama.model.backbone import backbone_folder
 from chatllama.model.fingerprint import model_fingerprint
 from chatllama.model.integrity import base_record
 from chatllama.runs.folder import RunFolder, Stage, backbone_path, base_path, write_record
@@ -76,6 +77,8 @@ def open_stage(cfg: Config, run: RunFolder, stage: Stage) -> PreTrainedTokenizer
             machine has another base.
     """
     check_run_folder(cfg, run)
+    if distributed.leads_node():  # before it is recorded and compared
+        backbone_folder(cfg.backbone, backbone_path(cfg.backbone, run))
     base: dict[str, Any] | None = None
     if rank() == 0:
         record = check_resumed(cfg, run, stage)

@@ -207,10 +207,10 @@ def test_fix_drops_what_breaks_a_rule_of_tokens(
 
     def broken(tokenizer: Any, chat: Any, messages: Any, **options: Any) -> Rendered:
         rendered = original(tokenizer, chat, messages, **options)
-        asked = messages[0]["content"]
+        asked, opens = messages[0]["content"], options.get("add_generation_prompt")
         if "the night train" in asked:
             raise ValueError("no such token")
-        if "seven wooden chairs" in asked and not options:
+        if "seven wooden chairs" in asked and not opens:
             return Rendered(rendered.ids[:-1], rendered.mask[:-1])
         if "snow on a red roof" in asked:
             return Rendered([BOS, *rendered.ids], [False, *rendered.mask])
@@ -218,7 +218,7 @@ def test_fix_drops_what_breaks_a_rule_of_tokens(
             return Rendered(rendered.ids, [False] * len(rendered.ids))
         if "the market at noon" in asked:
             return Rendered(rendered.ids, [True] * len(rendered.ids))
-        if "two quiet children" in asked and options:
+        if "two quiet children" in asked and opens:
             return Rendered([*rendered.ids, 5], [*rendered.mask, False])
         return rendered
 
