@@ -85,6 +85,7 @@ def load_backbone(
     model, report = cast(tuple[LlamaForCausalLM, dict], loaded)
     _check_report(report, path)
     model.requires_grad_(False)
+    _keep_frequencies(model)
     if section.liger_kernel:
         use_liger(model)
     if section.quantization == "nf4":
@@ -106,6 +107,25 @@ def backbone_folder(section: BackboneSection, path: str) -> Path:
         folder = local_folder(path, revision, section.trust_remote_code)
         check_model_folder(folder)
     return folder
+
+
+def _keep_frequencies(model: LlamaForCausalLM) -> None:
+    """Keeps dynamic scaling from looking at lengths, and says on rank 0 where texts end.
+
+    It scales beyond max_position_embeddings alone, and by the longest text of a batch: a token's
+    state would depend on other rows, and cached keys would not fit later ones.
+    """
+    rotary: Any = model.model.rotary_emb
+    if rotary.rope_type != "dynamic":
+        return
+    rotary.rope_type = "default"
+    if rank() == 0:
+        positions = model.config.max_position_embeddings
+        print(
+            f"backbone: its dynamic rope scaling begins beyond {positions} tokens: longer texts "
+            "are refused or cut",
+            file=sys.stderr,
+        )
 
 
 @contextmanager

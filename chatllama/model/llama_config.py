@@ -54,6 +54,8 @@ class LlamaFile(TypedDict, total=False):
     architectures: list[str] | None
 
 
+ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
+"""Rotary embeddings that are the same for every text; `dynamic` up to the model's positions."""
 ELSEWHERE = ("transformers_weights", "adapter_config.json")
 """A key and a file by which transformers would take the weights from another place."""
 
@@ -126,6 +128,12 @@ def check_architecture(llama: LlamaConfig, where: Path) -> None:
     if heads % groups:
         raise ValueError(
             f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"
+        )
+    kind = (llama.rope_parameters or {}).get("rope_type", "default")
+    if kind not in ROPES:
+        known = ", ".join(ROPES)
+        raise ValueError(
+            f"{where}: rope_parameters: rope_type {kind!r} is not computed here; {known} are"
         )
     pad = llama.pad_token_id
     if pad is not None and not -llama.vocab_size <= pad < llama.vocab_size:
