@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatllama.config.schema import with_weights
+from chatllama.inference.folders import find_model
 from chatllama.inference.options import (
     GenerateOptions,
     Settings,
@@ -44,12 +45,7 @@ def generate_command(
             model, or an `out` that holds other answers.
     """
     check_options(options)
-    run = RunFolder(run_dir)
-    config = run.existing_config()
-
-    from chatllama.config.loader import load_config
-
-    cfg = load_config(config)
+    run, cfg = find_model(run_dir)
     settings = complete(run, cfg, options)
     keys = [(prompt.id, sample) for prompt in prompts for sample in range(settings.kept)]
     done: list[dict[str, Any]] = []

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatllama.inference.options import ChatOptions, GenerationRole
+from chatllama.inference.folders import find_model
+from chatllama.inference.options import ChatOptions, GenerationRole, default_role
 from chatllama.inference.terminal_input import read_messages
-from chatllama.runs.folder import RunFolder
 from chatllama.runtime.command_line import printable, tell
 from chatllama.runtime.declared_options import check_limits
 from chatllama.runtime.jsonl import append_lines
@@ -53,32 +53,20 @@ class Conversation:
 
 
 def chat(run_dir: Path, options: ChatOptions | None = None) -> None:
-    """Talks with a run's model until the input ends; ValueError if it cannot begin."""
+    """Talks with what `find_model` opens until the input ends; ValueError if it cannot begin."""
     options = options or ChatOptions()
     check_limits(options)
-    run = RunFolder(run_dir)
-    config = run.existing_config()
-    role = options.role or ("policy" if run.policy_adapter.is_dir() else "sft")
+    run, cfg = find_model(run_dir)
+    role = options.role or default_role(run)
 
-    import torch
-
-    from chatllama.config.loader import load_config
     from chatllama.config.schema import with_weights
-    from chatllama.generation.sampling import Sampling
     from chatllama.inference.chat_model import ChatModel, describe_model
     from chatllama.inference.load import load_run
 
-    generator = torch.Generator()
-    if options.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(options.seed)
-    cfg = with_weights(load_config(config), options.dtype, options.quantization)
+    cfg = with_weights(cfg, options.dtype, options.quantization)
     loaded = load_run(run, cfg, trust_remote_code=options.trust_remote_code)
-    longest = options.max_new_tokens or loaded.config.generation.max_new_tokens
-    sampling = Sampling(longest, temperature=options.temperature, top_p=options.top_p)
-    model = ChatModel(loaded, sampling, generator, options.stops)
-    conversation = Conversation(_find_role(role, model), options.system)
+    model = ChatModel.chosen(loaded, options)
+    conversation = Conversation(model.find(role), options.system)
     if sys.stdin.isatty():
         quantization = loaded.config.backbone.quantization
         print(f"{run.root}: {describe_model(loaded.model, quantization)}")
@@ -152,7 +140,7 @@ def _run_command(text: str, model: "ChatModel", conversation: Conversation) -> N
             conversation.system = rest or None
             tell("(system prompt set)" if rest else "(system prompt of the config)")
         case "/role":
-            conversation.role = _find_role(rest, model)
+            conversation.role = model.find(rest)
             tell(f"({rest} answers)")
         case "/history":
             for message in conversation.messages():
@@ -165,13 +153,6 @@ def _run_command(text: str, model: "ChatModel", conversation: Conversation) -> N
             _compare(rest, model, conversation)
         case _:
             raise ValueError(f"{name} is no command; /help lists them")
-
-
-def _find_role(name: str, model: "ChatModel") -> GenerationRole:
-    for role in model.roles:
-        if role == name:
-            return role
-    raise ValueError(f"role {name or '(none named)'}: this run has {', '.join(model.roles)}")
 
 
 def _save(file: str, conversation: Conversation) -> None:

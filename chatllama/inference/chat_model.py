@@ -9,7 +9,7 @@ from chatllama.generation.generate import stream
 from chatllama.generation.sampling import Sampling
 from chatllama.inference.answerer import Answerer, is_continued
 from chatllama.inference.load import LoadedRun
-from chatllama.inference.options import GenerationRole
+from chatllama.inference.options import ChatOptions, GenerationRole
 from chatllama.model.backbone import megabytes, weight_bytes
 from chatllama.model.roles import Role, RoleModel, acting_as, autocast, sampling_as
 from chatllama.model.sampling_layers import float32_head
@@ -57,6 +57,25 @@ class ChatModel:
         self._stop_ids = end_of_turn_ids(loaded.tokenizer, loaded.chat)
         limit = self.model.llama.config.max_position_embeddings
         self._room = limit - sampling.max_new_tokens
+
+    @classmethod
+    def chosen(cls, loaded: LoadedRun, options: ChatOptions) -> "ChatModel":
+        """The model with the sampling that the options and the run's `generation` name."""
+        generator = torch.Generator()
+        if options.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(options.seed)
+        longest = options.max_new_tokens or loaded.config.generation.max_new_tokens
+        sampling = Sampling(longest, temperature=options.temperature, top_p=options.top_p)
+        return cls(loaded, sampling, generator, options.stops)
+
+    def find(self, name: str) -> GenerationRole:
+        """The role of that name; ValueError if it is not loaded."""
+        for role in self.roles:
+            if role == name:
+                return role
+        raise ValueError(f"role {name or '(none named)'}: this run has {', '.join(self.roles)}")
 
     @property
     def roles(self) -> tuple[GenerationRole, ...]:

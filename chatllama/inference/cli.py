@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from chatllama.inference.options import ChatOptions, GenerateOptions
+from chatllama.inference.options import OPENED, ChatOptions, GenerateOptions
 from chatllama.runtime.declared_options import add_options
 
 EVAL_OPTIONS = (
@@ -19,7 +19,7 @@ EVAL_OPTIONS = (
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what can be typed."""
     add = parser.add_argument
-    add("run", metavar="RUN", type=Path, help="run folder")
+    add("run", metavar="RUN", type=Path, help=OPENED)
     add("prompts", metavar="PROMPT", nargs="*", help="what to answer (default: lines of stdin)")
     about = "prompts: .jsonl or .json with `prompt` or `messages`, or .txt, one a line"
     add("--file", type=Path, metavar="F", help=about)
@@ -47,5 +47,5 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what can be typed."""
-    parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    parser.add_argument("run", metavar="RUN", type=Path, help=OPENED)
     add_options(parser, ChatOptions)

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from chatllama.config.loader import load_config
 from chatllama.config.model import CODE_NOT_RUN, ChatSection, without_training_kernels
 from chatllama.config.schema import Config
+from chatllama.inference.folders import is_run
 from chatllama.model.adapters import load_adapter
 from chatllama.model.backbone import load_backbone
 from chatllama.model.fingerprint import check_base
@@ -75,7 +76,7 @@ def load_run(
     choose_kernels()
     cfg = cfg or load_config(run.existing_config())
     folders = role_folders(run)
-    if not folders and not run.full_model.is_dir():
+    if is_run(run) and not folders and not run.full_model.is_dir():
         raise ValueError(f"{run.root} holds no adapter yet: has train_sft.py finished?")
     bare = ("base",) if cfg.lora is not None else ("base", "reference")
     names = list(folders) if roles is None else [role for role in roles if role not in bare]

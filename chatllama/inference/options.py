@@ -18,6 +18,7 @@ from chatllama.config.limits import (
     MOST_TEMPERATURE,
     MOST_TOP_K,
 )
+from chatllama.inference.folders import is_run
 from chatllama.inference.prompt_files import Prompt
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.declared_options import Limit, at_least, between, check_limits, option
@@ -45,6 +46,7 @@ NEW_TOKENS, TOP_K, SEED = (
     between(*bounds) for bounds in ((1, MOST_NEW_TOKENS), (0, MOST_TOP_K), (0, MOST_SEED))
 )
 SAMPLES = between(1, 10_000)
+OPENED = "folder of a run, an adapter or a model, or a model's hub id"
 TRUST = "run Python code that comes with the model; the run's own config cannot allow it"
 STOPS = Limit("an empty string would end every answer at once", lambda stops: "" not in stops)
 
@@ -200,8 +202,7 @@ def find_role(
     run: RunFolder, cfg: "Config", role: GenerationRole | None
 ) -> tuple[GenerationRole, Path | None]:
     """The role that answers and its adapter; the base, and SFT of all weights, have none."""
-    if role is None:
-        role = "policy" if run.policy_adapter.is_dir() else "sft"
+    role = role or default_role(run)
     if role == "base":
         if cfg.lora is None:
             raise ValueError("--role base: with `lora: null` SFT trained all weights; use sft")
@@ -214,6 +215,13 @@ def find_role(
     if not folder.is_dir():
         raise ValueError(f"--role {role}: {run.root} has none; {folder} is missing")
     return role, adapter
+
+
+def default_role(run: RunFolder) -> GenerationRole:
+    """The newest of policy and sft; of a plain model, the base."""
+    if run.policy_adapter.is_dir():
+        return "policy"
+    return "sft" if run.sft_adapter.is_dir() or is_run(run) else "base"
 
 
 def check_options(options: GenerateOptions) -> None:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chatllama.inference.folders import find_model, is_run
 from chatllama.inference.options import GenerateOptions, check_options, complete
 from chatllama.inference.prompt_files import Prompt
-from chatllama.runs.folder import RunFolder
 from chatllama.runtime.files import write_json
 from chatllama.runtime.jsonl import read_lines
 
@@ -39,12 +39,12 @@ def evaluate_translation(
     run_dir: Path, translations: Translations, options: GenerateOptions
 ) -> dict[str, Any]:
     """BLEU and chrF of a run's translations, printed and written beside the answers."""
-    from chatllama.config.loader import load_config
     from chatllama.inference.batch import generate_command
 
     check_options(options)
-    run = RunFolder(run_dir)
-    cfg = load_config(run.existing_config())
+    run, cfg = find_model(run_dir)
+    if not is_run(run):
+        raise ValueError(f"{run_dir}: eval keeps its answers in a run folder, and this is none")
     settings = complete(run, cfg, options)
     role = settings.role
     direction = f"{translations.source}-{translations.target}"

@@ -10,12 +10,11 @@ from types import FrameType
 
 import uvicorn
 
-from chatllama.config.loader import load_config
 from chatllama.config.model import ChatSection
 from chatllama.config.schema import with_weights
 from chatllama.inference.chat_model import describe_model
+from chatllama.inference.folders import find_model
 from chatllama.inference.load import load_run
-from chatllama.runs.folder import RunFolder
 from chatllama.runtime.command_line import tell
 from chatllama.serving.app import build_app
 from chatllama.serving.guard import PatientProtocol
@@ -105,8 +104,7 @@ def serve(settings: ServerSettings) -> None:
     """Serves a run until SIGINT or SIGTERM; ValueError for wrong settings or an unfinished run."""
     check_settings(settings)
     with open_socket(settings) as bound:
-        run = RunFolder(settings.run)
-        cfg = load_config(run.existing_config())
+        run, cfg = find_model(settings.run)
         chat = cfg.chat
         if settings.date is not None:
             chat = ChatSection.model_validate(chat.model_dump() | {"date": settings.date})

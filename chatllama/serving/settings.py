@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from chatllama.inference.options import WeightsOptions
+from chatllama.inference.options import OPENED, WeightsOptions
 from chatllama.runtime.declared_options import (
     ABOVE_0,
     Limit,
@@ -83,8 +83,8 @@ class ServerSettings(WeightsOptions):
 
     @property
     def votes_file(self) -> Path:
-        """Where votes go."""
-        return self.votes or self.run / "votes.jsonl"
+        """Where votes go; of a model of the hub, in the current folder."""
+        return self.votes or (self.run if self.run.is_dir() else Path()) / "votes.jsonl"
 
 
 def check_settings(settings: ServerSettings) -> None:
@@ -118,7 +118,7 @@ def check_settings(settings: ServerSettings) -> None:
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what can be typed."""
-    parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    parser.add_argument("run", metavar="RUN", type=Path, help=OPENED)
     add_options(parser, ServerSettings)
 
 

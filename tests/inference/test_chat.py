@@ -35,6 +35,7 @@ class _Echo:
         self.asked: list[tuple[list[Message], GenerationRole]] = []
 
     roles: tuple[GenerationRole, ...] = ("base", "sft", "policy")
+    find: Any = ChatModel.find
 
     def compare(self, messages: "list[Message]") -> Iterator[Compared]:
         self.asked.append((list(messages), "base"))
@@ -262,7 +263,7 @@ def test_chat_reads_lines_from_a_pipe(
     loading.load_run = lambda run, cfg, **_: types.SimpleNamespace(config=cfg)
     monkeypatch.setitem(sys.modules, "chatllama.inference.load", loading)
     echo = Echo()
-    monkeypatch.setattr(chat_model, "ChatModel", lambda *args: echo)
+    monkeypatch.setattr(ChatModel, "chosen", lambda *_: echo)
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n/quit\n"))
     (tmp_path / "config.yaml").write_text("run_dir: r\nbackbone: {path: b}\n")
     chat(tmp_path, ChatOptions(system="s"))

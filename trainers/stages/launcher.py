@@ -4,6 +4,7 @@ Which stages run is decided in `pipeline.py`; `processes.py` runs the command.
 """
 
 import os
+import runpy
 import shutil
 import socket
 import sys
@@ -39,11 +40,14 @@ class Launch:
     """Start only the processes of this line of the hostfile, from 0. None: all, over ssh."""
     master_addr: str | None = None
     """Name or address at which the other machines reach the first one."""
+    in_process: bool = False
+    """The stages run in this process, without the launcher (`chatllama.train`)."""
 
     @property
     def arguments(self) -> list[str]:
         """The same as flags of `chatllama run`."""
-        given = {f"--{name.replace('_', '-')}": value for name, value in vars(self).items()}
+        values = {name: value for name, value in vars(self).items() if name != "in_process"}
+        given = {f"--{name.replace('_', '-')}": value for name, value in values.items()}
         return [w for flag, value in given.items() if value is not None for w in (flag, str(value))]
 
     def __post_init__(self) -> None:
@@ -148,6 +152,12 @@ def script_path(stage: Stage) -> Path:
     if not path.is_file():
         raise ValueError(f"{path} is missing: install chatllama again")
     return path
+
+
+def run_here(stage: Stage, config: Sequence[str], resume: bool, lock: str) -> None:
+    """Runs a stage in this process, as `python train_x.py` does."""
+    main = runpy.run_path(str(script_path(stage)))["main"]
+    main([*config, "--run-lock", lock, *(["--resume"] if resume else [])])
 
 
 def stage_command(

@@ -42,6 +42,7 @@ from trainers.stages.launcher import (
     count_cores,
     count_gpus,
     hostfile_slots,
+    run_here,
     stage_command,
     stage_environment,
 )
@@ -100,6 +101,9 @@ def run_pipeline(
             record_config(cfg, run)
         cpu_only = not gpus and launch.hostfile is None
         for stage in pending:
+            if launch.in_process:
+                run_here(stage, given, resume, lock)
+                continue
             command = stage_command(stage, given, ranks, gpus, launch, resume, lock)
             _run_stage(
                 run, stage, command, stage_environment(ranks, count_cores(), cpu_only), launch
@@ -199,6 +203,9 @@ def _plan_ranks(cfg: Config, launch: Launch) -> tuple[int, int]:
     Raises:
         ValueError: the batches do not divide evenly over all machines.
     """
+    if launch.in_process:
+        check_batches(cfg, 1)
+        return 0, 1
     if launch.hostfile is None:
         gpus = count_gpus()
         return gpus, choose_ranks(cfg, launch.num_gpus, gpus, count_cores())
