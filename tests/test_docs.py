@@ -91,7 +91,10 @@ def definitions(path: Path) -> set[str]:
                 add(node.body, f"{node.name}.")
             targets = node.targets if isinstance(node, ast.Assign) else []
             targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
-            found.update(prefix + each.id for each in targets if isinstance(each, ast.Name))
+            names = [each.id for each in targets if isinstance(each, ast.Name)]
+            found.update(prefix + name for name in names)
+            if isinstance(node, ast.Assign) and names == ["__all__"]:
+                found.update(ast.literal_eval(node.value))
 
     add(ast.parse(path.read_text(encoding="utf-8")).body)
     return found

@@ -1,8 +1,11 @@
 """The examples run, and do what they say."""
 
+import json
 import runpy
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,3 +80,34 @@ def test_columns_of_other_names_need_no_code(tmp_path: Path, data_cache: None) -
     columns = ColumnMapping(prompt="frage", completion="antwort")
     rows, _ = read_source(DataSource(path=str(table), format=columns), "sft")
     assert [m["content"] for m in rows[0]["messages"]] == ["What is it?", "A tulip."]
+
+
+SMALL = """
+    backbone.from_scratch.steps=20 backbone.from_scratch.hidden_size=32 sft.steps=2
+    backbone.from_scratch.num_layers=1 reward.epochs=0.01 ppo.steps=2 ppo.rollout_batch_size=16
+    ppo.minibatch_size=16 ppo.microbatch_size=16 ppo.warmup_steps=1 evaluation.num_prompts=8
+    generation.max_new_tokens=8
+"""
+
+
+@pytest.mark.slow
+def test_the_notebook_trains_on_a_function_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_cache: None
+) -> None:
+    notebook = types.ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", notebook)
+    monkeypatch.chdir(EXAMPLES)
+    cells = json.loads((EXAMPLES / "own_reward.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert sum(bool(line.strip()) for line in "\n".join(code[:3]).splitlines()) <= 15
+    names: dict[str, Any] = vars(notebook)
+    for source in code:
+        exec(source, names)
+        if source.startswith("config ="):
+            names["settings"] += [f"run_dir={tmp_path}/run", *SMALL.split()]
+    rows = names["run"].metrics
+    assert {"sft", "reward", "ppo"} == set(rows.stage)
+    # The mean of `brief` over a batch: at most 0, and never that of the reward model.
+    scores = rows[rows.stage == "ppo"]["ppo/score_mean"]
+    assert len(scores) == 2 and all(-2 <= score <= 0 for score in scores)
+    assert len(names["answers"]) == 4 and names["run"].roles == ("base", "sft", "policy")

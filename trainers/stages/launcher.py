@@ -155,7 +155,7 @@ def script_path(stage: Stage) -> Path:
 
 
 def run_here(stage: Stage, config: Sequence[str], resume: bool, lock: str) -> None:
-    """Runs a stage in this process, as `python train_x.py` does."""
+    """Runs a stage in this process, as its script does without a launcher."""
     main = runpy.run_path(str(script_path(stage)))["main"]
     main([*config, "--run-lock", lock, *(["--resume"] if resume else [])])
 
