@@ -20,7 +20,8 @@ from chatllama.runs.folder import STAGES, Stage
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 RANKS = {"llama-7b-24gb": 1, "llama-3.1-8b-24gb": 1, "llama-3.2-1b-8gb": 1}
-RANKS |= {"llama-13b-8gpu-zero2": 8, "llama-70b-multinode-zero3": 32}
+RANKS |= {"llama-7b-nf4-12gb": 1, "llama-13b-8gpu-zero2": 8}
+RANKS |= {"llama-70b-multinode-zero3": 32}
 HEAD = """\
 # Peak of tensors on one GPU in GB (1e9 bytes), sequences at full length, from the stages' own code
 # at these shapes (tests/config_headers.py; by role and phase: `chatllama plan`):

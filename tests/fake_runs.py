@@ -2,8 +2,10 @@
 
 A fake model lies on a fake CPU. Ids and masks are real, since indexing needs their values.
 Attention counts as on a GPU: a fused kernel, of which the result and a number per row are kept.
+4-bit matrices are bitsandbytes' own layers, computed by its own functions: it must be installed.
 """
 
+import importlib
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from chatllama.config.schema import Config
 from chatllama.generation import decoding_batch
 from chatllama.model import lm_head, sampling_layers
+from chatllama.model.backbone import _keep_4bit_layout
 from chatllama.model.roles import Adapter, RoleModel
 from data.batches import SharedPromptCollator
 from trainers.ppo.model import build_engine as ppo_engine
@@ -60,6 +63,8 @@ def fake_model(cfg: Config, shape: LlamaConfig, stage: str) -> RoleModel:
     full = stage == "sft" and cfg.lora is None
     dtype = torch.float32 if full else getattr(torch, cfg.backbone.dtype)
     llama, lora = meta_llama(shape, dtype), cfg.adapter_lora
+    if cfg.backbone.quantization == "nf4":
+        pack(llama, dtype)
     trained, frozen = Adapter(lora, trainable=True), Adapter(lora)
     roles: dict[str, Adapter] = {"policy": trained}
     heads: tuple[str, ...] = ()
@@ -80,10 +85,65 @@ def fake_model(cfg: Config, shape: LlamaConfig, stage: str) -> RoleModel:
         llama.requires_grad_(True)
     with FakeTensorMode(allow_non_fake_inputs=True):
         made_fake(model)
+        describe_packed(model, dtype)
     cast(Any, model).to = lambda place: model  # torch cannot move fake parameters
     if cfg.backbone.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model
+
+
+def pack(llama: LlamaForCausalLM, dtype: torch.dtype) -> None:
+    """Puts 4-bit matrices in the place of the decoder layers', as `from_pretrained` does."""
+    bnb: Any = importlib.import_module("bitsandbytes").nn
+    settings = {"compute_dtype": dtype, "quant_type": "nf4", "compress_statistics": True}
+    for name, layer in list(llama.model.layers.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            parent, _, own = name.rpartition(".")
+            sizes = layer.in_features, layer.out_features
+            made = bnb.Linear4bit(*sizes, bias=False, device="meta", **settings)
+            made.weight.data = torch.empty(
+                (layer.weight.numel() // 2, 1), dtype=torch.uint8, device="meta"
+            )
+            setattr(llama.model.layers.get_submodule(parent), own, made)
+    _keep_4bit_layout(llama)
+    vars(llama)["is_loaded_in_4bit"] = True  # PEFT's layers for such matrices
+
+
+def describe_packed(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Gives 4-bit matrices the scales that belong to them, themselves in 8 bits."""
+    for layer in packed(model):
+        states: Any = importlib.import_module("bitsandbytes.functional").QuantState
+        shape = torch.Size((layer.out_features, layer.in_features))
+        blocks = shape.numel() // 64
+        second = states(
+            torch.empty(-(-blocks // 256)),
+            code=torch.empty(256),
+            blocksize=256,
+            dtype=torch.float32,
+        )
+        layer.weight.quant_state = states(
+            torch.empty(blocks, dtype=torch.uint8),
+            shape=shape,
+            code=torch.empty(16),
+            blocksize=64,
+            quant_type="nf4",
+            dtype=dtype,
+            offset=torch.empty(()),
+            state2=second,
+        )
+
+
+def packed(model: torch.nn.Module) -> list[Any]:
+    """The matrices in 4 bits."""
+    return [
+        module for module in model.modules() if type(module).__module__.startswith("bitsandbytes")
+    ]
+
+
+def scales_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Of all matrices in 4 bits."""
+    states = [layer.weight.quant_state for layer in packed(model)]
+    return [scales for state in states for scales in (state.absmax, state.state2.absmax)]
 
 
 def measure(cfg: Config, shape: LlamaConfig, stage: str, chunk: int = GPU_CHUNK) -> Measured:
@@ -94,7 +154,7 @@ def measure(cfg: Config, shape: LlamaConfig, stage: str, chunk: int = GPU_CHUNK)
     """
     cfg = _two_microbatches(cfg)
     model = fake_model(cfg, shape, stage)
-    record = MemoryRecord(tensors_of(model))
+    record = MemoryRecord([*tensors_of(model), *scales_of(model)])
     measured = {"sft": _sft, "reward": _reward, "ppo": _ppo}[stage]
     with (
         mock.patch.object(lm_head, "CHUNK_ELEMENTS", chunk),

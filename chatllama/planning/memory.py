@@ -223,10 +223,14 @@ def _training(
     back = [Line("one layer, computed again", kept, role)] if checkpointing else []
     inside = transient_backward(shape, precision, step, checkpointing)
     back.append(Line("gradients inside a layer", inside, role))
+    if is_quantized(cfg):
+        largest = max(matrix.weights for matrix in shape.matrices)
+        back.append(Line("one matrix, dequantised", float(precision.product * largest), role))
     phases = {"backward": (*always, *back)}
     if stage != "reward":
         logits = head_chunk(shape, precision, step.scored, place.chunk)
-        head = [Line("logits", logits, role)]
+        normed = float((4 + 2 * precision.product) * shape.hidden_size * step.scored)
+        head = [Line("logits", logits, role), Line("the last norm's, and copies", normed, role)]
         if lora is None:
             head.append(Line("gradients of the LM head", 8.0 * table, role))
         phases["LM head"] = (*always, *head)

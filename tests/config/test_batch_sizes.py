@@ -95,6 +95,7 @@ def test_check_batches_reports_all_stages_at_once() -> None:
         ("quickstart.yaml", 2),
         ("reference.yaml", 1),
         ("llama-7b-24gb.yaml", 1),
+        ("llama-7b-nf4-12gb.yaml", 1),
         ("llama-13b-8gpu-zero2.yaml", 8),
         ("llama-70b-multinode-zero3.yaml", 32),
     ],

@@ -53,6 +53,7 @@ ATTRIBUTES = {
         "param.ds_tensor",
         "param.ds_active_sub_modules",
     ),
+    "deepspeed.runtime.torch_autocast": ('PARAM_COMM_DTYPE_ATTR_NAME = "comm_dtype"',),
     "deepspeed.utils.groups": (
         "if _WORLD_GROUP is None:",
         "_WORLD_GROUP = dist.new_group(",

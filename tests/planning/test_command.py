@@ -38,7 +38,9 @@ def test_it_loads_no_torch_and_answers_at_once() -> None:
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 5
 
 
-@pytest.mark.parametrize("name", ["quickstart", "llama-7b-24gb", "llama-13b-8gpu-zero2"])
+@pytest.mark.parametrize(
+    "name", ["quickstart", "llama-7b-24gb", "llama-7b-nf4-12gb", "llama-13b-8gpu-zero2"]
+)
 def test_shipped_configs_have_plans(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, str(CONFIGS / f"{name}.yaml"))
     for stage in STAGES:

@@ -1,7 +1,8 @@
 """The closed forms against the stages' own code, run on tensors without numbers."""
 
 import pytest
-from fake_runs import GPU_CHUNK, measure
+import torch
+from fake_runs import GPU_CHUNK, fake_model, measure, packed
 from transformers import LlamaConfig
 
 from chatllama.config.schema import Config
@@ -73,10 +74,14 @@ def phases(plan: StageMemory) -> dict[str, float]:
         {"dtype": "bfloat16", "lora": None},
         {"dtype": "float32", "lora": None, "gradient_checkpointing": True},
         {"dtype": "bfloat16", "lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]}},
+        {"dtype": "bfloat16", "quantization": "nf4", "gradient_checkpointing": True},
+        {"dtype": "float32", "quantization": "nf4"},
     ],
     ids=str,
 )
 def test_peaks_are_those_of_the_real_code(settings: dict, shape: str) -> None:
+    if "quantization" in settings:
+        pytest.importorskip("bitsandbytes")
     cfg, model = config(**settings), llama(shape)
     off: dict[str, float] = {}
     for stage in STAGES:
@@ -86,3 +91,20 @@ def test_peaks_are_those_of_the_real_code(settings: dict, shape: str) -> None:
         off |= {f"{stage} {name}": own[name] / most - 1 for name, most in found.peaks.items()}
     wrong = {name: round(each, 3) for name, each in off.items() if abs(each) > 0.1}
     assert not wrong, off
+
+
+@pytest.mark.slow
+def test_matrices_in_4_bits_have_the_bytes_of_packed_ones() -> None:
+    """What the harness puts in a matrix's place, against bitsandbytes' own packing of numbers."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    model = fake_model(config(quantization="nf4"), llama("multi-head", 1), "sft")
+    for layer in packed(model):
+        numbers = torch.randn(layer.out_features, layer.in_features)
+        weight, state = functional.quantize_4bit(
+            numbers, blocksize=64, quant_type="nf4", compress_statistics=True
+        )
+        own = layer.weight.quant_state
+        pairs = [(layer.weight, weight), (own.absmax, state.absmax)]
+        pairs += [(own.state2.absmax, state.state2.absmax)]
+        assert [(a.shape, a.dtype) for a, _ in pairs] == [(b.shape, b.dtype) for _, b in pairs]
+    assert len(packed(model)) == 7

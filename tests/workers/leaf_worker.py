@@ -5,6 +5,7 @@ import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import torch
 
@@ -13,6 +14,7 @@ from chatllama.generation.decoding_batch import DecodingBatch, Request
 from chatllama.generation.sampling import Sampling
 from chatllama.model.scoring import response_logprobs
 from chatllama.runtime.distributed import rank, shut_down
+from tests.workers import engine_worker
 from tests.workers.engine_worker import build, data, step, weights
 from trainers.engine.engine import Engine
 from trainers.engine.start import initialise
@@ -35,6 +37,13 @@ def count_gathers() -> list[int]:
 
     module._dist_allgather_fn = counting
     return counted
+
+
+def adapters_in_their_own_type() -> Any:
+    """Float32 adapters of a bfloat16 model are sent as they are inside."""
+    from deepspeed.runtime.zero import partition_parameters
+
+    return mock.patch.object(partition_parameters, "has_comm_dtype", lambda parameter: False)
 
 
 def sample(engine: Engine, gathers: list[int]) -> tuple[list[list[int]], list[int]]:
@@ -75,6 +84,24 @@ def run(base: str, dtype: str, gathers: list[int]) -> dict[str, Any]:
     return out
 
 
+def whole_after_scoring(base: str) -> list[str]:
+    """Parameters that scoring has changed where DeepSpeed keeps small ones whole; none may be."""
+    expected = build(base, stage=3, dtype="bfloat16")
+    with mock.patch.object(
+        engine_worker, "deepspeed_section", lambda stage: DeepSpeedSection(stage=stage)
+    ):
+        engine = build(base, stage=3, dtype="bfloat16")
+    tokens, mask, response_mask = data()
+    with torch.no_grad(), engine.whole_layers():
+        response_logprobs(engine.model, "policy", tokens, mask, response_mask, 0.8)
+    pairs = zip(engine.model.named_parameters(), expected.model.parameters(), strict=True)
+    return [
+        name
+        for (name, own), other in pairs
+        if not torch.equal(engine.whole_value(own), expected.whole_value(other))
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--local_rank")
@@ -84,8 +111,11 @@ def main() -> None:
     initialise(DeepSpeedSection())
     gathers = count_gathers()
     out = {dtype: run(arguments.base, dtype, gathers) for dtype in ("float32", "bfloat16")}
+    out["kept whole"] = {"changed": whole_after_scoring(arguments.base)}
+    with adapters_in_their_own_type():
+        out["plain bfloat16"] = run(arguments.base, "bfloat16", gathers)
     cast(Any, Engine).whole_layers = lambda engine: nullcontext()
-    out["plain"] = run(arguments.base, "float32", gathers)
+    out["plain float32"] = run(arguments.base, "float32", gathers)
     (arguments.folder / f"passes-{rank()}.json").write_text(json.dumps(out))
     shut_down()
 

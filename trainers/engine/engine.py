@@ -21,7 +21,7 @@ from chatllama.config.schema import DeepSpeedSection
 from chatllama.config.stages import StageSection
 from chatllama.generation.static_kv_cache import StaticKVCache
 from chatllama.model.lora import merge_products
-from chatllama.model.roles import RoleModel
+from chatllama.model.roles import HALF, RoleModel
 from chatllama.runtime.distributed import device, is_launched, rank, world_size
 from trainers.engine.group_steps import ZeroGroups, clip_groups
 from trainers.engine.sharded_state import (
@@ -263,8 +263,10 @@ class Engine:
         """Under ZeRO-3 a decoder layer's weights are fetched together, for passes without gradient.
 
         DeepSpeed fetches for every matrix and norm by itself otherwise: 23 times a layer with four
-        roles. All ranks must make equally many passes. Training does without: DeepSpeed takes the
-        gradients of what is fetched together to be there in every backward pass.
+        roles. Float32 adapters of a 16-bit model are sent in its type, to which autocast rounds
+        them anyway, since each type is fetched by itself. All ranks must make equally many passes.
+        Training does without: DeepSpeed takes the gradients of what is fetched together to be there
+        in every backward pass.
         """
         if not self.is_zero3():
             yield
@@ -280,12 +282,17 @@ class Engine:
             add_hooks(offload)
 
         fetch_together(True)
+        parameters = cast(list[Any], list(layers.parameters()))
+        if self.model.llama.dtype in HALF:
+            for parameter in parameters:
+                parameter.comm_dtype = self.model.llama.dtype
         try:
             yield
         finally:
             fetch_together(False)
-            for parameter in layers.parameters():
-                del cast(Any, parameter).ds_z3_leaf_module
+            for parameter in parameters:
+                del parameter.ds_z3_leaf_module
+                vars(parameter).pop("comm_dtype", None)
 
     def save(self, folder: Path, state: dict[str, Any]) -> list[str]:
         """Writes trained weights, optimizer and `state` into `folder`; every rank must call.
