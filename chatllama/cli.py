@@ -6,7 +6,7 @@ Those modules are imported inside the functions, so that `--help` is fast.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from chatllama import __version__
@@ -16,6 +16,7 @@ from chatllama.inference.options import TRUST, ChatOptions, GenerateOptions
 from chatllama.planning.cli import add_plan_arguments
 from chatllama.runtime.command_line import (
     Command,
+    Parser,
     add_command,
     add_config_arguments,
     shown_only,
@@ -24,14 +25,27 @@ from chatllama.runtime.command_line import (
 from chatllama.runtime.declared_options import options_from
 from chatllama.runtime.gpu import let_memory_grow
 from chatllama.serving.settings import add_serve_arguments, serve_settings
+from chatllama.start.cli import (
+    add_configs_commands,
+    add_runs_arguments,
+    configs,
+    env,
+    no_arguments,
+    runs,
+)
 
+ABOUT = "RLHF for LLaMA: SFT, reward model and PPO on one frozen backbone."
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code of one command: 0, 2 for a user's mistake, 130 after Ctrl-C, or a stage's own."""
+    """Exit code of one command: 0, 2 for a user's mistake, 130 after Ctrl-C, or a stage's own.
+
+    Without arguments it shows what there is.
+    """
     let_memory_grow()
-    arguments = _parse(sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = _parse(words) if words else argparse.Namespace(command=_home, debug=False)
     command: Command = arguments.command
     # Where stdout is the result, a reader that has closed the pipe ends the command.
     shown = ("stderr",) if command in (_chat, _generate) else ("stdout", "stderr")
@@ -53,37 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments; ends the process with code 2 and a usage line if they make no sense."""
-    from data.cli import add_data_commands
-
-    parser = argparse.ArgumentParser(
-        prog="chatllama",
-        description="RLHF for LLaMA: SFT, reward model and PPO on one frozen backbone.",
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="chatllama", description=ABOUT)
     parser.add_argument("--version", action="version", version=f"chatllama {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, command, add_arguments, about in (
-        ("run", _run, _run_arguments, "train: SFT, reward model, PPO; then evaluation and report"),
-        ("plan", _plan, add_plan_arguments, "memory, tokens and time of a config before it runs"),
-        ("finish", _finish, _finish_arguments, "end an interrupted stage at a checkpoint"),
-        ("chat", _chat, add_chat_arguments, "talk to the model of a run in the terminal"),
-        ("generate", _generate, add_generate_arguments, "answer many prompts, into a file or here"),
-        ("export", _export, add_export_arguments, "adapter, merged or reward model, GGUF files"),
-        ("serve", _serve, add_serve_arguments, "an OpenAI-compatible API and a comparison page"),
-        (
-            "import",
-            _import,
-            _import_arguments,
-            "Meta's checkpoint or a GGUF as a Hugging Face folder",
-        ),
-        ("eval", _eval, add_eval_arguments, "score a run's translations with sacrebleu"),
-        ("report", _report, _report_arguments, "write report.html of a run, finished or not"),
-        ("selftest", _selftest, _selftest_arguments, "PPO against the closed form, here and now"),
-    ):
-        add_arguments(add_command(commands, name, command, about))
-    about = "check the data of a config, look at its tokens, or make more of it"
-    data = commands.add_parser("data", help=about, description=about, allow_abbrev=False)
-    add_data_commands(data.add_subparsers(title="commands", metavar="COMMAND", required=True))
+    for table in COMMANDS.values():
+        for name, command, add_arguments, about in table:
+            add_arguments(add_command(commands, name, command, about))
     # argparse cannot take positionals that stand after an option; they come back as unknown words.
     arguments, unknown = parser.parse_known_args(argv)
     rest: str | None = arguments.rest
@@ -93,6 +82,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if rest is not None:
         setattr(arguments, rest, [*vars(arguments)[rest], *unknown])
     return arguments
+
+
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    from data.cli import add_data_commands
+
+    add_data_commands(parser.add_subparsers(title="commands", metavar="COMMAND", required=True))
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -265,6 +260,52 @@ def _selftest(arguments: argparse.Namespace) -> None:
 
     if not selftest(arguments.seeds, arguments.quick):
         raise SystemExit(FAILED)
+
+
+def _home(arguments: argparse.Namespace) -> None:
+    from chatllama.start.home import home_text
+
+    groups = {
+        heading: [(each[0], each[3]) for each in table] for heading, table in COMMANDS.items()
+    }
+    print(home_text(groups, Path("runs")))
+
+
+COMMANDS: dict[str, tuple[tuple[str, Command, Callable[[argparse.ArgumentParser], None], str], ...]]
+COMMANDS = {
+    "start": (
+        (
+            "configs",
+            configs,
+            add_configs_commands,
+            "the shipped configs; `copy NAME` to change one",
+        ),
+        ("data", _home, _data_arguments, "check a config's data, look at its tokens, make more"),
+        ("plan", _plan, add_plan_arguments, "memory, tokens and time of a config before it runs"),
+        ("env", env, no_arguments, "this machine: GPUs, kernels, disk, versions; for bug reports"),
+        ("selftest", _selftest, _selftest_arguments, "PPO against the closed form, here and now"),
+    ),
+    "train": (
+        ("run", _run, _run_arguments, "train: SFT, reward model, PPO; then evaluation and report"),
+        ("runs", runs, add_runs_arguments, "the runs here, how far they are and what comes next"),
+        ("finish", _finish, _finish_arguments, "end an interrupted stage at a checkpoint"),
+        ("report", _report, _report_arguments, "write report.html of a run, finished or not"),
+    ),
+    "use": (
+        ("chat", _chat, add_chat_arguments, "talk to the model of a run in the terminal"),
+        ("generate", _generate, add_generate_arguments, "answer many prompts, into a file or here"),
+        ("serve", _serve, add_serve_arguments, "an OpenAI-compatible API and a comparison page"),
+        ("eval", _eval, add_eval_arguments, "score a run's translations with sacrebleu"),
+        ("export", _export, add_export_arguments, "adapter, merged or reward model, GGUF files"),
+        (
+            "import",
+            _import,
+            _import_arguments,
+            "Meta's checkpoint or a GGUF as a Hugging Face folder",
+        ),
+    ),
+}
+"""Heading -> name, function, declaration of arguments and description of its commands."""
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 Reads the schema for its suggestions; does not read files.
 """
 
-import difflib
 import json
+import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +12,15 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from chatllama.config.nearest import did_you_mean
+from chatllama.config.other_names import OTHER_NAMES
 from chatllama.config.schema import Config
 
 Place = tuple[str | int, ...]
 """Keys and list indices from the root of the YAML to an entry."""
 
+MOST_KEYS = 5
+"""Keys that a message lists."""
 _REASONS = {
     "missing": "is missing",
     "int_type": "must be a whole number",
@@ -112,23 +116,32 @@ def _reason(kind: str, ctx: Mapping[str, Any], message: str, place: Place) -> st
 
 
 def _suggestion(place: Place) -> str:
-    """The nearest known keys to the unknown one at `place`, else all keys of its section."""
+    """The key that is meant, by its name elsewhere or as the nearest; else some of those known."""
     key, section = str(place[-1]), _model_at(place[:-1])
     siblings = list(section.model_fields) if section else []
-    close = difflib.get_close_matches(key, siblings, n=1)
-    if close:
-        return f"; did you mean {_dotted((*place[:-1], close[0]))}?"
+    if key in OTHER_NAMES:
+        ours = re.split("[:, ]", OTHER_NAMES[key])[0]
+        own = [(*place[:-1], ours)] if ours in siblings else []
+        named = own or [
+            path for path in schema_paths(Config) if path[-1] == ours and len(path) == 2
+        ]
+        names = " or ".join(map(_dotted, named)) or ours
+        return f"; here that is {names}{OTHER_NAMES[key].removeprefix(ours)}"
+    if close := did_you_mean(key, siblings, 1):
+        return close.replace("mean ", f"mean {''.join(f'{part}.' for part in place[:-1])}")
     elsewhere = [path for path in schema_paths(Config) if path[-1] == key]
     if elsewhere:
-        return f"; did you mean {' or '.join(map(_dotted, elsewhere))}?"
-    return f"; known here: {', '.join(siblings)}"
+        return f"; did you mean {' or '.join(map(_dotted, elsewhere[:MOST_KEYS]))}?"
+    more = len(siblings) - MOST_KEYS
+    rest = f" and {more} more (`chatllama configs copy reference` has all)" if more > 0 else ""
+    return f"; known here: {', '.join(siblings[:MOST_KEYS])}{rest}"
 
 
 def _nearest(value: Any, place: Place) -> str:
     """`; did you mean 'y'?` if one of the values allowed at `place` is close to this one."""
     texts = [each for each in _allowed(place) if isinstance(each, str)]
-    close = difflib.get_close_matches(value, texts, n=1) if isinstance(value, str) else []
-    return f"; did you mean {_show(close[0])}?" if close else ""
+    close = did_you_mean(value, texts, 1) if isinstance(value, str) else ""
+    return close.replace("mean ", 'mean "').replace("?", '"?')
 
 
 def _allowed(place: Place) -> list[Any]:

@@ -15,6 +15,9 @@ from chatllama.config.errors import ConfigError, Place, Position, explain
 from chatllama.config.schema import Config
 from chatllama.config.yaml_reader import dump_yaml, parse_value, read_mapping
 
+WRITTEN = "# Written by chatllama"
+"""How the config.yaml of a run folder begins."""
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The checked config of a YAML file, its parents and the command line's overrides.
@@ -47,8 +50,8 @@ def dump_config(cfg: Config, path: str | Path) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(target.name + ".tmp")
-    text = "# Written by chatllama: every value resolved; can be loaded as it is.\n"
-    beside.write_text(text + dump_yaml(cfg.model_dump()), encoding="utf-8")
+    text = ": every value resolved; can be loaded as it is.\n"
+    beside.write_text(WRITTEN + text + dump_yaml(cfg.model_dump()), encoding="utf-8")
     beside.replace(target)
 
 

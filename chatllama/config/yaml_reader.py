@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from chatllama.config.errors import Place, Position
+from chatllama.config.nearest import files_like
 
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = {
@@ -69,8 +70,7 @@ def read_mapping(path: Path, problems: list[str]) -> tuple[dict[str, Any], dict[
     """
     try:
         if not path.is_file():
-            wrong = "not a regular file" if path.exists() else "no such file"
-            raise ValueError(f"{wrong}: {path}")
+            raise ValueError(_no_file(path))
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"{path}: over {MAX_BYTES:,} bytes, too large for a config")
         content, reader = _read(path.read_text(encoding="utf-8"), str(path))
@@ -84,6 +84,20 @@ def read_mapping(path: Path, problems: list[str]) -> tuple[dict[str, Any], dict[
         raise ValueError(f"{path}: must be a mapping of sections, such as `sft: ...`")
     problems.extend(reader.problems)
     return content or {}, reader.places
+
+
+def _no_file(path: Path) -> str:
+    """Why there is nothing to read at a path, with what may have been meant."""
+    if path.is_dir():
+        inside = path / "config.yaml"
+        remedy = f"its config is {inside}" if inside.is_file() else "give a YAML file"
+        return f"{path} is a folder; {remedy}"
+    if path.exists():
+        return f"not a regular file: {path}"
+    shipped = Path(__file__).resolve().parents[2] / "configs" / f"{path.stem}.yaml"
+    if shipped.is_file():
+        return f"no such file: {path}; `chatllama configs copy {path.stem}` makes one here"
+    return f"no such file: {path}{files_like(path)}"
 
 
 def dump_yaml(content: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import NotRequired, TypedDict
 
+from chatllama.config.nearest import files_like
 from chatllama.runtime.files import write_json
 from chatllama.runtime.json_files import MORE_KEYS, read_json
 
@@ -102,12 +103,12 @@ class RunFolder:
                 return
             reason = "there is no right to read it" if self.root.is_dir() else "it is a file"
         except FileNotFoundError:
-            reason = "it does not exist"
+            reason = f"it does not exist{files_like(self.root)}"
             if self.root.is_symlink():
                 reason = f"it is a link to {os.readlink(self.root)}, which is not there"
         except OSError as error:
             reason = str(error.strerror)
-        raise ValueError(f"{self.root} is not a run folder: {reason}. Give the run_dir of a run")
+        raise ValueError(f"{self.root} is not a run folder: {reason}. `chatllama runs` lists them")
 
     def reward_member(self, number: int) -> Path:
         """PEFT folder of member `number` of the reward ensemble, from 0."""

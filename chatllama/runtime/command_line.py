@@ -1,13 +1,38 @@
 """Shared by the commands: their parsers, lines on stderr, text that is safe on a terminal."""
 
 import argparse
+import difflib
 import io
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
+
+SYNONYMS = {"train": "run", "start": "run", "list": "runs", "ls": "runs", "info": "env"}
+"""Other tools' words for commands."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a misspelt command or choice with the nearest ones, and never abbreviates."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(allow_abbrev=False, **arguments)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with code 2."""
+        match = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if match is not None:
+            known = re.findall(r"[\w.-]+", match[2])
+            near = (
+                [SYNONYMS[match[1]]]
+                if SYNONYMS.get(match[1]) in known
+                else (difflib.get_close_matches(match[1], known))
+            )
+            message += f"\ndid you mean {' or '.join(near)}?" if near else ""
+        super().error(message)
+
 
 Command = Callable[[argparse.Namespace], None]
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -29,13 +54,13 @@ def duration(seconds: float) -> str:
 
 
 def add_command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    commands: "argparse._SubParsersAction[Any]",
     name: str,
     command: Command,
     help: str,
 ) -> argparse.ArgumentParser:
     """The parser of one subcommand, with --debug."""
-    parser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+    parser = commands.add_parser(name, help=help, description=help)
     parser.add_argument("--debug", action="store_true", help="show the traceback of errors")
     parser.set_defaults(command=command, rest=None)
     return parser

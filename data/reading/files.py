@@ -1,11 +1,11 @@
 """Files: which ones a `path` of the config names. Their content is decoded in `decode.py`."""
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from chatllama.config.nearest import did_you_mean
 from data.caching import PROJECT_ROOT
 
 TYPES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
@@ -83,7 +83,7 @@ def find_files(path: str, split: str = "train") -> list[DataFile] | None:
         raise ValueError(f"no file matches {path!r} (tried {' and '.join(tried)})")
     if suffix(given) not in TYPES and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         return None
-    raise ValueError(f"no data file {path!r} (tried {' and '.join(tried)}){_neighbours(tried)}")
+    raise ValueError(f"no data file {path!r} (tried {' and '.join(tried)}){_near(tried)}")
 
 
 def named_files(path: str, split: str) -> dict[str, Path] | None:
@@ -132,9 +132,7 @@ def _split_of(relative: Path) -> str | None:
     return None
 
 
-def _neighbours(tried: list[str]) -> str:
-    """`; did you mean ...?`, or nothing."""
+def _near(tried: list[str]) -> str:
     folders = {Path(each).parent for each in tried if Path(each).parent.is_dir()}
-    names = sorted({file.name for folder in folders for file in folder.iterdir()})
-    near = difflib.get_close_matches(Path(tried[0]).name, names, n=3)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    names = {file.name for folder in folders for file in folder.iterdir()}
+    return did_you_mean(Path(tried[0]).name, sorted(names))

@@ -76,7 +76,9 @@ def test_extends_of_no_regular_file(target: str, tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     file = tmp_path / "a.yaml"
     file.write_text(f"extends: {target}\n" + BASE)
-    with pytest.raises(ConfigError, match=r"not a regular file|no such file|cannot be read"):
+    with pytest.raises(
+        ConfigError, match=r"is a folder; give|not a regular file|no such file|cannot be read"
+    ):
         load_config(file)
 
 

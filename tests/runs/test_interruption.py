@@ -230,7 +230,7 @@ def test_the_run_says_what_was_saved_and_ends_with_75(
 ):
     run = RunFolder(tmp_path / "run")
     file = tmp_path / "my.yaml"
-    file.write_text(f"run_dir: {run.root}\nbackbone: {{path: llama}}\n")
+    file.write_text(f"run_dir: {run.root}\nbackbone: {{path: llama}}\nchat: {{template: llama2}}\n")
     monkeypatch.setattr(pipeline, "count_gpus", lambda: 0)
 
     def told(*_: object) -> int:

@@ -277,7 +277,8 @@ def test_functions_are_recorded_with_the_folder_of_their_module(
         (folder / file).parent.mkdir(parents=True)
         (folder / file).write_text(SCORE.format(value=value))
     (work / "c.yaml").write_text(
-        f"run_dir: r\nbackbone: {{path: m}}\nchat: {{template: llama2}}\nevaluation: {{gold: '{name}'}}\n"
+        f"run_dir: r\nbackbone: {{path: m}}\nchat: {{template: llama2}}\n"
+        f"evaluation: {{gold: '{name}'}}\n"
         f"ppo: {{rewards: [{{function: '{name}'}}]}}\n"
     )
     monkeypatch.chdir(work)
