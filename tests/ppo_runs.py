@@ -29,9 +29,9 @@ STOPS = [2, *range(3, 70)]
 REWARD_RESULT = {"accuracy": 0.8, "accuracy_low": 0.7, "accuracy_high": 0.9, "num_eval_pairs": 100}
 
 
-def make_base(folder: Path, tokenizer_dir: Path) -> str:
-    """A plain Hugging Face folder: the seeded LLaMA of tiny_models, with a tokenizer."""
-    tiny_llama(VOCABULARY).save_pretrained(folder)
+def make_base(folder: Path, tokenizer_dir: Path, form: str = "llama") -> str:
+    """A plain Hugging Face folder: a seeded model of tiny_models, with a tokenizer."""
+    tiny_llama(VOCABULARY, form=form).save_pretrained(folder)
     shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
     return str(folder)
 
@@ -67,7 +67,7 @@ def ppo_config(base: str, run_dir: Path | str, **changes: Any) -> Config:
     return Config.model_validate(values)
 
 
-def make_run(cfg: Config, members: int = 1) -> RunFolder:
+def make_run(cfg: Config, members: int = 1, form: str = "llama") -> RunFolder:
     """The folder as the first two stages leave it, with random adapters and heads.
 
     With `lora: null` the result of SFT is the base itself.
@@ -78,7 +78,7 @@ def make_run(cfg: Config, members: int = 1) -> RunFolder:
     adapters |= {role: Adapter(REWARD_LORA) for role in rewards}
     with torch.random.fork_rng():
         torch.manual_seed(23)
-        model = RoleModel(tiny_llama(VOCABULARY), adapters, heads=tuple(rewards))
+        model = RoleModel(tiny_llama(VOCABULARY, form=form), adapters, heads=tuple(rewards))
         for role in adapters:
             for parameter in adapter_parameters(model, role):
                 parameter.data.normal_(std=0.15)
@@ -150,9 +150,16 @@ class TinyRun:
     folder: Path
 
     @classmethod
-    def make(cls, folder: Path, tokenizer_dir: Path, members: int = 1, **changes: Any) -> "TinyRun":
-        run = cls(make_base(folder / "base", tokenizer_dir), folder / "run")
-        make_run(run.config(**changes), members)
+    def make(
+        cls,
+        folder: Path,
+        tokenizer_dir: Path,
+        members: int = 1,
+        form: str = "llama",
+        **changes: Any,
+    ) -> "TinyRun":
+        run = cls(make_base(folder / "base", tokenizer_dir, form), folder / "run")
+        make_run(run.config(**changes), members, form)
         return run
 
     def config(self, **changes: Any) -> Config:

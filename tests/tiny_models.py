@@ -1,11 +1,11 @@
-"""Seeded tiny LLaMAs and role models whose weights are large enough that mistakes show."""
+"""Seeded tiny models of every family, and roles on them, with weights that let mistakes show."""
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from chatllama.config.model import LoraSection
 from chatllama.model.roles import (
@@ -32,6 +32,26 @@ ROPES: dict[str, dict] = {
         "original_max_position_embeddings": 16,
     },
 }
+FORMS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama, llama3's rope": {"rope_parameters": ROPES["llama3"]},
+    "llama, biases and tied": {
+        "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "head_dim": 12,
+    },
+    "mistral": {"sliding_window": None, "tie_word_embeddings": True},
+    "mistral, window": {"sliding_window": 4, "head_dim": 12},
+    "qwen2": {},
+    "qwen2, tied, window in the last layer": {
+        "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1,
+        "tie_word_embeddings": True,
+    },
+    "qwen3": {"head_dim": 12, "tie_word_embeddings": True},
+    "qwen3, biases, window": {
+        "head_dim": 8, "attention_bias": True, "use_sliding_window": True, "sliding_window": 5,
+        "max_window_layers": 0,
+    },
+}  # fmt: skip
+"""Name, which begins with the family's, -> keys of config.json."""
 LORA = LoraSection(r=4, alpha=6.0)
 REWARD_LORA = LoraSection(r=3, alpha=5.0, target_modules=["q_proj", "v_proj", "down_proj"])
 TRAINED: tuple[Role, ...] = ("policy", "value")
@@ -43,8 +63,9 @@ def tiny_config(
     max_positions: int = 256,
     hidden: int = HIDDEN,
     initializer_range: float = 0.25,
+    form: str = "llama",
 ) -> LlamaConfig:
-    return LlamaConfig(
+    values = dict(
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
@@ -59,6 +80,8 @@ def tiny_config(
         pad_token_id=None,
         tie_word_embeddings=False,
     )
+    config = AutoConfig.for_model(form.split(",")[0], **(values | FORMS[form]))
+    return cast(LlamaConfig, config)
 
 
 def tiny_llama(
@@ -66,11 +89,16 @@ def tiny_llama(
     rope: str = "default",
     dtype: torch.dtype = torch.float32,
     max_positions: int = 256,
+    form: str = "llama",
 ) -> LlamaForCausalLM:
     """Seeded, frozen, grouped-query attention, eval mode; the same call gives the same weights."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        llama = LlamaForCausalLM(tiny_config(vocabulary, rope, max_positions))
+        config = tiny_config(vocabulary, rope, max_positions, form=form)
+        llama: Any = AutoModelForCausalLM.from_config(config)
+        for name, parameter in llama.named_parameters():
+            if name.endswith(("bias", "q_norm.weight", "k_norm.weight")):
+                parameter.data += 0.3 * torch.randn_like(parameter)
     llama.requires_grad_(False)
     nn.Module.to(llama, dtype)
     return llama.eval()

@@ -14,18 +14,30 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 
 from chatllama.config.schema import Config, with_weights
 from chatllama.exporting import gate
 from chatllama.exporting.card import Kind, model_card, portable
 from chatllama.exporting.cli import ExportOptions
-from chatllama.exporting.gguf_writer import check_gguf, write_adapter_gguf, write_model_gguf
+from chatllama.exporting.gguf_writer import (
+    check_gguf,
+    context_length,
+    write_adapter_gguf,
+    write_model_gguf,
+)
 from chatllama.exporting.reference_outputs import CONVERSATIONS, ReferenceOutputs, reference_outputs
 from chatllama.exporting.templates import as_text, jinja_template, modelfile, own_layout
 from chatllama.inference.load import load_run, reward_role
 from chatllama.inference.options import find_role
 from chatllama.model.adapters import SavedAdapter, load_adapter, save_adapter
+from chatllama.model.families import family_of
 from chatllama.model.roles import Role
 from chatllama.model.weight_files import (
     MAX_FILE_BYTES,
@@ -51,6 +63,8 @@ BASE_KEYS = (
     "num_key_value_heads",
     "vocab_size",
 )
+GGUF_KEYS = ("attention_bias", "head_dim", "mlp_bias", "rope_parameters")
+"""Keys of config.json that transformers does not read from every GGUF file, though it is there."""
 MULTI_TURN_NOTE = (
     "Other programs put a space token before turns after the first that the model was not trained "
     "with (layout {}): a single question is exact, a longer conversation nearly."
@@ -58,6 +72,10 @@ MULTI_TURN_NOTE = (
 NO_MODELFILE_NOTE = (
     "no Modelfile: Ollama cannot read the tokenizer's own chat template (Jinja), and no other "
     "layout writes the same: write its TEMPLATE by hand"
+)
+WINDOW_NOTE = (
+    "gguf: llama.cpp computes no sliding window for this model: texts of more than {} tokens would "
+    "be read as by another model, and that is the context length in the file"
 )
 NO_TEMPLATE_NOTE = (
     "With the base's own tokenizer files plain transformers gives other token ids than the model "
@@ -132,6 +150,7 @@ class Exporter:
         """GGUF files of the merged model and of the adapter, and an Ollama Modelfile."""
         name = f"{self.run.root.resolve().name}-{self.role}"
         tokenizer, chat, config = self.tokenizer, self.cfg.chat, self.config
+        logprobs = self.reference.logprobs
 
         def write(folder: Path) -> None:
             model, template = folder / MODEL_FILE, jinja_template(tokenizer, chat)
@@ -141,7 +160,8 @@ class Exporter:
                 write_adapter_gguf(folder / "adapter.gguf", self.adapter, config, name)
             if self.modelfile is not None:
                 (folder / "Modelfile").write_text(self.modelfile, encoding="utf-8")
-            write_json(folder / INFO, self._info("gguf", logprobs=self.reference.logprobs))
+            own = {key: value for key, value in config.to_dict().items() if key in GGUF_KEYS}
+            write_json(folder / INFO, self._info("gguf", config=own, logprobs=logprobs))
 
         self._publish("gguf", "gguf", write, opened=MODEL_FILE)
 
@@ -158,7 +178,8 @@ class Exporter:
         write_model(folder, shapes, self.dtype, tensor, MAX_FILE_BYTES)
         # Scores are read at the last token that is no padding: it must not be the end of a turn.
         changes |= {"dtype": self.dtype, "pad_token_id": self.tokenizer.pad_token_id}
-        LlamaConfig.from_dict(self.config.to_dict() | changes).save_pretrained(folder)
+        kind = CONFIG_MAPPING[family_of(self.config).name]
+        kind.from_dict(self.config.to_dict() | changes).save_pretrained(folder)
         save_tokenizer(self.tokenizer, folder)
 
     def _write_classifier(self, folder: Path, saved: SavedAdapter, scores: list[float]) -> None:
@@ -166,7 +187,7 @@ class Exporter:
         shapes = {n: s for n, s in files.shapes.items() if not n.startswith("lm_head.")}
         shapes["score.weight"] = tuple(head.shape)
         changes = {
-            "architectures": ["LlamaForSequenceClassification"],
+            "architectures": [f"{family_of(self.config).classes}ForSequenceClassification"],
             "id2label": {0: "score"},
             "label2id": {"score": 0},
         }
@@ -310,11 +331,12 @@ def checked_modelfile(
         ValueError: no GGUF file of this model, or no such Modelfile, can be written.
     """
     check_gguf(config, tokenizer)
+    if (most := context_length(config)) < config.max_position_embeddings:
+        print(WINDOW_NOTE.format(most))
     if (layout := own_layout(tokenizer, cfg.chat)) is None:
         print(NO_MODELFILE_NOTE)
         return None
-    context = config.max_position_embeddings
-    return modelfile(tokenizer, layout, cfg.generation, MODEL_FILE, context)
+    return modelfile(tokenizer, layout, cfg.generation, MODEL_FILE, context_length(config))
 
 
 def run_gate(arguments: list[str | Path]) -> dict[str, float]:

@@ -245,7 +245,11 @@ def check_merged(folder: Path, base: str | None, adapter: Path | None) -> dict[s
 
 def check_gguf(file: Path) -> dict[str, float]:
     """Difference of a GGUF model, read by transformers, from what the run computed."""
-    record, options = read_record(file.parent), {"gguf_file": file.name, "dtype": torch.float32}
+    record, options = read_record(file.parent), {"gguf_file": file.name}
+    config = AutoConfig.from_pretrained(file.parent, **options)
+    for key, value in record["config"].items():  # which transformers does not read from the file
+        setattr(config, key, value)
+    options |= {"config": config, "dtype": torch.float32}
     model = AutoModelForCausalLM.from_pretrained(file.parent, **options)
     found = logits_of(model.eval(), record)
     difference = compare_logprobs(found, record["logprobs"], record, f"{file}: changed")

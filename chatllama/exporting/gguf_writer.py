@@ -1,7 +1,7 @@
-"""A LLaMA and its adapter as GGUF files, for llama.cpp and Ollama. Needs the extra `gguf`.
+"""A model and its adapter as GGUF files, for llama.cpp and Ollama. Needs the extra `gguf`.
 
-Names and metadata are those of llama.cpp's `llama` architecture. Rows of queries and keys are in
-Meta's order, which llama.cpp expects: channels 2i and 2i + 1 of a head rotate together.
+Names and metadata are those of llama.cpp's architecture of the family. In its `llama`, rows of
+queries and keys are in Meta's order: channels 2i and 2i + 1 of a head rotate together.
 """
 
 import json
@@ -18,6 +18,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from chatllama.config.model import ChatSection
 from chatllama.model.adapters import SavedAdapter
+from chatllama.model.families import biased, family_of, head_dim, smallest_window
 from chatllama.model.weight_files import ModelFiles, cast_to, dtype_name
 from chatllama.text.byte_level import SPLITS, split_name
 from chatllama.text.chat_format import end_of_turn_ids
@@ -38,8 +39,12 @@ def check_gguf(config: LlamaConfig, tokenizer: PreTrainedTokenizerFast) -> None:
     """Raises ValueError if the extra is missing, or llama.cpp does not support the model."""
     _package()
     kind = cast(dict[str, Any], config.rope_parameters).get("rope_type", "default")
-    if kind not in _ROPES:
-        raise ValueError(f"GGUF: rope_type {kind!r} is not written; {', '.join(_ROPES)} are")
+    family = family_of(config)
+    ropes = _ROPES if family.gguf == "llama" else _ROPES[:-1]
+    if kind not in ropes:
+        raise ValueError(f"GGUF: rope_type {kind!r} is not written; {', '.join(ropes)} are")
+    if family.gguf != "llama" and biased(family, config.to_dict()) != set(family.biased):
+        raise ValueError(f"GGUF: attention_bias, which llama.cpp's {family.gguf} does not have")
     if _sentencepiece(tokenizer) is None and _split(tokenizer) is None:
         raise ValueError(
             f"GGUF: a tokenizer that is neither a SentencePiece model nor byte-level BPE that "
@@ -109,10 +114,12 @@ def _open(
 ) -> tuple[Any, "GGUFWriter", "TensorNameMap"]:
     """The `gguf` package, a new file whose `name` programs show, and llama.cpp's tensor names."""
     gguf = _package()
-    writer = gguf.GGUFWriter(path, "llama")
+    architecture = family_of(config).gguf
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_type(kind)
     writer.add_name(name)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    kind = gguf.MODEL_ARCH[architecture.upper()]
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     return gguf, writer, names
 
 
@@ -132,18 +139,18 @@ def gguf_name(names: "TensorNameMap", name: str) -> str:
     """The name of a tensor in llama.cpp; ValueError if it has none."""
     found = names.get_name(name, try_suffixes=(".weight", ".bias"))
     if found is None:
-        raise ValueError(f"GGUF: llama.cpp's llama has no tensor for {name}")
+        raise ValueError(f"GGUF: llama.cpp has no tensor for {name}")
     return found
 
 
 def interleaved(rows: Tensor, name: str, config: LlamaConfig) -> Tensor:
-    """Query or key rows (H * C, ...) in Meta's order; other tensors as they are.
+    """Query or key rows (H * C, ...) in llama.cpp's order; other tensors as they are.
 
-    The inverse of `halves_together` of an import.
+    Where that is Meta's, the inverse of `halves_together` of an import.
     """
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     part = next((key for key in heads if f"self_attn.{key}" in name), None)
-    if part is None:
+    if part is None or family_of(config).gguf != "llama":
         return rows
     return rows.unflatten(0, (heads[part], 2, -1)).transpose(1, 2).reshape(rows.shape)
 
@@ -169,22 +176,27 @@ def _write(writer: "GGUFWriter", tensors: Mapping[str, _Tensor]) -> None:
     writer.close()
 
 
+def context_length(config: LlamaConfig) -> int:
+    """The longest text in tokens that llama.cpp reads as we do: it computes no sliding window."""
+    return smallest_window(config) or config.max_position_embeddings
+
+
 def _add_shape(writer: "GGUFWriter", config: LlamaConfig) -> None:
     rope = cast(dict[str, Any], config.rope_parameters)
     kind = rope.get("rope_type", "default")
     assert kind in _ROPES
-    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+    width = head_dim(family_of(config), config.to_dict())
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(context_length(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(cast(int, config.num_key_value_heads))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(width)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
     writer.add_rope_freq_base(float(rope["rope_theta"]))
     if kind == "linear":
         from gguf import RopeScalingType

@@ -25,13 +25,12 @@ from transformers import (
     LlamaForCausalLM,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from chatllama.config.model import CODE_NOT_RUN, BackboneSection
-from chatllama.model.families import as_llama
+from chatllama.model.families import family_class, family_of
 from chatllama.model.llama_config import check_model_folder, check_weights
-from chatllama.model.packed_attention import check_varlen, registered
+from chatllama.model.packed_attention import check_attention, registered
 from chatllama.model.weight_files import local_folder
 from chatllama.runtime.distributed import device, rank
 
@@ -175,6 +174,7 @@ def _placement() -> dict[str, Any]:
 def _read_config(path: str, folder: Path, trusted: bool) -> LlamaConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+        family_of(config)
     except Exception as error:  # of a stranger's file
         if "trust_remote_code" in str(error):
             reason = CODE_NOT_RUN
@@ -183,7 +183,7 @@ def _read_config(path: str, folder: Path, trusted: bool) -> LlamaConfig:
         else:
             reason = f"config.json: {' '.join(str(error).split())[:300]}"
         raise ValueError(f"backbone.path: {path!r} cannot be loaded: {reason}") from error
-    return as_llama(config, path)
+    return cast(LlamaConfig, config)
 
 
 def _load_failure(section: BackboneSection, path: str, error: Exception) -> str:
@@ -264,8 +264,7 @@ ACTIVATIONS = ("silu", "swish")
 
 def check_kernels(section: BackboneSection, llama: LlamaConfig) -> None:
     """Raises ValueError if a kernel of the section does not work on this machine or this model."""
-    if section.attn_implementation == "varlen":
-        check_varlen(llama)
+    check_attention(section.attn_implementation, llama)
     if section.attn_implementation == "flash_attention_2" and section.dtype == "float32":
         raise ValueError(
             "backbone.attn_implementation: flash_attention_2 computes in 16 bits, not in float32; "
@@ -286,7 +285,7 @@ def check_kernels(section: BackboneSection, llama: LlamaConfig) -> None:
             f"backbone.liger_kernel: Liger's SwiGLU computes silu, and this model has hidden_act "
             f"{llama.hidden_act!r}; set it to false"
         )
-    _liger()
+    _liger(llama)
 
 
 def _warn_of_old_gpus() -> None:
@@ -301,49 +300,52 @@ def _warn_of_old_gpus() -> None:
 
 
 def use_liger(llama: LlamaForCausalLM) -> None:
-    """Makes a loaded LLaMA compute with Liger's kernels, before adapters are attached.
+    """Makes a loaded model compute with Liger's kernels, before adapters are attached.
 
-    Its weights stay as they are, and so do all other LLaMAs of the process.
+    Its weights stay as they are, and so do all other models of the process.
 
     Raises:
         ValueError: a model with code of its own.
     """
-    if type(llama) is not LlamaForCausalLM:
+    plain = family_class(llama.config, "ForCausalLM")
+    if type(llama) is not plain:
         raise ValueError(
-            "backbone.liger_kernel: Liger's kernels are for the LLaMA of transformers, not for "
-            f"{type(llama).__name__} of {type(llama).__module__}; set it to false"
+            f"backbone.liger_kernel: Liger's kernels are for {plain.__name__} of transformers, not "
+            f"for {type(llama).__name__} of {type(llama).__module__}; set it to false"
         )
-    patch, rotary = _liger()
-    names = cast(Any, modeling_llama)
-    norm, mlp = names.LlamaRMSNorm, names.LlamaMLP
+    patch, rotary = _liger(llama.config)
+    attention = attention_with(rotary, family_class(llama.config, "Attention"))
+    names = vars(sys.modules[plain.__module__])
+    before = dict(names)
     others = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-    # Liger's `rope=True` would replace transformers' function for every LLaMA of the process.
+    # Liger's `rope=True` would replace transformers' function for every model of the process.
     patch(rope=False, rms_norm=True, swiglu=True, model=llama, **others)
-    names.LlamaRMSNorm, names.LlamaMLP = norm, mlp  # for LLaMAs that are built later
-    attention = attention_with(rotary)
+    names.update(before)  # its norm and MLP, for models that are built later
     for layer in llama.model.layers:
         cast(Any, layer.self_attn).__class__ = attention
 
 
-def attention_with(rotary: Callable[..., Any]) -> type[LlamaAttention]:
-    """LLaMA's attention layer with another rotary embedding; the two have the same arguments."""
-    forward = cast(FunctionType, inspect.unwrap(LlamaAttention.forward))
+def attention_with(rotary: Callable[..., Any], attention: type[Any] = LlamaAttention) -> type[Any]:
+    """An attention layer with another rotary embedding; the two have the same arguments."""
+    forward = cast(FunctionType, inspect.unwrap(attention.forward))
     assert "apply_rotary_pos_emb" in forward.__code__.co_names
     names = forward.__globals__ | {"apply_rotary_pos_emb": rotary}
     own = FunctionType(forward.__code__, names, "forward", forward.__defaults__)
-    return type("LigerAttention", (LlamaAttention,), {"forward": own})
+    return type("LigerAttention", (attention,), {"forward": own})
 
 
-def _liger() -> tuple[Callable[..., None], Callable[..., Any]]:
-    """Liger's function that changes a LLaMA, and its rotary embedding."""
+def _liger(llama: LlamaConfig) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """Liger's function that changes a model of this family, and its rotary embedding."""
     if find_spec("liger_kernel") is None or find_spec("triton") is None:
         raise ValueError("backbone.liger_kernel needs the extra: pip install 'chatllama[liger]'")
     try:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama  # pyright: ignore[reportMissingImports]
+        import liger_kernel.transformers as liger  # pyright: ignore[reportMissingImports]
         from liger_kernel.transformers.rope import liger_rotary_pos_emb  # pyright: ignore[reportMissingImports]
-    except ImportError as error:  # it does not support this transformers
+
+        patch = getattr(liger, f"apply_liger_kernel_to_{family_of(llama).name}")
+    except (AttributeError, ImportError) as error:  # it does not support this transformers
         raise ValueError(
             f"backbone.liger_kernel: liger-kernel cannot be used: {error}. The version in "
             "constraints.txt can: pip install -c constraints.txt 'chatllama[liger]'"
         ) from error
-    return apply_liger_kernel_to_llama, liger_rotary_pos_emb
+    return patch, liger_rotary_pos_emb

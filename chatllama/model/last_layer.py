@@ -7,13 +7,16 @@ share of the work.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, rotate_half
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import rotate_half
+
+from chatllama.model.families import family_of, window
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,13 @@ class Wanted:
     """Tokens of each row."""
 
 
-class LastLayer(LlamaDecoderLayer):
-    """transformers' layer; with `wanted`, (B, T, H) -> (1, N, H)."""
+class LastLayer(GradientCheckpointingLayer):
+    """Before a decoder layer's class of transformers; with `wanted`, (B, T, H) -> (1, N, H)."""
+
+    self_attn: Any
+    mlp: Any
+    input_layernorm: Any
+    post_attention_layernorm: Any
 
     def forward(
         self, hidden_states: Tensor, *args: Any, wanted: Wanted | None = None, **kwargs: Any
@@ -57,17 +65,21 @@ class LastLayer(LlamaDecoderLayer):
             part.view(len(part), part.shape[1] // width, width).transpose(0, 1)[None]
             for part in (layer.q_proj(normed[places]), layer.k_proj(normed), layer.v_proj(normed))
         )
+        if family_of(layer.config).head_norms:
+            query, key = layer.q_norm(query), layer.k_norm(key)
         query = query * cosines[places] + rotate_half(query) * sines[places]
         key = key * cosines + rotate_half(key) * sines
         outputs, start = [query.new_empty(1, 0, *query.shape[1::2])], 0
         counts, lengths = list(wanted.counts), list(wanted.lengths)
+        back = window(layer.config, layer.layer_idx) or max(lengths)
         queries, own_places = query.split(counts, dim=2), places.split(counts)
         keys, values = (x.split(lengths, dim=2) for x in (key, value))
         for q, k, v, own in zip(queries, keys, values, own_places, strict=True):
             columns = torch.arange(start, start + k.shape[2], device=own.device)
             start += k.shape[2]
             if len(own):
-                sees = (columns <= own[:, None])[None, None]
+                sees = (columns <= own[:, None]) & (columns > own[:, None] - back)
+                sees = sees[None, None]
                 output, _ = sdpa_attention_forward(layer, q, k, v, sees, scaling=layer.scaling)
                 outputs.append(output)
         return layer.o_proj(torch.cat(outputs, dim=1).flatten(2))
@@ -75,4 +87,5 @@ class LastLayer(LlamaDecoderLayer):
 
 def trim_last_layer(llama: LlamaForCausalLM) -> None:
     """Makes a model take `wanted` (with the `sdpa` kernel only)."""
-    llama.model.layers[-1].__class__ = LastLayer
+    layer = cast(Any, llama.model.layers[-1])
+    layer.__class__ = type("LastLayer", (LastLayer, type(layer)), {})

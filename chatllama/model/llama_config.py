@@ -1,11 +1,11 @@
-"""A LLaMA's config.json, held against bounds and its weights' headers before memory is allocated.
+"""A model's config.json, held against bounds and its weights' headers before memory is allocated.
 
 The weights are loaded in `backbone.py`.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from transformers import LlamaConfig
@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from typing_extensions import TypedDict
 
+from chatllama.model.families import biased, family_of, head_dim
 from chatllama.model.safetensors_header import TensorEntry, model_files, read_header
 from chatllama.runtime.json_files import read_json
 
@@ -23,7 +24,7 @@ _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class LlamaFile(TypedDict, total=False):
-    """Keys of config.json that a LLaMA is built from; others are let through."""
+    """Keys of config.json that a model is built from; others are let through."""
 
     model_type: str
     vocab_size: Annotated[int, Field(ge=1, le=2**24)]
@@ -35,6 +36,9 @@ class LlamaFile(TypedDict, total=False):
     head_dim: _Width | None
     max_position_embeddings: Annotated[int, Field(ge=1, lt=2**31)]
     sliding_window: Annotated[int, Field(ge=1, lt=2**31)] | None
+    use_sliding_window: bool
+    max_window_layers: Annotated[int, Field(ge=0, lt=2**31)]
+    layer_types: list[Literal["full_attention", "sliding_attention"]] | None
     hidden_act: str
     rms_norm_eps: Annotated[float, Field(ge=0, le=1)]
     initializer_range: Annotated[float, Field(ge=0, le=10)]
@@ -148,29 +152,31 @@ def check_architecture(llama: LlamaConfig, where: Path) -> None:
 
 
 def _heads(llama: LlamaConfig) -> tuple[int, int, int]:
-    """Query heads, key heads and the width of one; LlamaConfig fills in what is left out."""
-    assert llama.num_key_value_heads is not None and llama.head_dim is not None
-    return llama.num_attention_heads, llama.num_key_value_heads, llama.head_dim
+    """Query heads, key heads and the width of one; the config fills in what is left out."""
+    assert llama.num_key_value_heads is not None
+    width = head_dim(family_of(llama), llama.to_dict())
+    return llama.num_attention_heads, llama.num_key_value_heads, width
 
 
 def tensor_shapes(llama: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor that a checkpoint of this LLaMA must hold."""
+    """Name and shape of every tensor that a checkpoint of this model must hold."""
     hidden, inner = llama.hidden_size, llama.intermediate_size
     heads, groups, width = _heads(llama)
     queries, keys = heads * width, groups * width
     attention = {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden),
                  "o_proj": (hidden, queries)}  # fmt: skip
     mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    family = family_of(llama)
+    with_bias = biased(family, llama.to_dict())
     yield "model.embed_tokens.weight", (llama.vocab_size, hidden)
     for layer in range(llama.num_hidden_layers):
-        for block, matrices, has_bias in (
-            ("self_attn", attention, llama.attention_bias),
-            ("mlp", mlp, llama.mlp_bias),
-        ):
+        for block, matrices in (("self_attn", attention), ("mlp", mlp)):
             for name, shape in matrices.items():
                 yield f"model.layers.{layer}.{block}.{name}.weight", shape
-                if has_bias:
+                if name in with_bias:
                     yield f"model.layers.{layer}.{block}.{name}.bias", shape[:1]
+        for norm in ("q_norm", "k_norm") if family.head_norms else ():
+            yield f"model.layers.{layer}.self_attn.{norm}.weight", (width,)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield f"model.layers.{layer}.{norm}.weight", (hidden,)
     yield "model.norm.weight", (hidden,)

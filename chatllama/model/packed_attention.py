@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from chatllama.model.families import family_of, head_dim, smallest_window
 from chatllama.runtime.distributed import device, to_device
 
 SDPA, VARLEN = "chatllama_sdpa", "chatllama_varlen"
@@ -68,6 +69,7 @@ def attend(
     row_lengths: Sequence[int] | None = None,
     row_bounds: Tensor | None = None,
     longest_row: int = 0,
+    sliding_window: int | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
     """Attention (B, T, heads, D): transformers' `sdpa`, or within the rows of a packed batch.
@@ -79,8 +81,9 @@ def attend(
         attention_mask: as transformers makes it, or `NO_MASK`; unused in a packed batch.
         row_lengths: tokens of each row, in order; they sum to T. One call per row.
         row_bounds: (rows + 1,) int32, where each row begins, and T. One call for all rows, in
-            bfloat16 or float16 and without dropout (see `check_varlen`).
+            bfloat16 or float16 and without dropout (see `check_attention`).
         longest_row: tokens.
+        sliding_window: see `within_window`.
         **settings: of `sdpa`.
     """
     if row_bounds is not None:
@@ -88,21 +91,53 @@ def attend(
 
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
         bounds = (row_bounds, row_bounds, longest_row, longest_row)
-        causal = {"window_size": (-1, 0), "enable_gqa": True}
+        causal = {"window_size": ((sliding_window or 0) - 1, 0), "enable_gqa": True}
         output = varlen.varlen_attn(q, k, v, *bounds, scale=settings["scaling"], **causal)
         return cast(Tensor, output)[None], None
     if row_lengths is not None:
         rows = zip(*(x.split(list(row_lengths), dim=2) for x in (query, key, value)), strict=True)
-        outputs = [sdpa_attention_forward(module, q, k, v, None, **settings)[0] for q, k, v in rows]
+        outputs = [
+            sdpa_attention_forward(
+                module, q, k, v, within_window(None, q, k, sliding_window), **settings
+            )[0]
+            for q, k, v in rows
+        ]
         return torch.cat(outputs, dim=1), None
     mask = None if attention_mask is None or not attention_mask.numel() else attention_mask
+    mask = within_window(mask, query, key, sliding_window)
     return sdpa_attention_forward(module, query, key, value, mask, **settings)
 
 
-def check_varlen(llama: LlamaConfig) -> None:
-    """Raises ValueError if `varlen` does not work on this machine or for this model."""
-    if reason := _why_not_varlen(llama):
-        raise ValueError(f"backbone.attn_implementation: varlen {reason}; choose sdpa")
+def within_window(
+    mask: Tensor | None, query: Tensor, key: Tensor, window: int | None
+) -> Tensor | None:
+    """A mask that lets each query see the last `window` tokens only of what it sees.
+
+    That is a sliding window, since a query sees its own sequence and nothing else, in order.
+
+    Args:
+        mask: (B, 1, Q, K) bool, True at what a query sees. None: causal, the queries being last.
+        query: (B, heads, Q, D).
+        key: (B, key heads, K, D).
+        window: tokens, the query's own included. None: the mask stays as it is.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    if window is None or keys <= window:
+        return mask
+    if mask is None:
+        mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=key.device)
+        return mask.tril(keys - queries).triu(keys - queries - window + 1)
+    later = mask.sum(-1, keepdim=True) - mask.cumsum(-1, dtype=torch.int32)
+    return mask & (later < window)
+
+
+def check_attention(attention: str, llama: LlamaConfig) -> None:
+    """Raises ValueError if an implementation does not work on this machine or for this model."""
+    reason = _why_not_varlen(llama) if attention == "varlen" else None
+    if attention == "eager" and (back := smallest_window(llama)):
+        reason = f"computes no sliding window here, and this model has one of {back} tokens"
+    if reason:
+        raise ValueError(f"backbone.attn_implementation: {attention} {reason}; choose sdpa")
 
 
 def _why_not_varlen(llama: LlamaConfig) -> str | None:
@@ -110,7 +145,7 @@ def _why_not_varlen(llama: LlamaConfig) -> str | None:
         return "needs a CUDA GPU, and this process sees none"
     if torch.cuda.get_device_capability(device()) < (8, 0):
         return f"needs a GPU of the Ampere generation or later, not {torch.cuda.get_device_name()}"
-    size = llama.head_dim or llama.hidden_size // llama.num_attention_heads
+    size = head_dim(family_of(llama), llama.to_dict())
     if size % 8 or size > LARGEST_HEAD:
         return (
             f"needs attention heads of a multiple of 8 and at most {LARGEST_HEAD} numbers; this "

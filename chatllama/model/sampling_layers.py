@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from chatllama.model.families import family_class
 from chatllama.model.lm_head import float32_logits
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -90,12 +91,13 @@ class SamplingLayers:
         self._copies: list[tuple[Tensor, Sequence[Tensor]]] = []
         """Tensors and the float32 ones that they are copies of, one below the other."""
         self._places: list[tuple[nn.Module, str, nn.Module]] = []
+        norm = family_class(llama.config, "RMSNorm")
         for parent in list(llama.model.layers.modules()):
             if isinstance(parent, LoraLayer):
                 continue
             for name, child in parent.named_children():
-                if type(child) is LlamaRMSNorm and "forward" not in vars(child):  # not Liger's
-                    self._places.append((parent, name, _Norm(child)))
+                if type(child) is norm and "forward" not in vars(child):  # not Liger's
+                    self._places.append((parent, name, _Norm(cast(LlamaRMSNorm, child))))
             layers = {n: c for n, c in parent.named_children() if isinstance(c, LoraLayer)}
             for group in [*SAME_INPUT, *((name,) for name in layers)]:
                 own = {name: layers.pop(name) for name in group if name in layers}

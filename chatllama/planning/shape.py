@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chatllama.config.model import FromScratch, LoraSection
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""`model_type` of models that are built like a LLaMA but for biases and norms of heads."""
+from chatllama.model.families import FAMILIES, biased, head_dim
 
 
 @dataclass(frozen=True)
@@ -40,11 +38,10 @@ class ModelShape:
     head_dim: int
     vocab_size: int
     tie_word_embeddings: bool = False
-    query_key_value_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
+    biased: frozenset[str] = frozenset()
+    """Matrices with a bias."""
     head_norms: bool = False
-    """RMSNorm over each query and key head (Qwen 3)."""
+    """RMSNorm over each query and key head."""
 
     @property
     def query_width(self) -> int:
@@ -60,16 +57,16 @@ class ModelShape:
     def matrices(self) -> tuple[Matrix, ...]:
         """The linear layers of one decoder layer."""
         hidden, inner = self.hidden_size, self.intermediate_size
-        query, key, bias = self.query_width, self.key_width, self.query_key_value_bias
-        return (
-            Matrix("q_proj", hidden, query, bias),
-            Matrix("k_proj", hidden, key, bias),
-            Matrix("v_proj", hidden, key, bias),
-            Matrix("o_proj", query, hidden, self.output_bias),
-            Matrix("gate_proj", hidden, inner, self.mlp_bias),
-            Matrix("up_proj", hidden, inner, self.mlp_bias),
-            Matrix("down_proj", inner, hidden, self.mlp_bias),
-        )
+        sizes = {
+            "q_proj": (hidden, self.query_width),
+            "k_proj": (hidden, self.key_width),
+            "v_proj": (hidden, self.key_width),
+            "o_proj": (self.query_width, hidden),
+            "gate_proj": (hidden, inner),
+            "up_proj": (hidden, inner),
+            "down_proj": (inner, hidden),
+        }
+        return tuple(Matrix(name, *size, name in self.biased) for name, size in sizes.items())
 
     @property
     def linear_parameters(self) -> int:
@@ -125,11 +122,12 @@ def read_shape(config: Mapping[str, Any], where: str) -> ModelShape:
     Raises:
         ValueError: not of the LLaMA family, or a size is missing or no positive integer.
     """
-    family = config.get("model_type")
-    if family not in FAMILIES:
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
         raise ValueError(
-            f"{where}: model_type {family!r} has no plan; planned are {', '.join(FAMILIES)}"
+            f"{where}: model_type {kind!r} has no plan; planned are {', '.join(FAMILIES)}"
         )
+    family = FAMILIES[kind]
 
     def size(key: str, default: int | None = None) -> int:
         value = config.get(key)
@@ -139,20 +137,17 @@ def read_shape(config: Mapping[str, Any], where: str) -> ModelShape:
         return value
 
     hidden, heads = size("hidden_size"), size("num_attention_heads")
-    bias = bool(config.get("attention_bias"))
     return ModelShape(
         hidden_size=hidden,
         intermediate_size=size("intermediate_size"),
         num_hidden_layers=size("num_hidden_layers"),
         num_attention_heads=heads,
         num_key_value_heads=size("num_key_value_heads", heads),
-        head_dim=size("head_dim", max(1, hidden // heads)),
+        head_dim=size("head_dim", head_dim(family, {**config, "head_dim": None})),
         vocab_size=size("vocab_size"),
         tie_word_embeddings=bool(config.get("tie_word_embeddings")),
-        query_key_value_bias=bias or family == "qwen2",
-        output_bias=bias,
-        mlp_bias=bool(config.get("mlp_bias")),
-        head_norms=family == "qwen3",
+        biased=biased(family, config),
+        head_norms=family.head_norms,
     )
 
 

@@ -67,8 +67,7 @@ def load_tokenizer(
             "tokenizer.json first"
         )
     _check_embeddings(tokenizer, str(path), llama.get("vocab_size"))
-    limits = (llama.get("max_position_embeddings"), llama.get("sliding_window"))  # Mistral's
-    vars(tokenizer)["max_positions"] = min(filter(None, limits), default=None)
+    vars(tokenizer)["max_positions"] = llama.get("max_position_embeddings")
     return _apply_policy(tokenizer, str(path), llama.get("vocab_size"))
 
 

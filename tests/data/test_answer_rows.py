@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_llama
+from tiny_models import FORMS, tiny_llama
 
 from chatllama.config.model import LoraSection
 from chatllama.config.schema import Config
@@ -86,10 +86,10 @@ def test_what_sees_what_by_hand():
     ]
 
 
-def role_model(attention: str) -> RoleModel:
+def role_model(attention: str, form: str) -> RoleModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        llama = tiny_llama()
+        llama = tiny_llama(form=form)
         llama.set_attn_implementation(attention)
         adapter = Adapter(LoraSection(r=4, alpha=8.0), trainable=True)
         model = RoleModel(llama, {"reward": adapter}, ("reward",))
@@ -98,10 +98,14 @@ def role_model(attention: str) -> RoleModel:
     return model.eval()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("attention", "form"), [("eager", "llama"), *(("sdpa", form) for form in FORMS)]
+)
 @pytest.mark.parametrize("max_length", [8, 20])
-def test_scores_and_gradients_are_those_of_whole_sequences(attention: str, max_length: int):
-    model = role_model(attention)
+def test_scores_and_gradients_are_those_of_whole_sequences(
+    attention: str, form: str, max_length: int
+):
+    model = role_model(attention, form)
     found = []
     (tokens, mask), _ = PreferenceCollator(0)(EXAMPLES)
     rows, _ = SharedPromptCollator(77, max_length)(EXAMPLES)  # padding is never seen

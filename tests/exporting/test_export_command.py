@@ -9,19 +9,19 @@ from typing import Any, cast
 
 import pytest
 import torch
+from llama_cpp_answers import llama_cpp_text
 from openai import OpenAI
 from peft import PeftModel
 from ppo_runs import VOCABULARY, TinyRun
 from safetensors.torch import load_file, save_file
 from serving_setup import serving
 from tiny_gguf import byte_level_tokenizer
-from tiny_models import LORA, tiny_llama
+from tiny_models import FORMS, LORA, tiny_llama
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralForCausalLM,
     PreTrainedModel,
 )
 
@@ -37,11 +37,13 @@ from chatllama.importing.gguf_file import GgufFile
 from chatllama.inference.answerer import Answerer
 from chatllama.inference.load import load_run
 from chatllama.model.adapters import WEIGHTS, load_adapter, save_adapter
+from chatllama.model.families import family_of
 from chatllama.model.fingerprint import fingerprint
 from chatllama.model.weight_files import merged, open_model
 from chatllama.runs.folder import RunFolder, write_record
 from chatllama.text.detokenizing import stream_text
 from chatllama.text.padding import pad_right
+from chatllama.text.tokenizer import load_tokenizer
 from trainers.stages.lineage import gather
 
 PREFIX = "base_model.model.model.layers"
@@ -71,7 +73,7 @@ def in_this_process(arguments: list[str | Path]) -> dict[str, float]:
 def make_exported(folder: Path, tokenizer: Path, **changes: Any) -> Exported:
     tiny = TinyRun.make(folder, tokenizer, **changes)
     run = RunFolder(tiny.folder)
-    cfg = tiny.config(**{k: v for k, v in changes.items() if k != "members"})
+    cfg = tiny.config(**{k: v for k, v in changes.items() if k not in ("members", "form")})
     dump_config(cfg, run.config)
     sft = load_adapter(run.sft_adapter)
     state = {
@@ -291,31 +293,36 @@ def test_the_snippets_of_the_cards_give_the_runs_scores(instruct: Exported) -> N
     assert LlamaConfig.from_pretrained(instruct.out / "merged").pad_token_id == 0
 
 
-def as_mistral(model: LlamaForCausalLM, folder: Path) -> None:
-    PreTrainedModel.save_pretrained(model, folder)
-    file = folder / "config.json"
-    changes = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
-    config = json.loads(file.read_text()) | changes | {"sliding_window": 128}
-    file.write_text(json.dumps(config))
-
-
-def test_adapters_of_a_mistral_load_on_it(
-    tmp_path: Path, tiny_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(LlamaForCausalLM, "save_pretrained", as_mistral)
-        exported = make_exported(tmp_path, tiny_tokenizer_dir, chat={"template": "llama2"})
+@pytest.mark.parametrize("form", FORMS)
+def test_every_family_is_exported(form: str, tmp_path: Path) -> None:
+    """The gate has compared adapters, merged models and GGUF files with what the run computed."""
+    byte_level_tokenizer(tmp_path / "tokenizer", "qwen2")
+    chat = {"template": "tokenizer"}
+    with pytest.MonkeyPatch.context() as patch:
+        if window := FORMS[form].get("sliding_window"):  # GGUF has none; the gate's texts are short
+            patch.setitem(FORMS, form, FORMS[form] | {"sliding_window": 200})
+            assert window < 200
+        if form.startswith("qwen3, biases"):
+            with pytest.raises(ValueError, match="attention_bias, which llama"):
+                make_exported(tmp_path / "biased", tmp_path / "tokenizer", form=form, chat=chat)
+            patch.setitem(FORMS, form, FORMS[form] | {"attention_bias": False})
+        exported = make_exported(tmp_path, tmp_path / "tokenizer", form=form, chat=chat)
     base = AutoModelForCausalLM.from_pretrained(exported.base)
-    assert type(base) is MistralForCausalLM
-    tuned = PeftModel.from_pretrained(base, str(exported.out / "adapter"))
     merged_model = AutoModelForCausalLM.from_pretrained(exported.out / "merged")
-    assert type(merged_model) is LlamaForCausalLM
-    assert merged_model.config.max_position_embeddings == 128
-    rows = torch.arange(3, 40)[None]
+    assert type(merged_model) is type(base)
+    tuned: Any = PeftModel.from_pretrained(base, str(exported.out / "adapter"))
+    rows = torch.arange(3, 253)[None]  # beyond the window
     with torch.no_grad():
         found, expected = merged_model(rows).logits, tuned(rows).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert GgufFile(exported.out / "gguf" / "model.gguf").number("llama.context_length") == 128
+    gguf, family = exported.out / "gguf" / "model.gguf", family_of(base.config).gguf
+    assert GgufFile(gguf).number(f"{family}.context_length") == (200 if window else 256)
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
+    tokenizer = load_tokenizer(exported.base)
+    for ids in ([1, 5, 9, 30], [20, 21, 22], [100, 8, 7, 3, 60]):
+        answer = tuned.generate(torch.tensor([ids]), **settings)[0, len(ids) :]
+        text = tokenizer.decode(answer, skip_special_tokens=True)
+        assert llama_cpp_text(gguf, ids, 12) == text
 
 
 def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused_first(

@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, Batch, ragged_batch, role_model, tiny_llama
+from tiny_models import FORMS, VOCABULARY, Batch, ragged_batch, role_model, tiny_llama
 from transformers import LlamaForCausalLM
 
 from chatllama.generation import decoding_batch
 from chatllama.generation.decoding_batch import DecodingBatch
 from chatllama.generation.generate import generate, stream
 from chatllama.generation.sampling import Sampling
+from chatllama.model.packed_attention import registered
 from chatllama.model.roles import acting_as
 from chatllama.model.scoring import response_logprobs
 
@@ -27,8 +28,11 @@ def draw(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(rows, length, generator=torch.Generator().manual_seed(seed))
 
 
-def test_greedy_equals_transformers_for_ragged_prompts(llama: LlamaForCausalLM):
-    batch = ragged_batch(prompt_lengths=(3, 1, 7, 2, 4), response_lengths=(1,) * 5)
+@pytest.mark.parametrize("form", FORMS)
+def test_greedy_equals_transformers_for_ragged_prompts(form: str):
+    llama = tiny_llama(form=form)
+    lengths = torch.randint(1, 12, (50,), generator=torch.Generator().manual_seed(0)).tolist()
+    batch = ragged_batch(prompt_lengths=tuple(lengths), response_lengths=(1,) * 50)
     width = batch.tokens.shape[1] - 1
     tokens, mask = batch.tokens[:, :width], batch.mask[:, :width]
     hugging_face: Any = llama
@@ -45,7 +49,8 @@ def test_greedy_equals_transformers_for_ragged_prompts(llama: LlamaForCausalLM):
         ends = [i for i, token in enumerate(row) if token in STOPS]
         expected.append(row[: ends[0] + 1] if ends else row)
     assert len({len(row) for row in expected}) > 1
-    actual = generate(llama, batch.prompts, Sampling(24, 0.0), STOPS, draw(5, 24), batch_size=8)
+    llama.set_attn_implementation(registered("sdpa"))
+    actual = generate(llama, batch.prompts, Sampling(24, 0.0), STOPS, draw(50, 24), batch_size=8)
     assert actual == expected
 
 

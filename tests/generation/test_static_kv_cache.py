@@ -8,7 +8,7 @@ import pytest
 import torch
 from generation_runs import answers, make_run
 from ppo_runs import STOPS, TinyRun, nudge
-from tiny_models import adapter_parameters, role_model, tiny_llama
+from tiny_models import FORMS, adapter_parameters, role_model, tiny_llama
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -23,7 +23,7 @@ from chatllama.model.packed_attention import registered
 from chatllama.model.roles import acting_as, autocast, sampling_as
 
 PROMPTS = [[5, 9, 30], [7], [11, 40, 41, 42, 80, 3, 12], [20, 21], [33, 60, 61, 9], [8, 8]] * 3
-UNIFORMS = torch.rand(18, 40, generator=torch.Generator().manual_seed(0))
+UNIFORMS = torch.rand(54, 40, generator=torch.Generator().manual_seed(0))
 POSITIONS = 600
 ENDS = [2, *range(10, 17)]
 
@@ -84,6 +84,22 @@ def test_compiled_once_for_every_sampling_and_queue(
         assert sampled(llama, Sampling(40), compiled, **more) == expected
     assert generate(llama, [], Sampling(4), [2], UNIFORMS[:0], 5, compiled=compiled) == []
     assert len(graphs.seen) == 1 and (compiled.allocated, compiled.capacity) == (5, 256)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "llama"])
+def test_every_family_gives_the_tokens_of_transformers(form: str):
+    plain: Any = tiny_llama(form=form)
+    llama, graphs = tiny_llama(form=form), Graphs()
+    llama.set_attn_implementation(registered("sdpa"))
+    settings = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": ENDS, "pad_token_id": 0}
+    expected = [
+        plain.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
+        for prompt in PROMPTS[:6]
+    ]
+    compiled = StaticKVCache(llama, graphs)
+    assert sampled(llama, Sampling(40, 0.0), compiled, prompts=PROMPTS[:6] * 9) == expected * 9
+    assert len(graphs.seen) == 1 and {len(answer) for answer in expected} != {40}
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Mistrals are LLaMAs within their window; other families are refused by name."""
+"""Models of every family are loaded as transformers' own; other families are refused by name."""
 
 import json
 import shutil
@@ -7,119 +7,112 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import FORMS, ragged_batch, tiny_config, tiny_llama
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
+    LlamaConfig,
     MixtralConfig,
     PreTrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
+    Qwen2MoeConfig,
 )
 
 from chatllama.config.model import BackboneSection
-from chatllama.generation.generate import generate
-from chatllama.generation.sampling import Sampling
-from chatllama.model.backbone import load_backbone
-from chatllama.model.families import as_llama
-from chatllama.model.roles import RoleModel
-from chatllama.model.scoring import response_logprobs
+from chatllama.model.backbone import check_kernels, load_backbone
+from chatllama.model.families import FAMILIES, family_of, smallest_window, window
+from chatllama.model.packed_attention import within_window
 from chatllama.text.tokenizer import load_tokenizer, within_positions
-
-FORMS: dict[str, dict[str, Any]] = {
-    "no window": {"sliding_window": None},
-    "window": {"sliding_window": 16},
-    "a window as long as the positions": {"sliding_window": 64},
-    "tied": {"sliding_window": 16, "tie_word_embeddings": True},
-    "head_dim": {"sliding_window": None, "head_dim": 32},
-}
-
-
-def make_mistral(folder: Path, **changes: Any) -> MistralForCausalLM:
-    values = {
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.3,
-        "pad_token_id": None,
-        "tie_word_embeddings": False,
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        mistral = MistralForCausalLM(MistralConfig(**(values | changes)))
-    mistral.save_pretrained(folder)
-    return mistral.eval()
-
-
-def loaded(folder: Path) -> LlamaForCausalLM:
-    return load_backbone(BackboneSection(path=str(folder), dtype="float32"), str(folder))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("form", FORMS)
-def test_a_mistral_within_its_window_is_itself(form: str, tmp_path: Path) -> None:
-    mistral = make_mistral(tmp_path, **FORMS[form])
-    llama = loaded(tmp_path)
-    assert type(llama) is LlamaForCausalLM
-    limit = llama.config.max_position_embeddings
-    assert limit == min(64, FORMS[form]["sliding_window"] or 64)
-    rows = torch.randint(300, (3, limit), generator=torch.Generator().manual_seed(1))
-    expected = mistral(rows).logits
-    torch.testing.assert_close(llama(rows).logits, expected, rtol=1e-5, atol=1e-5)
-    mask = torch.ones_like(rows, dtype=torch.bool)
-    scored = response_logprobs(RoleModel(llama, {}), "base", rows, mask, mask[:, 1:], 1.0)
-    theirs = expected[:, :-1].log_softmax(-1).gather(2, rows[:, 1:, None])[..., 0]
-    torch.testing.assert_close(scored.logprobs, theirs, rtol=1e-5, atol=1e-5)
+def test_a_loaded_model_is_transformers_own(form: str, tmp_path: Path) -> None:
+    tiny_llama(form=form).save_pretrained(tmp_path)
+    ours = load_backbone(BackboneSection(path=str(tmp_path), dtype="float32"), str(tmp_path))
+    theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(ours) is type(theirs)
+    batch = ragged_batch()  # up to 14 tokens: longer than the windows
+    expected = theirs(batch.tokens, attention_mask=batch.mask.long()).logits[batch.mask]
+    found = ours(batch.tokens, attention_mask=batch.mask.long()).logits[batch.mask]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-@torch.no_grad()
-def test_sampling_is_transformers_own(tmp_path: Path) -> None:
-    mistral: Any = make_mistral(tmp_path, sliding_window=16)
-    llama = loaded(tmp_path)
-    luck = torch.Generator().manual_seed(5)
-    prompts = [
-        torch.randint(3, 300, (int(length),), generator=luck).tolist()
-        for length in torch.randint(1, 9, (6,), generator=luck)
+def test_layers_look_back_as_far_as_transformers_has_them() -> None:
+    found = {
+        form: [window(tiny_config(form=form), layer) for layer in range(2)]
+        for form in FORMS
+        if smallest_window(tiny_config(form=form))
+    }
+    assert found == {
+        "mistral, window": [4, 4],
+        "qwen2, tied, window in the last layer": [None, 4],
+        "qwen3, biases, window": [5, 5],
+    }
+    # As Qwen 2.5 is published: a window in config.json that is not in use.
+    values = tiny_config(form="qwen2").to_dict() | {"sliding_window": 4, "layer_types": None}
+    assert smallest_window(type(tiny_config(form="qwen2")).from_dict(values)) is None
+
+
+def test_a_window_is_the_last_tokens_of_what_a_query_sees() -> None:
+    query, key = torch.zeros(2, 4, 1, 8), torch.zeros(2, 2, 5, 8)
+    assert within_window(None, query, key, 5) is None is within_window(None, query, key, None)
+    last = within_window(None, query, key, 2)
+    assert last is not None and last[0, 0].tolist() == [[False, False, False, True, True]]
+    # Rows that begin in columns 1 and 3; then one whose token stands in column 2, as in a cache at
+    # fixed addresses.
+    seen = torch.tensor([[0, 1, 1, 1, 1], [0, 0, 0, 1, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)
+    found = within_window(seen[:, None, None], query, key, 2)
+    wanted = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 1, 1], [0, 1, 1, 0, 0]], dtype=torch.bool)
+    assert found is not None and torch.equal(found[:, 0, 0], wanted)
+    whole = within_window(None, torch.zeros(1, 4, 4, 8), torch.zeros(1, 2, 4, 8), 2)
+    assert whole is not None and whole[0, 0].int().tolist() == [
+        [1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [0, 1, 1, 0],
+        [0, 0, 1, 1],
     ]
-    ours = generate(llama, prompts, Sampling(8, temperature=0.0), [2], torch.zeros(6, 8), 4)
-    for prompt, answer in zip(prompts, ours, strict=True):
-        settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
-        theirs = mistral.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
-        assert answer == theirs
 
 
-@torch.no_grad()
-def test_beyond_the_window_it_would_be_another_model(
-    tmp_path: Path, tiny_tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """So texts are not longer, in data, scoring and serving, which ask for these two limits."""
-    mistral = make_mistral(tmp_path, sliding_window=16)
-    llama = loaded(tmp_path)
-    rows = torch.randint(300, (1, 17), generator=torch.Generator().manual_seed(1))
-    assert not torch.allclose(llama(rows).logits[0, -1], mistral(rows).logits[0, -1], atol=1e-3)
-    said = "a Mistral with a sliding window of 16 tokens: longer texts are refused or cut"
-    assert said in capsys.readouterr().err
-    shutil.copytree(tiny_tokenizer_dir, tmp_path, dirs_exist_ok=True)
-    assert within_positions(load_tokenizer(tmp_path), 2048) == 16
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"sliding_window": None}))
-    assert within_positions(load_tokenizer(tmp_path), 2048) == 64
+def test_eager_attention_takes_no_windows() -> None:
+    eager = BackboneSection(path="p", dtype="float32", attn_implementation="eager")
+    check_kernels(eager, tiny_config(form="mistral"))
+    with pytest.raises(ValueError, match=r"eager computes no sliding window .* 4 tokens; choose"):
+        check_kernels(eager, tiny_config(form="mistral, window"))
+
+
+def test_texts_may_be_longer_than_a_window(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    folder = shutil.copytree(tiny_tokenizer_dir, tmp_path / "t")
+    values = {"model_type": "mistral", "max_position_embeddings": 64, "sliding_window": 16}
+    (folder / "config.json").write_text(json.dumps(values))
+    assert within_positions(load_tokenizer(folder), 2048) == 64
+
+
+class OwnConfig(LlamaConfig):
+    """As code of a model has it."""
+
+    model_type = "own"
 
 
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (Qwen2Config(), "a 'qwen2' model, .*biases of queries, keys and values alone"),
-        (Qwen3Config(), "a 'qwen3' model, .*norms of queries and keys"),
-        (MixtralConfig(), "a 'mixtral' model, .*a mixture of experts"),
-        (GPT2Config(), r"a 'gpt2' model, not a LLaMA \(or Mistral\)$"),
+        (MixtralConfig(), "a 'mixtral' model, .*: it has a mixture of experts"),
+        (
+            Qwen2MoeConfig(use_sliding_window=True),
+            "a 'qwen2_moe' model, .*: it has a mixture of experts",
+        ),
+        (GPT2Config(), "a 'gpt2' model, not one of llama, mistral, qwen2, qwen3$"),
     ],
 )
-def test_other_families_are_refused_by_name(config: PreTrainedConfig, reason: str) -> None:
+def test_other_families_are_refused_by_name(
+    config: PreTrainedConfig, reason: str, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=reason):
-        as_llama(config, "here")
+        family_of(config)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"backbone\.path: .* {reason}"):
+        load_backbone(BackboneSection(path=str(tmp_path)), str(tmp_path))
+
+
+def test_configs_that_derive_from_a_familys_are_of_it() -> None:
+    assert family_of(OwnConfig()) is FAMILIES["llama"]

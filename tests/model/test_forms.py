@@ -14,7 +14,6 @@ from chatllama.generation.generate import generate
 from chatllama.generation.sampling import Sampling
 from chatllama.generation.static_kv_cache import StaticKVCache
 from chatllama.model.backbone import load_backbone
-from chatllama.model.families import as_llama
 from chatllama.model.llama_config import check_architecture, tensor_shapes
 from chatllama.model.roles import RoleModel
 from chatllama.model.scoring import response_logprobs
@@ -80,7 +79,7 @@ def test_published_sizes(name: str, tmp_path: Path) -> None:
     values = dict(zip(SIZES, sizes, strict=True))
     values |= {"model_type": "llama", "tie_word_embeddings": tied, "rope_scaling": scaling}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    llama = as_llama(AutoConfig.from_pretrained(tmp_path), name)
+    llama: Any = AutoConfig.from_pretrained(tmp_path)
     check_architecture(llama, tmp_path)
     assert sum(prod(shape) for _, shape in tensor_shapes(llama)) == count
     assert read_shape(values, name) == published_shape(name)

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import tiny_llama
-from transformers import LlamaConfig
+from tiny_models import FORMS, tiny_llama
 
 from chatllama.config.model import BackboneSection
 from chatllama.model import backbone
@@ -98,20 +97,8 @@ def test_an_adapter_does_not_lead_to_another_model(base: Path, damaged: Path) ->
     refused(damaged, "is an adapter")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"tie_word_embeddings": True},
-        {"attention_bias": True, "mlp_bias": True},
-        {"head_dim": 6},
-    ],
-)
-def test_shapes_are_those_of_transformers_model(changes: dict[str, Any]) -> None:
-    sizes = {"vocab_size": 70, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    from transformers import LlamaForCausalLM
-
-    llama = LlamaForCausalLM(LlamaConfig(**sizes, **heads, **changes))
+@pytest.mark.parametrize("form", FORMS)
+def test_shapes_are_those_of_transformers_model(form: str) -> None:
+    llama = tiny_llama(form=form)
     expected = {name: tuple(p.shape) for name, p in llama.named_parameters()}
     assert dict(tensor_shapes(llama.config)) == expected

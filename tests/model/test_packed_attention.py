@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ragged_batch, role_model, tiny_config, tiny_llama
+from tiny_models import FORMS, ragged_batch, role_model, tiny_config, tiny_llama
 from torch.nn.attention import varlen
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from chatllama.config.model import BackboneSection
 from chatllama.model import packed_attention
 from chatllama.model.backbone import load_backbone
-from chatllama.model.packed_attention import NO_MASK, SDPA, VARLEN, check_varlen, registered
+from chatllama.model.packed_attention import NO_MASK, SDPA, VARLEN, check_attention, registered
 from chatllama.model.roles import acting_as, adapter_parameters
 from chatllama.model.scoring import hidden_states
 
@@ -39,7 +39,7 @@ def as_documented(
     assert query.ndim == key.ndim == value.ndim == 3 and key.shape == value.shape
     assert query.shape[0] == key.shape[0] and query.shape[2] == key.shape[2]
     assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
-    assert window_size == (-1, 0) and enable_gqa and query.shape[1] % key.shape[1] == 0
+    assert window_size[1] == 0 and enable_gqa and query.shape[1] % key.shape[1] == 0
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and torch.equal(cu_seq_q, cu_seq_k)
     bounds = cu_seq_q.tolist()
     lengths = [end - start for start, end in pairwise(bounds)]
@@ -50,8 +50,10 @@ def as_documented(
         q, k, v = (x[start : start + length] for x in (query, key, value))
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-        later = torch.ones(length, length, dtype=torch.bool).triu(1)
-        shares = scores.masked_fill(later, -torch.inf).softmax(-1)
+        hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+        if window_size[0] >= 0:
+            hidden |= torch.ones(length, length, dtype=torch.bool).tril(-1 - window_size[0])
+        shares = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         outputs.append(torch.einsum("hqk,khd->qhd", shares, v))
     return torch.cat(outputs)
 
@@ -69,9 +71,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", "varlen"])
-def test_each_row_is_what_it_is_alone(attention: str, calls: list[int]):
-    model = role_model(tiny_llama())
+EVERY = [
+    (form, attention)
+    for form in FORMS
+    for attention in ("sdpa", "varlen", "eager")
+    if attention != "eager" or "window" not in form  # refused
+]
+
+
+@pytest.mark.parametrize(("form", "attention"), EVERY)
+def test_each_row_is_what_it_is_alone(form: str, attention: str, calls: list[int]):
+    model = role_model(tiny_llama(form=form))
     model.llama.set_attn_implementation(registered(attention))
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(3, 90, (length,), generator=generator) for length in LENGTHS]
@@ -91,12 +101,12 @@ def test_each_row_is_what_it_is_alone(attention: str, calls: list[int]):
         assert torch.equal(hidden_states(model, "policy", garbage, mask, mask), states)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "varlen", "eager"])
+@pytest.mark.parametrize(("form", "attention"), EVERY)
 @pytest.mark.parametrize("padded", [True, False])
 def test_states_that_are_wanted_are_those_of_the_whole(
-    attention: str, padded: bool, calls: list[int]
+    form: str, attention: str, padded: bool, calls: list[int]
 ):
-    model, batch = role_model(tiny_llama()).train(), ragged_batch()
+    model, batch = role_model(tiny_llama(form=form)).train(), ragged_batch()
     model.llama.set_attn_implementation(registered(attention))
     mask = batch.mask if padded else torch.ones_like(batch.mask)
     wanted = mask & (torch.rand(mask.shape, generator=torch.Generator().manual_seed(1)) < 0.4)
@@ -159,7 +169,7 @@ def test_gradients_of_one_call_are_those_of_one_call_per_row(calls: list[int]):
 @pytest.mark.gpu
 def test_pytorchs_own_function_agrees_on_a_gpu():
     batch, found = ragged_batch(), []
-    check_varlen(tiny_config())
+    check_attention("varlen", tiny_config())
     for attention in ("sdpa", "varlen"):
         model = role_model(tiny_llama(dtype=torch.bfloat16)).to("cuda")
         model.llama.set_attn_implementation(registered(attention))
@@ -211,10 +221,10 @@ def test_where_varlen_cannot_work_it_is_refused(
     for key, value in model.items():
         setattr(llama, key, value)
     if reason is None:
-        check_varlen(llama)
+        check_attention("varlen", llama)
     else:
         with pytest.raises(ValueError, match=re.escape(reason)):
-            check_varlen(llama)
+            check_attention("varlen", llama)
 
 
 def test_a_backbone_takes_varlen_only_where_it_works(

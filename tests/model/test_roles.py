@@ -6,6 +6,7 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_models import (
+    FORMS,
     LORA,
     REWARD_LORA,
     TRAINED,
@@ -67,9 +68,10 @@ def test_a_reference_without_adapter_is_the_base():
     assert torch.equal(logits_of(model, "reference", tokens), logits_of(model, "base", tokens))
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("role", ADAPTERS)
-def test_each_role_is_its_stand_alone_peft_model(model: RoleModel, role: Role):
-    tokens = ragged_batch().tokens
+def test_each_role_is_its_stand_alone_peft_model(form: str, role: Role):
+    model, tokens = role_model(tiny_llama(form=form)), ragged_batch().tokens
     section = section_of(role)
     config = LoraConfig(
         r=section.r,
@@ -77,14 +79,15 @@ def test_each_role_is_its_stand_alone_peft_model(model: RoleModel, role: Role):
         target_modules=section.target_modules,
         task_type="CAUSAL_LM",
     )
-    alone = get_peft_model(tiny_llama(), config)
+    alone = get_peft_model(tiny_llama(form=form), config)
     loaded = set_peft_model_state_dict(alone, adapter_state(model, role))
     assert not loaded.unexpected_keys
     assert not [key for key in loaded.missing_keys if "lora" in key]
     with torch.no_grad():
         expected = alone.eval()(input_ids=tokens).logits
     actual = logits_of(model, role, tokens)
-    assert torch.equal(actual, expected)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    assert torch.equal(actual, expected) or "window" in form  # other kernels for masks
     assert (actual - logits_of(model, "base", tokens)).abs().max() > 0.1
 
 

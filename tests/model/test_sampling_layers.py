@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 from kernel_counts import KernelCounts, llama_7b, made_fake
-from tiny_models import LORA, ragged_batch, role_model, tiny_config, tiny_llama
+from tiny_models import FORMS, LORA, ragged_batch, role_model, tiny_llama
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import LlamaForCausalLM
 
 from chatllama.config.model import LoraSection
 from chatllama.generation.decoding_batch import DecodingBatch, Request
@@ -27,7 +26,7 @@ from chatllama.model.roles import (
     autocast,
     sampling_as,
 )
-from chatllama.model.sampling_layers import SamplingLayers, _Down, _Projection
+from chatllama.model.sampling_layers import SamplingLayers, _Down, _Norm, _Projection
 from chatllama.model.scoring import policy_and_value, response_logprobs, score_sequences
 
 ROLES: tuple[Role, ...] = ("base", "policy", "reward")
@@ -97,27 +96,20 @@ def own_layers(model: RoleModel, role: Role) -> SamplingLayers:
     return SamplingLayers(model.llama, model.adapter_names[role])
 
 
-def with_biases() -> LlamaForCausalLM:
-    config = tiny_config()
-    config.attention_bias = config.mlp_bias = True
-    torch.manual_seed(5)
-    llama = LlamaForCausalLM(config).eval().requires_grad_(False)
-    for name, parameter in llama.named_parameters():
-        if name.endswith("bias"):
-            parameter.data.normal_()
-    return llama
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(
+    ("form", "role"),
+    [*((form, "policy") for form in FORMS), ("llama", "base"), ("llama", "reward")],
+)
 @torch.no_grad()
-def test_in_float32_they_give_what_the_models_layers_give(role: Role, bias: bool):
-    model = role_model(with_biases() if bias else tiny_llama())
+def test_in_float32_they_give_what_the_models_layers_give(form: str, role: Role):
+    model = role_model(tiny_llama(form=form))
     tokens = torch.tensor([[5, 9, 30, 11, 7], [3, 4, 80, 81, 82]])
     with acting_as(model, role):
         expected = model.llama(tokens).logits
         answers = generate(model.llama, PROMPTS, Sampling(20), [2], UNIFORMS, 4)
         with own_layers(model, role).in_place():
+            norms = [m for m in model.llama.model.layers.modules() if "Norm" in type(m).__name__]
+            assert norms and {type(norm) for norm in norms} == {_Norm}
             torch.testing.assert_close(model.llama(tokens).logits, expected, rtol=0, atol=2e-4)
             assert generate(model.llama, PROMPTS, Sampling(20), [2], UNIFORMS, 4) == answers
         assert torch.equal(model.llama(tokens).logits, expected)

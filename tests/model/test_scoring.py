@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from tiny_models import (
+    FORMS,
     HIDDEN,
     LORA,
     REWARD_LORA,
@@ -20,7 +21,7 @@ from tiny_models import (
     tiny_config,
     tiny_llama,
 )
-from transformers import LlamaForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from chatllama.model.roles import (
     Adapter,
@@ -101,11 +102,11 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("rope", ["default", "llama3"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_padding_and_neighbours_change_nothing(layout: str, rope: str):
+def test_padding_and_neighbours_change_nothing(layout: str, form: str):
     # PPO.md 2e: 4e-6 with mask and positions, 3.5 to 6 nats without the mask.
-    model = role_model(tiny_llama(rope=rope))
+    model = role_model(tiny_llama(form=form))
     batch = ragged_batch(**LAYOUTS[layout])
     alone, together = row_by_row(model, batch, 0.7), batched(model, batch, 0.7)
     for expected, actual in zip(alone, together, strict=True):
@@ -129,12 +130,14 @@ def test_scores_for_padding_on_either_side(model: RoleModel, side: str):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
-def test_scores_are_those_of_a_classification_model(model: RoleModel):
+@pytest.mark.parametrize("form", FORMS)
+def test_scores_are_those_of_a_classification_model(form: str):
+    model = role_model(tiny_llama(form=form))
     batch = ragged_batch(pad_id=0)  # id 0 stands only in padding, so HF finds the last token
-    config = tiny_config()
+    config = tiny_config(form=form)
     config.num_labels, config.pad_token_id = 1, 0
-    classifier = LlamaForSequenceClassification(config)
-    classifier.load_state_dict(tiny_llama().state_dict(), strict=False)
+    classifier: Any = AutoModelForSequenceClassification.from_config(config)
+    classifier.load_state_dict(tiny_llama(form=form).state_dict(), strict=False)
     wrapped = get_peft_model(
         classifier,
         LoraConfig(

@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +31,7 @@ from chatllama.generation.generate import generate
 from chatllama.generation.sampling import Sampling
 from chatllama.model import backbone
 from chatllama.model.backbone import check_kernels, load_backbone, use_liger
+from chatllama.model.families import FAMILIES, family_class
 from chatllama.model.roles import acting_as
 from chatllama.runtime.distributed import device
 
@@ -58,11 +59,14 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[LlamaForCausalLM, di
 
     def patch(model: LlamaForCausalLM, **kernels: bool) -> None:
         calls.append((model, kernels))
-        # What Liger does to every LLaMA that is made later.
-        cast(Any, modeling_llama).LlamaMLP = cast(Any, modeling_llama).LlamaRMSNorm = nn.Identity
+        # What Liger does to every model of the family that is made later.
+        names = vars(sys.modules[type(model).__module__])
+        for part in ("MLP", "RMSNorm"):
+            names[type(model).__name__.replace("ForCausalLM", part)] = nn.Identity
 
     liger, rope = (ModuleType(f"liger_kernel.{name}") for name in ("transformers", "rope"))
-    vars(liger)["apply_liger_kernel_to_llama"] = patch
+    for family in FAMILIES:
+        vars(liger)[f"apply_liger_kernel_to_{family}"] = patch
     vars(rope)["liger_rotary_pos_emb"] = lambda q, k, cos, sin: (q, k)  # rotates nothing
     monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
@@ -73,7 +77,11 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[LlamaForCausalLM, di
     return calls
 
 
-def test_liger_gets_the_bare_llama_and_leaves_the_loss_alone(base: Path, on_a_gpu: list) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_liger_gets_the_bare_model_and_leaves_the_loss_alone(
+    family: str, tmp_path: Path, on_a_gpu: list
+) -> None:
+    tiny_llama(form=family).save_pretrained(base := tmp_path / "base")
     llama = load_backbone(section(base), str(base))
     ((patched, kernels),) = on_a_gpu
     assert patched is llama
@@ -85,16 +93,21 @@ def test_liger_gets_the_bare_llama_and_leaves_the_loss_alone(base: Path, on_a_gp
         "fused_linear_cross_entropy": False,
     }
     later = load_backbone(section(base, liger_kernel=False), str(base))
-    assert type(later.model.norm) is modeling_llama.LlamaRMSNorm is not nn.Identity
-    assert type(later.model.layers[0].mlp) is modeling_llama.LlamaMLP
+    first = later.model.layers[0]
+    assert type(later.model.norm) is family_class(later.config, "RMSNorm") is not nn.Identity
+    assert type(first.mlp) is family_class(later.config, "MLP") is not nn.Identity
     assert len(on_a_gpu) == 1
 
 
-def test_another_rotary_embedding_is_that_of_one_model_only(base: Path, on_a_gpu: list) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_rotary_embedding_is_that_of_one_model_only(
+    family: str, tmp_path: Path, on_a_gpu: list
+) -> None:
+    tiny_llama(form=family).save_pretrained(base := tmp_path / "base")
     # Without rotation the layers do not see positions: the last token's states are those of any
     # order of the tokens before it. Models of the same process with another setting still see them.
     tokens = torch.tensor([[1, 20, 30, 40], [30, 1, 20, 40]])
-    rotary, apart = modeling_llama.apply_rotary_pos_emb, {}
+    rotary, apart = modeling_llama.apply_rotary_pos_emb, dict[bool, float]()
     models = {
         liger: load_backbone(section(base, liger_kernel=liger), str(base))
         for liger in (True, False)
@@ -103,6 +116,7 @@ def test_another_rotary_embedding_is_that_of_one_model_only(base: Path, on_a_gpu
         with torch.no_grad():
             one, other = llama.model.layers[0](
                 llama.model.embed_tokens(tokens),
+                attention_mask=None,
                 position_embeddings=llama.model.rotary_emb(torch.zeros(1), torch.arange(4)[None]),
             )
         apart[liger] = float((one[-1] - other[-1]).abs().max())
@@ -124,7 +138,7 @@ def test_what_cannot_work_is_refused_before_weights_are_read(
     with pytest.raises(AssertionError, match="weights were read"):
         load_backbone(section(base), str(base))
     del vars(sys.modules["liger_kernel.transformers"])["apply_liger_kernel_to_llama"]
-    refused("liger-kernel cannot be used: cannot import name")
+    refused("liger-kernel cannot be used: module .* has no attribute 'apply_liger_kernel_to_llama'")
     for missing in ("liger_kernel", "triton"):
         found = {"liger_kernel", "triton"} - {missing}
         monkeypatch.setattr(
@@ -147,7 +161,7 @@ def test_models_that_liger_would_compute_wrongly_are_refused(on_a_gpu: list) -> 
     class OwnLlama(LlamaForCausalLM):
         """Like one that brings code of its own."""
 
-    with pytest.raises(ValueError, match="for the LLaMA of transformers, not for OwnLlama of test"):
+    with pytest.raises(ValueError, match="for LlamaForCausalLM of transformers, not for OwnL"):
         use_liger(OwnLlama(tiny_config()))
     assert on_a_gpu == []
 

@@ -537,8 +537,8 @@ SCORING_BUGS = (
     Mutation(
         "the last layer's wanted positions see the token after them",
         "chatllama/model/last_layer.py",
-        "sees = (columns <= own[:, None])[None, None]",
-        "sees = (columns <= own[:, None] + 1)[None, None]",
+        "sees = (columns <= own[:, None]) & (columns > own[:, None] - back)",
+        "sees = (columns <= own[:, None] + 1) & (columns > own[:, None] - back)",
         (
             LAMBDA_1,
             "tests/model/test_packed_attention.py::test_states_that_are_wanted_are_those_of_the_whole",
