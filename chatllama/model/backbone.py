@@ -25,7 +25,6 @@ from transformers import (
     LlamaForCausalLM,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.models.llama.modeling_llama import LlamaAttention
 
 from chatllama.config.model import CODE_NOT_RUN, BackboneSection
 from chatllama.model.families import family_class, family_of
