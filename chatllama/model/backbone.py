@@ -324,7 +324,7 @@ def use_liger(llama: LlamaForCausalLM) -> None:
         cast(Any, layer.self_attn).__class__ = attention
 
 
-def attention_with(rotary: Callable[..., Any], attention: type[Any] = LlamaAttention) -> type[Any]:
+def attention_with(rotary: Callable[..., Any], attention: type[Any]) -> type[Any]:
     """An attention layer with another rotary embedding; the two have the same arguments."""
     forward = cast(FunctionType, inspect.unwrap(attention.forward))
     assert "apply_rotary_pos_emb" in forward.__code__.co_names
