@@ -10,8 +10,7 @@ import torch
 from tiny_models import ROPES
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from chatllama.text.byte_level import byte_level_pipeline
-from chatllama.text.detokenizing import _byte_letters
+from chatllama.text.byte_level import byte_letters, byte_level_pipeline
 from chatllama.text.sentencepiece_bpe import read_model
 from chatllama.text.tokenizer import load_tokenizer
 
@@ -44,7 +43,7 @@ CHATML = (
 
 def byte_level_tokens() -> tuple[list[str], list[int], list[str]]:
     """Tokens, their kinds, and merges: control tokens, bytes, a few words."""
-    tokens, merges = [*CONTROLS, *_byte_letters()], list[str]()
+    tokens, merges = [*CONTROLS, *byte_letters()], list[str]()
     for word in ("Ġthe", "Ġcat", "12", "123", "ing"):
         for end in range(2, len(word) + 1):
             if word[:end] not in tokens:

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from chatllama.importing.gguf_file import GgufFile
 from chatllama.importing.hugging_face import Checkpoint
-from chatllama.importing.reference import Shape, rope_speeds
+from chatllama.importing.reference import (
+    HIGH_FREQ_FACTOR,
+    LOW_FREQ_FACTOR,
+    Shape,
+    llama3_divisor,
+    rope_speeds,
+)
 
 _NAMES = {
     "token_embd": "tok_embeddings",
@@ -27,8 +33,6 @@ _NAMES = {
 _ATTENTION = ("attention.wq", "attention.wk", "attention.wv", "attention.wo")
 _MLP = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 _FACTORS = "rope_freqs.weight"
-LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR = 1.0, 4.0
-"""Of every published LLaMA-3.1 and later; a GGUF file holds only what comes of them."""
 FACTOR_TOLERANCE = 1e-3
 
 
@@ -159,6 +163,7 @@ def rope_parameters(file: GgufFile, shape: Shape) -> dict[str, Any]:
         return plain if factor == 1 else {**plain, "rope_type": "linear", "factor": factor}
     if bool((divisor == 1).all()):
         return plain
+    speeds = rope_speeds(theta, shape.head_dim)
     context, length = file.number("llama.context_length"), 2
     while length <= context:
         found = {
@@ -169,19 +174,10 @@ def rope_parameters(file: GgufFile, shape: Shape) -> dict[str, Any]:
             "high_freq_factor": HIGH_FREQ_FACTOR,
             "original_max_position_embeddings": length,
         }
-        if torch.allclose(_llama3_divisor(found, shape), divisor, rtol=FACTOR_TOLERANCE):
+        if torch.allclose(llama3_divisor(found, speeds), divisor, rtol=FACTOR_TOLERANCE):
             return found
         length *= 2
     raise ValueError(
         f"{file.path}: {_FACTORS} are not those of LLaMA-3.1's scaling (low_freq_factor "
         f"{LOW_FREQ_FACTOR:g}, high_freq_factor {HIGH_FREQ_FACTOR:g}) at any original length"
     )
-
-
-def _llama3_divisor(rope: dict[str, Any], shape: Shape) -> Tensor:
-    """(C / 2,) float32: how much LLaMA-3.1 slows down each frequency (its `apply_scaling`)."""
-    waves = 2 * torch.pi / rope_speeds(rope["rope_theta"], shape.head_dim)
-    ratio = rope["original_max_position_embeddings"] / waves
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    smooth = ((ratio - low) / (high - low)).clamp(0, 1)
-    return 1 / ((1 - smooth) / rope["factor"] + smooth)

@@ -22,8 +22,9 @@ from chatllama.importing.hugging_face import (
     output_folder,
     write_checked,
 )
-from chatllama.importing.meta_params import ASSUMED_POSITIONS, read_params
+from chatllama.importing.meta_params import MetaParams, read_params
 from chatllama.importing.meta_shards import MetaShards
+from chatllama.importing.tiktoken_vocabulary import read_ranks, write_tokenizer
 from chatllama.model.weight_files import chosen_dtype, dtype_name
 from chatllama.runs.folder import INFO
 from chatllama.runtime.files import new_folder, write_json
@@ -48,7 +49,8 @@ def import_meta(
         folder: params.json, consolidated.NN.pth and, there or one above, tokenizer.model.
         out: the new folder. None: `folder` with `-hf` behind its name.
         dtype: of the weights; `keep` needs files of one type.
-        max_positions: longest text in tokens. None: that of params.json, else 2048.
+        max_positions: longest text in tokens. None: that of params.json, else what is usual: 2048,
+            8192 of Llama 3, 131072 of later ones.
 
     Raises:
         ValueError: a file is missing, cut off or changed, files do not fit each other, `out`
@@ -61,11 +63,15 @@ def import_meta(
     out = output_folder(folder, out, folder.name)
     check_positions(max_positions)
     params = read_params(folder / "params.json")
-    tokenizer_file = _tokenizer_file(folder)
+    tokenizer_file, tokens = _vocabulary(folder)
     with new_folder(out) as beside:
-        shutil.copyfile(tokenizer_file, beside / "tokenizer.model")
-        tokenizer = load_tokenizer(beside)
-        save_tokenizer(tokenizer, beside)
+        if tokens is not None:
+            tokenizer, ends = write_tokenizer(tokens, params.use_scaled_rope, beside)
+        else:
+            shutil.copyfile(tokenizer_file, beside / "tokenizer.model")
+            tokenizer = load_tokenizer(beside)
+            save_tokenizer(tokenizer, beside)
+            ends = cast(int, tokenizer.eos_token_id)
         shards = MetaShards(folder, params, len(tokenizer))
         chosen = chosen_dtype(dtype, shards.dtypes, f"{folder}")
         shapes = {name: part.shape for name, part in shards.parts.items()}
@@ -73,9 +79,11 @@ def import_meta(
         check_room(beside, source, chosen)
         inputs = [folder / "params.json", tokenizer_file, *shards.files]
         hashes = {file.name: _checked_hash(file) for file in inputs}
-        positions = max_positions or params.max_seq_len or _assumed_positions()
+        positions = max_positions or params.max_seq_len or _assumed_positions(params, tokens)
         config = _config(shards, tokenizer, positions, chosen)
-        GenerationConfig.from_model_config(config).save_pretrained(beside)
+        generation = GenerationConfig.from_model_config(config)
+        generation.eos_token_id = ends
+        generation.save_pretrained(beside)
         info = {
             "stage": "import",
             "source": folder.name,
@@ -86,6 +94,8 @@ def import_meta(
             "num_checked_tokens": NUM_CHECKED_TOKENS,
         }
         write_json(beside / INFO, info)
+    if params.use_scaled_rope:
+        print(f"rope scaling: factor {params.rope(shards.tied)['factor']:g}")
     if shards.tied:
         print("no output.weight: the LM head is the embedding (tie_word_embeddings)")
     kinds = ", ".join(sorted(map(dtype_name, shards.dtypes)))
@@ -96,21 +106,26 @@ def import_meta(
     return out
 
 
-def _assumed_positions() -> int:
-    print(f"longest text: {ASSUMED_POSITIONS} tokens assumed (LLaMA-2: --max-positions 4096)")
-    return ASSUMED_POSITIONS
+def _assumed_positions(params: MetaParams, tokens: list[bytes] | None) -> int:
+    positions = params.assumed_positions(is_llama3=tokens is not None)
+    hint = " (LLaMA-2: --max-positions 4096)" if tokens is None else ""
+    print(f"longest text: {positions} tokens assumed{hint}")
+    return positions
 
 
-def _tokenizer_file(folder: Path) -> Path:
-    """Meta's SentencePiece model: in the folder, or above it as its download script puts it."""
+def _vocabulary(folder: Path) -> tuple[Path, list[bytes] | None]:
+    """Meta's tokenizer.model, in the folder or above it as its download script puts it.
+
+    Also its tokens by rank where it is Llama 3's; None: a SentencePiece model.
+    """
     for place in (folder, folder.parent):
         if (file := place / "tokenizer.model").is_file():
-            if read_model(file) is None:
+            tokens = read_ranks(file)
+            if tokens is None and read_model(file) is None:
                 raise ValueError(
-                    f"{file}: cut off, or no SentencePiece model; for LLaMA-3 and later take the "
-                    "Hugging Face folder"
+                    f"{file}: cut off, or neither a SentencePiece model nor tiktoken's lines"
                 )
-            return file
+            return file, tokens
     raise ValueError(f"{folder}: no tokenizer.model there or in {folder.parent}")
 
 
@@ -146,7 +161,7 @@ def _config(
         num_key_value_heads=params.n_kv_heads,
         max_position_embeddings=positions,
         rms_norm_eps=params.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": params.rope_theta},
+        rope_parameters=params.rope(shards.tied),
         bos_token_id=cast(int, tokenizer.bos_token_id),
         eos_token_id=cast(int, tokenizer.eos_token_id),
         pad_token_id=cast(int, tokenizer.pad_token_id),

@@ -7,11 +7,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from chatllama.importing.reference import Shape, rope_speeds
+from chatllama.importing.reference import (
+    HIGH_FREQ_FACTOR,
+    LOW_FREQ_FACTOR,
+    Shape,
+    llama3_divisor,
+    rope_speeds,
+)
 
 IGNORED = "max_batch_size"
 """Key of the training job, not of the model."""
 ASSUMED_POSITIONS = 2048
+_ORIGINAL_POSITIONS = 8192
+"""Of Llama 3, before its rotary embedding was scaled."""
+_FACTORS = {"untied": 8.0, "tied": 32.0}
+"""Of that scaling: Llama 3.1 and 3.3 have an LM head, Llama 3.2 1B and 3B share the embedding."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,10 @@ class MetaParams:
     """Longest text in tokens; not in Meta's own files."""
     multiple_of: int | None
     ffn_dim_multiplier: float | None
+    use_scaled_rope: bool = False
+    """Llama 3.1 and later."""
+    rope_scaling_factor: float | None = None
+    """None: that of the published models."""
 
     @property
     def head_dim(self) -> int:
@@ -41,8 +55,29 @@ class MetaParams:
     def shape(self, tied: bool) -> Shape:
         """The same for the arithmetic that checks an import."""
         speeds = rope_speeds(self.rope_theta, self.head_dim)
+        if self.use_scaled_rope:
+            speeds = speeds / llama3_divisor(self.rope(tied), speeds)
         heads = self.n_heads, self.n_kv_heads
         return Shape(self.n_layers, *heads, self.norm_eps, speeds, tied=tied)
+
+    def rope(self, tied: bool) -> dict[str, Any]:
+        """Transformers' rope_parameters."""
+        if not self.use_scaled_rope:
+            return {"rope_type": "default", "rope_theta": self.rope_theta}
+        return {
+            "rope_type": "llama3",
+            "rope_theta": self.rope_theta,
+            "factor": self.rope_scaling_factor or _FACTORS["tied" if tied else "untied"],
+            "low_freq_factor": LOW_FREQ_FACTOR,
+            "high_freq_factor": HIGH_FREQ_FACTOR,
+            "original_max_position_embeddings": _ORIGINAL_POSITIONS,
+        }
+
+    def assumed_positions(self, is_llama3: bool) -> int:
+        """Longest text in tokens, which Meta's own files do not say."""
+        if not is_llama3:
+            return ASSUMED_POSITIONS
+        return 16 * _ORIGINAL_POSITIONS if self.use_scaled_rope else _ORIGINAL_POSITIONS
 
     def ffn_dim(self) -> int | None:
         """Width of the feed-forward layer; None without `multiple_of`.
@@ -68,16 +103,13 @@ def read_params(file: Path) -> MetaParams:
     if not isinstance(values, dict):
         raise ValueError(f"{file}: expected an object")
     known = [each.name for each in fields(MetaParams)]
-    if unknown := sorted(set(values) - {*known, "use_scaled_rope", IGNORED}):
+    if unknown := sorted(set(values) - {*known, IGNORED}):
         raise ValueError(
-            f"{file}: unknown keys {', '.join(unknown)}; LLaMA-1 and LLaMA-2 have "
-            f"{', '.join(known)}. For newer models take the Hugging Face folder"
+            f"{file}: unknown keys {', '.join(unknown)}; LLaMA-1 to Llama 3.3 have "
+            f"{', '.join(known)}. For other models take the Hugging Face folder"
         )
-    if values.get("use_scaled_rope"):
-        raise ValueError(
-            f"{file}: use_scaled_rope (LLaMA-3.1 and later) is not imported; take the Hugging "
-            "Face folder of this model"
-        )
+    if not isinstance(scaled := values.get("use_scaled_rope", False), bool):
+        raise ValueError(f"{file}: use_scaled_rope must be true or false, not {scaled!r}")
     whole = partial(_number, file, values)
     number = partial(whole, whole=False)
     heads = whole("n_heads")
@@ -92,6 +124,8 @@ def read_params(file: Path) -> MetaParams:
         max_seq_len=whole("max_seq_len", optional=True),
         multiple_of=whole("multiple_of", optional=True),
         ffn_dim_multiplier=number("ffn_dim_multiplier", optional=True),
+        use_scaled_rope=scaled,
+        rope_scaling_factor=number("rope_scaling_factor", optional=True),
     )
     if params.dim % (2 * heads):
         raise ValueError(f"{file}: dim {params.dim} is not an even multiple of n_heads {heads}")

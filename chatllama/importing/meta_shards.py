@@ -15,7 +15,7 @@ from torch import Tensor
 
 from chatllama.importing.meta_params import MetaParams
 
-MAX_SHARDS = 8
+MAX_SHARDS = 16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Computed anew from rope_theta; rounded to half precision in some files.
 ROPE_SUFFIX, ROPE_TOLERANCE = "rope.freqs", 0.02

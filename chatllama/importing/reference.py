@@ -9,13 +9,16 @@ D channels, H heads, K key-value heads, C channels a head, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR = 1.0, 4.0
+"""Of LLaMA-3.1's scaling in all that Meta has published; neither params.json nor GGUF name them."""
 Weight = Callable[[str], Tensor]
 """Name -> whole tensor in Meta's order, float32."""
 
@@ -44,6 +47,18 @@ class Shape:
 def rope_speeds(theta: float, head_dim: int) -> Tensor:
     """(C / 2,) float32: channel pair i turns by theta^(-2i / C) radians a position."""
     return theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+
+
+def llama3_divisor(rope: Mapping[str, Any], speeds: Tensor) -> Tensor:
+    """(C / 2,) float32: how much LLaMA-3.1 slows down each of its speeds (`apply_scaling`).
+
+    Args:
+        rope: under the names of transformers' rope_parameters.
+    """
+    ratio = rope["original_max_position_embeddings"] * speeds / (2 * torch.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    smooth = ((ratio - low) / (high - low)).clamp(0, 1)
+    return 1 / ((1 - smooth) / rope["factor"] + smooth)
 
 
 @torch.no_grad()

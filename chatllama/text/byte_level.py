@@ -41,6 +41,14 @@ COMPOSED = ("qwen2",)
 """Text is composed (NFC) first; llama.cpp does not."""
 
 
+def byte_letters() -> dict[str, int]:
+    """Letter -> byte of byte-level BPE (GPT-2, LLaMA-3)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(256 + place): byte for place, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | letters
+
+
 def split_name(pipeline: dict[str, Any]) -> str | None:
     """llama.cpp's name of the split of a byte-level BPE pipeline; None for other pipelines.
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from transformers import PreTrainedTokenizerFast
 
+from chatllama.text.byte_level import byte_letters
 from chatllama.text.encoding import control_tokens, decode, encode
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -122,14 +123,6 @@ def stream_text(
 SENTENCEPIECE_SPACE = "\u2581"
 
 
-def _byte_letters() -> dict[str, int]:
-    """Letter -> byte of byte-level BPE (GPT-2, LLaMA-3)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {chr(256 + place): byte for place, byte in enumerate(others)}
-    return {chr(byte): byte for byte in printable} | letters
-
-
 class TokenTexts:
     """Bytes and text of every token of a vocabulary."""
 
@@ -138,7 +131,7 @@ class TokenTexts:
         self._pieces = {index: piece for piece, index in vocabulary.items()}
         self._controls = frozenset(control_tokens(tokenizer).values())
         has_byte_pieces = "<0x00>" in vocabulary
-        self._letters = None if has_byte_pieces else _byte_letters()
+        self._letters = None if has_byte_pieces else byte_letters()
         self.longest = max(len(self.bytes_of(index)) for index in self._pieces)
         """Bytes of the longest token: a text has at least its length / this many tokens."""
 

@@ -110,13 +110,11 @@ def test_what_plain_transformers_reads(path: Path) -> None:
 
 
 def test_llama_31s_numbers_of_a_real_context() -> None:
-    from chatllama.importing.gguf_model import _llama3_divisor
-    from chatllama.importing.reference import Shape, rope_speeds
+    from chatllama.importing.reference import llama3_divisor, rope_speeds
 
     rope = {"rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
     rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    shape = Shape(1, 1, 1, 1e-5, rope_speeds(5e5, 128))
-    found = _llama3_divisor(rope, shape).tolist()
+    found = llama3_divisor(rope, rope_speeds(5e5, 128)).tolist()
     # Wavelengths below 2048 positions stay, above 8192 they are 8 times as long.
     assert found[:28] == [1.0] * 28 and found[35:] == pytest.approx([8.0] * 29)
     assert all(1 < each < 8 for each in found[29:35])

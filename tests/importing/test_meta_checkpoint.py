@@ -317,7 +317,7 @@ DAMAGES = {
     "other ffn": (lambda f: change_params(f, ffn_dim_multiplier=2.0), r"w1.weight has shape"),
     "other vocabulary": (lambda f: change_params(f, vocab_size=400), r"tok_embeddings.*\(400, 8\)"),
     "other theta": (lambda f: change_params(f, rope_theta=1e6), "not those of rope_theta 1e.06"),
-    "scaled rope": (lambda f: change_params(f, use_scaled_rope=True), "LLaMA-3.1 and later"),
+    "scaled rope": (lambda f: change_params(f, use_scaled_rope=1), "must be true or false, not 1"),
     "unknown key": (lambda f: change_params(f, moe=8), "unknown keys moe"),
     "heads": (lambda f: change_params(f, n_heads=5), "dim 32 is not an even multiple of n_heads 5"),
     "kv heads": (lambda f: change_params(f, n_kv_heads=3), "multiple of n_kv_heads 3"),
@@ -354,8 +354,8 @@ DAMAGES = {
     "other MD5": (checklist, "consolidated.03.pth: damaged: its MD5"),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "no tokenizer.model there or in"),
     "other tokenizer": (
-        lambda f: (f / "tokenizer.model").write_text("IQ== 0\nIg== 1\n"),
-        "no SentencePiece model; for LLaMA-3",
+        lambda f: (f / "tokenizer.model").write_text("what is this\n"),
+        "neither a SentencePiece model nor tiktoken's lines",
     ),
 }
 
