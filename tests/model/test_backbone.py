@@ -75,7 +75,7 @@ def test_a_path_that_is_no_model_is_named(tmp_path: Path):
 
 def test_other_architectures_are_refused(tmp_path: Path):
     GPT2Config().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"backbone\.path: .* is a 'gpt2' model"):
+    with pytest.raises(ValueError, match=r"backbone\.path: .* a 'gpt2' model, not one of llama, "):
         load_backbone(section(tmp_path), str(tmp_path))
 
 
