@@ -143,6 +143,8 @@ def train(
     # reward head, must predict normalised scores from the first step on.
     scores = sample("reference", section.score_normalization_samples, 0, 0).scores.double()
     mean, deviation = float(scores.mean()), float(scores.std())
+    if deviation < section.health.min_score_std * max(1.0, abs(mean)):
+        raise ValueError(f"all answers score about {mean:g}: the reward model says nothing")
     with torch.no_grad():
         head.weight.mul_(1 / deviation)
         head.bias.sub_(mean).mul_(1 / deviation)

@@ -262,6 +262,12 @@ class PpoSection(StageSection):
         for key, is_set in critics.items():
             if self.advantage != "gae" and is_set:
                 raise ValueError(f"{key} needs a critic; {self.advantage} has none")
+        if self.critic_warmup_steps >= self.steps:
+            raise ValueError(
+                f"critic_warmup_steps {self.critic_warmup_steps}: in the first so many of the "
+                f"{self.steps} steps the policy rests, so it would never be trained; give fewer, "
+                "or more steps"
+            )
         if self.advantage == "grpo" and self.whiten_rewards:
             raise ValueError("whiten_rewards: grpo divides the scores of each group itself")
         if self.kl_controller == "adaptive" and not self.kl_coef:

@@ -55,6 +55,10 @@ def test_the_defaults_of_grpo_are_those_of_a_file_and_of_the_command_line(tmp_pa
         ({**GRPO, "critic_lam": 0.0}, "critic_lam needs a critic; grpo has none"),
         ({"advantage": "rloo", "samples_per_prompt": 2, "critic_lam": 0.5}, "needs a critic; rloo"),
         ({**GRPO, "critic_warmup_steps": 1}, "critic_warmup_steps needs a critic"),
+        *(
+            ({"steps": steps, "critic_warmup_steps": rests}, "would never be trained; give fewer")
+            for steps, rests in ((1, 1), (3, 3), (3, 200))
+        ),
         ({"critic_lam": 1.1}, "less than or equal to 1"),
     ],
     ids=str,

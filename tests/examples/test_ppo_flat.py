@@ -64,6 +64,16 @@ def test_from_a_run_folder_to_a_policy(tiny: TinyRun, tmp_path: Path):
     assert any(not torch.equal(policy.state[name], sft.state[name]) for name in sft.state)
 
 
+@pytest.mark.parametrize("factor", [0.0, 1e-6, 1e-5])
+def test_a_reward_model_that_says_nothing_is_refused(tiny: TinyRun, factor: float):
+    own = tiny.trainer(ppo=SETTINGS)
+    for weight in own.engine.model.heads["reward"].parameters():
+        weight.data *= factor
+    prompts = make_prompts().train.to_list()
+    with pytest.raises(ValueError, match="all answers score about"):
+        next(ppo_flat.train(own.cfg, own.engine.model, prompts, own.stop_tokens))
+
+
 @pytest.mark.parametrize("option", ["kl_loss_coef", "ema_decay", "length_penalty"])
 def test_an_option_that_is_not_in_the_file_is_refused(tiny: TinyRun, option: str):
     with pytest.raises(ValueError, match=rf"ppo\.{option}.*train_ppo\.py"):

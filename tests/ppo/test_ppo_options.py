@@ -487,6 +487,9 @@ def test_the_error_of_the_kl_is_that_of_the_prompts_means(
     changes = {"advantage": "rloo", "samples_per_prompt": samples, "score_normalization": "none"}
     trainer = with_section(tiny, nudged, changes)
     _, rollout, _, metrics = trainer.advance(PpoState(0, 0.5, Statistics()))
+    raw = rollout.scores.tolist()
+    spreads = [statistics.pstdev(raw[i : i + samples]) for i in range(0, 8, samples)]
+    assert metrics["ppo/rm_score_group_std"] == pytest.approx(statistics.fmean(spreads), rel=1e-5)
     kls = [sum_of_kl(rollout, row) for row in range(8)]
     means = [statistics.fmean(kls[i : i + samples]) for i in range(0, 8, samples)]
     if samples == 8:

@@ -190,6 +190,9 @@ class PpoTrainer:
         if section.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
         metrics = rollout_metrics(rollout, scores, rewards) | {"ppo/kl_coef": state.kl_coef}
+        if (size := section.samples_per_prompt) > 1:
+            groups = rollout.scores.double().view(-1, size)
+            metrics["ppo/rm_score_group_std"] = float(groups.std(1, correction=0).mean())
         if section.advantage == "gae":
             values, gamma = rollout.values, section.gamma
             advantages, returns = gae(rewards, values, mask, gamma, section.lam)
@@ -200,7 +203,7 @@ class PpoTrainer:
             _, error = mean_and_variance(to_go - values, mask)
             metrics["ppo/explained_variance"] = explained_variance(error, variance)
         else:
-            size, coef = section.samples_per_prompt, state.kl_coef
+            coef = state.kl_coef
             if section.advantage == "rloo":
                 advantages = rloo_advantages(rewards, mask, size)
             else:

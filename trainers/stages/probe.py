@@ -41,7 +41,7 @@ def _short(cfg: Config) -> list[str]:
     found = ["evaluation.num_prompts=0", "tracking.report_to=[]", "tracking.log_every=1"]
     found += ["reward.allow_weak=true", "reward.ensemble=1", "ppo.score_normalization=none"]
     found += [f"{stage}.{key}" for stage in STAGES for key in (f"steps={STEPS}", "save_every=0")]
-    found += [f"{stage}.eval_every=0" for stage in STAGES]
+    found += [f"{stage}.eval_every=0" for stage in STAGES] + ["ppo.critic_warmup_steps=0"]
     if cfg.backbone.from_scratch is not None:
         found.append(f"backbone.from_scratch.steps={STEPS}")
     if cfg.ppo.health.action == "rollback":

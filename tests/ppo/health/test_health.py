@@ -220,6 +220,24 @@ def test_raw_scores_that_hardly_differ_are_dead_whatever_the_shaped_ones_say(
     assert watch(once, steps=20) == []
 
 
+@pytest.mark.parametrize(
+    ("deviation", "mean", "dead"),
+    [(0.0, 1.0, True), (1e-6, 0.2, True), (0.03, -500.0, True), (2e-4, 0.2, False)],
+)
+def test_scores_that_differ_between_prompts_alone_are_dead(
+    deviation: float, mean: float, dead: bool
+) -> None:
+    def fault(step: int, metrics: Metrics) -> None:
+        metrics["ppo/rm_score_group_std"] = deviation if step >= 12 else 0.5
+        metrics["ppo/rm_score_mean"] = mean
+
+    found = watch(fault, steps=20)
+    assert [(each.name, each.step) for each in found] == ([("dead_rewards", 14)] if dead else [])
+    assert all("depends on the prompt alone" in each.message for each in found)
+    once = setting("ppo/rm_score_group_std", lambda s: deviation if s % 3 else 0.5, 12)
+    assert watch(once, steps=20) == []
+
+
 def test_an_update_without_any_bounds_is_told_and_not_an_overflow() -> None:
     (found, *_) = watch(setting("ppo/approx_kl", lambda _: 1e7, 3), steps=4)
     assert found.name == "ratio_explosion" and found.figure == 1e7

@@ -226,6 +226,20 @@ def check_raw_scores(history: History, section: HealthSection, metrics: Metrics)
     )
 
 
+def check_groups(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
+    """Raw scores differ between the responses to one prompt, not between prompts alone."""
+    deviations = history.recent("ppo/rm_score_group_std", DEAD_STEPS)
+    sizes = [max(1.0, abs(mean)) for mean in history.recent("ppo/rm_score_mean", DEAD_STEPS)]
+    figure = max(d / size for d, size in zip(deviations, sizes, strict=True))
+    return _below(
+        figure,
+        section.min_score_std,
+        f"In {DEAD_STEPS} steps running the raw scores of the responses to a prompt differ by "
+        f"{max(deviations):.2g} (mean standard deviation): the reward depends on the prompt alone, "
+        "and no response is better than another.",
+    )
+
+
 def check_scores(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
     """Shaped scores, with their clipping and penalties, differ between responses."""
     return _below(

@@ -150,6 +150,13 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "dead_rewards",
+        ("ppo/rm_score_group_std", "ppo/rm_score_mean"),
+        checks.check_groups,
+        "the reward reads the prompt and not the answer; the policy gives one answer to a prompt",
+        "ppo.rewards",
+    ),
+    Rule(
+        "dead_rewards",
         ("ppo/score_std",),
         checks.check_scores,
         "scores clipped to one value; the policy gives one answer only",
