@@ -13,6 +13,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,9 @@ from typing import Any
 
 import torch
 from measuring import hardware, launcher, publish
+
+from chatllama.planning.hardware import GPUS
+from chatllama.planning.rates import CPU, MeasuredRates
 
 PROJECT = Path(__file__).resolve().parent.parent
 SHAPES: dict[str, dict[str, int]] = {
@@ -79,7 +83,9 @@ def main() -> int:
     file = arguments.out / f"{name}.md"
     file.unlink(missing_ok=True)
     lines = [head, "", "| row | result | seconds | what was found |", "|---|---|---|---|"]
-    publish([*lines, *map(table_line, found)], file)
+    lines += map(table_line, found)
+    lines += ["", "Rows of `chatllama/planning/rates.py`:", "", *rate_rows(found, size)]
+    publish(lines, file)
     return int(any(each["result"] == "FAILED" for each in found))
 
 
@@ -103,8 +109,11 @@ def rows(size: str, model: Path | None, trl: Path | None, work: Path) -> Iterato
     python, tiny = sys.executable, size == "tiny"
     quick = FEW_STEPS if tiny else []
     yield Row("tests marked gpu", [python, "-m", "pytest", "-q", "-m", "gpu", PROJECT / "tests"])
-    selftest = "from trainers.selftest.run import selftest as s; raise SystemExit(not s([0], {}))"
-    yield Row("selftest, float32", [python, "-c", selftest.format(tiny)])
+    selftest = (
+        "from trainers.selftest.run import selftest as s\nraise SystemExit(not s([0], {}, '{}'))"
+    )
+    for dtype in ("float32", "bfloat16"):
+        yield Row(f"selftest, {dtype}", [python, "-c", selftest.format(tiny, dtype)])
     for dtype in ("float32", "bfloat16"):
         command = [python, "-m", "chatllama.cli", "run", PROJECT / "configs" / "quickstart.yaml"]
         command += [f"run_dir={work / dtype}", f"backbone.dtype={dtype}", "--num-gpus", "1"]
@@ -212,6 +221,41 @@ def last_result(output: str) -> Any:
         return json.loads(found[-1])
     table = [line for line in lines if line.startswith("|")]
     return table or (lines[-1].strip() if lines else "")
+
+
+def rate_rows(found: Sequence[dict[str, Any]], size: str) -> Iterator[str]:
+    """What `chatllama plan` can take its hours from, as code to be pasted."""
+    done = {each["row"]: each["found"] for each in found if each["result"] == "done"}
+    machine, name = CPU, hardware(1).split("; ")[1].partition(",")[0]
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        machine, name = gpu_named(gpu.name, gpu.total_memory), gpu.name
+    for kind, ending in (("float32" if size == "tiny" else "bfloat16", ""), ("nf4", ", nf4")):
+        rows = [f"7B shapes: {stage}{ending}" for stage in ("sft", "reward", "ppo")]
+        if not all(row in done for row in rows):
+            yield f"    # {machine}, {kind}: not measured"
+            continue
+        sft, reward, ppo = (done[row] for row in rows)
+        row = MeasuredRates(
+            date=str(datetime.date.today()),
+            found=name,
+            machine=machine,
+            parameters=ppo["parameters"],
+            dtype=kind,
+            sft=round(sft["tokens/s"], 1),
+            reward=round(reward["tokens/s"], 1),
+            sampling=round(ppo["rollout tokens/s"], 1),
+            scoring=round(ppo["scoring tokens/s"], 1),
+            update=round(ppo["update tokens/s"], 1),
+        )
+        yield f"    {row},"
+
+
+def gpu_named(name: str, memory: float) -> str:
+    """The key of `GPUS` in a GPU's name as CUDA gives it, nearest in memory; else that name."""
+    words = re.sub("[^a-z0-9]", "", name.lower())
+    fitting = [key for key in GPUS if key.partition("-")[0] in words]
+    return min(fitting, key=lambda key: abs(GPUS[key].memory - memory), default=name)
 
 
 def table_line(outcome: dict[str, Any]) -> str:

@@ -30,6 +30,7 @@ from chatllama.model.backbone import weight_bytes
 from chatllama.model.roles import Adapter, RoleModel, sampling_as
 from chatllama.planning.memory import plan_memory
 from chatllama.planning.shape import read_shape
+from chatllama.planning.totals import Work, scoring_passes, stage_work
 from chatllama.runs.folder import Stage
 from chatllama.runtime.distributed import device, is_launched, shut_down
 from data.batches import SharedPromptCollator
@@ -45,7 +46,7 @@ from trainers.sft.train import Trained
 from trainers.sft.train import optimizer_step as sft_step
 from trainers.stages.memory import here, peak_here
 
-EPOCHS, VOCABULARY = 4, 32_000
+EPOCHS = 4
 DEFAULTS = {
     "width": 4096,
     "inner": 11008,
@@ -54,6 +55,8 @@ DEFAULTS = {
     "rows": 32,
     "prompt": 256,
     "new-tokens": 256,
+    "vocabulary": 32_000,
+    "key-heads": 0,
 }
 
 
@@ -86,6 +89,7 @@ def main() -> None:
     shape = read_shape(llama_config(size).to_dict(), "the benchmark's shape")
     plan = plan_memory(cfg, shape, here(), size.stage)
     found |= {"peak GB": peak_here() / 1e9, "planned GB": plan.peak / 1e9, "in": plan.worst}
+    found["parameters"] = shape.parameters
     print(json.dumps(found), flush=True)
     if is_launched():
         shut_down()
@@ -97,9 +101,10 @@ def on_gpu() -> bool:
 
 
 def seconds() -> float:
-    """The time, once all that was asked of the device is done."""
-    if on_gpu():
-        torch.cuda.synchronize()
+    """The time, once all that was asked of the device is done; of the CPU all its threads' time."""
+    if not on_gpu():
+        return time.process_time()
+    torch.cuda.synchronize()
     return time.perf_counter()
 
 
@@ -134,11 +139,12 @@ def config(size: argparse.Namespace, folder: str) -> Config:
 def llama_config(size: argparse.Namespace) -> LlamaConfig:
     """The shape."""
     return LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=size.vocabulary,
         hidden_size=size.width,
         intermediate_size=size.inner,
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
+        num_key_value_heads=size.key_heads or size.heads,
         max_position_embeddings=4096,
         tie_word_embeddings=False,
         eos_token_id=None,
@@ -221,7 +227,7 @@ def speeds(size: argparse.Namespace, spent: float, rows: int, scored: int) -> di
     """Tokens per second, and the share of the matrix rate that the step needs."""
     tokens = rows * (size.prompt + size.new_tokens)
     rate = matrix_rate(size.dtype)
-    share = trunk_flops(size, rows) + 4.0 * VOCABULARY * size.width * scored
+    share = trunk_flops(size, rows) + 4.0 * size.vocabulary * size.width * scored
     return {
         "step s": spent,
         "tokens/s": tokens / spent,
@@ -264,7 +270,7 @@ def measure_ppo(size: argparse.Namespace, cfg: Config) -> dict[str, Any]:
     """Two PPO steps after a first one that warms up; then transformers' `generate`."""
     generator = torch.Generator().manual_seed(0)
     shape = (size.rows, size.prompt)
-    prompts = torch.randint(1000, VOCABULARY, shape, generator=generator).tolist()
+    prompts = torch.randint(1000, size.vocabulary, shape, generator=generator).tolist()
     nobody: Any = PreTrainedTokenizerFast
     trainer = ppo_trainer(cfg, make_llama(size), prompts, Ends(nobody, [], 0))
     spent = time_parts(trainer, seconds)
@@ -275,13 +281,15 @@ def measure_ppo(size: argparse.Namespace, cfg: Config) -> dict[str, Any]:
     spent = {name: each / 2 for name, each in spent.items()}
     model, new = trainer.engine.model.eval(), size.rows * size.new_tokens
     per_token = weight_bytes(model.llama) / bandwidth()
-    head = 4.0 * VOCABULARY * size.width * new
+    head = 4.0 * size.vocabulary * size.width * new
     flops = EPOCHS * (2 * trunk_flops(size, size.rows) + head)
-    rate = matrix_rate(size.dtype)
+    rate, work = matrix_rate(size.dtype), cast(Work, stage_work(cfg, "ppo", None))
     found: dict[str, Any] = {
         "step s": sum(spent.values()),
         **{f"{name} s": each for name, each in spent.items()},
         "rollout tokens/s": new / spent["sampling"],
+        "scoring tokens/s": work.scored * scoring_passes(cfg) / cfg.ppo.steps / spent["scoring"],
+        "update tokens/s": work.trained / cfg.ppo.steps / spent["update"],
         "bandwidth bound tokens/s": size.rows / per_token,
         "update MFU": flops / spent["update"] / rate,
         "TFLOP/s": rate / 1e12,

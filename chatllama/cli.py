@@ -144,6 +144,8 @@ def _selftest_arguments(parser: argparse.ArgumentParser) -> None:
     about = "of the training runs, one each (default: 0 1 2)"
     add("--seeds", type=int, nargs="+", default=seeds, metavar="N", help=about)
     add("--quick", action="store_true", help="leave the training runs out")
+    about = "of the backbone (default: float32, whose limits are thousands of times narrower)"
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help=about)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -258,7 +260,7 @@ def _selftest(arguments: argparse.Namespace) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from trainers.selftest.run import selftest
 
-    if not selftest(arguments.seeds, arguments.quick):
+    if not selftest(arguments.seeds, arguments.quick, arguments.dtype):
         raise SystemExit(FAILED)
 
 

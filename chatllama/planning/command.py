@@ -5,8 +5,9 @@ from typing import cast
 
 from chatllama.config.batch_sizes import check_batches
 from chatllama.config.loader import load_config
-from chatllama.planning.hardware import find_gpu, parse_memory
+from chatllama.planning.hardware import find_gpu, gpu_key, parse_memory
 from chatllama.planning.memory import Place
+from chatllama.planning.rates import CPU
 from chatllama.planning.report import Cluster, Rates, plan_lines, suggestion_lines
 from chatllama.planning.source import find_shape
 from chatllama.runs.folder import STAGES, Stage
@@ -33,7 +34,8 @@ def plan(arguments: argparse.Namespace, probed: dict[Stage, float] | None = None
         memory = gpu.memory
     if arguments.suggest and memory is None:
         raise ValueError("--suggest needs the GPU's memory: give --gpu or --gpu-memory")
-    cluster = Cluster(arguments.nodes, arguments.gpus, gpu, memory)
+    machine = gpu_key(arguments.gpu) if arguments.gpu else CPU if memory is None else None
+    cluster = Cluster(arguments.nodes, arguments.gpus, gpu, memory, machine)
     if arguments.no_launcher and cluster.ranks > 1:
         raise ValueError("--no-launcher: without the launcher there is one rank; omit --gpus")
     cfg = load_config(arguments.config, arguments.overrides)

@@ -48,9 +48,14 @@ def parse_memory(text: str) -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
+def gpu_key(name: str) -> str:
+    """A GPU's name as a key of `GPUS`."""
+    return name.lower().replace(" ", "")
+
+
 def find_gpu(name: str) -> Gpu:
     """The GPU of that name, in any case; ValueError lists the names."""
-    gpu = GPUS.get(name.lower().replace(" ", ""))
+    gpu = GPUS.get(gpu_key(name))
     if gpu is None:
         raise ValueError(f"--gpu {name!r} is not known here; known are {', '.join(GPUS)}")
     return gpu

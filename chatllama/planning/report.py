@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from chatllama.config.schema import Config
 from chatllama.planning.hardware import OVERHEAD, Gpu, gigabytes
 from chatllama.planning.memory import Line, Place, StageMemory, plan_memory
+from chatllama.planning.rates import expected_seconds, nearest_rates
 from chatllama.planning.shape import ModelShape
 from chatllama.planning.totals import batch_lines, bound_seconds, disk_bytes, host_bytes, stage_work
 from chatllama.planning.verdict import Settings, judge, remedies, suggest
@@ -24,6 +25,8 @@ class Cluster:
     """Its data sheet, for bounds of time."""
     memory: float | None = None
     """Bytes of one GPU; None: no verdict."""
+    machine: str | None = None
+    """Of `MeasuredRates`; None: a GPU of which only the memory is known."""
 
     @property
     def ranks(self) -> int:
@@ -120,11 +123,19 @@ def _time_lines(
     if work.sampled:
         text += f", {work.sampled:,} of them sampled; {work.trained:,} through training passes"
     yield text
-    rate = rates.tokens_per_second.get(stage)
+    rate, source = rates.tokens_per_second.get(stage), rates.source
+    row = nearest_rates(cfg, shape.parameters, cluster.machine)
+    if rate is None and row is not None:
+        rate = work.tokens / expected_seconds(row, cfg, shape.parameters, stage, work)
+        rate *= cluster.ranks
+        source = (
+            f"measured {row.date} on {row.found} with {row.parameters / 1e9:.2g}B parameters, "
+            "scaled by their number"
+        )
     if rate is not None:
         costs.append(work.tokens / rate)
         yield (
-            f"  {duration(costs[-1])} at {rate:,.0f} tokens per second ({rates.source})"
+            f"  {duration(costs[-1])} at {rate:,.0f} tokens per second ({source})"
             f"{_price(costs[-1:], cluster, rates)}"
         )
     else:

@@ -71,6 +71,11 @@ def stage_work(cfg: Config, stage: Stage, examples: float | None) -> Work | None
     return Work(steps, sequences * section.max_length)
 
 
+def scoring_passes(cfg: Config) -> int:
+    """Passes of PPO over its rollouts without gradients, at most: one a role."""
+    return sum(role not in ("sft", "ema") for role in stage_roles(cfg, "ppo"))
+
+
 def bound_seconds(
     cfg: Config, shape: ModelShape, stage: Stage, work: Work, gpu: Gpu, ranks: int
 ) -> float:
@@ -83,8 +88,7 @@ def bound_seconds(
     products = 4 + 2 * cfg.backbone.gradient_checkpointing
     products += 2 * (stage == "sft" and cfg.lora is None)
     flops = float(products) * shape.parameters * work.trained
-    passes = sum(role not in ("sft", "ema") for role in stage_roles(cfg, "ppo"))
-    flops += 2.0 * shape.parameters * work.scored * passes
+    flops += 2.0 * shape.parameters * work.scored * scoring_passes(cfg)
     seconds = flops / gpu.flops / ranks
     if work.sampled:
         rows = max(1, min(cfg.generation.batch_size, cfg.ppo.rollout_batch_size // ranks))

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from ppo_runs import ppo_config
 from safetensors.torch import load_file
+from tiny_models import LORA, tiny_llama
 
+from chatllama.model.roles import Adapter, RoleModel
 from chatllama.runs.checkpoints import step_folders
 from chatllama.runs.folder import STAGES, RunFolder
 from trainers.engine.engine import Engine
@@ -15,7 +18,25 @@ from trainers.ppo import model as ppo
 from trainers.reward import model as reward
 from trainers.sft import model as sft
 
-pytestmark = pytest.mark.slow
+BUILDERS = {"sft": sft.build_engine, "reward": reward.build_engine, "ppo": ppo.build_engine}
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [("sft", "lora_A.policy"), ("reward", "heads.reward"), ("ppo", "lora_B.value")],
+)
+def test_a_stage_that_would_train_16_bits_does_not_begin(stage: str, name: str, kind: torch.dtype):
+    roles = {"sft": ("policy",), "reward": ("reward",), "ppo": ("policy", "value")}[stage]
+    heads = tuple(role for role in ("reward", "value") if role in roles)
+    cfg = ppo_config("unused", "unused")
+    adapters = {role: Adapter(LORA, trainable=True) for role in roles}
+    model = RoleModel(tiny_llama(), adapters, heads=heads)
+    BUILDERS[stage](cfg, model)
+    found = next(p for n, p in model.named_parameters() if name in n)
+    found.data = found.data.to(kind)  # as TRL does on a base in 4 or 8 bits
+    with pytest.raises(AssertionError, match="trained parameters must be float32"):
+        BUILDERS[stage](cfg, model)
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +48,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["is_loaded_in_4bit", "is_loaded_in_8bit"])
 def test_two_steps_of_every_stage(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str

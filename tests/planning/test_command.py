@@ -9,13 +9,16 @@ import pytest
 from chatllama import cli
 from chatllama.config.loader import load_config
 from chatllama.config.schema import Config
+from chatllama.planning import rates
 from chatllama.planning.hardware import GB, OVERHEAD, parse_memory
 from chatllama.planning.memory import Place, plan_memory
+from chatllama.planning.rates import MeasuredRates
 from chatllama.planning.shape import ModelShape
 from chatllama.planning.source import find_shape
 from chatllama.planning.totals import disk_bytes, stage_work
 from chatllama.planning.verdict import judge, remedies, suggest, with_settings
 from chatllama.runs.folder import STAGES, Stage
+from chatllama.runtime.command_line import duration
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SEVEN = str(CONFIGS / "llama-7b-24gb.yaml")
@@ -79,6 +82,38 @@ def test_time_and_cost_come_from_a_rate_only(capsys: pytest.CaptureFixture[str])
     text = shown(capsys, *words, "--rate", "sft=6553.6", "--examples", "reward=6400")
     assert "16 min 40 s at 6,554 tokens per second (given), 0.83 at 3 a GPU hour" in text
     assert "100 steps, at most 9,830,400 tokens" in text  # 6,400 pairs, 2 x 768 tokens each
+
+
+def row(machine: str = "h100", size: float = 1.0, dtype: str = "bfloat16") -> MeasuredRates:
+    parameters = round(6_738_415_616 * size)
+    return MeasuredRates(
+        "2026-01-02", "a machine", machine, parameters, dtype, 1000, 2000, 100, 4000, 1500
+    )
+
+
+def test_hours_come_from_what_was_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = [row("b200"), row(dtype="nf4"), row(size=0.4), row(size=4.1), row(rates.CPU)]
+    words = (SEVEN, "sft.steps=10", "ppo.steps=3", "--gpu", "H100")
+    for rows, factor in (([*others, row()], 1.0), ([others[2], others[3]], 2.5)):
+        monkeypatch.setattr(rates, "MEASURED", tuple(rows))
+        text = shown(capsys, *words)
+        # 10 steps x 64 rows x 1,024 tokens at 1,000 a second
+        assert f"{duration(655.36 * factor)} at {1000 / factor:,.0f} tokens per second" in text
+        # 3 x 64 responses of 512 tokens at 100; 4 roles read 1,024 tokens at 4,000, and two trunks
+        # are trained on them 4 times at 1,500
+        seconds = 3 * 64 * (512 / 100 + 4 * 1024 / 4000 + 8 * 1024 / 1500)
+        assert f"{duration(seconds * factor)} at " in text
+        assert "(measured 2026-01-02 on a machine" in text
+    for few in (others[:2], others[3:4], others[4:]):
+        monkeypatch.setattr(rates, "MEASURED", tuple(few))
+        assert "time: not measured on this hardware" in shown(capsys, *words)
+    assert "on a machine" in shown(capsys, *words[:3])  # without a GPU: a CPU
+    assert "on a machine" not in shown(capsys, *words[:3], "--gpu-memory", "24GB")
+    monkeypatch.setattr(rates, "MEASURED", (row(),))
+    given = shown(capsys, *words, "--rate", "sft=65536")
+    assert "10 s at 65,536 tokens per second (given)" in given
 
 
 @pytest.mark.parametrize(

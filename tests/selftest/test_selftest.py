@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from chatllama import cli
 from trainers.selftest import run as selftest_run
 from trainers.selftest.convergence import converge
 from trainers.selftest.exact import DenseRole, Enumeration, Optimum
-from trainers.selftest.gradient_oracle import SETTINGS, Setting
+from trainers.selftest.gradient_oracle import SETTINGS, Outcome, Setting
 from trainers.selftest.run import WORLD_SEED, Check, converged, gradient, identities, selftest
 from trainers.selftest.world import PROMPTS, STOP, World, all_responses, reward
 
@@ -70,6 +71,48 @@ def test_training_reaches_the_best_policy(tmp_path: Path, seed: int):
         # The same distance by two ways: J* - J = beta KL(pi || pi*).
         missing = (run.best - progress.objective) / 0.3
         assert progress.kl_to_best == pytest.approx(missing, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World.make(tmp_path_factory.mktemp("half"), WORLD_SEED, "bfloat16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 4])
+def test_gradients_of_a_bfloat16_backbone(half: World, number: int):
+    check = gradient(half, SETTINGS[number])
+    assert check.passed, check
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 3])
+def test_identities_of_a_bfloat16_backbone(half: World, number: int):
+    check = identities(half, only=number)[0]
+    assert check.passed, check
+
+
+@pytest.mark.parametrize(
+    ("dtype", "worse"),
+    [
+        ("float32", {"policy_error": 2e-5}),
+        ("float32", {"first_log_ratio": 1e-7}),
+        ("bfloat16", {"policy_error": 0.11}),
+        ("bfloat16", {"value_error": 0.11}),
+        ("bfloat16", {"explained_error": 0.02}),
+        ("bfloat16", {"first_log_ratio": 0.11}),
+        ("bfloat16", {"reference_error": 0.13}),
+        ("bfloat16", {}),
+    ],
+)
+def test_limits_are_those_of_the_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any, worse: dict[str, float]
+):
+    noise = {"float32": 1e-6, "bfloat16": 1e-3}[dtype]
+    errors = {"policy_error": noise, "value_error": noise, "explained_error": noise}
+    errors |= {"first_log_ratio": 0.0, "reference_error": noise}
+    monkeypatch.setattr(selftest_run, "check_gradient", lambda *_: Outcome(**(errors | worse)))
+    assert gradient(World(tmp_path, 1, dtype), SETTINGS[0]).passed == (not worse)
 
 
 # --- the truth they are compared with
@@ -173,19 +216,19 @@ def test_the_verdict_is_printed_and_returned(
 
 @pytest.mark.parametrize("passed", [True, False])
 def test_the_command_line(passed: bool, monkeypatch: pytest.MonkeyPatch):
-    asked: list[tuple[list[int], bool]] = []
+    asked: list[tuple[list[int], bool, str]] = []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
 
-    def note(seeds: list[int], quick: bool) -> bool:
-        asked.append((seeds, quick))
+    def note(seeds: list[int], quick: bool, dtype: str) -> bool:
+        asked.append((seeds, quick, dtype))
         return passed
 
     monkeypatch.setattr(selftest_run, "selftest", note)
-    for words in ("selftest", "selftest --seeds 4 5 --quick"):
+    for words in ("selftest", "selftest --seeds 4 5 --quick --dtype bfloat16"):
         if passed:
             assert cli.main(words.split()) == 0
         else:
             with pytest.raises(SystemExit) as caught:
                 cli.main(words.split())
             assert caught.value.code == 1
-    assert asked == [([0, 1, 2], False), ([4, 5], True)]
+    assert asked == [([0, 1, 2], False, "float32"), ([4, 5], True, "bfloat16")]

@@ -98,7 +98,8 @@ class Engine:
     ) -> None:
         trained = [parameter for group in groups for parameter in group.parameters]
         assert {id(p) for p in trained} == {id(p) for p in model.parameters() if p.requires_grad}
-        assert all(parameter.dtype == torch.float32 for parameter in trained)
+        wrong = {p.dtype for p in trained} - {torch.float32}
+        assert not wrong, f"trained parameters must be float32, not {wrong}"
         self.model = model
         merge_products(model)
         self.groups = [(group.name, group.learning_rate) for group in groups]

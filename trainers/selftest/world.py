@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -27,6 +27,8 @@ from chatllama.runs.folder import RunFolder
 from chatllama.text.chat_format import describe_contract
 from trainers.ppo.data import Prompts, StopTokens
 
+Precision = Literal["float32", "bfloat16"]
+"""Of a backbone; adapters and heads are float32."""
 STOP = 0
 WORDS = ("ash", "bay", "cod", "dew", "elm")
 PROMPTS = ((1,), (2, 3), (5, 4, 1), (3, 5, 2, 4))
@@ -55,11 +57,13 @@ class World:
 
     root: Path
     seed: int
+    dtype: Precision = "float32"
+    """Of the backbone, whose weights are numbers of that type in the float64 truth too."""
 
     @classmethod
-    def make(cls, root: Path, seed: int) -> "World":
+    def make(cls, root: Path, seed: int, dtype: Precision = "float32") -> "World":
         """Writes the base and the adapters of SFT and of the reward model below `root`."""
-        world = cls(root, seed)
+        world = cls(root, seed, dtype)
         world.llama.save_pretrained(root / "base")
         cfg, run = world.config(), world.run
         with torch.random.fork_rng():
@@ -102,6 +106,8 @@ class World:
                     tie_word_embeddings=False,
                 )
             )
+        for parameter in llama.parameters():
+            parameter.data = parameter.data.to(getattr(torch, self.dtype)).float()
         return llama.requires_grad_(False).eval()
 
     @cached_property
@@ -154,7 +160,7 @@ class World:
             {
                 "run_dir": str(self.root / "run"),
                 "seed": self.seed,
-                "backbone": {"path": str(self.root / "base"), "dtype": "float32"},
+                "backbone": {"path": str(self.root / "base"), "dtype": self.dtype},
                 "chat": {"template": "alpaca"},
                 "lora": LORA.model_dump(),
                 "generation": {
