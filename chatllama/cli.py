@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from chatllama import __version__
+from chatllama.evaluation.cli import SuiteOptions, add_eval_arguments
 from chatllama.exporting.cli import ExportOptions, add_export_arguments
-from chatllama.inference.cli import add_chat_arguments, add_eval_arguments, add_generate_arguments
+from chatllama.inference.cli import add_chat_arguments, add_generate_arguments
 from chatllama.inference.options import TRUST, ChatOptions, GenerateOptions
 from chatllama.planning.cli import add_plan_arguments
 from chatllama.runtime.command_line import (
@@ -232,12 +233,26 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
+    from chatllama.evaluation.command import evaluate_suite
+    from chatllama.runtime.declared_options import check_limits
+
+    options = options_from(SuiteOptions, arguments)
+    check_limits(options)
+    if (options.suite is None) == (arguments.translation is None):
+        raise ValueError("give --suite or --translation, and not both")
+    if options.suite is not None:
+        evaluate_suite(arguments.run, options)
+    else:
+        _eval_translation(arguments)
+
+
+def _eval_translation(arguments: argparse.Namespace) -> None:
     from chatllama.config.sources import language_codes
-    from chatllama.inference.translation import Translations, evaluate_translation
+    from chatllama.evaluation.translation import Translations, evaluate_translation
     from data.cli import read_requests
 
-    if arguments.limit is not None and arguments.limit < 1:
-        raise ValueError(f"--limit {arguments.limit}: must be at least 1")
+    if arguments.languages is None:
+        raise ValueError("--translation needs --languages FROM TO")
     requests = read_requests(arguments.translation, arguments.languages)[: arguments.limit]
     name = Path(arguments.translation).name
     translations = Translations(name, requests, *language_codes(arguments.languages))
@@ -297,7 +312,7 @@ COMMANDS = {
         ("chat", _chat, add_chat_arguments, "talk to the model of a run in the terminal"),
         ("generate", _generate, add_generate_arguments, "answer many prompts, into a file or here"),
         ("serve", _serve, add_serve_arguments, "an OpenAI-compatible API and a comparison page"),
-        ("eval", _eval, add_eval_arguments, "score a run's translations with sacrebleu"),
+        ("eval", _eval, add_eval_arguments, "benchmarks and translations, scored"),
         ("export", _export, add_export_arguments, "adapter, merged or reward model, GGUF files"),
         (
             "import",

@@ -1,19 +1,10 @@
-"""The arguments of `chatllama generate`, `chat` and `eval`. Imports nothing heavy."""
+"""The arguments of `chatllama generate` and `chat`. Imports nothing heavy."""
 
 import argparse
 from pathlib import Path
 
 from chatllama.inference.options import OPENED, ChatOptions, GenerateOptions
 from chatllama.runtime.declared_options import add_options
-
-EVAL_OPTIONS = (
-    "role",
-    "max_new_tokens",
-    "batch_size",
-    "dtype",
-    "quantization",
-    "trust_remote_code",
-)
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,22 +18,6 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, metavar="F.jsonl", help="write here; an interrupted run is continued")
     parser.set_defaults(rest="prompts")
     parser.epilog = "Sampling settings that are left out are those of the run's `generation`."
-
-
-def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares what can be typed."""
-    add = parser.add_argument
-    add("run", metavar="RUN", type=Path, help="run folder")
-    about = (
-        "pairs in any format, or two aligned files without their endings (news for news.de and "
-        "news.en)"
-    )
-    add("--translation", required=True, metavar="FILE", help=about)
-    about = "language codes, such as de en"
-    add("--languages", nargs=2, required=True, metavar=("FROM", "TO"), help=about)
-    add_options(parser, GenerateOptions, EVAL_OPTIONS)
-    add("--limit", type=int, metavar="N", help="the first N sentences only")
-    parser.epilog = "Answers and scores go to RUN/translation; what was interrupted is continued."
 
 
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:

@@ -54,10 +54,7 @@ def duration(seconds: float) -> str:
 
 
 def add_command(
-    commands: "argparse._SubParsersAction[Any]",
-    name: str,
-    command: Command,
-    help: str,
+    commands: "argparse._SubParsersAction[Any]", name: str, command: Command, help: str
 ) -> argparse.ArgumentParser:
     """The parser of one subcommand, with --debug."""
     parser = commands.add_parser(name, help=help, description=help)

@@ -1,0 +1,54 @@
+"""The arguments of `chatllama eval`. Imports nothing heavy."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from chatllama.inference.options import GenerateOptions, GenerationRole, WeightsOptions
+from chatllama.runtime.declared_options import Limit, add_options, at_least, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteOptions(WeightsOptions):
+    """What `--suite` takes."""
+
+    suite: str | None = option(
+        None,
+        "benchmark by lm-eval (extra: eval): mmlu, commonsense, hellaswag, ifeval, or names of its "
+        "tasks, separated by commas",
+        metavar="NAME",
+    )
+    role: GenerationRole | None = option(
+        None, "who is measured (default: base, sft and policy; of translations the newest)"
+    )
+    shots: int | None = option(
+        None, "examples before each question (default: the suite's)", limit=at_least(0)
+    )
+    limit: int | None = option(
+        None, "the first N items of each task, or sentences, only", limit=at_least(1)
+    )
+    data: Path | None = option(
+        None,
+        "folder of the tasks' records (default: from the hub)",
+        limit=Limit("there is no such folder", Path.is_dir),
+        metavar="FOLDER",
+    )
+    batch_size: int | None = option(None, "rows at a time", limit=at_least(1))
+
+
+def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares what can be typed."""
+    add = parser.add_argument
+    add("run", metavar="RUN", type=Path, help="run folder")
+    add_options(parser, SuiteOptions)
+    about = (
+        "translate pairs in any format, or two aligned files without their endings (news for "
+        "news.de and news.en), and score with sacrebleu"
+    )
+    add("--translation", metavar="FILE", help=about)
+    about = "language codes of the translation, such as de en"
+    add("--languages", nargs=2, metavar=("FROM", "TO"), help=about)
+    add_options(parser, GenerateOptions, ("max_new_tokens",))
+    parser.epilog = (
+        "Results go to RUN/benchmarks or RUN/translation; what was interrupted is continued."
+    )
