@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from chatllama import __version__
-from chatllama.evaluation.cli import SuiteOptions, add_eval_arguments
 from chatllama.exporting.cli import ExportOptions, add_export_arguments
 from chatllama.inference.cli import add_chat_arguments, add_generate_arguments
+from chatllama.inference.evaluation.cli import SuiteOptions, add_eval_arguments
 from chatllama.inference.options import TRUST, ChatOptions, GenerateOptions
 from chatllama.planning.cli import add_plan_arguments
 from chatllama.runtime.command_line import (
@@ -233,7 +233,7 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from chatllama.evaluation.command import evaluate_suite
+    from chatllama.inference.evaluation.command import evaluate_suite
     from chatllama.runtime.declared_options import check_limits
 
     options = options_from(SuiteOptions, arguments)
@@ -248,7 +248,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 def _eval_translation(arguments: argparse.Namespace) -> None:
     from chatllama.config.sources import language_codes
-    from chatllama.evaluation.translation import Translations, evaluate_translation
+    from chatllama.inference.evaluation.translation import Translations, evaluate_translation
     from data.cli import read_requests
 
     if arguments.languages is None:

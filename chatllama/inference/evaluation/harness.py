@@ -16,9 +16,9 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from chatllama.evaluation.suites import SUITES, local_records
 from chatllama.generation.sampling import Sampling
 from chatllama.inference.answerer import Answerer
+from chatllama.inference.evaluation.suites import SUITES, local_records
 from chatllama.model.roles import sampling_as
 from chatllama.text.chat_format import Message
 

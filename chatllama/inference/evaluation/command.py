@@ -8,9 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from chatllama.config.loader import load_config
 from chatllama.config.schema import Config, with_weights
-from chatllama.evaluation.cli import SuiteOptions
+from chatllama.inference.evaluation.cli import SuiteOptions
+from chatllama.inference.folders import find_model, is_run
 from chatllama.inference.options import ADAPTER_WEIGHTS, GenerationRole, find_role
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.command_line import tell
@@ -25,8 +25,10 @@ COUNTS = ("items", "truncated")
 ROLES: tuple[GenerationRole, ...] = ("base", "sft", "policy")
 
 
-def evaluate_suite(run_dir: Path, options: SuiteOptions) -> dict[str, Results]:
+def evaluate_suite(place: str | Path, options: SuiteOptions) -> dict[str, Results]:
     """Measures the roles, prints the table and writes RUN/benchmarks/SUITE/ROLE.json.
+
+    Of a plain model or an adapter alone they go to runs/NAME/benchmarks.
 
     A task that is there already, measured under the same settings, is not measured again.
 
@@ -39,18 +41,17 @@ def evaluate_suite(run_dir: Path, options: SuiteOptions) -> dict[str, Results]:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's own bars, one for each task
     try:
-        from chatllama.evaluation import harness
+        from chatllama.inference.evaluation import harness
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
         raise ValueError("--suite needs lm-eval: pip install 'chatllama[eval]'") from error
-    from chatllama.evaluation.suites import find_suite, local_records
     from chatllama.inference.answerer import Answerer
+    from chatllama.inference.evaluation.suites import find_suite, local_records
     from chatllama.inference.load import load_run
 
     assert options.suite is not None
-    run = RunFolder(run_dir)
-    cfg = load_config(run.existing_config())
+    run, cfg = find_model(place)
     cfg = with_weights(cfg, options.dtype, options.quantization)
     suite = find_suite(options.suite, options.shots)
     adapters = dict(find_role(run, cfg, role) for role in _roles(run, cfg, options.role))
@@ -59,7 +60,8 @@ def evaluate_suite(run_dir: Path, options: SuiteOptions) -> dict[str, Results]:
     if options.data is not None:
         for task in tasks:  # all of them, before anything heavy
             local_records(task, options.data)
-    folder = run.root / "benchmarks" / options.suite.replace(",", "+")
+    root = run.root if is_run(run) else Path("runs") / run.root.name
+    folder = root / "benchmarks" / options.suite.replace(",", "+")
     answerers: dict[GenerationRole, Answerer] = {}
     found: dict[str, Results] = {}
     for role, adapter in adapters.items():

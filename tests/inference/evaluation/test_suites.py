@@ -8,8 +8,8 @@ import pytest
 from generation_runs import make_run
 
 from chatllama import cli
-from chatllama.evaluation.command import pooled
-from chatllama.evaluation.suites import SUITES, find_suite, local_records
+from chatllama.inference.evaluation.command import pooled
+from chatllama.inference.evaluation.suites import SUITES, find_suite, local_records
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.jsonl import append_lines
 
@@ -74,7 +74,7 @@ def reference(run: RunFolder, role: str, task: str, records: Any, shots: int) ->
     """What lm-eval's own `hf` model, on files alone, finds."""
     from lm_eval.evaluator import simple_evaluate
 
-    from chatllama.evaluation.harness import task_manager
+    from chatllama.inference.evaluation.harness import task_manager
 
     folders = {"sft": run.sft_adapter, "policy": run.policy_adapter}
     adapter: dict[str, Any] = {"peft": str(folders[role])} if role in folders else {}

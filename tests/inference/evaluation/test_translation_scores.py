@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from chatllama import cli
-from chatllama.evaluation.translation import translation_scores
+from chatllama.inference.evaluation.translation import translation_scores
 from chatllama.inference.prompt_files import Prompt
 from data.cli import read_requests
 from data.reading.translation import TEMPLATES, request

@@ -39,7 +39,7 @@ class SuiteOptions(WeightsOptions):
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what can be typed."""
     add = parser.add_argument
-    add("run", metavar="RUN", type=Path, help="run folder")
+    add("run", metavar="RUN", type=Path, help="run folder, model, hub id or adapter")
     add_options(parser, SuiteOptions)
     about = (
         "translate pairs in any format, or two aligned files without their endings (news for "
