@@ -93,7 +93,8 @@ def run(name: str, half: Half, seed: int) -> dict[str, Any]:
             fault.before_step(trainer, state.step + 1)
             asked = trainer._prompts(state.step)
             state, _, texts, metrics = trainer.advance(state)
-            steps.append({key: metrics[key] for key in NEEDED & metrics.keys()})
+            kept = NEEDED | {key for key, value in metrics.items() if not math.isfinite(value)}
+            steps.append({key: metrics[key] for key in kept & metrics.keys()})
             times = len(texts) // len(asked)
             given = [record["text"] for record in asked for _ in range(times)]
             values = [gold(*pair) for pair in zip(given, texts, strict=True)]

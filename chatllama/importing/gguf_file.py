@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chatllama.runtime.json_files import refuse_pointer
+
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
@@ -71,6 +73,7 @@ class GgufFile:
         try:
             self._read_header()
         except _Damaged as error:
+            refuse_pointer(path)
             raise ValueError(f"{path}: {error}") from None
         if (parts := self.number("split.count", 1)) > 1:
             raise ValueError(

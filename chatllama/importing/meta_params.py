@@ -14,6 +14,7 @@ from chatllama.importing.reference import (
     llama3_divisor,
     rope_speeds,
 )
+from chatllama.runtime.json_files import refuse_pointer
 
 IGNORED = "max_batch_size"
 """Key of the training job, not of the model."""
@@ -96,6 +97,7 @@ def read_params(file: Path) -> MetaParams:
     """The parameters in params.json; ValueError names the file and the key that is wrong."""
     if not file.is_file():
         raise ValueError(f"{file.parent}: no {file.name}; is this a folder of Meta's checkpoint?")
+    refuse_pointer(file)
     try:
         values: Any = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

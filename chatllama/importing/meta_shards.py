@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from chatllama.importing.meta_params import MetaParams
+from chatllama.runtime.json_files import refuse_pointer
 
 MAX_SHARDS = 16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -181,6 +182,7 @@ def shard_files(folder: Path) -> list[Path]:
 
 def _open(file: Path) -> dict[str, Tensor]:
     """Name -> tensor, memory-mapped; no code of the file is run."""
+    refuse_pointer(file)
     try:
         content: Any = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:

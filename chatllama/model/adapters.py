@@ -23,7 +23,7 @@ from chatllama.config.model import LoraSection
 from chatllama.model.integrity import check_adapter
 from chatllama.runs.folder import INFO
 from chatllama.runtime.files import replace_folder, write_json
-from chatllama.runtime.json_files import MORE_KEYS, read_json
+from chatllama.runtime.json_files import MORE_KEYS, read_json, refuse_pointer
 
 WEIGHTS = "adapter_model.safetensors"
 HEAD_PREFIX = "base_model.model.score."
@@ -191,6 +191,7 @@ def load_adapter(folder: Path) -> SavedAdapter:
         raise ValueError(f"{config_file}: {error}") from None
     except ValidationError as error:  # of LoraSection
         raise ValueError(f"{config_file}: {error.errors()[0]['msg']}") from error
+    refuse_pointer(folder / WEIGHTS)
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from chatllama.runtime.json_files import read_json
+from chatllama.runtime.json_files import read_json, refuse_pointer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_HEADER_BYTES = 100_000_000
@@ -64,6 +64,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(MOST_HEADER_BYTES, found.st_size - 8):
+            refuse_pointer(path)
             raise ValueError(f"{path} is damaged: no safetensors header")
         content = file.read(length)
     try:

@@ -17,6 +17,7 @@ MORE_KEYS: Any = {"extra": "allow"}
 """`__pydantic_config__` of a TypedDict that keeps keys which it does not name."""
 MOST_BYTES = 64 * 2**20
 """Of a JSON file; the largest of a model, its tokenizer's, have about half of that."""
+_POINTER = b"version https://git-lfs"
 _SHOWN = 60
 """Characters of a wrong value in a message."""
 
@@ -41,6 +42,13 @@ def read_json(path: Path, shape: Any = dict[str, Any]) -> Any:
         raise ValueError(f"{path} is damaged: {_first_problem(error)}") from None
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raises ValueError for a file that git-lfs has left in the place of the real one."""
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise ValueError(f"{path}: a git-lfs pointer, not the file itself: run git lfs pull")
+
+
 def read_regular(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
     """The content of a regular file; ValueError for another kind of file or a larger one."""
     try:
@@ -49,6 +57,7 @@ def read_regular(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
             raise ValueError(f"{path} is not a regular file")
         if found.st_size > most_bytes:
             raise ValueError(f"{path} has {found.st_size} bytes; at most {most_bytes} are read")
+        refuse_pointer(path)
         return path.read_bytes()
     except FileNotFoundError:
         raise

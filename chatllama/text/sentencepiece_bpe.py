@@ -13,6 +13,8 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
+from chatllama.runtime.json_files import refuse_pointer
+
 SPACE = "▁"
 LONGEST_PIECE = 1000
 """Characters; sentencepiece trains pieces of 16 unless told otherwise."""
@@ -32,6 +34,7 @@ TEXTS = (
 
 def read_model(path: Path) -> Any | None:
     """The parsed SentencePiece model, or None where the file is in another format (tiktoken)."""
+    refuse_pointer(path)
     model = sp_model.ModelProto()
     try:
         model.ParseFromString(path.read_bytes())

@@ -12,7 +12,7 @@ from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
 from chatllama.config.model import CODE_NOT_RUN, BackboneSection
-from chatllama.runtime.json_files import MORE_KEYS, read_json, read_regular
+from chatllama.runtime.json_files import MORE_KEYS, read_json, read_regular, refuse_pointer
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 MOST_TEMPLATE_BYTES = 2**20
@@ -145,6 +145,8 @@ def read_by_library(place: Path) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
+        if place.is_file():
+            refuse_pointer(place)
         text = " ".join(str(error).split()) or repr(error)
         if isinstance(error, ValueError) and text.startswith(str(folder)):
             raise

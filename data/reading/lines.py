@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow
 
+from chatllama.runtime.json_files import refuse_pointer
 from data.reading.formats import RecordError, shorten
 from data.reading.json_arrays import Line
 
@@ -22,7 +23,6 @@ DAMAGES = (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException
 MAX_BYTES = 1 << 40
 """Unpacked size of a file; more is taken for a mistake or an attack."""
 MAX_LINE_BYTES = 1 << 30
-_LFS = b"version https://git-lfs"
 
 
 def check_file(path: Path, name: str) -> None:
@@ -31,9 +31,10 @@ def check_file(path: Path, name: str) -> None:
         raise RecordError(f"{name}: not a regular file")
     if path.stat().st_size > MAX_BYTES:
         raise RecordError(f"{name}: over {MAX_BYTES:,} bytes, the most that is read of a file")
-    with path.open("rb") as stream:
-        if stream.read(len(_LFS)) == _LFS:
-            raise RecordError(f"{name}: a git-lfs pointer, not the file itself: run git lfs pull")
+    try:
+        refuse_pointer(path)
+    except ValueError as error:
+        raise RecordError(str(error).replace(str(path), name, 1)) from None
 
 
 def check_unpacked(size: int, name: str) -> None:

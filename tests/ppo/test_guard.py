@@ -276,3 +276,26 @@ def test_the_guard_saves_at_its_rhythm_and_after_no_rollback(
     assert (back.step, back.rollbacks) == (2, 1)
     assert logged_steps(run) == [1, 2, 3]
     assert "ratio_explosion at step 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("eval_every", [0, 1, 2])
+def test_an_update_that_breaks_the_weights_is_named_also_where_an_evaluation_is_due(
+    tiny: TinyRun, tmp_path: Path, eval_every: int, monkeypatch: pytest.MonkeyPatch
+):
+    """The evaluation would sample from the broken weights and end the stage by its own error."""
+    trainer = faulty(tiny, tmp_path, [], eval_every=eval_every, health={"action": "warn"})
+    update = trainer._update
+
+    def broken(*given: Any) -> dict[str, float]:
+        metrics = update(*given)
+        if given[2].step == 1:
+            adapter_parameters(trainer.engine.model, "policy")[-1].data.fill_(math.nan)
+            metrics["ppo/policy_loss"] = math.nan
+        return metrics
+
+    monkeypatch.setattr(trainer, "_update", broken)
+    with pytest.raises(ValueError, match="stopped after step 2 by the health monitor"):
+        trainer.train(resume=False)
+    (line,) = read_lines(tmp_path / "ppo" / "health.jsonl")
+    assert (line["name"], line["step"]) == ("not_finite", 2)
+    assert (tmp_path / "ppo" / "bad_batch-step-2.pt").is_file()

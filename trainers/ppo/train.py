@@ -4,6 +4,7 @@ The arithmetic is in `ppo_math.py`, sampling and scoring in `rollout.py`, scores
 the optimizer steps in `update.py`, models and exports in `model.py`.
 """
 
+import math
 import sys
 import time
 from contextlib import closing, nullcontext
@@ -152,7 +153,8 @@ class PpoTrainer:
         step = state.step + 1
         if section.reference_refresh_every and step % section.reference_refresh_every == 0:
             self._copy_policy("reference", decay=0.0)
-        if section.eval_every and step % section.eval_every == 0:
+        broken = not all(map(math.isfinite, metrics.values()))  # the guard names it
+        if section.eval_every and step % section.eval_every == 0 and not broken:
             metrics |= measure_policy(self.cfg, self.collector, self.prompts)
         state = replace(state, step=step, kl_coef=_next_kl_coef(section, state, metrics))
         return state, rollout, texts, metrics
