@@ -16,14 +16,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg, run = arguments.config, arguments.run
 
     # Heavy imports come after the command line: `--help` and config errors answer at once.
-    from trainers.stages import stage
+    from trainers.stages import given, stage
 
     if stage.has_finished(cfg, run, "reward", arguments.resume):
         return
+    if cfg.reward.adapter is not None:
+        return given.take_over(cfg, run, "reward", arguments.lock)
     from trainers.reward import data, train
     from trainers.reward.diagnosis import model_report
 
-    run.read_result("sft")
     stage.join(cfg, run, "reward", arguments.lock)
     tokenizer = stage.open_stage(cfg, run, "reward")
 

@@ -17,10 +17,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg, run = arguments.config, arguments.run
 
     # Heavy imports come after the command line: `--help` and config errors answer at once.
-    from trainers.stages import stage
+    from trainers.stages import given, stage
 
     if stage.has_finished(cfg, run, "sft", arguments.resume):
         return
+    if cfg.sft.adapter is not None:
+        return given.take_over(cfg, run, "sft", arguments.lock)
     from trainers.sft import data, model, pretrain, train
 
     stage.join(cfg, run, "sft", arguments.lock)

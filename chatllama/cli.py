@@ -15,6 +15,7 @@ from chatllama.inference.cli import add_chat_arguments, add_generate_arguments
 from chatllama.inference.evaluation.cli import SuiteOptions, add_eval_arguments
 from chatllama.inference.options import TRUST, ChatOptions, GenerateOptions
 from chatllama.planning.cli import add_plan_arguments
+from chatllama.runs.folder import STAGES, Stage
 from chatllama.runtime.command_line import (
     Command,
     Parser,
@@ -101,6 +102,8 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help=about)
     about = "do this stage and the later ones again; their results and checkpoints are removed"
     add("--from", dest="redo_from", choices=("sft", "reward", "ppo"), help=about)
+    about = "run these stages alone, as in --only sft,ppo (default: all that the config has)"
+    add("--only", type=_stages, metavar="STAGES", default=STAGES, help=about)
     about = "processes on this machine (default: all GPUs; without one, up to 2 on the CPU)"
     add("--num-gpus", type=int, metavar="N", help=about)
     add("--hostfile", type=Path, metavar="FILE", help="machines, `name slots=N` a line")
@@ -111,6 +114,15 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--node-rank", type=int, metavar="R", help=about)
     add("--master-addr", metavar="HOST", help="the hostfile's first machine")
+
+
+def _stages(text: str) -> tuple[Stage, ...]:
+    """The stages of a list with commas, in order."""
+    names = [name.strip() for name in text.split(",")]
+    if wrong := [name for name in names if name not in STAGES]:
+        known = ", ".join(STAGES)
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is no stage; known: {known}")
+    return tuple(stage for stage in STAGES if stage in names)
 
 
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,6 +174,7 @@ def _run(arguments: argparse.Namespace) -> None:
             launch=launch,
             resume=arguments.resume,
             redo_from=arguments.redo_from,
+            only=arguments.only,
         )
     except StageFailed as error:
         tell(f"chatllama: {error}")

@@ -26,6 +26,8 @@ VOCABULARY = 300
 PAD = 0
 STOPS = [2, *range(3, 70)]
 """Ids that end a response in most tests: some responses end by themselves, some do not."""
+DATA = {"data": [{"path": "read_before.jsonl"}]}
+"""Of stages whose results the builders write: the run has them, and nothing is read."""
 REWARD_RESULT = {"accuracy": 0.8, "accuracy_low": 0.7, "accuracy_high": 0.9, "num_eval_pairs": 100}
 
 
@@ -48,10 +50,13 @@ def ppo_config(base: str, run_dir: Path | str, **changes: Any) -> Config:
         "backbone": {"path": base, "dtype": "float32"},
         "chat": {"template": "alpaca"},
         "lora": LORA.model_dump(),
+        "sft": DATA,
+        "reward": DATA,
         "tracking": {"report_to": [], "sample_every": 0},
         "generation": {"max_new_tokens": 6, "batch_size": 16},
         "evaluation": {"num_prompts": 4},
         "ppo": {
+            **DATA,
             "steps": 2,
             "rollout_batch_size": 8,
             "minibatch_size": 4,
@@ -94,6 +99,7 @@ def make_run(cfg: Config, members: int = 1, form: str = "llama") -> RunFolder:
         head = dict(model.heads[role].named_parameters())
         state = adapter_state(model, role)
         save_adapter(folder, state, REWARD_LORA, {**info, "stage": "reward"}, head)
+    write_json(run.result("sft"), {"loss": 1.0})
     write_json(run.result("reward"), {**REWARD_RESULT, "ensemble": members})
     return run
 
@@ -190,3 +196,8 @@ def weights(model: RoleModel) -> dict[str, torch.Tensor]:
 def count_words(prompt: str, response: str) -> float:
     """A reward function: 10 for each word of the prompt, 1 for each character of the response."""
     return 10.0 * len(prompt.split()) + len(response)
+
+
+def letter_sum(prompt: str, response: str) -> float:
+    """A reward function that tells almost all answers apart: the sum of the letters, modulo 17."""
+    return float(sum(map(ord, response)) % 17)

@@ -10,6 +10,7 @@ from chatllama import cli
 from chatllama.inference import chat
 from chatllama.inference.options import ChatOptions
 from chatllama.reporting import page
+from chatllama.runs.folder import STAGES
 from trainers.stages import pipeline
 from trainers.stages.launcher import Launch
 from trainers.stages.pipeline import StageFailed
@@ -32,7 +33,8 @@ def test_run_takes_overrides_before_and_after_options(calls: list) -> None:
     assert cli.main(words.split()) == 0
     (((config, overrides), options),) = calls
     assert (config, overrides) == ("a.yaml", ["seed=1", "ppo.steps=3", "sft.steps=4"])
-    assert options == {"launch": Launch(num_gpus=2), "resume": True, "redo_from": "reward"}
+    expected = {"launch": Launch(num_gpus=2), "resume": True, "redo_from": "reward"}
+    assert options == {**expected, "only": STAGES}
 
 
 def test_chat_passes_its_settings(calls: list) -> None:

@@ -92,12 +92,12 @@ def ppo_lr_factors(section: PpoSection, done: int) -> dict[str, float]:
 
 
 def check_batches(cfg: Config, world_size: int) -> None:
-    """Raises ConfigError, with the problems of all stages, if a batch does not divide evenly."""
-    sections = {
+    """Raises ConfigError, with the problems of all trained stages, if a batch does not divide."""
+    sections: dict[str, OptimizerSection | FromScratch | PpoSection | None] = {
         "backbone.from_scratch": cfg.backbone.from_scratch,
-        "sft": cfg.sft,
-        "reward": cfg.reward,
-        "ppo": cfg.ppo,
+        "sft": cfg.sft if cfg.sft.data else None,
+        "reward": cfg.reward if cfg.reward.data else None,
+        "ppo": cfg.ppo if cfg.ppo.data else None,
     }
     problems: list[str] = []
     for name, section in sections.items():

@@ -6,7 +6,7 @@ overrides are in `loader.py`; numbers derived from the keys are in `batch_sizes.
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from chatllama.config.base import (
     FilePath,
@@ -20,7 +20,9 @@ from chatllama.config.generation import GenerationSection
 from chatllama.config.limits import MOST_SEED
 from chatllama.config.model import BackboneSection, ChatSection, LoraSection
 from chatllama.config.ppo import PpoSection
-from chatllama.config.stages import RewardSection, SftSection
+from chatllama.config.stages import RewardSection, SftSection, StageSection
+
+StageName = Literal["sft", "reward", "ppo"]
 
 
 class DeepSpeedSection(Section):
@@ -134,9 +136,10 @@ class Config(Section):
     deepspeed: DeepSpeedSection = DeepSpeedSection()
     """ZeRO settings."""
     sft: SftSection = SftSection()
-    """Stage 1."""
+    """Stage 1. A stage without data or adapter is left out; `sft: null` leaves out one that
+    `extends` brings. Without SFT the later stages start from the backbone itself."""
     reward: RewardSection = RewardSection()
-    """Stage 2."""
+    """Stage 2. Only needed where a term of ppo.rewards is `adapter: run`."""
     ppo: PpoSection = PpoSection()
     """Stage 3."""
     generation: GenerationSection = GenerationSection()
@@ -145,6 +148,11 @@ class Config(Section):
     """The final evaluation."""
     tracking: TrackingSection = TrackingSection()
     """Progress display, metrics and samples."""
+
+    @field_validator("sft", "reward", "ppo", mode="before")
+    @classmethod
+    def _left_out(cls, section: object) -> object:
+        return {} if section is None else section
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "Config":
@@ -174,6 +182,32 @@ class Config(Section):
         if self.generation.compile is True and self.against_compiling is not None:
             raise ValueError(f"generation.compile: {self.against_compiling}")
         return self
+
+    @property
+    def trained_stages(self) -> tuple[StageName, ...]:
+        """The stages that have data, in order."""
+        sections: dict[StageName, StageSection] = {
+            "sft": self.sft,
+            "reward": self.reward,
+            "ppo": self.ppo,
+        }
+        return tuple(stage for stage, section in sections.items() if section.data)
+
+    @property
+    def stages(self) -> tuple[StageName, ...]:
+        """The stages that the run has, trained or given as an adapter; others are left out."""
+        given: dict[StageName, str | None] = {
+            "sft": self.sft.adapter,
+            "reward": self.reward.adapter,
+            "ppo": None,
+        }
+        trained = self.trained_stages
+        return tuple(stage for stage in given if stage in trained or given[stage] is not None)
+
+    @property
+    def starts_from_sft(self) -> bool:
+        """Whether later stages start from SFT's adapter; else from a base without adapter."""
+        return self.lora is not None and "sft" in self.stages
 
     @property
     def against_compiling(self) -> str | None:

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from chatllama.config.base import (
     Betas,
+    FilePath,
     Fraction,
     NonNegative,
     NonNegativeFloat,
@@ -90,7 +91,21 @@ class OptimizerSection(StageSection):
         return self
 
 
-class SftSection(OptimizerSection):
+class GivenSection(OptimizerSection):
+    """A stage in whose place a finished adapter may stand."""
+
+    adapter: FilePath | None = None
+    """Folder of a finished adapter, of another run or of plain PEFT, that takes the place of
+    training: give this or `data`. It must fit backbone and chat template."""
+
+    @model_validator(mode="after")
+    def _check_either(self) -> "GivenSection":
+        if self.adapter is not None and self.data:
+            raise ValueError("give data, to train an adapter, or adapter, to use a finished one")
+        return self
+
+
+class SftSection(GivenSection):
     """Supervised instruction tuning (LLaMA-I)."""
 
     max_length: Positive = 2048
@@ -100,7 +115,7 @@ class SftSection(OptimizerSection):
     step's rows then go from short to long, so that microbatches need little padding."""
 
 
-class RewardSection(OptimizerSection):
+class RewardSection(GivenSection):
     """The reward model: pairwise Bradley-Terry loss on the scalar head.
 
     An example is a prompt with its ranked answers: two for a pair, or K for a list, which trains
@@ -123,3 +138,9 @@ class RewardSection(OptimizerSection):
     """Reward models trained one after another, each with its own seed and data order."""
     allow_weak: bool = False
     """Let PPO start on a reward model that is not significantly better than chance."""
+
+    @model_validator(mode="after")
+    def _check_one(self) -> "RewardSection":
+        if self.adapter is not None and self.ensemble > 1:
+            raise ValueError("adapter is one reward model: leave ensemble at 1")
+        return self

@@ -211,5 +211,5 @@ def _numbers(answer: "Compared") -> str:
     if answer.score is not None:
         parts.append(f"score {answer.score:+.2f}")
     if answer.kl is not None:
-        parts.append(f"KL to sft {answer.kl:.2f} nats/token")
+        parts.append(f"KL to {answer.start} {answer.kl:.2f} nats/token")
     return ", ".join(parts)

@@ -29,7 +29,9 @@ class Compared:
     score: float | None
     """Of the reward model, where the run has one."""
     kl: float | None
-    """To the SFT model, nats per token of this answer; None for the SFT model itself."""
+    """To the role `start`, nats per token of this answer; None for that role itself."""
+    start: GenerationRole = "sft"
+    """What PPO starts from: SFT's model, or without one the base."""
 
 
 ACTING: dict[GenerationRole, Role] = {
@@ -99,13 +101,14 @@ class ChatModel:
         kept = self._fitting(messages)
         prompt = self._render(kept)
         uniforms = torch.rand(1, self.sampling.max_new_tokens, generator=self.generator)
+        start = "sft" if "sft" in self.roles else "base"
         for role in self.roles:
             answerer = Answerer(self.loaded, ACTING[role])
             (answer,) = answerer.answer([kept], uniforms, self.sampling, self._stops, 1, False)
             kl = None
-            if role != "sft" and "sft" in self.roles:
-                kl = mean_kl(self.model, ACTING[role], "reference", prompt, answer.ids)
-            yield Compared(role, answer.text, len(answer.ids), answer.score, kl)
+            if role != start:
+                kl = mean_kl(self.model, ACTING[role], ACTING[start], prompt, answer.ids)
+            yield Compared(role, answer.text, len(answer.ids), answer.score, kl, start)
 
     def _render(self, messages: Sequence[Message]) -> list[int]:
         return Answerer(self.loaded, "base").render(messages)

@@ -77,7 +77,7 @@ def load_run(
     cfg = cfg or load_config(run.existing_config())
     folders = role_folders(run)
     if is_run(run) and not folders and not run.full_model.is_dir():
-        raise ValueError(f"{run.root} holds no adapter yet: has train_sft.py finished?")
+        raise ValueError(f"{run.root} holds no adapter yet: has a stage finished?")
     bare = ("base",) if cfg.lora is not None else ("base", "reference")
     names = list(folders) if roles is None else [role for role in roles if role not in bare]
     if missing := [role for role in names if role not in folders]:

@@ -169,8 +169,11 @@ def _check_plain(config: Mapping[str, Any]) -> None:
             )
 
 
-def load_adapter(folder: Path) -> SavedAdapter:
+def load_adapter(folder: Path, plain: bool = False) -> SavedAdapter:
     """The adapter in `folder`, checked: what is built from its config has its tensors' size.
+
+    Args:
+        plain: PEFT's own files are enough; without chatllama.json `info` is empty.
 
     Raises:
         ValueError: a file is missing, cut off, or not an adapter that this project wrote, or not
@@ -178,10 +181,11 @@ def load_adapter(folder: Path) -> SavedAdapter:
     """
     check_adapter(folder)
     config_file = folder / "adapter_config.json"
-    for name in (WEIGHTS, config_file.name, INFO):
+    plain = plain and not (folder / INFO).is_file()
+    for name in (WEIGHTS, config_file.name) if plain else (WEIGHTS, config_file.name, INFO):
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: no {name}; is this an adapter of a chatllama run?")
-    info = read_json(folder / INFO, _InfoFile)
+    info = {} if plain else read_json(folder / INFO, _InfoFile)
     try:
         _check_plain(read_json(config_file))
         config = read_json(config_file, _AdapterFile)

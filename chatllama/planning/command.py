@@ -5,6 +5,7 @@ from typing import cast
 
 from chatllama.config.batch_sizes import check_batches
 from chatllama.config.loader import load_config
+from chatllama.config.stage_checks import check_stages
 from chatllama.planning.hardware import find_gpu, gpu_key, parse_memory
 from chatllama.planning.memory import Place
 from chatllama.planning.rates import CPU
@@ -39,6 +40,7 @@ def plan(arguments: argparse.Namespace, probed: dict[Stage, float] | None = None
     if arguments.no_launcher and cluster.ranks > 1:
         raise ValueError("--no-launcher: without the launcher there is one rank; omit --gpus")
     cfg = load_config(arguments.config, arguments.overrides)
+    check_stages(cfg)
     check_batches(cfg, cluster.ranks)
     shape, where = find_shape(cfg, arguments.model_config)
     examples = by_stage("--examples", arguments.examples)

@@ -98,10 +98,10 @@ def stage_roles(cfg: Config, stage: Stage) -> dict[str, bool]:
     if stage == "reward":
         return {"reward": True}
     roles: dict[str, bool] = {}
-    if cfg.lora is not None:
+    if cfg.starts_from_sft or cfg.ppo.reference_refresh_every:
         roles["reference"] = False
-        if cfg.ppo.reference_refresh_every:
-            roles["sft"] = False
+    if cfg.starts_from_sft and cfg.ppo.reference_refresh_every:
+        roles["sft"] = False
     roles["policy"] = True
     if cfg.ppo.ema_decay is not None:
         roles["ema"] = False

@@ -10,7 +10,7 @@ from chatllama.planning.rates import expected_seconds, nearest_rates
 from chatllama.planning.shape import ModelShape
 from chatllama.planning.totals import batch_lines, bound_seconds, disk_bytes, host_bytes, stage_work
 from chatllama.planning.verdict import Settings, judge, remedies, suggest
-from chatllama.runs.folder import STAGES, Stage
+from chatllama.runs.folder import Stage
 from chatllama.runtime.command_line import duration
 
 
@@ -59,8 +59,11 @@ def plan_lines(
     )
     if cfg.backbone.attn_implementation == "eager":
         yield "attn_implementation eager keeps tables of all tokens against all, not counted here"
+    for stage in cfg.stages:
+        if stage not in cfg.trained_stages:
+            yield f"{stage}: a finished adapter takes its place"
     costs: list[float] = []
-    for stage in STAGES:
+    for stage in cfg.trained_stages:
         yield ""
         memory = plan_memory(cfg, shape, place, stage)
         yield from stage_lines(memory, cluster.memory)

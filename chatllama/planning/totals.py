@@ -108,7 +108,7 @@ def host_bytes(cfg: Config, shape: ModelShape, place: Place, here: int) -> float
     """
     whole = 2.0 * shape.parameters
     if cfg.backbone.quantization == "none":
-        whole = max(weight_bytes(cfg, shape, stage) for stage in ("sft", "reward", "ppo"))
+        whole = max(weight_bytes(cfg, shape, stage) for stage in cfg.trained_stages)
     if place.device == "cuda" and not (place.launched and cfg.deepspeed.stage == 3):
         return min(whole, FILE_BYTES) * here
     offloaded = whole / place.ranks if cfg.deepspeed.offload_param == "cpu" else 0.0
@@ -120,7 +120,8 @@ def disk_bytes(cfg: Config, shape: ModelShape) -> Mapping[str, float]:
     adapter = shape.adapter_parameters(cfg.adapter_lora)
     found: dict[str, float] = {"backbone": 2.0 * shape.parameters}
     sections: dict[Stage, StageSection] = {"sft": cfg.sft, "reward": cfg.reward, "ppo": cfg.ppo}
-    for stage, section in sections.items():
+    for stage in cfg.trained_stages:
+        section = sections[stage]
         trained = sum(stage_roles(cfg, stage).values()) * adapter
         full = stage == "sft" and cfg.lora is None
         elements = shape.parameters if full else trained

@@ -10,7 +10,7 @@ from chatllama.config.schema import Config
 from chatllama.planning.hardware import OVERHEAD, TIGHT
 from chatllama.planning.memory import Place, plan_memory
 from chatllama.planning.shape import ModelShape
-from chatllama.runs.folder import STAGES, Stage
+from chatllama.runs.folder import Stage
 
 Verdict = Literal["FITS", "TIGHT", "OUT OF MEMORY"]
 Settings = dict[str, object]
@@ -123,7 +123,7 @@ def suggest(cfg: Config, shape: ModelShape, place: Place, memory: float) -> Sett
             continue
         if with_settings(cfg, settings) is None:
             continue
-        for stage in STAGES:
+        for stage in cfg.trained_stages:
             own = _largest(cfg, shape, place, stage, settings, memory)
             if own is None:
                 break

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
 from chatllama import __version__
+from chatllama.config.loader import load_config
 from chatllama.reporting.plots import PANELS, PRETRAINING, Panel, draw
 from chatllama.reporting.reward_section import diagnosis_section
 from chatllama.reporting.summary import (
@@ -38,6 +39,7 @@ WALL_ROWS = {
     "evaluation": "evaluation",
 }
 SAMPLES_SHOWN, TRAINING_SAMPLES_SHOWN = 16, 20
+UNEVALUATED = "No evaluation: it comes at the end of PPO, which this run leaves out."
 DECISIONS = {"rollback": "Rolled back to a checkpoint.", "stop": "The stage was stopped."}
 
 
@@ -68,7 +70,7 @@ def write_report(run: RunFolder) -> Path:
 
 def _content(run: RunFolder) -> dict[str, Any]:
     """What the template shows."""
-    summary = read_summary(run)
+    summary, stages = read_summary(run), _stages(run)
     heads, rows = result_table(summary)
     reward = {name: number(summary, f"reward.{name}") for name in REWARD_NUMBERS}
     wall = {label: number(summary, f"wall_seconds.{key}") for key, label in WALL_ROWS.items()}
@@ -90,7 +92,9 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "stage_curves": {
             stage: _curves(run.metrics(stage), PANELS[stage], reward["bayes_accuracy"])
             for stage in STAGE_TITLES
+            if stage in stages
         },
+        "unevaluated": "" if "ppo" in stages else UNEVALUATED,
         "pretraining": pretraining.is_file() and _curves(pretraining, (PRETRAINING,), None),
         "wall_seconds": {label: value for label, value in wall.items() if value is not None},
         "total_seconds": number(summary, "wall_seconds.total"),
@@ -103,6 +107,16 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "version": __version__,
         "now": datetime.now(),
     }
+
+
+def _stages(run: RunFolder) -> list[Stage]:
+    """The stages that the page shows: those that the config has or that have begun; else all."""
+    begun = [stage for stage in STAGES if run.stage(stage).is_dir()]
+    try:
+        known = load_config(run.config).stages
+    except (OSError, ValueError):  # of another version; what has begun is shown all the same
+        known = STAGES
+    return [stage for stage in STAGES if stage in known or stage in begun] or list(STAGES)
 
 
 def _place(accuracy: float) -> str:

@@ -44,8 +44,8 @@ PANELS: dict[Stage, tuple[Panel, ...]] = {
             _both("ppo", "score_mean"),
         ),
         Panel(
-            "KL to the SFT model",
-            "Nats per answer; how far the policy has moved.",
+            "KL to the reference",
+            "Nats per answer; how far the policy has moved from its start.",
             _both("ppo", "kl_sequence"),
         ),
         Panel("Answer length", "Tokens per sampled answer.", {"length": "ppo/response_length"}),

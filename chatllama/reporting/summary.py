@@ -19,11 +19,11 @@ ROWS = (("base", "base"), ("sft", "SFT"), ("ppo", "PPO"))
 COLUMNS = {
     "gold score": ("{:.2f} \N{PLUS-MINUS SIGN} {:.2f}", "gold_mean", "gold_se"),
     "RM score": ("{:.2f}", "score_mean"),
-    "win rate vs SFT": (INTERVAL, "win_rate", "win_rate_low", "win_rate_high"),
-    "KL to SFT (nats)": ("{:.2f}", "kl"),
+    "win rate vs {start}": (INTERVAL, "win_rate", "win_rate_low", "win_rate_high"),
+    "KL to {start} (nats)": ("{:.2f}", "kl"),
     "tokens per answer": ("{:.1f}", "response_length"),
 }
-"""Head -> form, then names of the numbers in it."""
+"""Head -> form, then names of the numbers in it; `{start}` is what PPO started from."""
 REWARD_NUMBERS = ("accuracy", "accuracy_low", "accuracy_high", "bayes_accuracy")
 BAYES_SLACK = 0.05
 
@@ -82,16 +82,28 @@ def number(summary: dict[str, Any], name: str) -> float | None:
     return None if value is None else float(value)
 
 
+def start_of(summary: dict[str, Any]) -> Literal["sft", "base"]:
+    """The role that PPO started from: the base where there was no SFT."""
+    return "base" if "base" in summary and "sft" not in summary else "sft"
+
+
 def result_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows of the table of roles; columns that no role has are left out."""
+    """Heads and rows of the table of roles, without columns that no role has and SFT's row if none.
+
+    Rows are base, SFT (where PPO started from it) and PPO.
+    """
+    start = start_of(summary)
+    roles = [(role, label) for role, label in ROWS if role != "sft" or start == "sft"]
     cells = {
-        head: [_cell(summary, form, *(f"{role}.{name}" for name in names)) for role, _ in ROWS]
+        head.format(start=dict(ROWS)[start]): [
+            _cell(summary, form, *(f"{role}.{name}" for name in names)) for role, _ in roles
+        ]
         for head, (form, *names) in COLUMNS.items()
     }
     shown = {head: column for head, column in cells.items() if any(column)}
     rows = [
         [label, *(column[i] or "\N{EN DASH}" for column in shown.values())]
-        for i, (_, label) in enumerate(ROWS)
+        for i, (_, label) in enumerate(roles)
     ]
     return (["model", *shown], rows) if shown else ([], [])
 
@@ -128,13 +140,15 @@ def findings(summary: dict[str, Any]) -> list[Finding]:
 
 
 def _about_gold(summary: dict[str, Any]) -> Finding | None:
-    before, after = number(summary, "sft.gold_mean"), number(summary, "ppo.gold_mean")
+    start = start_of(summary)
+    before, after = number(summary, f"{start}.gold_mean"), number(summary, "ppo.gold_mean")
     if before is None or after is None:
         return None
-    errors = number(summary, "sft.gold_se"), number(summary, "ppo.gold_se")
+    errors = number(summary, f"{start}.gold_se"), number(summary, "ppo.gold_se")
     spread = math.hypot(*(error or 0.0 for error in errors))
     if spread <= 1e-6 * max(abs(before), abs(after)):  # rounding, or not known
-        return Finding("neutral", f"Gold score: SFT {before:.2f}, PPO {after:.2f}, errors unknown.")
+        text = f"Gold score: {dict(ROWS)[start]} {before:.2f}, PPO {after:.2f}, errors unknown."
+        return Finding("neutral", text)
     distance = (after - before) / spread
     change = f"from {before:.2f} to {after:.2f} ({abs(distance):.1f} standard errors)"
     if distance > 2:
@@ -142,10 +156,10 @@ def _about_gold(summary: dict[str, Any]) -> Finding | None:
     if distance >= -2:
         return Finding("neutral", f"PPO made no measurable difference to the gold score: {change}.")
     text = f"PPO lowered the gold score {change}."
-    rm = number(summary, "sft.score_mean"), number(summary, "ppo.score_mean")
+    rm = number(summary, f"{start}.score_mean"), number(summary, "ppo.score_mean")
     if rm[0] is not None and rm[1] is not None and rm[1] > rm[0]:
         text += (
-            f" The reward model's score rose from {rm[0]:.2f} to {rm[1]:.2f}: it is over-optimised."
+            f" The training reward rose from {rm[0]:.2f} to {rm[1]:.2f}: it is over-optimised."
             " Raise ppo.kl_coef, lower ppo.steps or improve the reward model."
         )
     return Finding("bad", text)
@@ -157,7 +171,8 @@ def _about_win_rate(summary: dict[str, Any]) -> Finding | None:
     if rate is None or low is None or high is None:
         return None
     text = (
-        "By the reward model's own judgement PPO's answers beat SFT's at a rate of "
+        "By the reward's own judgement PPO's answers beat those of "
+        f"{'SFT' if start_of(summary) == 'sft' else 'the base model'} at a rate of "
         f"{interval_text(rate, low, high)}. "
         "No gold score is known, and PPO was trained on that judge: read the samples."
     )

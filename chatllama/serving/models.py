@@ -59,6 +59,11 @@ class Models:
         return list(self._served.values())
 
     @property
+    def start(self) -> str:
+        """The model that PPO starts from."""
+        return "sft" if "sft" in self._served else "base"
+
+    @property
     def names(self) -> list[str]:
         """The names of all."""
         return list(self._served)

@@ -231,8 +231,8 @@ class TokenKlRequest(Request):
 
     model: Name | None = None
     """The model that gave the answer. null: the run's last stage."""
-    reference: Name = "sft"
-    """The model that it is compared with."""
+    reference: Name | None = None
+    """The model that it is compared with. null: what PPO starts from, sft or base."""
     messages: Messages
     """A conversation that ends with the answer."""
 

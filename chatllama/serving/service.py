@@ -234,7 +234,10 @@ class Service:
 
     async def token_kl(self, body: TokenKlRequest, http: HttpRequest) -> dict[str, object]:
         """The response to /v1/token_kl."""
-        models = [self.models.find(body.model), self.models.find(body.reference)]
+        models = [
+            self.models.find(body.model),
+            self.models.find(body.reference or self.models.start),
+        ]
         prompt, answer = await asyncio.to_thread(self._conversation, body.messages)
 
         def both() -> list[list[float]]:

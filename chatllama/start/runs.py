@@ -76,8 +76,7 @@ def _state(run: RunFolder, cfg: Config) -> RunState:
 
 
 def _belongs(cfg: Config, run: RunFolder, stage: Stage) -> bool:
-    section = {"sft": cfg.sft, "reward": cfg.reward, "ppo": cfg.ppo}[stage]
-    return bool(section.data) or run.result(stage).is_file()
+    return stage in cfg.stages or run.result(stage).is_file()
 
 
 def _stage_state(run: RunFolder, stage: Stage) -> str:

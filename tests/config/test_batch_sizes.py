@@ -75,8 +75,10 @@ def test_check_batches_reports_all_stages_at_once() -> None:
     cfg = Config(
         run_dir="r",
         backbone=BackboneSection(from_scratch=text),
-        sft=SftSection(batch_size=8, microbatch_size=8),
-        ppo=PpoSection(rollout_batch_size=64, minibatch_size=32, microbatch_size=16),
+        sft=SftSection(data=text.data, batch_size=8, microbatch_size=8),
+        ppo=PpoSection(
+            data=text.data, rollout_batch_size=64, minibatch_size=32, microbatch_size=16
+        ),
     )
     check_batches(cfg, 1)
     with pytest.raises(ConfigError) as caught:

@@ -259,14 +259,14 @@ EVALUATION_BUGS = (
     Mutation(
         "win rate of SFT against PPO",
         EVALUATE,
-        'win_rate(measured["ppo"].goodness, measured["sft"].goodness)',
-        'win_rate(measured["sft"].goodness, measured["ppo"].goodness)',
+        'win_rate(measured["ppo"].goodness, measured[first].goodness)',
+        'win_rate(measured[first].goodness, measured["ppo"].goodness)',
         (_EVALUATE + "without_gold_the_reward_model_judges",),
     ),
     Mutation(
         "a refreshed reference taken for SFT",
         EVALUATE,
-        'return "sft" if "sft" in engine.model.adapter_names else "reference"',
+        'return "sft" if cfg.starts_from_sft else "base"',
         'return "reference"',
         (_EVALUATE + "sft_is_sft_after_the_reference_was_refreshed",),
     ),

@@ -142,7 +142,7 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
     assert "summary.json holds no results" in text
     assert "evaluation.json is missing" in text
     assert "sft/metrics.jsonl has no lines yet" in text
-    assert "Not logged: reward model score, kl to the sft model, answer length" in text
+    assert "Not logged: reward model score, kl to the reference, answer length" in text
 
 
 def test_only_run_folders_get_a_report(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_without_gold_the_reward_model_judges(tmp_path: Path) -> None:
     assert "gold scorebase" not in text
     assert "judged by the reward model" in text
     assert "RM score 1.50" in text
-    assert "By the reward model's own judgement PPO's answers beat SFT's" in text
+    assert "By the reward's own judgement PPO's answers beat those of SFT" in text
 
 
 def test_table_leaves_out_what_nobody_has() -> None:
@@ -237,7 +237,7 @@ def test_a_plot_says_in_words_what_it_shows() -> None:
     lines = [{"step": s, "ppo/kl_sequence": v} for s, v in ((1, 0.5), (2, 3.0), (3, 2.0))]
     svg = draw(PANELS["ppo"][1], lines)
     assert svg is not None
-    words = "KL to the SFT model: training from 0.5 at step 1 to 2 at step 3, lowest 0.5, highest 3"
+    words = "KL to the reference: training from 0.5 at step 1 to 2 at step 3, lowest 0.5, highest 3"
     assert words in svg
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from chatllama.config.base import load_function, with_folder
 from chatllama.config.loader import ConfigError, load_config
-from chatllama.runs.folder import RunFolder
+from chatllama.runs.folder import STAGES, RunFolder
 from trainers.stages import arguments
 from trainers.stages.arguments import parse_stage_arguments
 
@@ -21,7 +21,9 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     path = tmp_path / "run.yaml"
-    path.write_text("run_dir: r\nbackbone: {path: m}\nchat: {template: llama2}\n", encoding="utf-8")
+    stages = "".join(f"{name}: {{data: [{{path: {name}.jsonl}}]}}\n" for name in STAGES)
+    text = "run_dir: r\nbackbone: {path: m}\nchat: {template: llama2}\n"
+    path.write_text(text + stages, encoding="utf-8")
     return str(path)
 
 
@@ -277,7 +279,7 @@ def test_functions_are_recorded_with_the_folder_of_their_module(
         (folder / file).parent.mkdir(parents=True)
         (folder / file).write_text(SCORE.format(value=value))
     (work / "c.yaml").write_text(
-        f"run_dir: r\nbackbone: {{path: m}}\nchat: {{template: llama2}}\n"
+        "run_dir: r\nbackbone: {path: m}\nchat: {template: llama2}\n"
         f"evaluation: {{gold: '{name}'}}\n"
         f"ppo: {{rewards: [{{function: '{name}'}}]}}\n"
     )

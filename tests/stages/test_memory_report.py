@@ -63,7 +63,10 @@ def test_memory_that_runs_out_names_plan_and_keys(
     base: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, script: str, stage: Stage
 ) -> None:
     file = base / "a.yaml"
-    file.write_text(f"run_dir: {base.parent}\nbackbone: {{path: {base}}}\n")
+    data = f"{stage}: {{data: [{{path: x.jsonl}}]}}\n"
+    file.write_text(f"run_dir: {base.parent}\nbackbone: {{path: {base}}}\n{data}")
+    if stage == "ppo":
+        file.write_text(f"{file.read_text()}reward: {{adapter: x}}\n")
     monkeypatch.setattr(sys, "argv", [script, str(file), f"{stage}.microbatch_size=4"])
     code, message = arguments._failure(error)
     assert code == 2 and "\n" not in message

@@ -30,9 +30,9 @@ PYTHON = sys.executable
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(pipeline, "count_gpus", lambda: 0)
     path = tmp_path / "my.yaml"
-    path.write_text(
-        f"run_dir: {tmp_path / 'run'}\nbackbone: {{path: llama}}\nchat: {{template: llama2}}\n"
-    )
+    text = f"run_dir: {tmp_path / 'run'}\nbackbone: {{path: llama}}\nchat: {{template: llama2}}\n"
+    stages = "".join(f"{stage}: {{data: [{{path: {stage}.jsonl}}]}}\n" for stage in STAGES)
+    path.write_text(text + stages)
     return str(path)
 
 
@@ -222,14 +222,15 @@ def test_a_failing_stage_stops_the_run(
 
 
 def some_config(**sizes: int) -> Config:
-    batch = {"batch_size": 12, "microbatch_size": 2, **sizes}
+    data = {"data": [{"path": "a.jsonl"}]}
+    batch = {**data, "batch_size": 12, "microbatch_size": 2, **sizes}
     return Config.model_validate(
         {
             "run_dir": "x",
             "backbone": {"path": "y"},
             "sft": batch,
             "reward": batch,
-            "ppo": {"rollout_batch_size": 12, "minibatch_size": 12, "microbatch_size": 2},
+            "ppo": {**data, "rollout_batch_size": 12, "minibatch_size": 12, "microbatch_size": 2},
         }
     )
 
@@ -387,7 +388,7 @@ def test_finishing_an_interrupted_stage_at_a_checkpoint(
         pipeline.finish_run(run.root, given)
         path, overrides, options = calls.pop()
         assert path == str(run.config) and overrides[1] == f"ppo.steps={expected}"
-        assert options == {"resume": True, "only": "ppo"}
+        assert options == {"resume": True, "only": ["ppo"]}
     with pytest.raises(ValueError, match=r"cannot be finished at step 5: .* of steps 3, 17"):
         pipeline.finish_run(run.root, 5)
 
@@ -401,7 +402,7 @@ def test_finishing_a_run_does_not_run_the_code_that_its_config_trusts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(pipeline, "run_pipeline", lambda *_, only, **__: calls.append(only))
+    monkeypatch.setattr(pipeline, "run_pipeline", lambda *_, only, **__: calls.extend(only))
     dump_config(load_config(config, ["backbone.trust_remote_code=true"]), run.config)
     (run.checkpoints(stage) / "step-3").mkdir(parents=True)
     assert cli.main(["finish", str(run.root)]) == 2 and calls == []

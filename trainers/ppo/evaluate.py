@@ -15,7 +15,6 @@ from chatllama.reporting.statistics import mean_and_error, wilson_interval
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.distributed import rank
 from chatllama.runtime.files import write_json
-from trainers.engine.engine import Engine
 from trainers.ppo.data import Prompts
 from trainers.ppo.ppo_math import masked
 from trainers.ppo.rollout import Collector
@@ -26,24 +25,25 @@ EVALUATION_SEED = 2**31 - 1
 
 
 def evaluate_roles(cfg: Config, run: RunFolder, collector: Collector, prompts: Prompts) -> None:
-    """Writes RUN/evaluation.json: every role's answers measured, PPO's compared with SFT's.
+    """Writes RUN/evaluation.json: every role's answers measured, PPO's compared with its start's.
 
-    With `lora: null` the base is the result of SFT, so there is no row for it.
+    That is SFT's model, or without SFT the base. With `lora: null` the base is the result of SFT,
+    so there is no row for it.
     """
     count = min(cfg.evaluation.num_prompts, len(prompts.held_out))
     if not count:
         return
     engine = collector.engine
-    names: dict[str, Role] = {"base": "base", "sft": _sft(engine), "ppo": "policy"}
-    if cfg.lora is None:
-        del names["base"]
+    first = "sft" if "sft" in cfg.stages else "base"
+    names: dict[str, Role] = {} if cfg.lora is None else {"base": "base"}
+    names |= {first: _start(cfg), "ppo": "policy"}
     if "ema" in engine.model.adapter_names:
         names["ema"] = "ema"
     measured = {
         name: _measure(cfg, collector, role, prompts, count) for name, role in names.items()
     }
     roles = {name: answers.numbers for name, answers in measured.items()}
-    roles["ppo"] |= win_rate(measured["ppo"].goodness, measured["sft"].goodness)
+    roles["ppo"] |= win_rate(measured["ppo"].goodness, measured[first].goodness)
     texts: list[str] = prompts.held_out["text"][:count]
     samples = [
         {
@@ -89,7 +89,7 @@ def _measure(
 ) -> Answers:
     """Answers of a role to the first `count` held-out prompts, always with the same randomness."""
     records = prompts.held_out.select(range(count)).to_list()
-    seed, reference = (cfg.seed, EVALUATION_SEED), _sft(collector.engine)
+    seed, reference = (cfg.seed, EVALUATION_SEED), _start(cfg)
     rollout, texts = collector.collect(role, records, seed, reference)
     goodness = rollout.scores.tolist()
     numbers = {
@@ -110,9 +110,11 @@ def _measure(
     return Answers(texts, goodness, numbers)
 
 
-def _sft(engine: Engine) -> Role:
-    """The role with SFT's weights: the reference, unless PPO refreshes that."""
-    return "sft" if "sft" in engine.model.adapter_names else "reference"
+def _start(cfg: Config) -> Role:
+    """The role with the weights that PPO starts from: the reference, unless PPO refreshes that."""
+    if not cfg.ppo.reference_refresh_every:
+        return "reference"
+    return "sft" if cfg.starts_from_sft else "base"
 
 
 def win_rate(ours: list[float], theirs: list[float]) -> dict[str, float]:

@@ -40,6 +40,8 @@ class Roles:
 def build_roles(cfg: Config, run: RunFolder, tokenizer: PreTrainedTokenizerFast) -> Roles:
     """Policy and value to train, reference and rewards frozen, on one frozen base.
 
+    Without SFT, or after SFT of all weights, the policy starts as an adapter that changes nothing.
+
     Raises:
         ValueError: an adapter is missing, damaged, or made under another chat contract.
     """
@@ -51,14 +53,15 @@ def build_roles(cfg: Config, run: RunFolder, tokenizer: PreTrainedTokenizerFast)
         check_base(cfg, run, saved.info, str(path))
         return saved
 
-    start = Adapter(cfg.adapter_lora) if cfg.lora is None else None
+    start = Adapter(cfg.adapter_lora)
     adapters: dict[Role, Adapter] = {}
-    if start is None:
+    if cfg.starts_from_sft:
         sft = opened(run.sft_adapter)
         start = Adapter(sft.lora, sft.state)
+    if cfg.starts_from_sft or section.reference_refresh_every:
         adapters["reference"] = start
-        if section.reference_refresh_every:
-            adapters["sft"] = start  # the reference will be another; results compare with SFT
+    if cfg.starts_from_sft and section.reference_refresh_every:
+        adapters["sft"] = start  # the reference will be another; results compare with SFT
     adapters["policy"] = Adapter(start.lora, start.state, trainable=True)
     if section.ema_decay is not None:
         adapters["ema"] = start
@@ -88,6 +91,11 @@ def build_roles(cfg: Config, run: RunFolder, tokenizer: PreTrainedTokenizerFast)
     torch.manual_seed(cfg.seed)
     shared = {"value": "policy"} if "value" in heads and "value" not in adapters else None
     model = RoleModel(backbone, adapters, heads=tuple(heads), shared=shared)
+    if start.state is None:  # adapters that change nothing differ in one of their two matrices
+        policy = adapter_state(model, "policy")
+        for role in {"reference", "ema"} & adapters.keys():
+            for name, tensor in adapter_state(model, role).items():
+                tensor.copy_(policy[name])
     for role, weight in heads.items():
         set_head(model, role, weight)
     if cfg.backbone.gradient_checkpointing:

@@ -34,7 +34,7 @@ def build_reward_model(
         ValueError: SFT's adapter is missing, damaged, or made under another chat contract.
     """
     state = None
-    if cfg.lora is not None:
+    if cfg.starts_from_sft:
         sft = load_adapter(run.sft_adapter)
         check_contract(sft.info.get("contract"), tokenizer, cfg.chat, str(run.sft_adapter))
         check_base(cfg, run, sft.info, str(run.sft_adapter))

@@ -163,6 +163,7 @@ class World:
                 "backbone": {"path": str(self.root / "base"), "dtype": self.dtype},
                 "chat": {"template": "alpaca"},
                 "lora": LORA.model_dump(),
+                "sft": {"data": [{"path": "stands in for the adapter that `make` writes"}]},
                 "generation": {
                     "max_new_tokens": max_new_tokens,
                     "temperature": temperature,

@@ -23,6 +23,7 @@ from chatllama.config.batch_sizes import check_batches
 from chatllama.config.loader import dump_config, load_config
 from chatllama.config.model import ChatSection
 from chatllama.config.schema import Config
+from chatllama.config.stage_checks import check_stages
 from chatllama.runs import interruption
 from chatllama.runs import lock as run_lock
 from chatllama.runs.folder import RunFolder, Stage, check_run_dir
@@ -97,6 +98,7 @@ def parse_stage_arguments(description: str, argv: Sequence[str] | None = None) -
     arguments = parser.parse_intermixed_args(argv)
     try:
         config = load_stage_config(arguments.config, arguments.overrides)
+        check_stages(config)
         check_batches(config, int(os.environ.get("WORLD_SIZE", "1")))
         check_run_dir(Path(config.run_dir))
     except ValueError as error:

@@ -38,23 +38,26 @@ class Decision:
 def decide(
     cfg: Config, run: RunFolder, redo_from: Stage | None, resume: bool
 ) -> dict[Stage, Decision]:
-    """What to do about every stage.
+    """What to do about every stage that the config has.
 
     A finished stage runs again if its settings, data, base or parents have changed, and with it
-    every later one.
+    every later one that is made from it.
 
     Raises:
         ValueError: the user must choose: a stage was interrupted, and `resume` is off or its
-            settings have changed; results have changed; an earlier stage is missing; or the
-            backbone was built here under other settings.
+            settings have changed; results have changed; an earlier stage is missing; the folder
+            has a stage that the config leaves out; or the backbone was built here under other
+            settings.
     """
     _check_backbone(cfg, run)
+    _check_left_out(cfg, run)
     records = lineage.read_lineage(run)
     decisions: dict[Stage, Decision] = {}
-    for stage in STAGES:
-        begun = run.result(stage).is_file() or run.was_begun(stage)
+    for stage in cfg.stages:
+        begun = _is_begun(run, stage)
+        earlier = {s: decisions[s] for s in lineage.made_from(cfg, stage)}
         anew = ("prolong", "again", "forget")
-        made_anew = [s for s, each in decisions.items() if each.action in anew]
+        made_anew = [s for s, each in earlier.items() if each.action in anew]
         if redo_from is not None and STAGES.index(stage) >= STAGES.index(redo_from):
             why = f"--from {redo_from}"
             decisions[stage] = Decision("forget", (why,)) if begun else Decision("do")
@@ -64,7 +67,7 @@ def decide(
             decisions[stage] = Decision("again", (f"{made_anew[-1]} is made anew",))
         else:
             record = records.get(stage)
-            unfinished = [s for s, each in decisions.items() if each.action != "keep"]
+            unfinished = [s for s, each in earlier.items() if each.action != "keep"]
             if unfinished:
                 raise ValueError(
                     f"{run.root}: stage {stage} is begun or finished, but {unfinished[0]}, which "
@@ -73,6 +76,30 @@ def decide(
                 )
             decisions[stage] = _decide_begun(cfg, run, stage, record, resume)
     return decisions
+
+
+def _is_begun(run: RunFolder, stage: Stage) -> bool:
+    return run.result(stage).is_file() or run.was_begun(stage)
+
+
+def _check_left_out(cfg: Config, run: RunFolder) -> None:
+    """Raises ValueError if the folder has a stage that the config leaves out.
+
+    What opens the folder later would take it for a part of this run.
+    """
+    for stage in STAGES:
+        if stage not in cfg.stages and _is_begun(run, stage):
+            raise ValueError(
+                f"{run.stage(stage)} holds stage {stage}, which the config leaves out. Give "
+                f"{stage}.data as it was to keep it (`--only` names the stages to run), or use "
+                "another run_dir"
+            )
+
+
+def check_earlier(cfg: Config, run: RunFolder, stage: Stage) -> None:
+    """Raises ValueError if the stage starts from another that has not finished."""
+    for earlier in lineage.made_from(cfg, stage):
+        run.read_result(earlier)
 
 
 def _decide_begun(

@@ -21,7 +21,7 @@ from chatllama.config.schema import Config
 from chatllama.config.sources import DataSource
 from chatllama.model.fingerprint import folder_hash
 from chatllama.model.integrity import base_record, output_files
-from chatllama.runs.folder import RunFolder, Stage, read_lineage, write_record
+from chatllama.runs.folder import STAGES, RunFolder, Stage, read_lineage, write_record
 from chatllama.runtime.files import file_hash
 from data.reading.files import named_files
 
@@ -246,22 +246,30 @@ def outputs(cfg: Config, run: RunFolder, stage: Stage) -> dict[str, str | None]:
     }
 
 
+def made_from(cfg: Config, stage: Stage) -> list[Stage]:
+    """The earlier stages of the run whose results a stage starts from."""
+    earlier = STAGES[: STAGES.index(stage)]
+    scored = any(source.adapter == "run" for source in cfg.ppo.rewards)
+    return [each for each in earlier if each in cfg.stages and (each == "sft" or scored)]
+
+
 def parents(cfg: Config, run: RunFolder, stage: Stage) -> dict[str, str | None]:
     """Name -> hash of every adapter or model that the stage starts from."""
-    if stage == "sft":
-        return {}
-    found = outputs(cfg, run, "sft")
+    found: dict[str, str | None] = {}
+    for earlier in made_from(cfg, stage):
+        found |= outputs(cfg, run, earlier)
     if stage == "ppo":
-        for source in cfg.ppo.rewards:
-            if source.adapter == "run":
-                found |= outputs(cfg, run, "reward")
-            elif source.adapter is not None:
-                found[source.adapter] = folder_hash(Path(source.adapter))
+        given = [source.adapter for source in cfg.ppo.rewards]
+        found |= {path: folder_hash(Path(path)) for path in given if path not in (None, "run")}
     return found
 
 
 def _data(cfg: Config, stage: Stage, known: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every data file of the stage with size, time and hash; hub ids without them."""
+    """Every data file of the stage with size, time and hash; hub ids without them.
+
+    A finished adapter that takes the place of training counts as data, too.
+    """
+    files: dict[str, Path] = {}
     for source in _sources(cfg, stage):
         try:
             paths = named_files(source.path, source.split)
@@ -269,14 +277,18 @@ def _data(cfg: Config, stage: Stage, known: dict[str, Any]) -> Iterator[tuple[st
             continue
         if paths is None:
             yield source.path, {"hub": source.subset or source.split, "sha256": None}
-        for name, path in (paths or {}).items():
-            stat = path.stat()
-            size_and_time = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-            before = known.get(name, {})
-            if size_and_time.items() <= before.items():
-                yield name, before
-            else:
-                yield name, {**size_and_time, "sha256": file_hash(path)}
+        files |= paths or {}
+    adapter = {"sft": cfg.sft.adapter, "reward": cfg.reward.adapter, "ppo": None}[stage]
+    if adapter is not None:
+        files |= {str(path): path for path in sorted(Path(adapter).glob("*")) if path.is_file()}
+    for name, path in files.items():
+        stat = path.stat()
+        size_and_time = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        before = known.get(name, {})
+        if size_and_time.items() <= before.items():
+            yield name, before
+        else:
+            yield name, {**size_and_time, "sha256": file_hash(path)}
 
 
 def _sources(cfg: Config, stage: Stage) -> list[DataSource]:

@@ -9,7 +9,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from typing_extensions import TypedDict
 
 from chatllama.config.batch_sizes import check_batches
 from chatllama.config.schema import Config
+from chatllama.config.stage_checks import check_stages
 from chatllama.reporting.page import write_report
 from chatllama.reporting.summary import (
     findings,
@@ -46,6 +47,7 @@ from trainers.stages.launcher import (
     stage_command,
     stage_environment,
 )
+from trainers.stages.lineage import made_from
 from trainers.stages.processes import run_to_end
 
 
@@ -68,14 +70,14 @@ def run_pipeline(
     launch: Launch | None = None,
     resume: bool = False,
     redo_from: Stage | None = None,
-    only: Stage | None = None,
+    only: Collection[Stage] = STAGES,
 ) -> None:
     """Runs every stage that must run, then writes summary and report and prints the table.
 
     Args:
         overrides: `section.key=value` each.
         resume: go on from the newest checkpoint of an interrupted stage.
-        only: run no other stage than this one.
+        only: run no other stages than these.
         redo_from: run this stage and the later ones again; their results and checkpoints go.
 
     Raises:
@@ -83,15 +85,14 @@ def run_pipeline(
         StageFailed: a stage failed; later ones were not run.
     """
     cfg = load_stage_config(config_path, overrides)
+    check_stages(cfg)
     run = RunFolder(Path(cfg.run_dir))
     launch = launch or Launch()
     # Machines that are started one by one may have run folders of their own.
     given = [str(run.config)] if launch.node_rank is None else [config_path, *overrides]
     # Another machine holds the lock of a shared run folder.
     with locked(run, "run") if launch.leads else nullcontext("") as lock:
-        decisions = decide(cfg, run, redo_from, resume)
-        if only is not None:
-            decisions = dict[Stage, Decision]({only: decisions[only]})
+        decisions = _chosen(cfg, decide(cfg, run, redo_from, resume), only)
         _check_machines(launch, decisions)
         pending: list[Stage] = [s for s, each in decisions.items() if each.action != "keep"]
         gpus, ranks = _plan_ranks(cfg, launch) if pending else (0, 1)
@@ -111,6 +112,32 @@ def run_pipeline(
         if launch.leads:
             write_summary(run)
             print_results(run, write_report(run))
+
+
+def _chosen(
+    cfg: Config, decisions: Mapping[Stage, Decision], only: Collection[Stage]
+) -> dict[Stage, Decision]:
+    """The decisions about the stages in `only`; says which stages are left out.
+
+    Raises:
+        ValueError: the config lacks one of them, or one starts from another that is not done.
+    """
+    for stage in STAGES:
+        if stage not in decisions and stage in only and only is not STAGES:
+            raise ValueError(f"--only {stage}: the config has no {stage}.data")
+        if stage not in decisions or stage not in only:
+            reason = "--only" if stage in decisions else f"the config has no {stage}.data"
+            _say(f"{stage}: left out ({reason})")
+    chosen: dict[Stage, Decision] = {s: each for s, each in decisions.items() if s in only}
+    for stage, decision in chosen.items():
+        for earlier in made_from(cfg, stage) if decision.action != "keep" else ():
+            if earlier not in only and decisions[earlier].action != "keep":
+                why = "; ".join(decisions[earlier].reasons) or "it has not finished"
+                raise ValueError(
+                    f"--only: stage {stage} starts from {earlier}, which is to be done ({why}): "
+                    f"name {earlier} too"
+                )
+    return chosen
 
 
 def finish_run(folder: Path, step: int | None, trust_remote_code: bool = False) -> None:
@@ -154,7 +181,7 @@ def finish_run(folder: Path, step: int | None, trust_remote_code: bool = False) 
         )
     if stage == "reward" and cfg.reward.ensemble > 1:
         overrides.append(f"reward.ensemble={max(1, members)}")
-    run_pipeline(config, overrides, resume=True, only=stage)
+    run_pipeline(config, overrides, resume=True, only=[stage])
 
 
 def _check_machines(launch: Launch, decisions: Mapping[Stage, Decision]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from chatllama.config.loader import load_config
 from chatllama.config.schema import Config
 from chatllama.planning.totals import stage_work
-from chatllama.runs.folder import STAGES, RunFolder, Stage
+from chatllama.runs.folder import RunFolder, Stage
 from chatllama.runtime.jsonl import read_lines
 from trainers.stages.launcher import Launch
 from trainers.stages.pipeline import run_pipeline
@@ -33,15 +33,22 @@ def probe_rates(config: str, overrides: Sequence[str], gpus: int) -> dict[Stage,
         short = [*overrides, f"run_dir={folder}", *_short(cfg)]
         run_pipeline(config, short, launch=Launch(num_gpus=gpus))
         run, probed = RunFolder(Path(folder)), load_config(config, short)
-        return {stage: _rate(probed, run, stage) for stage in STAGES}
+        return {stage: _rate(probed, run, stage) for stage in probed.trained_stages}
 
 
 def _short(cfg: Config) -> list[str]:
     """Overrides: few steps, no checkpoints, no evaluation; batches and lengths as they are."""
     found = ["evaluation.num_prompts=0", "tracking.report_to=[]", "tracking.log_every=1"]
-    found += ["reward.allow_weak=true", "reward.ensemble=1", "ppo.score_normalization=none"]
-    found += [f"{stage}.{key}" for stage in STAGES for key in (f"steps={STEPS}", "save_every=0")]
-    found += [f"{stage}.eval_every=0" for stage in STAGES] + ["ppo.critic_warmup_steps=0"]
+    if "reward" in cfg.trained_stages:
+        found += ["reward.allow_weak=true", "reward.ensemble=1"]
+    if "ppo" in cfg.trained_stages:
+        found += ["ppo.score_normalization=none", "ppo.critic_warmup_steps=0"]
+    found += [
+        f"{stage}.{key}"
+        for stage in cfg.trained_stages
+        for key in (f"steps={STEPS}", "save_every=0")
+    ]
+    found += [f"{stage}.eval_every=0" for stage in cfg.trained_stages]
     if cfg.backbone.from_scratch is not None:
         found.append(f"backbone.from_scratch.steps={STEPS}")
     if cfg.ppo.health.action == "rollback":

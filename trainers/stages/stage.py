@@ -23,7 +23,7 @@ from chatllama.text.tokenizer import load_tokenizer
 from trainers.engine.start import initialise
 from trainers.stages import memory
 from trainers.stages.arguments import record_config
-from trainers.stages.decisions import check_resumed, finished_before
+from trainers.stages.decisions import check_earlier, check_resumed, finished_before
 from trainers.stages.lineage import finish as complete_record
 
 
@@ -33,11 +33,17 @@ def has_finished(cfg: Config, run: RunFolder, stage: Stage, resume: bool) -> boo
     With `resume`, one that is to have more steps than it made has not.
 
     Raises:
-        ValueError: it must run again, which only `chatllama run` does, or its results are damaged.
+        ValueError: the config leaves the stage out; an earlier one that it starts from has not
+            finished; it must run again, which only `chatllama run` does; or its results are
+            damaged.
     """
+    if stage not in cfg.stages:
+        raise ValueError(f"the config leaves stage {stage} out: it has no {stage}.data")
     finished = finished_before(cfg, run, stage, resume)
     if finished:
         print_lines([f"stage {stage} of {run.root} has finished before: {run.result(stage)}"])
+    else:
+        check_earlier(cfg, run, stage)
     return finished
 
 
@@ -86,7 +92,7 @@ def open_stage(cfg: Config, run: RunFolder, stage: Stage) -> PreTrainedTokenizer
         record_config(cfg, run)
         base = record["base"]
     compare_machines(cfg, run, base)
-    print_lines(memory.announcement(cfg, stage))
+    print_lines(memory.announcement(cfg, stage) if stage in cfg.trained_stages else ())
     tokenizer = load_tokenizer(
         backbone_path(cfg.backbone, run),
         revision=cfg.backbone.revision,
@@ -123,7 +129,7 @@ def compare_machines(cfg: Config, run: RunFolder, base: Mapping[str, Any] | None
 
 def finish(cfg: Config, run: RunFolder, stage: Stage, numbers: Mapping[str, float]) -> None:
     """Records that a stage is finished, copies its results to all machines and frees the lock."""
-    print_lines([memory.actual(cfg, stage)])
+    print_lines([memory.actual(cfg, stage)] if stage in cfg.trained_stages else ())
     if rank() == 0:
         complete_record(cfg, run, stage)
         write_json(run.result(stage), dict(numbers))
