@@ -30,6 +30,10 @@ class TokenReport:
     """Of each kept record that has some, the characters that the tokenizer cannot write."""
     examples: list[str] = field(default_factory=list[str])
     """`file:line: reason` of the first few that the chat template refuses."""
+    num_over: int = 0
+    """Records that a limit on tokens has cut or left out."""
+    most_need: int = 0
+    """Tokens within which 95 % of the records are whole, or the model's positions."""
 
     def summary(self) -> str:
         """A line for the log, and one for each example."""
@@ -45,6 +49,11 @@ class TokenReport:
             )
         line = "; ".join([f"{self.num_kept} of {self.num_read} examples", *counts])
         return "\n  ".join([line, *self.examples])
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """What limits on tokens did, as `trainers/stages/forecast.py` takes it."""
+        return {"records": self.num_read, "over": self.num_over, "most_need": self.most_need}
 
     @property
     def facts(self) -> dict[str, float]:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerFast
 
@@ -27,6 +28,7 @@ def tokenize(
     tokenizer: PreTrainedTokenizerFast,
     chat: ChatSection,
     max_length: int,
+    key: str | None = None,
 ) -> tuple[Dataset, TokenReport]:
     """The examples of at most `max_length` tokens for a stage, and what was cut or left out.
 
@@ -34,6 +36,9 @@ def tokenize(
 
     The kind decides the columns: see `_conversation`, `_preference` and `_prompt`. Every rank calls
     this; later ones find the cache, simultaneous ones do the same work with the same result.
+
+    Args:
+        key: of the limit, for errors; None: that of the stage whose kind it is.
 
     Raises:
         ValueError: there were records, and none could be used; a chat template that this tokenizer
@@ -46,13 +51,14 @@ def tokenize(
         "prompts": (_prompt, {"input_ids": List(Value("int32")), "text": Value("string")}),
     }[kind]
     max_length = within_positions(tokenizer, max_length)
-    features = features | dict.fromkeys(_NOTES, Value("string"))
+    features = features | dict.fromkeys(_NOTES, Value("string")) | {"needed": Value("int32")}
     rows = cached_map(
         records, _by_record, features, make, [*features], tokenizer, chat, max_length, batched=True
     )
     reasons: list[str] = rows["left_out"][:]
     kept = [i for i, reason in enumerate(reasons) if not reason]
     changes = Counter(filter(None, rows.select(kept)["changed"][:]))
+    needed = np.array([length or 0 for length in rows["needed"][:]])  # 0: it cannot be written
     report = TokenReport(
         num_read=len(rows),
         num_kept=len(kept),
@@ -60,10 +66,24 @@ def tokenize(
         left_out=dict(Counter(filter(None, reasons)).most_common()),
         lost=[*filter(None, rows.select(kept)["lost"][:])],
         examples=[*filter(None, rows["refusal"][:])][:NUM_EXAMPLES],
+        num_over=int((needed > max_length).sum()),
+        most_need=within_positions(tokenizer, int(np.quantile(needed, MOST, method="inverted_cdf")))
+        if len(needed)
+        else 0,
     )
     if reasons and not kept:
-        raise ValueError(f"no record can be used ({report.summary()})")
-    return rows.select(kept).remove_columns([*_NOTES]), report
+        advice = f". {key or LIMITS[kind]}={report.most_need} keeps {MOST:.0%}"
+        raise ValueError(
+            f"no record can be used ({report.summary()}){advice if report.num_over else ''}"
+        )
+    return rows.select(kept).remove_columns([*_NOTES, "needed"]), report
+
+
+MOST = 0.95
+"""Share of records that a limit should leave whole."""
+LIMITS = {"sft": "sft.max_length", "preferences": "reward.max_length"}
+LIMITS |= {"prompts": "ppo.max_prompt_length"}
+"""The key of a stage's limit."""
 
 
 _NOTES = ("changed", "left_out", "refusal", "lost")
@@ -159,7 +179,9 @@ def _conversation(
     turns, untrained = record["messages"], record.get("untrained") or ()
     ids, mask, changed = fit(turns, tokenizer, chat, max_length, untrained)
     left_out = "" if any(mask) else nothing_within(max_length)
-    return {"input_ids": ids, "mask": mask, "changed": changed, "left_out": left_out}
+    needed = len(render(tokenizer, chat, turns).ids) if changed else len(ids)
+    row = {"input_ids": ids, "mask": mask, "needed": needed}
+    return row | {"changed": changed, "left_out": left_out}
 
 
 def _texts(
@@ -200,20 +222,20 @@ def _preference(
     prompt: list[Message] = record["prompt"]
     begin = render(tokenizer, chat, prompt, add_generation_prompt=True).ids
     kept: list[tuple[list[int], int, float]] = []
-    too_long, repeated = False, False
+    longest, repeated = 0, False
     for answer, rank, rating in zip(
         record["answers"], record["ranks"], record["ratings"], strict=True
     ):
         whole: list[Message] = [*prompt, {"role": "assistant", "content": answer}]
         ids = render(tokenizer, chat, whole, last_answer_only=True).ids
         assert ids[: len(begin)] == begin, f"the answer changed its prompt's tokens: {prompt}"
-        too_long = too_long or len(ids) > max_length
+        longest = max(longest, len(ids))
         again = any(ids == other for other, _, _ in kept)
         repeated = repeated or again
         if len(ids) <= max_length and not again:
             kept.append((ids, rank, rating))
     usable = len({rank for _, rank, _ in kept}) > 1
-    problem = f"an answer is over {max_length} tokens" if too_long else ""
+    problem = f"an answer is over {max_length} tokens" if longest > max_length else ""
     if not problem and repeated:
         problem = "answers are the same tokens"
     return {
@@ -222,6 +244,7 @@ def _preference(
         "ratings": [rating for _, _, rating in kept],
         "prompt_length": len(begin),
         "where": record["where"],
+        "needed": longest,
         "changed": f"shortened: {problem}" if usable and problem else "",
         "left_out": "" if usable else problem,
     }
@@ -235,4 +258,4 @@ def _prompt(
     ids = render(tokenizer, chat, messages, add_generation_prompt=True).ids
     left_out = f"over {max_length} tokens" if len(ids) > max_length else ""
     text = messages[-1]["content"]
-    return {"input_ids": ids, "text": text, "left_out": left_out}
+    return {"input_ids": ids, "text": text, "left_out": left_out, "needed": len(ids)}

@@ -25,6 +25,8 @@ from chatllama.runs.folder import Stage
 from chatllama.runtime.command_line import duration, printable, tell
 
 SECONDS_BETWEEN_LINES = 5.0
+STEPS_BEFORE_ESTIMATE = 3
+"""Whose time is measured before the time to the end is said."""
 RATE_WINDOW = 30
 MAIN_METRICS: dict[Stage, tuple[str, ...]] = {
     "sft": ("sft/loss", "sft/lr"),
@@ -63,7 +65,8 @@ class PlainDisplay:
 
     def _draw(self, step: int) -> None:
         now = time.monotonic()
-        if step < self._total and now - self._last_line < SECONDS_BETWEEN_LINES:
+        first = len(self._seen) == STEPS_BEFORE_ESTIMATE + 1  # the first time to the end
+        if step < self._total and now - self._last_line < SECONDS_BETWEEN_LINES and not first:
             return
         self._last_line = now
         percent = 100 * step // self._total
@@ -78,7 +81,8 @@ class PlainDisplay:
         rate = (last - first) / (now - then)
         pace = f"{rate:.2f} step/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
         left = duration((self._total - step) / rate)
-        return pace if step >= self._total else f"{pace}  {left} left"
+        known = step < self._total and len(self._seen) > STEPS_BEFORE_ESTIMATE
+        return f"{pace}  {left} left" if known else pace
 
     def _numbers(self) -> str:
         return "  ".join(f"{n.split('/', 1)[1]} {v:.4g}" for n, v in self._values.items())

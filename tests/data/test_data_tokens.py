@@ -103,6 +103,40 @@ def test_long_conversations_lose_exchanges_then_their_answers_end(
         limited(len(prompt))
 
 
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [("sft", "sft.max_length"), ("preferences", "reward.max_length"),
+     ("prompts", "ppo.max_prompt_length")],
+)  # fmt: skip
+def test_the_limit_that_most_need_is_told(
+    tokenizer: PreTrainedTokenizerFast, kind: Any, key: str
+) -> None:
+    """20 records of growing length; 19 of them are 95 %."""
+
+    def record(words: int) -> dict[str, Any]:
+        text = "river " * words
+        if kind == "preferences":
+            prompt, answers = turns("a", "b")[:1], [text, "no"]
+            ranked = {"ranks": [0, 1], "ratings": [0.0, 0.0], "where": "f:1"}
+            return {"prompt": prompt, "answers": answers, **ranked}
+        return {"messages": turns("a", text) if kind == "sft" else turns(text, "b")[:1]}
+
+    data = records(*(record(words) for words in range(1, 21)))
+    length: list[int] = []
+    for words in range(1, 21):
+        _, report = tokenize(records(record(words)), kind, tokenizer, CHAT, 10_000)
+        length.append(report.most_need)
+    assert length == sorted(set(length))
+    for limit, over in ((length[-1], 0), (length[-1] - 1, 1), (length[9], 10)):
+        _, report = tokenize(data, kind, tokenizer, CHAT, limit)
+        assert (report.num_over, report.most_need) == (over, length[18]), limit
+    with pytest.raises(ValueError) as caught:
+        tokenize(data, kind, tokenizer, CHAT, 1)
+    assert str(caught.value).endswith(f"{key}={length[18]} keeps 95%")
+    with pytest.raises(ValueError, match=f"ppo.ptx_max_length={length[18]} keeps"):
+        tokenize(data, kind, tokenizer, CHAT, 1, "ppo.ptx_max_length")
+
+
 def test_left_out_and_changed_are_counted(tokenizer: PreTrainedTokenizerFast) -> None:
     fits, cut = turns("a", "b"), turns("a", "the river " * 20)
     data = records(*({"messages": m} for m in (fits, turns("the river " * 40, "b"), cut, fits)))

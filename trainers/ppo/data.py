@@ -16,6 +16,10 @@ from data.batches import batch_indices
 from data.mixture import load_examples, load_mixture
 from data.tokenize import tokenize, tokenize_text
 from trainers.engine.microbatches import balanced_groups
+from trainers.stages.forecast import announce
+
+SAMPLED = 1000
+"""Prompts whose lengths are measured for the tokens of the stage."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,8 @@ def load_ptx(cfg: Config, tokenizer: PreTrainedTokenizerFast, pad_id: int) -> Pt
         rows = rows.filter(lambda row: len(row["input_ids"]) > 1)  # the first is never predicted
         rows = rows.map(lambda row: {"mask": [1] * len(row["input_ids"])})
     else:
-        rows, report = tokenize(mixture.train, "sft", tokenizer, cfg.chat, length)
+        key = "ppo.ptx_max_length"
+        rows, report = tokenize(mixture.train, "sft", tokenizer, cfg.chat, length, key)
     if rank() == 0:
         print(mixture.summary())
         print(f"ptx: {report.summary()}")
@@ -120,4 +125,14 @@ def load_prompts(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Prompts:
         ValueError: bad records, or nothing is left to train on.
     """
     examples = load_examples(cfg.ppo, "prompts", cfg.ppo.max_prompt_length, cfg, tokenizer)
+    section, lengths = cfg.ppo, [len(ids) for ids in examples.train["input_ids"][:SAMPLED]]
+    longest = sum(lengths) / len(lengths) + cfg.generation.max_new_tokens
+    announce(
+        cfg,
+        "ppo",
+        **examples.reports[0].lengths,
+        examples=len(examples.train),
+        steps=section.steps,
+        tokens=longest * section.steps * section.rollout_batch_size,
+    )
     return Prompts(examples.train, examples.held_out)

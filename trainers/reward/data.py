@@ -10,9 +10,14 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.base import load_function
+from chatllama.config.batch_sizes import optimizer_steps
 from chatllama.config.schema import Config, EvaluationSection
 from data.batches import ordered_pairs
 from data.mixture import all_begin_alike, load_examples
+from trainers.stages.forecast import announce
+
+SAMPLED = 1000
+"""Examples whose lengths are measured for the tokens of the stage."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,17 @@ def load_preferences(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Prefere
     for report in examples.reports:
         left_out.update(report.left_out)
         left_out.update(report.changed)
+    steps = optimizer_steps(cfg.reward, len(examples.train))
+    answers = examples.train["answer_ids"][:SAMPLED]
+    each = sum(len(ids) for answer in answers for ids in answer) / len(answers)
+    announce(
+        cfg,
+        "reward",
+        **examples.reports[0].lengths,
+        examples=len(examples.train),
+        steps=steps,
+        tokens=each * steps * cfg.reward.batch_size,
+    )
     limit = bayes_accuracy(cfg.evaluation, examples.mixture.held_out)
     return Preferences(examples.train, examples.held_out, dict(left_out), limit)
 

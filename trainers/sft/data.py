@@ -20,6 +20,7 @@ from chatllama.runtime import distributed
 from chatllama.text.padding import pad_right
 from data.batches import bucket_by_length, fill_rate, passes
 from data.mixture import load_examples
+from trainers.stages.forecast import announce
 
 IGNORED = -100
 """Label of a token that does not train."""
@@ -56,6 +57,14 @@ def load_rows(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Rows:
             f"{rows.num_rows} rows of at most {section.max_length} tokens, "
             f"{rows.facts['fill_rate']:.1%} filled"
         )
+    announce(
+        cfg,
+        "sft",
+        **examples.reports[0].lengths,
+        examples=rows.num_rows,
+        steps=rows.steps,
+        tokens=float(row_lengths(rows.train).sum()),
+    )
     return replace(rows, facts=rows.facts | examples.reports[0].facts)
 
 
