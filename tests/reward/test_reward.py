@@ -20,6 +20,7 @@ from chatllama.reporting.statistics import wilson_interval
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.files import write_json
 from data.batches import PreferenceCollator, SharedPromptCollator, answer_pairs
+from data.token_report import TokenReport
 from trainers.engine.engine import Engine
 from trainers.reward import data as reward_data
 from trainers.reward import evaluate as reward_scores
@@ -333,7 +334,9 @@ def test_a_margin_coefficient_needs_margins(
     ratings: list[list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mixture = SimpleNamespace(reports=[], held_out=[], train=[])
-    train = SimpleNamespace(train={"ratings": ratings}, held_out=[1], mixture=mixture, reports=[])
+    columns = {"ratings": ratings, "answer_ids": [[[5], [6]]] * len(ratings)}
+    report = TokenReport(len(ratings), len(ratings), {}, {})
+    train = SimpleNamespace(train=columns, held_out=[1], mixture=mixture, reports=[report])
     monkeypatch.setattr(reward_data, "load_examples", lambda *_: train)
     tokenizer: Any = None
     assert reward_data.load_preferences(config(), tokenizer)
