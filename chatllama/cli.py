@@ -152,6 +152,12 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
 
 
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folders")
+    about = "the page (default: compare.html beside the first run)"
+    parser.add_argument("--out", metavar="FILE.html", type=Path, help=about)
+
+
 def _selftest_arguments(parser: argparse.ArgumentParser) -> None:
     add, seeds = parser.add_argument, [0, 1, 2]
     about = "of the training runs, one each (default: 0 1 2)"
@@ -283,6 +289,12 @@ def _report(arguments: argparse.Namespace) -> None:
     print(write_report(run))
 
 
+def _compare(arguments: argparse.Namespace) -> None:
+    from chatllama.reporting.compare import compare_runs
+
+    compare_runs(arguments.runs, arguments.out)
+
+
 def _selftest(arguments: argparse.Namespace) -> None:
     # Tiny models, and the truth is computed on the CPU: a GPU would only be slower.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -320,6 +332,7 @@ COMMANDS = {
         ("runs", runs, add_runs_arguments, "the runs here, how far they are and what comes next"),
         ("finish", _finish, _finish_arguments, "end an interrupted stage at a checkpoint"),
         ("report", _report, _report_arguments, "write report.html of a run, finished or not"),
+        ("compare", _compare, _compare_arguments, "runs beside each other: keys, figures, tests"),
     ),
     "use": (
         ("chat", _chat, add_chat_arguments, "talk to the model of a run in the terminal"),

@@ -52,20 +52,25 @@ def write_report(run: RunFolder) -> Path:
     run.check_readable()
     if not run.config.is_file() and not any(run.metrics(stage).is_file() for stage in STAGES):
         raise ValueError(f"{run.root} is not a run folder: it holds no config.yaml and no metrics")
-    environment = Environment(
+    try:
+        page = environment().get_template("report.html.jinja").render(_content(run))
+    except (ArithmeticError, LookupError, TypeError, UndefinedError) as error:
+        raise ValueError(f"{run.root}: a file to be shown is damaged: {error!r}") from error
+    replace_text(run.report, page)
+    return run.report
+
+
+def environment() -> Environment:
+    """Where pages are made; all values are escaped."""
+    made = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"place": _place, "duration": duration}
-    try:
-        page = environment.get_template("report.html.jinja").render(_content(run))
-    except (ArithmeticError, LookupError, TypeError, UndefinedError) as error:
-        raise ValueError(f"{run.root}: a file to be shown is damaged: {error!r}") from error
-    replace_text(run.report, page)
-    return run.report
+    made.filters |= {"place": _place, "duration": duration}
+    return made
 
 
 def _content(run: RunFolder) -> dict[str, Any]:

@@ -5,8 +5,10 @@
 
 import io
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -20,6 +22,7 @@ INK, FAINT, LIMIT = "#010203", "#040506", "#0a0b0c"
 LINES = ("#111213", "#141516", "#171819")
 VARIABLES = ("muted", "line", "limit", "curve1", "curve2", "curve3")
 SMOOTH_FROM = 30
+DASHES = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True)
@@ -136,15 +139,39 @@ def draw(panel: Panel, lines: list[dict], limit: float | None = None) -> str | N
     return themed(figure, panel.title, f"{panel.title}: {'; '.join(words)}.")
 
 
-def _plot(axes: Axes, steps: list[float], values: list[float], label: str, colour: str) -> None:
+def draw_runs(panel: Panel, runs: Mapping[str, list[dict]]) -> str | None:
+    """The panel's first metric of several runs; None if none has logged it.
+
+    Colours are repeated with other dashes after three runs.
+    """
+    (metric,) = panel.curves.values()
+    found = {name: curve(lines, metric) for name, lines in runs.items()}
+    found = {name: points for name, points in found.items() if points[0]}
+    if not found:
+        return None
+    figure = Figure(figsize=(4.8, 2.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, (steps, values)) in enumerate(found.items()):
+        dashes = DASHES[number // len(LINES) % len(DASHES)]
+        _plot(axes, steps, values, name, LINES[number % len(LINES)], dashes)
+    style(axes, "step", legend=len(found) <= 6)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    words = (f"{name} ends at {values[-1]:.3g}" for name, (_, values) in found.items())
+    return themed(figure, panel.title, f"{panel.title}: {'; '.join(words)}.")
+
+
+def _plot(
+    axes: Axes, steps: list[float], values: list[float], label: str, colour: str, dashes: str = "-"
+) -> None:
     """One curve: points where few, the values faintly under their running mean where many."""
+    look: dict[str, Any] = {"color": colour, "linestyle": dashes}
     if len(steps) < SMOOTH_FROM:
         size = 4 if len(steps) < 12 else 0
-        axes.plot(steps, values, color=colour, linewidth=1.8, label=label, marker="o", ms=size)
+        axes.plot(steps, values, linewidth=1.8, label=label, marker="o", ms=size, **look)
         return
     axes.plot(steps, values, color=colour, linewidth=0.9, alpha=0.35)
     mean = smooth(values, max(5, len(values) // 12))
-    axes.plot(steps, mean, color=colour, linewidth=2.0, label=label)
+    axes.plot(steps, mean, linewidth=2.0, label=label, **look)
 
 
 def style(axes: Axes, xlabel: str, ylabel: str = "", *, legend: bool) -> None:
