@@ -55,6 +55,7 @@ def test_gold_scores_and_win_rates_by_hand(tiny: TinyRun, tmp_path: Path):
         assert numbers["eos_rate"] == pytest.approx(sum(ended) / 4)
         assert [sample[name] for sample in found["samples"]] == texts
         assert [sample["gold"][name] for sample in found["samples"]] == golds[name]
+    assert found["judged"]["values"] == golds and found["judged"]["by"] == f"gold {GOLD}"
     pairs = list(zip(golds["ppo"], golds["sft"], strict=True))
     wins = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs)
     assert found["roles"]["ppo"]["win_rate"] == wins / 4
@@ -75,6 +76,20 @@ def test_without_gold_the_reward_model_judges(tiny: TinyRun, tmp_path: Path):
     wins = sum((a > b) + 0.5 * (a == b) for a, b in pairs)
     assert numbers["win_rate"] == wins / 5
     assert "gold_mean" not in numbers
+
+
+def test_who_judges_is_told_by_the_reward_models_weights(tiny: TinyRun, tmp_path: Path):
+    trainer = tiny.trainer(evaluation={"num_prompts": 2})
+    judges: list[str] = []
+    for number, weights in enumerate(("a", "a", "b")):
+        adapter = RunFolder(tmp_path / str(number)).reward_adapter
+        adapter.mkdir(parents=True)
+        (adapter / "adapter_model.safetensors").write_text(weights)
+        judges.append(evaluate(trainer, tmp_path / str(number))["judged"]["by"])
+    assert judges[0].startswith("score ") and judges[0] == judges[1] != judges[2]
+    more = tiny.trainer(evaluation={"num_prompts": 3})
+    prompts = [evaluate(each, tmp_path)["judged"]["prompts"] for each in (trainer, trainer, more)]
+    assert prompts[0] == prompts[1] != prompts[2]
 
 
 def test_the_policys_kl_is_measured_on_its_own_answers(tiny: TinyRun, tmp_path: Path):

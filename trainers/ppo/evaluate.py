@@ -4,15 +4,19 @@ Runs at the end of the PPO stage, on the loaded roles and with all ranks. Where 
 known, `evaluation.gold` names a Python function that computes it.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from chatllama.config.base import load_function
 from chatllama.config.schema import Config
+from chatllama.model.adapters import WEIGHTS
 from chatllama.model.roles import Role
 from chatllama.reporting.statistics import mean_and_error, wilson_interval
 from chatllama.runs.folder import RunFolder
+from chatllama.runtime.digests import file_hashes
 from chatllama.runtime.distributed import rank
 from chatllama.runtime.files import write_json
 from trainers.ppo.data import Prompts
@@ -55,8 +59,25 @@ def evaluate_roles(cfg: Config, run: RunFolder, collector: Collector, prompts: P
         }
         for row in range(min(count, NUM_SHOWN))
     ]
+    judged = {
+        "by": _judge(cfg, run),
+        "prompts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+        "values": {name: answers.goodness for name, answers in measured.items()},
+    }
     if rank() == 0:
-        write_json(run.evaluation, {"num_prompts": count, "roles": roles, "samples": samples})
+        content = {"num_prompts": count, "roles": roles, "samples": samples, "judged": judged}
+        write_json(run.evaluation, content)
+
+
+def _judge(cfg: Config, run: RunFolder) -> str:
+    """What the answers are judged by; equal for two runs whose values mean the same."""
+    if cfg.evaluation.gold is not None:
+        return f"gold {cfg.evaluation.gold}"
+    adapters = [folder / WEIGHTS for folder in run.reward_members()]
+    hashes = file_hashes([path for path in adapters if path.is_file()], fresh=False)
+    terms = [source.model_dump() for source in cfg.ppo.rewards]
+    settings = [terms, cfg.ppo.reward_ensemble, sorted(hashes.values())]
+    return f"score {hashlib.sha256(json.dumps(settings).encode()).hexdigest()}"
 
 
 def measure_policy(cfg: Config, collector: Collector, prompts: Prompts) -> dict[str, float]:
