@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 _Tensor = tuple[tuple[int, ...], torch.dtype, Callable[[], Tensor]]
 """Shape, type as written, and a function that reads it."""
-_ROPES = ("default", "linear", "llama3")
+_ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
+"""dynamic scaling begins beyond the context length."""
+_YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+"""What a GGUF file cannot say: llama.cpp takes the betas from its command line alone."""
 
 
 def check_gguf(config: LlamaConfig, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -43,6 +46,8 @@ def check_gguf(config: LlamaConfig, tokenizer: PreTrainedTokenizerFast) -> None:
     ropes = _ROPES if family.gguf == "llama" else _ROPES[:-1]
     if kind not in ropes:
         raise ValueError(f"GGUF: rope_type {kind!r} is not written; {', '.join(ropes)} are")
+    if kind == "yarn":
+        _check_yarn(cast(dict[str, Any], config.rope_parameters))
     if family.gguf != "llama" and biased(family, config.to_dict()) != set(family.biased):
         raise ValueError(f"GGUF: attention_bias, which llama.cpp's {family.gguf} does not have")
     if _sentencepiece(tokenizer) is None and _split(tokenizer) is None:
@@ -51,6 +56,12 @@ def check_gguf(config: LlamaConfig, tokenizer: PreTrainedTokenizerFast) -> None:
             f"splits text as one of {', '.join(SPLITS)}; llama.cpp would split it in other ways. "
             "If the base has a tokenizer.model, put it beside the base's files"
         )
+
+
+def _check_yarn(rope: dict[str, Any]) -> None:
+    for key, usual in _YARN.items():
+        if (value := rope.get(key, usual)) not in (usual, None):
+            raise ValueError(f"GGUF: yarn with {key} {value}; llama.cpp computes {usual}")
 
 
 def write_model_gguf(
@@ -198,11 +209,29 @@ def _add_shape(writer: "GGUFWriter", config: LlamaConfig) -> None:
     writer.add_key_length(width)
     writer.add_value_length(width)
     writer.add_rope_freq_base(float(rope["rope_theta"]))
-    if kind == "linear":
+    if kind in ("linear", "yarn"):
         from gguf import RopeScalingType
 
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(rope["factor"]))
+        writer.add_rope_scaling_type(RopeScalingType(kind))
+        writer.add_rope_scaling_factor(_factor(config))
+    if kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        usual = 1 + 0.1 * math.log(_factor(config))
+        writer.add_rope_scaling_attn_factors(_rotary(config).attention_scaling / usual)
+
+
+def _factor(config: LlamaConfig) -> float:
+    """Of linear scaling or yarn, whose factor may be left to the lengths."""
+    rope = cast(dict[str, Any], config.rope_parameters)
+    if rope["factor"] is not None:
+        return float(rope["factor"])
+    return config.max_position_embeddings / rope["original_max_position_embeddings"]
+
+
+def _rotary(config: LlamaConfig) -> Any:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    return LlamaRotaryEmbedding(config)
 
 
 def _rope_factors(config: LlamaConfig) -> Tensor | None:
@@ -210,9 +239,7 @@ def _rope_factors(config: LlamaConfig) -> Tensor | None:
     rope = cast(dict[str, Any], config.rope_parameters)
     if rope.get("rope_type") != "llama3":
         return None
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    scaled = cast(Tensor, LlamaRotaryEmbedding(config).inv_freq)
+    scaled = cast(Tensor, _rotary(config).inv_freq)
     steps = torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled))
     return float(rope["rope_theta"]) ** -steps / scaled
 

@@ -1,5 +1,7 @@
 """The LLaMA in a GGUF file: its sizes, tensors and rotary embedding, all of them checked."""
 
+import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from chatllama.importing.reference import (
     Shape,
     llama3_divisor,
     rope_speeds,
+    yarn_speeds,
 )
 
 _NAMES = {
@@ -86,12 +89,10 @@ def read_checkpoint(file: GgufFile) -> Checkpoint:
     parts["norm.weight"] = (dim,)
     parts |= {} if tied else {"output.weight": (vocab, dim)}
     _check_tensors(file, names, parts)
-    speeds = rope_speeds(number("llama.rope.freq_base", 10000.0, whole=False), head_dim)
+    speeds, stretch = _rotation(file, head_dim)
     biases = frozenset(name for name in parts if name.endswith(".bias"))
     eps = number("llama.attention.layer_norm_rms_epsilon", whole=False)
-    shape = Shape(
-        layers, heads, kv_heads, eps, speeds / _rope_divisor(file, head_dim), biases, tied
-    )
+    shape = Shape(layers, heads, kv_heads, eps, speeds, stretch, biases, tied)
     return Checkpoint(shape, parts, lambda name: file.tensor(names[name]))
 
 
@@ -132,14 +133,62 @@ def _check_tensors(
             raise ValueError(f"{file.path}: {names[name]} has shape {found}, expected {shape}")
 
 
+def _theta(file: GgufFile) -> float:
+    return float(file.number("llama.rope.freq_base", 10000.0, whole=False))
+
+
+def _scaling(file: GgufFile) -> str:
+    """The kind of rope scaling; ValueError for another kind than is imported."""
+    kind = file.text("llama.rope.scaling.type", "none")
+    if kind not in ("none", "linear", "yarn"):
+        raise ValueError(
+            f"{file.path}: llama.rope.scaling.type {kind!r} is not imported; none, linear, yarn "
+            "and LLaMA-3.1's are"
+        )
+    return kind
+
+
+def _rotation(file: GgufFile, head_dim: int) -> tuple[Tensor, float]:
+    """Radians a position (C / 2,), and by how much rotated pairs of channels are stretched."""
+    speeds = rope_speeds(_theta(file), head_dim)
+    if _scaling(file) == "yarn":
+        rope = _yarn(file)
+        return yarn_speeds(rope, speeds), rope["attention_factor"]
+    return speeds / _rope_divisor(file, head_dim), 1.0
+
+
+def _yarn(file: GgufFile) -> dict[str, Any]:
+    """Transformers' rope_parameters for yarn; ValueError for what they do not have."""
+    prefix = "llama.rope.scaling."
+    number = partial(file.number, whole=False)
+    for key, usual in (("yarn_log_multiplier", 0), ("yarn_ext_factor", 1), ("yarn_attn_factor", 1)):
+        if (found := file.metadata.get(prefix + key, usual)) != usual:
+            raise ValueError(f"{file.path}: {prefix}{key} {found} is not imported; {usual} is")
+    if _FACTORS in file.tensors:
+        raise ValueError(f"{file.path}: {_FACTORS} beside {prefix}type yarn is not imported")
+    factor = float(number(f"{prefix}factor"))
+    context = file.number("llama.context_length")
+    return {
+        "rope_type": "yarn",
+        "rope_theta": _theta(file),
+        "factor": factor,
+        "original_max_position_embeddings": file.number(
+            f"{prefix}original_context_length", context
+        ),
+        "beta_fast": float(number(f"{prefix}yarn_beta_fast", 32.0)),
+        "beta_slow": float(number(f"{prefix}yarn_beta_slow", 1.0)),
+        "attention_factor": float(number(f"{prefix}attn_factor", 1.0))
+        * (1 + 0.1 * math.log(factor)),
+    }
+
+
 def _rope_divisor(file: GgufFile, head_dim: int) -> Tensor:
     """What each rotation frequency is divided by: (C / 2,) or () float32."""
     if _FACTORS in file.tensors:
         if (found := file.tensors[_FACTORS].shape) != (head_dim // 2,):
             raise ValueError(f"{file.path}: {_FACTORS} has shape {found} with heads of {head_dim}")
         return file.tensor(_FACTORS)
-    linear = file.text("llama.rope.scaling.type", "none") == "linear"
-    key = "llama.rope.scaling.factor" if linear else "llama.rope.scale_linear"
+    key = "llama.rope.scaling.factor" if _scaling(file) == "linear" else "llama.rope.scale_linear"
     return torch.tensor(file.number(key, 1.0, whole=False))
 
 
@@ -147,15 +196,11 @@ def rope_parameters(file: GgufFile, shape: Shape) -> dict[str, Any]:
     """Transformers' rope_parameters, whose frequencies are those of the file.
 
     Raises:
-        ValueError: another kind of scaling than linear and LLaMA-3.1's.
+        ValueError: another kind of scaling than linear, yarn and LLaMA-3.1's.
     """
-    theta = float(file.number("llama.rope.freq_base", 10000.0, whole=False))
-    kind = file.text("llama.rope.scaling.type", "none")
-    if kind not in ("none", "linear"):
-        raise ValueError(
-            f"{file.path}: llama.rope.scaling.type {kind!r} is not imported; none, linear and "
-            "LLaMA-3.1's are"
-        )
+    theta = _theta(file)
+    if _scaling(file) == "yarn":
+        return _yarn(file)
     plain = {"rope_type": "default", "rope_theta": theta}
     divisor = _rope_divisor(file, shape.head_dim)
     if divisor.dim() == 0:

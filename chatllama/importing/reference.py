@@ -33,6 +33,8 @@ class Shape:
     norm_eps: float
     speeds: Tensor
     """(C / 2,) float32, radians by which each pair of channels turns a position."""
+    stretch: float = 1.0
+    """Length of a rotated channel pair over its length before: YaRN's attention factor."""
     biases: frozenset[str] = frozenset()
     """Names of the biases, where layers have them."""
     tied: bool = False
@@ -61,10 +63,30 @@ def llama3_divisor(rope: Mapping[str, Any], speeds: Tensor) -> Tensor:
     return 1 / ((1 - smooth) / rope["factor"] + smooth)
 
 
+def yarn_speeds(rope: Mapping[str, Any], speeds: Tensor) -> Tensor:
+    """(C / 2,) float32: YaRN's speeds; slow ones are divided by the factor, fast ones stay.
+
+    Source: arXiv 2309.00071, section 3.2; bounds rounded outwards as in its code and llama.cpp.
+
+    Args:
+        rope: under the names of transformers' rope_parameters, all of them given.
+    """
+
+    def pair(turns: float) -> float:
+        """Which pair of channels turns so often within the original length."""
+        length = rope["original_max_position_embeddings"] / (2 * math.pi * turns)
+        return len(speeds) * math.log(length) / math.log(rope["rope_theta"])
+
+    low = max(math.floor(pair(rope["beta_fast"])), 0)
+    high = min(math.ceil(pair(rope["beta_slow"])), 2 * len(speeds) - 1)
+    slow = ((torch.arange(len(speeds)) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return speeds * (1 - slow) + speeds / rope["factor"] * slow
+
+
 @torch.no_grad()
 def reference_logits(shape: Shape, weight: Weight, tokens: Tensor) -> Tensor:
     """Logits (T, V) float32 after every one of the `tokens` (T,) int64."""
-    turns = rotations(shape.speeds, len(tokens))
+    turns = shape.stretch * rotations(shape.speeds, len(tokens))
     hidden = weight("tok_embeddings.weight")[tokens]
     for layer in range(shape.n_layers):
         prefix = f"layers.{layer}."

@@ -293,12 +293,23 @@ def test_the_snippets_of_the_cards_give_the_runs_scores(instruct: Exported) -> N
     assert LlamaConfig.from_pretrained(instruct.out / "merged").pad_token_id == 0
 
 
-@pytest.mark.parametrize("form", FORMS)
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "attention_factor": 1.4}
+YARN |= {"original_max_position_embeddings": 32}
+ROTATED: dict[str, dict[str, Any]] = {
+    "llama, yarn": {"rope_parameters": YARN},
+    "qwen2, yarn": {"rope_parameters": {**YARN, "factor": 4.0, "attention_factor": None}},
+    "llama, dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4}},
+}
+
+
+@pytest.mark.parametrize("form", [*FORMS, *ROTATED])
 def test_every_family_is_exported(form: str, tmp_path: Path) -> None:
     """The gate has compared adapters, merged models and GGUF files with what the run computed."""
     byte_level_tokenizer(tmp_path / "tokenizer", "qwen2")
     chat = {"template": "tokenizer"}
     with pytest.MonkeyPatch.context() as patch:
+        if form in ROTATED:
+            patch.setitem(FORMS, form, ROTATED[form])
         if window := FORMS[form].get("sliding_window"):  # GGUF has none; the gate's texts are short
             patch.setitem(FORMS, form, FORMS[form] | {"sliding_window": 200})
             assert window < 200
@@ -319,7 +330,7 @@ def test_every_family_is_exported(form: str, tmp_path: Path) -> None:
     assert GgufFile(gguf).number(f"{family}.context_length") == (200 if window else 256)
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
     tokenizer = load_tokenizer(exported.base)
-    for ids in ([1, 5, 9, 30], [20, 21, 22], [100, 8, 7, 3, 60]):
+    for ids in ([1, 5, 9, 30], [20, 21, 22], [100, 8, 7, 3, 60], list(range(3, 103))):
         answer = tuned.generate(torch.tensor([ids]), **settings)[0, len(ids) :]
         text = tokenizer.decode(answer, skip_special_tokens=True)
         assert llama_cpp_text(gguf, ids, 12) == text

@@ -100,11 +100,17 @@ def test_sentencepiece_vocabularies_come_back(tiny_tokenizer_dir: Path, tmp_path
 def test_what_llama_cpp_cannot_read_is_refused_by_name(tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer(tmp_path)
     config = tiny_llama().config
-    config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
-    with pytest.raises(
-        ValueError, match="rope_type 'yarn' is not written; default, linear, llama3"
-    ):
+    rope = {"rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 16}
+    config.rope_parameters = {**rope, "rope_type": "longrope"}
+    known = "default, linear, dynamic, yarn, llama3"
+    with pytest.raises(ValueError, match=f"rope_type 'longrope' is not written; {known} are"):
         check_gguf(config, tokenizer)
+    config.rope_parameters = {**rope, "rope_type": "yarn"}
+    check_gguf(config, tokenizer)
+    for key, value in (("truncate", False), ("beta_fast", 4.0), ("beta_slow", 0.5)):
+        config.rope_parameters = {**rope, "rope_type": "yarn", key: value}
+        with pytest.raises(ValueError, match=f"yarn with {key} {value}; llama.cpp computes"):
+            check_gguf(config, tokenizer)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(ValueError, match="splits text as one of gpt-2, smollm, llama-bpe, qwen2"):
         check_gguf(tiny_llama().config, tokenizer)

@@ -1,6 +1,7 @@
 """GGUF files of every type as Hugging Face folders, and what is refused."""
 
 import json
+import math
 import shutil
 import struct
 from pathlib import Path
@@ -62,6 +63,13 @@ def test_every_type_gives_the_weights_that_the_package_dequantises(kind: str, pa
     assert info["source"] == "tiny.gguf" and str(path.parent) not in json.dumps(info)
 
 
+_SCALING = "llama.rope.scaling."
+YARN = {f"{_SCALING}type": "yarn", f"{_SCALING}factor": 4.0}
+YARN |= {f"{_SCALING}original_context_length": 16}
+YARN_KEYS = {f"{_SCALING}attn_factor": 1.25, f"{_SCALING}yarn_beta_fast": 4.0}
+YARN_KEYS |= {f"{_SCALING}yarn_beta_slow": 0.5}
+
+
 @pytest.mark.parametrize(
     "made",
     [
@@ -70,10 +78,22 @@ def test_every_type_gives_the_weights_that_the_package_dequantises(kind: str, pa
         TinyGguf(head_dim=32),
         TinyGguf(rope="llama3"),
         TinyGguf(metadata={"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}),
+        TinyGguf(metadata=YARN),
+        TinyGguf(metadata={**YARN, **YARN_KEYS}),
         TinyGguf(metadata={"llama.rope.freq_base": 500000.0, "llama.block_count": 2}),
         TinyGguf(metadata={"llama.attention.head_count_kv": [2, 2]}),
     ],
-    ids=["tied", "biases", "head_dim", "llama3", "linear", "theta", "per layer"],
+    ids=[
+        "tied",
+        "biases",
+        "head_dim",
+        "llama3",
+        "linear",
+        "yarn",
+        "yarn's keys",
+        "theta",
+        "per layer",
+    ],
 )
 def test_every_form_of_the_graph(made: TinyGguf, path: Path) -> None:
     expected = made.write(path)
@@ -84,6 +104,12 @@ def test_every_form_of_the_graph(made: TinyGguf, path: Path) -> None:
     rope: Any = dict(ROPES[made.rope])
     if "llama.rope.scaling.type" in made.metadata:
         rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    if made.metadata.get("llama.rope.scaling.type") == "yarn":
+        keyed = "llama.rope.scaling.attn_factor" in made.metadata
+        rope |= {"rope_type": "yarn", "original_max_position_embeddings": 16}
+        rope |= {"beta_fast": 4.0 if keyed else 32.0, "beta_slow": 0.5 if keyed else 1.0}
+        usual = 1 + 0.1 * math.log(4)
+        rope["attention_factor"] = pytest.approx(1.25 * usual if keyed else usual)
     rope["rope_theta"] = made.metadata.get("llama.rope.freq_base", rope["rope_theta"])
     assert config.rope_parameters == rope
     same = ("head_dim", "attention_bias", "mlp_bias", "tie_word_embeddings", "rms_norm_eps")
@@ -161,7 +187,10 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "heads": ({"llama.attention.head_count_kv": 3}, {}, "4 attention heads, but 3 of keys"),
     "by layer": ({"llama.feed_forward_length": [64, 32]}, {}, "differs from layer to layer"),
     "partial": ({"llama.rope.dimension_count": 8}, {}, "rope.dimension_count is 8 with heads"),
-    "yarn": ({"llama.rope.scaling.type": "yarn"}, {}, "scaling.type 'yarn' is not imported"),
+    "longrope": ({f"{_SCALING}type": "longrope"}, {}, "scaling.type 'longrope' is not imported"),
+    "yarn, no factor": ({f"{_SCALING}type": "yarn"}, {}, "no llama.rope.scaling.factor"),
+    "yarn, mscale": ({**YARN, f"{_SCALING}yarn_log_multiplier": 0.5}, {}, "multiplier 0.5 is not"),
+    "yarn, factors": (YARN, {"rope_freqs.weight": np.ones(8)}, "beside llama.rope.scaling.type"),
     "factors": ({}, {"rope_freqs.weight": np.linspace(1, 3, 8)}, "not those of LLaMA-3.1's"),
     "length": ({}, {"rope_freqs.weight": np.ones(5)}, "rope_freqs.weight has shape (5,)"),
     "missing": ({}, {"blk.1.attn_q.weight": None}, "missing, such as layers.1.attention.wq"),
