@@ -52,13 +52,7 @@ def load_backbone(
             config.json describes, or a kernel that does not work here.
     """
     folder, trusted = backbone_folder(section, path), section.trust_remote_code
-    config = _read_config(path, folder, trusted)
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if method not in (None, "bitsandbytes"):
-        raise ValueError(
-            f"backbone.path: {path!r} is quantised by {method} (config.json) and cannot be "
-            "trained here: take the unquantised model; backbone.quantization quantises it"
-        )
+    config = read_config(path, folder, trusted)
     check_kernels(section, config)
     _warn_of_slow_bfloat16(dtype or getattr(torch, section.dtype))
     with _naming_the_key():
@@ -170,7 +164,8 @@ def _placement() -> dict[str, Any]:
     return {"device_map": {"": device()}}
 
 
-def _read_config(path: str, folder: Path, trusted: bool) -> LlamaConfig:
+def read_config(path: str, folder: Path, trusted: bool) -> LlamaConfig:
+    """The config in a model's folder; ValueError if it is of no model that is trained here."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
         family_of(config)
@@ -182,6 +177,12 @@ def _read_config(path: str, folder: Path, trusted: bool) -> LlamaConfig:
         else:
             reason = f"config.json: {' '.join(str(error).split())[:300]}"
         raise ValueError(f"backbone.path: {path!r} cannot be loaded: {reason}") from error
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if method not in (None, "bitsandbytes"):
+        raise ValueError(
+            f"backbone.path: {path!r} is quantised by {method} (config.json) and cannot be "
+            "trained here: take the unquantised model; backbone.quantization quantises it"
+        )
     return cast(LlamaConfig, config)
 
 

@@ -47,9 +47,17 @@ def local_folder(path: str, revision: str | None = None, with_code: bool = False
     Raises:
         ValueError: neither a folder nor a readable hub id.
     """
+    return _folder(path, revision, [*_FILES, *(["*.py"] if with_code else [])])
+
+
+def config_folder(path: str, revision: str | None, with_code: bool) -> Path:
+    """The same, of which only config.json (and code) is fetched from the hub."""
+    return _folder(path, revision, ["config.json", *(["*.py"] if with_code else [])])
+
+
+def _folder(path: str, revision: str | None, patterns: list[str]) -> Path:
     if Path(path).is_dir():
         return Path(path)
-    patterns = [*_FILES, *(["*.py"] if with_code else [])]
     try:
         return hub_folder(path, revision, patterns)
     except (HfHubHTTPError, HFValidationError, OSError) as error:

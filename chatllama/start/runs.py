@@ -7,7 +7,7 @@ from pathlib import Path
 from chatllama.config.loader import WRITTEN, load_config
 from chatllama.config.nearest import files_like
 from chatllama.config.schema import Config
-from chatllama.runs.folder import STAGES, RunFolder, Stage
+from chatllama.runs.folder import RunFolder, Stage
 from chatllama.runs.lock import Holder, lock_path, read_owner
 
 DEPTH = 3
@@ -60,7 +60,7 @@ def run_state(run: RunFolder) -> RunState:
 
 
 def _state(run: RunFolder, cfg: Config) -> RunState:
-    wanted: list[Stage] = [stage for stage in STAGES if _belongs(cfg, run, stage)]
+    wanted = cfg.stages
     state = ", ".join(f"{stage} {_stage_state(run, stage)}" for stage in wanted) or "empty"
     again = f"chatllama run {shlex.quote(str(run.config))}"
     holders: tuple[Holder, ...] = ("run", "stage")
@@ -73,10 +73,6 @@ def _state(run: RunFolder, cfg: Config) -> RunState:
         resume = " --resume" if run.was_begun(pending[0]) else ""
         return RunState(state, again + resume)
     return RunState(state, f"chatllama chat {shlex.quote(str(run.root))}" if wanted else again)
-
-
-def _belongs(cfg: Config, run: RunFolder, stage: Stage) -> bool:
-    return stage in cfg.stages or run.result(stage).is_file()
 
 
 def _stage_state(run: RunFolder, stage: Stage) -> str:

@@ -16,7 +16,7 @@ from chatllama.runs.folder import RunFolder
 from chatllama.runs.interruption import EXIT_CODE, Interrupted, steps, stop, stop_requested
 from chatllama.runs.lock import acquire, lock_path, release_all
 from chatllama.runtime.files import write_json
-from trainers.stages import pipeline
+from trainers.stages import pipeline, refusals
 from trainers.stages import processes as process_group
 from trainers.stages.arguments import run_stage
 from trainers.stages.pipeline import StageFailed
@@ -232,6 +232,7 @@ def test_the_run_says_what_was_saved_and_ends_with_75(
     file = tmp_path / "my.yaml"
     file.write_text(f"run_dir: {run.root}\nbackbone: {{path: llama}}\nchat: {{template: llama2}}\n")
     monkeypatch.setattr(pipeline, "count_gpus", lambda: 0)
+    monkeypatch.setattr(refusals, "input_problems", lambda *_: [])  # there is no model
 
     def told(*_: object) -> int:
         write_json(run.interrupted("sft"), {"step": 7, "signal": "SIGTERM"})

@@ -18,7 +18,7 @@ from chatllama.config.loader import dump_config, load_config
 from chatllama.config.schema import Config
 from chatllama.runs.folder import STAGES, RunFolder, Stage
 from chatllama.runtime.files import write_json
-from trainers.stages import launcher, lineage, pipeline
+from trainers.stages import launcher, lineage, pipeline, refusals
 from trainers.stages.launcher import Launch, choose_ranks, hostfile_slots, stage_command
 from trainers.stages.pipeline import StageFailed
 from trainers.stages.processes import run_to_end
@@ -29,6 +29,7 @@ PYTHON = sys.executable
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(pipeline, "count_gpus", lambda: 0)
+    monkeypatch.setattr(refusals, "input_problems", lambda *_: [])  # there is no model
     path = tmp_path / "my.yaml"
     text = f"run_dir: {tmp_path / 'run'}\nbackbone: {{path: llama}}\nchat: {{template: llama2}}\n"
     stages = "".join(f"{stage}: {{data: [{{path: {stage}.jsonl}}]}}\n" for stage in STAGES)

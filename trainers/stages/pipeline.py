@@ -20,7 +20,6 @@ from typing_extensions import TypedDict
 
 from chatllama.config.batch_sizes import check_batches
 from chatllama.config.schema import Config
-from chatllama.config.stage_checks import check_stages
 from chatllama.reporting.page import write_report
 from chatllama.reporting.summary import (
     findings,
@@ -49,6 +48,7 @@ from trainers.stages.launcher import (
 )
 from trainers.stages.lineage import made_from
 from trainers.stages.processes import run_to_end
+from trainers.stages.refusals import load_checked_config
 
 
 class StageFailed(Exception):
@@ -84,10 +84,9 @@ def run_pipeline(
         ValueError: the config is wrong or does not fit what the run folder holds.
         StageFailed: a stage failed; later ones were not run.
     """
-    cfg = load_stage_config(config_path, overrides)
-    check_stages(cfg)
-    run = RunFolder(Path(cfg.run_dir))
     launch = launch or Launch()
+    cfg = load_checked_config(config_path, overrides, only, lambda cfg: _plan_ranks(cfg, launch))
+    run = RunFolder(Path(cfg.run_dir))
     # Machines that are started one by one may have run folders of their own.
     given = [str(run.config)] if launch.node_rank is None else [config_path, *overrides]
     # Another machine holds the lock of a shared run folder.

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from chatllama.config.errors import ConfigError
 from chatllama.config.schema import Config
 from chatllama.model.backbone import backbone_folder
 from chatllama.model.fingerprint import model_fingerprint
@@ -25,6 +26,7 @@ from trainers.stages import memory
 from trainers.stages.arguments import record_config
 from trainers.stages.decisions import check_earlier, check_resumed, finished_before
 from trainers.stages.lineage import finish as complete_record
+from trainers.stages.refusals import input_problems
 
 
 def has_finished(cfg: Config, run: RunFolder, stage: Stage, resume: bool) -> bool:
@@ -34,8 +36,8 @@ def has_finished(cfg: Config, run: RunFolder, stage: Stage, resume: bool) -> boo
 
     Raises:
         ValueError: the config leaves the stage out; an earlier one that it starts from has not
-            finished; it must run again, which only `chatllama run` does; or its results are
-            damaged.
+            finished; it must run again, which only `chatllama run` does; its results are damaged;
+            or it cannot start, with every reason that is known before anything is loaded.
     """
     if stage not in cfg.stages:
         raise ValueError(f"the config leaves stage {stage} out: it has no {stage}.data")
@@ -44,6 +46,8 @@ def has_finished(cfg: Config, run: RunFolder, stage: Stage, resume: bool) -> boo
         print_lines([f"stage {stage} of {run.root} has finished before: {run.result(stage)}"])
     else:
         check_earlier(cfg, run, stage)
+        if rank() == 0 and (problems := input_problems(cfg, [stage], None)):
+            raise ConfigError(f"stage {stage}", problems)
     return finished
 
 
