@@ -179,10 +179,9 @@ def read_config(path: str, folder: Path, trusted: bool) -> LlamaConfig:
         raise ValueError(f"backbone.path: {path!r} cannot be loaded: {reason}") from error
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if method not in (None, "bitsandbytes"):
-        raise ValueError(
-            f"backbone.path: {path!r} is quantised by {method} (config.json) and cannot be "
-            "trained here: take the unquantised model; backbone.quantization quantises it"
-        )
+        wrong = f"backbone.path: {path!r} is quantised by {method} (config.json) and cannot be"
+        remedy = "take the unquantised model; backbone.quantization quantises it"
+        raise ValueError(f"{wrong} trained here: {remedy}")
     return cast(LlamaConfig, config)
 
 

@@ -107,7 +107,7 @@ def test_flash_attention_for_a_model_made_from_text_is_a_message(work: Path) -> 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"model_type": "gemma2", "architectures": None}, "is a 'gemma2' model"),
+        ({"model_type": "gemma2", "architectures": None}, "a 'gemma2' model, not one of"),
         ({"quantization_config": {"quant_method": "gptq"}}, "is quantised by gptq"),
         ({"hidden_size": 8, "intermediate_size": 99}, "backbone.path"),
     ],

@@ -100,7 +100,8 @@ def _backbone_problems(cfg: Config) -> tuple[list[str], int | None]:
         check_kernels(section, config)
         if Path(path).is_dir() and not trusted:  # own code may have other tensors
             check_weights(config, folder)
-        return [], config.max_position_embeddings
+        limits = config.max_position_embeddings, vars(config).get("sliding_window")  # Mistral's
+        return [], min(filter(None, limits))
     except ValueError as error:
         near = "" if Path(path).exists() else files_like(path)
         key = "" if str(error).startswith("backbone.") else "backbone.path: "
