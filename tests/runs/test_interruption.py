@@ -230,7 +230,8 @@ def test_the_run_says_what_was_saved_and_ends_with_75(
 ):
     run = RunFolder(tmp_path / "run")
     file = tmp_path / "my.yaml"
-    file.write_text(f"run_dir: {run.root}\nbackbone: {{path: llama}}\nchat: {{template: llama2}}\n")
+    text = f"run_dir: {run.root}\nbackbone: {{path: llama}}\nchat: {{template: llama2}}\n"
+    file.write_text(text + "sft: {data: [{path: a.jsonl}]}\n")
     monkeypatch.setattr(pipeline, "count_gpus", lambda: 0)
     monkeypatch.setattr(refusals, "input_problems", lambda *_: [])  # there is no model
 

@@ -42,7 +42,11 @@ GOOD = {
     "run_dir": "run",
     "backbone": {"path": "model", "dtype": "float32"},
     "sft": {"data": [{"path": "notes.jsonl"}]},
-    "ppo": {"data": [{"path": "notes.jsonl"}], "max_prompt_length": 64},
+    "ppo": {
+        "data": [{"path": "notes.jsonl"}],
+        "max_prompt_length": 64,
+        "rewards": [{"function": "operator:eq"}],
+    },
     "generation": {"max_new_tokens": 64},
 }
 
@@ -71,6 +75,9 @@ def test_what_is_right_is_launched(work: Path) -> None:
         ("ppo.ptx_data=[{path: none.txt, format: text}]", "ppo.ptx_data.0.path: no data file"),
         ("sft.max_length=257", "sft.max_length 257: the model reads 256 tokens"),
         ("generation.max_new_tokens=200", "64 + generation.max_new_tokens 200 are 264 tokens"),
+        ("ppo.rewards=[{function: 'no_such:f'}]", "ppo.rewards.0.function: 'no_such:f' is not"),
+        ("evaluation.gold='operator:none'", "evaluation.gold: 'operator:none' is not"),
+        ("ppo.rewards=[{adapter: run}]", "which has none: give reward.data"),
         ("tracking.report_to=[tensorbord]", "tracking.report_to: 'tensorbord' is none of"),
     ],
 )

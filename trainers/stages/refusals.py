@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from chatllama.config.base import load_function
 from chatllama.config.errors import ConfigError
 from chatllama.config.loader import load_config
 from chatllama.config.nearest import files_like
@@ -48,7 +49,7 @@ def load_checked_config(
     except ValueError as error:  # the backbone has no tokenizer that could be asked
         cfg, unsettled = given, str(error)
     run = RunFolder(Path(cfg.run_dir))
-    pending = [s for s in cfg.stages if s in stages and not run.result(s).is_file()]
+    pending: list[Stage] = [s for s in cfg.stages if s in stages and not run.result(s).is_file()]
     own = Path(path).resolve() == run.config.resolve()  # holds every default
     problems = input_problems(cfg, pending, None if own else given)
     for check in (check_stages, *([ranks] if pending else [])):
@@ -80,6 +81,8 @@ def input_problems(cfg: Config, stages: Collection[Stage], given: Config | None)
         if stage in stages and section.data:
             for key in ("data", "eval_data", "decontaminate", "ptx_data"):
                 problems += _source_problems(f"{stage}.{key}", vars(section).get(key, []))
+            if stage == "ppo":
+                problems += _function_problems(cfg)
             if positions is not None:
                 problems += _length_problems(cfg, stage, positions, given)
     return problems
@@ -131,6 +134,16 @@ def _package_problems(cfg: Config) -> Iterator[str]:
             yield f"tracking.report_to: {name!r} is none of {', '.join(TRACKERS)}"
         elif find_spec(name) is None:
             yield f"tracking.report_to: {name} needs the extra: pip install 'chatllama[{name}]'"
+
+
+def _function_problems(cfg: Config) -> Iterator[str]:
+    terms = ((f"ppo.rewards.{i}.function", term.function) for i, term in enumerate(cfg.ppo.rewards))
+    for key, name in (*terms, ("evaluation.gold", cfg.evaluation.gold)):
+        try:
+            if name is not None:
+                load_function(name, key)
+        except ValueError as error:
+            yield str(error)
 
 
 def _source_problems(key: str, sources: Collection[DataSource]) -> Iterator[str]:
