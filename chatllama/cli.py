@@ -158,6 +158,13 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE.html", type=Path, help=about)
 
 
+def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.epilog = "section.key=value,value,... makes a run for each value, below the run_dir."
+    about = "a run on each GPU at a time (default: one after another, each on all GPUs)"
+    parser.add_argument("--one-per-gpu", action="store_true", help=about)
+
+
 def _selftest_arguments(parser: argparse.ArgumentParser) -> None:
     add, seeds = parser.add_argument, [0, 1, 2]
     about = "of the training runs, one each (default: 0 1 2)"
@@ -295,6 +302,12 @@ def _compare(arguments: argparse.Namespace) -> None:
     compare_runs(arguments.runs, arguments.out)
 
 
+def _sweep(arguments: argparse.Namespace) -> None:
+    from trainers.stages.sweep import sweep
+
+    sweep(arguments.config, arguments.overrides, arguments.one_per_gpu)
+
+
 def _selftest(arguments: argparse.Namespace) -> None:
     # Tiny models, and the truth is computed on the CPU: a GPU would only be slower.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -332,6 +345,7 @@ COMMANDS = {
         ("runs", runs, add_runs_arguments, "the runs here, how far they are and what comes next"),
         ("finish", _finish, _finish_arguments, "end an interrupted stage at a checkpoint"),
         ("report", _report, _report_arguments, "write report.html of a run, finished or not"),
+        ("sweep", _sweep, _sweep_arguments, "a run for each combination of values; then compare"),
         ("compare", _compare, _compare_arguments, "runs beside each other: keys, figures, tests"),
     ),
     "use": (
