@@ -12,8 +12,7 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from chatllama.config.nearest import did_you_mean
-from chatllama.config.other_names import OTHER_NAMES
+from chatllama.config.nearest import OTHER_NAMES, did_you_mean
 from chatllama.config.schema import Config
 
 Place = tuple[str | int, ...]

@@ -5,7 +5,7 @@ import pytest
 
 from chatllama.config.errors import ConfigError, schema_paths
 from chatllama.config.loader import load_config
-from chatllama.config.other_names import OTHER_NAMES
+from chatllama.config.nearest import OTHER_NAMES
 from chatllama.config.schema import Config
 
 ROOT = "run_dir: r\nbackbone: {path: m}\n"
