@@ -69,6 +69,18 @@ def test_bombs_end_within_seconds(content: str, tmp_path: Path) -> None:
         load_config(file, [f"sft={content}"])
 
 
+@pytest.mark.parametrize("links", [2, 3, 20])
+def test_aliases_that_nest_deeper_together_than_the_text_are_refused(
+    links: int, tmp_path: Path
+) -> None:
+    deep = MAX_DEPTH * 2 // 3
+    lines = ["a0: &a0 " + "[" * deep + "]" * deep]
+    lines += [f"a{n}: &a{n} {'[' * deep}*a{n - 1}{']' * deep}" for n in range(1, links)]
+    (tmp_path / "a.yaml").write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=f"or {MAX_DEPTH} levels, with all aliases"):
+        load_config(tmp_path / "a.yaml")
+
+
 @pytest.mark.parametrize("target", ["folder", "fifo", "/dev/zero", "x" * 300, "none.yaml", "loop"])
 def test_extends_of_no_regular_file(target: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()

@@ -104,6 +104,27 @@ ROLLBACK_BUGS = (
 
 HEALTH_BUGS = (
     Mutation(
+        "an update that broke the weights is evaluated",
+        LOOP,
+        "step % section.eval_every == 0 and not broken:",
+        "step % section.eval_every == 0:",
+        (_GUARD + "an_update_that_breaks_the_weights_is_named_also_where_an_evaluation_is_due[1]",),
+    ),
+    Mutation(
+        "the spread of a prompt's scores over the prompts",
+        LOOP,
+        "groups.std(1, correction=0)",
+        "groups.std(0, correction=0)",
+        (_OPTIONS + "the_error_of_the_kl_is_that_of_the_prompts_means[4]",),
+    ),
+    Mutation(
+        "rewards of the prompt alone are not dead",
+        CHECKS,
+        'deviations = history.recent("ppo/rm_score_group_std", DEAD_STEPS)',
+        'deviations = history.recent("ppo/rm_score_mean", DEAD_STEPS)',
+        (_HEALTH + "scores_that_differ_between_prompts_alone_are_dead[1e-06-0.2-True]",),
+    ),
+    Mutation(
         "the usual gradient norm holds the outliers",
         CHECKS,
         "before, last = values[:-2][-GRAD_NORM_STEPS:], values[-2:]",

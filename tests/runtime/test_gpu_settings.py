@@ -54,7 +54,8 @@ def test_any_kernels_are_allowed_for_a_while(deterministic: bool):
 
 
 def through_a_stage(folder: Path) -> None:
-    (folder / "c.yaml").write_text(f"run_dir: {folder}/run\nbackbone: {{path: p}}\n")
+    content = "backbone: {path: p}\nchat: {template: llama2}\n"
+    (folder / "c.yaml").write_text(f"run_dir: {folder}/run\n{content}")
     parse_stage_arguments("", [str(folder / "c.yaml")])
 
 
