@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gguf
 import numpy as np
 import torch
 from tiny_models import ROPES
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from chatllama.text.byte_level import byte_letters, byte_level_pipeline
 from chatllama.text.sentencepiece_bpe import read_model
@@ -27,6 +27,8 @@ NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.down_proj": "ffn_down",
     "mlp.up_proj": "ffn_up",
@@ -65,6 +67,7 @@ class TinyGguf:
     sentencepiece: Path | None = None
     pre: str = "smollm"
     rows: int = 300
+    family: str = "llama"
     metadata: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, np.ndarray | None] = field(default_factory=dict)
 
@@ -74,7 +77,8 @@ class TinyGguf:
         return 256 if self.kind in K_QUANTS else 64
 
     def config(self) -> LlamaConfig:
-        return LlamaConfig(
+        config = AutoConfig.for_model(
+            self.family,
             vocab_size=self.rows,
             hidden_size=self.width,
             intermediate_size=self.width,
@@ -84,22 +88,22 @@ class TinyGguf:
             head_dim=self.head_dim or self.width // 4,
             max_position_embeddings=128,
             rope_parameters=dict(ROPES[self.rope]),
-            attention_bias=self.biases,
-            mlp_bias=self.biases,
             initializer_range=0.1,
             tie_word_embeddings=self.tied,
+            **(dict.fromkeys(("attention_bias", "mlp_bias"), True) if self.biases else {}),
         )
+        return cast(LlamaConfig, config)
 
     def write(self, path: Path) -> dict[str, torch.Tensor]:
         """Writes the file; returns the weights in float32, under Hugging Face's names."""
         config = self.config()
         with torch.random.fork_rng():
             torch.manual_seed(3)
-            weights = LlamaForCausalLM(config).state_dict()
+            weights = AutoModelForCausalLM.from_config(config).state_dict()
             for name, weight in weights.items():
                 if name.endswith(("bias", "norm.weight")):
                     weight.add_(torch.randn_like(weight) * 0.1)
-        writer, expected = gguf.GGUFWriter(path, "llama"), dict[str, torch.Tensor]()
+        writer, expected = gguf.GGUFWriter(path, self.family), dict[str, torch.Tensor]()
         self._add_metadata(writer, config)
         tensors: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]] = {}
         for name, weight in weights.items():
@@ -108,6 +112,7 @@ class TinyGguf:
             raw, kind = quantised(weight.numpy(), self.kind if weight.dim() == 2 else "F32")
             expected[name] = torch.from_numpy(gguf.dequantize(raw, kind).copy()).view(weight.shape)
             heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
+            heads = heads if self.family == "llama" else None
             tensors[gguf_name(name)] = (interleaved(raw, heads) if heads else raw, kind)
         if self.rope == "llama3":
             tensors["rope_freqs.weight"] = (factors(config), gguf.GGMLQuantizationType.F32)
@@ -126,16 +131,17 @@ class TinyGguf:
 
     def _add_metadata(self, writer: gguf.GGUFWriter, config: LlamaConfig) -> None:
         values: dict[str, Any] = {
-            "llama.block_count": 2,
-            "llama.context_length": 128,
-            "llama.embedding_length": self.width,
-            "llama.feed_forward_length": self.width,
-            "llama.attention.head_count": 4,
-            "llama.attention.head_count_kv": 2,
-            "llama.attention.key_length": config.head_dim,
-            "llama.attention.layer_norm_rms_epsilon": 1e-6,
-            "llama.rope.freq_base": 10000.0,
+            "block_count": 2,
+            "context_length": 128,
+            "embedding_length": self.width,
+            "feed_forward_length": self.width,
+            "attention.head_count": 4,
+            "attention.head_count_kv": 2,
+            "attention.key_length": config.head_dim,
+            "attention.layer_norm_rms_epsilon": 1e-6,
+            "rope.freq_base": 10000.0,
         }
+        values = {f"{self.family}.{key}": value for key, value in values.items()}
         if self.sentencepiece is None:
             values |= byte_level_metadata(self.pre)
         else:

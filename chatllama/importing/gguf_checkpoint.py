@@ -1,4 +1,4 @@
-"""`chatllama import FILE.gguf`: a LLaMA of llama.cpp as a plain Hugging Face folder.
+"""`chatllama import FILE.gguf`: a model of llama.cpp as a plain Hugging Face folder.
 
 Weights are dequantised: they are what llama.cpp computes with, not what was there before.
 """
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from chatllama.importing.gguf_file import GgufFile
 from chatllama.importing.gguf_loss import Loss, losses
-from chatllama.importing.gguf_model import check_family, read_checkpoint, rope_parameters
+from chatllama.importing.gguf_model import find_family, read_checkpoint, rope_parameters
 from chatllama.importing.gguf_tokenizer import write_tokenizer
 from chatllama.importing.hugging_face import (
     MAX_FILE_BYTES,
@@ -23,6 +23,7 @@ from chatllama.importing.hugging_face import (
     output_folder,
     write_checked,
 )
+from chatllama.model.families import Family
 from chatllama.model.weight_files import dtype_name
 from chatllama.runs.folder import INFO
 from chatllama.runtime.files import file_hash, new_folder, write_json
@@ -45,22 +46,23 @@ def import_gguf(
         max_positions: longest text in tokens. None: that of the file.
 
     Raises:
-        ValueError: no whole GGUF file of a LLaMA, something in it that cannot be imported exactly,
-            `out` exists, or the imported model's logits are not those of Meta's architecture.
+        ValueError: no whole GGUF file of a family that is trained here, something in it that
+            cannot be imported exactly, `out` exists, or the imported model's logits are not those
+            of Meta's arithmetic.
     """
     quiet_libraries()
     path = path.resolve()
     out = output_folder(path, out, path.stem)
     check_positions(max_positions)
     file = GgufFile(path)
-    check_family(file)
-    source, chosen = read_checkpoint(file), _dtype(file, dtype)
+    family = find_family(file)
+    source, chosen = read_checkpoint(file, family), _dtype(file, dtype)
     rope = rope_parameters(file, source.shape)
     lost = losses(file)
     with new_folder(out) as beside:
         check_room(beside, source, chosen)
         tokenizer = write_tokenizer(file, beside)
-        config = _config(file, source, rope, tokenizer, chosen)
+        config = _config(file, family, source, rope, tokenizer, chosen)
         if max_positions is not None:
             config.max_position_embeddings = max_positions
         _write_generation(file, tokenizer, config, beside)
@@ -90,6 +92,7 @@ def _dtype(file: GgufFile, wanted: Dtype) -> torch.dtype:
 
 def _config(
     file: GgufFile,
+    family: Family,
     source: Checkpoint,
     rope: dict[str, Any],
     tokenizer: PreTrainedTokenizerFast,
@@ -98,8 +101,10 @@ def _config(
     shape, (vocab, dim) = source.shape, source.parts["tok_embeddings.weight"]
     if (count := len(tokenizer)) > vocab:
         raise ValueError(f"{file.path}: {count} tokens, but token_embd.weight has {vocab} rows")
-    return LlamaConfig(
-        architectures=["LlamaForCausalLM"],
+    first = {"attention_bias": "attention.wq", "mlp_bias": "feed_forward.w1"}
+    config = AutoConfig.for_model(
+        family.name,
+        architectures=[f"{family.classes}ForCausalLM"],
         vocab_size=vocab,
         hidden_size=dim,
         intermediate_size=source.parts["layers.0.feed_forward.w1.weight"][0],
@@ -107,17 +112,17 @@ def _config(
         num_attention_heads=shape.n_heads,
         num_key_value_heads=shape.n_kv_heads,
         head_dim=shape.head_dim,
-        max_position_embeddings=file.number("llama.context_length"),
+        max_position_embeddings=file.number(f"{family.gguf}.context_length"),
         rms_norm_eps=shape.norm_eps,
         rope_parameters=rope,
-        attention_bias="layers.0.attention.wq.bias" in shape.biases,
-        mlp_bias="layers.0.feed_forward.w1.bias" in shape.biases,
         bos_token_id=cast(int, tokenizer.bos_token_id),
         eos_token_id=cast(int, tokenizer.eos_token_id),
         pad_token_id=cast(int, tokenizer.pad_token_id),
         tie_word_embeddings=shape.tied,
         dtype=dtype,
+        **{key: f"layers.0.{first[key]}.bias" in shape.biases for key in family.bias_keys},
     )
+    return cast(LlamaConfig, config)
 
 
 def _write_generation(

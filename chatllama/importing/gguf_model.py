@@ -1,4 +1,4 @@
-"""The LLaMA in a GGUF file: its sizes, tensors and rotary embedding, all of them checked."""
+"""The model in a GGUF file: its sizes, tensors and rotary embedding, all of them checked."""
 
 import math
 from functools import partial
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from chatllama.importing.gguf_file import GgufFile
-from chatllama.importing.hugging_face import Checkpoint
+from chatllama.importing.hugging_face import Checkpoint, neighbours_together
 from chatllama.importing.reference import (
     HIGH_FREQ_FACTOR,
     LOW_FREQ_FACTOR,
@@ -17,6 +17,7 @@ from chatllama.importing.reference import (
     rope_speeds,
     yarn_speeds,
 )
+from chatllama.model.families import FAMILIES, Family
 
 _NAMES = {
     "token_embd": "tok_embeddings",
@@ -26,6 +27,8 @@ _NAMES = {
     "attn_k": "attention.wk",
     "attn_v": "attention.wv",
     "attn_output": "attention.wo",
+    "attn_q_norm": "attention.q_norm",
+    "attn_k_norm": "attention.k_norm",
     "ffn_gate": "feed_forward.w1",
     "ffn_down": "feed_forward.w2",
     "ffn_up": "feed_forward.w3",
@@ -35,34 +38,43 @@ _NAMES = {
 """llama.cpp's name of a tensor -> Meta's."""
 _ATTENTION = ("attention.wq", "attention.wk", "attention.wv", "attention.wo")
 _MLP = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+_HEAD_NORMS = ("attention.q_norm", "attention.k_norm")
 _FACTORS = "rope_freqs.weight"
 FACTOR_TOLERANCE = 1e-3
 
 
-def check_family(file: GgufFile) -> None:
-    """Raises ValueError for what is not a whole LLaMA."""
-    family, kind = file.text("general.architecture"), file.text("general.type", "model")
+def find_family(file: GgufFile) -> Family:
+    """The file's family; ValueError for what is not a whole model of one."""
+    own, kind = file.text("general.architecture"), file.text("general.type", "model")
+    known = {family.gguf: FAMILIES[family.gguf] for family in FAMILIES.values()}
     for wrong, reason in (
-        (family != "llama", f"its architecture is {family!r}; llama is imported"),
+        (own not in known, f"its architecture is {own!r}; {', '.join(known)} are imported"),
         (kind != "model", f"its general.type is {kind!r}, not model"),
-        (file.metadata.get("llama.expert_count"), "a mixture of experts is not a LLaMA"),
+        (file.metadata.get(f"{own}.expert_count"), "it has a mixture of experts"),
     ):
         if wrong:
             raise ValueError(f"{file.path}: {reason}")
+    return known[str(own)]
 
 
-def read_checkpoint(file: GgufFile) -> Checkpoint:
-    """The file's LLaMA under Meta's names; ValueError if one is missing, strange or misshapen."""
-    number = file.number
-    layers, dim = number("llama.block_count"), number("llama.embedding_length")
-    heads, ffn = _uniform(file, "attention.head_count"), _uniform(file, "feed_forward_length")
-    kv_heads = _uniform(file, "attention.head_count_kv", heads)
+def _key(file: GgufFile, name: str) -> str:
+    """A key of the metadata, which begins with the architecture."""
+    return f"{file.text('general.architecture')}.{name}"
+
+
+def read_checkpoint(file: GgufFile, family: Family) -> Checkpoint:
+    """The file's model under Meta's names; ValueError if one is missing, strange or misshapen."""
+    number, own = file.number, family.gguf
+    layers, dim = number(f"{own}.block_count"), number(f"{own}.embedding_length")
+    heads = _uniform(file, f"{own}.attention.head_count")
+    ffn = _uniform(file, f"{own}.feed_forward_length")
+    kv_heads = _uniform(file, f"{own}.attention.head_count_kv", heads)
     if heads % kv_heads:
         raise ValueError(f"{file.path}: {heads} attention heads, but {kv_heads} of keys and values")
-    head_dim = number("llama.attention.key_length", dim // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if (found := number(f"llama.{key}", head_dim)) != head_dim or head_dim % 2:
-            raise ValueError(f"{file.path}: llama.{key} is {found} with heads of {head_dim}")
+    head_dim = number(f"{own}.attention.key_length", dim // heads)
+    for key in (f"{own}.attention.value_length", f"{own}.rope.dimension_count"):
+        if (found := number(key, head_dim)) != head_dim or head_dim % 2:
+            raise ValueError(f"{file.path}: {key} is {found} with heads of {head_dim}")
     vocab = file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 0
     shapes: dict[str, tuple[int, ...]] = {
         "attention.wq": (heads * head_dim, dim),
@@ -74,14 +86,14 @@ def read_checkpoint(file: GgufFile) -> Checkpoint:
         "feed_forward.w3": (ffn, dim),
         "attention_norm": (dim,),
         "ffn_norm": (dim,),
-    }
+    } | dict.fromkeys(_HEAD_NORMS if family.head_norms else (), (head_dim,))
     names = {_meta_name(name): name for name in file.tensors if name != _FACTORS}
     tied = "output.weight" not in names
     parts: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (vocab, dim)}
     biased = [
         group for group in (_ATTENTION, _MLP)
         if any(f"layers.0.{inner}.bias" in names for inner in group)
-    ]  # fmt: skip
+    ] if own == "llama" else [_ATTENTION[: len(family.biased)]]  # fmt: skip
     for layer in range(min(layers, len(file.tensors))):
         parts |= {f"layers.{layer}.{inner}.weight": shape for inner, shape in shapes.items()}
         for inner in (inner for group in biased for inner in group):
@@ -91,19 +103,26 @@ def read_checkpoint(file: GgufFile) -> Checkpoint:
     _check_tensors(file, names, parts)
     speeds, stretch = _rotation(file, head_dim)
     biases = frozenset(name for name in parts if name.endswith(".bias"))
-    eps = number("llama.attention.layer_norm_rms_epsilon", whole=False)
-    shape = Shape(layers, heads, kv_heads, eps, speeds, stretch, biases, tied)
-    return Checkpoint(shape, parts, lambda name: file.tensor(names[name]))
+    eps = number(f"{own}.attention.layer_norm_rms_epsilon", whole=False)
+    shape = Shape(layers, heads, kv_heads, eps, speeds, stretch, biases, tied, family.head_norms)
+
+    def tensor(name: str) -> Tensor:
+        rows, num_heads = file.tensor(names[name]), shape.rotated_heads(name)
+        if own == "llama" or num_heads is None:
+            return rows
+        return neighbours_together(rows, num_heads)
+
+    return Checkpoint(shape, parts, tensor)
 
 
 def _uniform(file: GgufFile, key: str, default: int | None = None) -> int:
     """The number at a key, which some files give for every layer; ValueError if layers differ."""
-    value: Any = file.metadata.get(f"llama.{key}")
+    value: Any = file.metadata.get(key)
     if isinstance(value, list):
         if not value or any(each != value[0] for each in value):
-            raise ValueError(f"{file.path}: llama.{key} differs from layer to layer")
-        file.metadata[f"llama.{key}"] = value[0]
-    return file.number(f"llama.{key}", default)
+            raise ValueError(f"{file.path}: {key} differs from layer to layer")
+        file.metadata[key] = value[0]
+    return file.number(key, default)
 
 
 def _meta_name(name: str) -> str:
@@ -121,12 +140,12 @@ def _check_tensors(
     """Raises ValueError unless the file holds exactly these tensors, in these shapes."""
     if missing := [name for name in parts if name not in names]:
         raise ValueError(
-            f"{file.path}: {len(missing)} tensors of a LLaMA are missing, such as {missing[0]} "
+            f"{file.path}: {len(missing)} tensors of the model are missing, such as {missing[0]} "
             "(Meta's name)"
         )
     if extra := [names[name] for name in names if name not in parts]:
         raise ValueError(
-            f"{file.path}: {len(extra)} tensors for which a LLaMA has no place, such as {extra[0]}"
+            f"{file.path}: {len(extra)} tensors that the model has no place for, such as {extra[0]}"
         )
     for name, shape in parts.items():
         if (found := file.tensors[names[name]].shape) != shape:
@@ -134,16 +153,16 @@ def _check_tensors(
 
 
 def _theta(file: GgufFile) -> float:
-    return float(file.number("llama.rope.freq_base", 10000.0, whole=False))
+    return float(file.number(_key(file, "rope.freq_base"), 10000.0, whole=False))
 
 
 def _scaling(file: GgufFile) -> str:
     """The kind of rope scaling; ValueError for another kind than is imported."""
-    kind = file.text("llama.rope.scaling.type", "none")
+    kind = file.text(_key(file, "rope.scaling.type"), "none")
     if kind not in ("none", "linear", "yarn"):
         raise ValueError(
-            f"{file.path}: llama.rope.scaling.type {kind!r} is not imported; none, linear, yarn "
-            "and LLaMA-3.1's are"
+            f"{file.path}: {_key(file, 'rope.scaling.type')} {kind!r} is not imported; none, "
+            "linear, yarn and LLaMA-3.1's are"
         )
     return kind
 
@@ -159,7 +178,7 @@ def _rotation(file: GgufFile, head_dim: int) -> tuple[Tensor, float]:
 
 def _yarn(file: GgufFile) -> dict[str, Any]:
     """Transformers' rope_parameters for yarn; ValueError for what they do not have."""
-    prefix = "llama.rope.scaling."
+    prefix = _key(file, "rope.scaling.")
     number = partial(file.number, whole=False)
     for key, usual in (("yarn_log_multiplier", 0), ("yarn_ext_factor", 1), ("yarn_attn_factor", 1)):
         if (found := file.metadata.get(prefix + key, usual)) != usual:
@@ -167,7 +186,7 @@ def _yarn(file: GgufFile) -> dict[str, Any]:
     if _FACTORS in file.tensors:
         raise ValueError(f"{file.path}: {_FACTORS} beside {prefix}type yarn is not imported")
     factor = float(number(f"{prefix}factor"))
-    context = file.number("llama.context_length")
+    context = file.number(_key(file, "context_length"))
     return {
         "rope_type": "yarn",
         "rope_theta": _theta(file),
@@ -188,7 +207,8 @@ def _rope_divisor(file: GgufFile, head_dim: int) -> Tensor:
         if (found := file.tensors[_FACTORS].shape) != (head_dim // 2,):
             raise ValueError(f"{file.path}: {_FACTORS} has shape {found} with heads of {head_dim}")
         return file.tensor(_FACTORS)
-    key = "llama.rope.scaling.factor" if _scaling(file) == "linear" else "llama.rope.scale_linear"
+    linear = _scaling(file) == "linear"
+    key = _key(file, "rope.scaling.factor" if linear else "rope.scale_linear")
     return torch.tensor(file.number(key, 1.0, whole=False))
 
 
@@ -209,7 +229,7 @@ def rope_parameters(file: GgufFile, shape: Shape) -> dict[str, Any]:
     if bool((divisor == 1).all()):
         return plain
     speeds = rope_speeds(theta, shape.head_dim)
-    context, length = file.number("llama.context_length"), 2
+    context, length = file.number(_key(file, "context_length")), 2
     while length <= context:
         found = {
             **plain,

@@ -15,9 +15,10 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import LlamaConfig
 
 from chatllama.importing.reference import Shape, reference_logits
+from chatllama.model.families import family_class
 from chatllama.model.weight_files import cast_to, open_model, write_model
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
@@ -33,6 +34,8 @@ _NAMES = {
     "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj",
     "attention.wo": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
     "feed_forward.w1": "mlp.gate_proj",
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
@@ -43,7 +46,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A LLaMA to import."""
+    """A model to import."""
 
     shape: Shape
     parts: Mapping[str, tuple[int, ...]]
@@ -67,6 +70,12 @@ def halves_together(rows: Tensor, num_heads: int) -> Tensor:
     Meta rotates channels 2i and 2i + 1 of a head, Hugging Face channels i and i + C / 2.
     """
     heads = rows.unflatten(0, (num_heads, -1, 2))
+    return heads.transpose(1, 2).reshape(rows.shape)
+
+
+def neighbours_together(rows: Tensor, num_heads: int) -> Tensor:
+    """Rows in Meta's order: the inverse of `halves_together`."""
+    heads = rows.unflatten(0, (num_heads, 2, -1))
     return heads.transpose(1, 2).reshape(rows.shape)
 
 
@@ -114,19 +123,18 @@ def _write(folder: Path, config: LlamaConfig, source: Checkpoint, max_file_bytes
     metas = {hf_name(name): name for name in source.parts}
     shapes = {hf_name(name): part for name, part in source.parts.items()}
     with torch.device("meta"):
-        expected = LlamaForCausalLM(config).state_dict()
+        expected = family_class(config, "ForCausalLM")(config).state_dict()
     if shape.tied:
         del expected["lm_head.weight"]
     assert {name: tuple(tensor.shape) for name, tensor in expected.items()} == shapes
-    heads = {"wq": shape.n_heads, "wk": shape.n_kv_heads}
 
     def converted(name: str) -> Tensor:
         meta = metas[name]
         tensor = source.tensor(meta)
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{meta} holds NaN or infinity")
-        if (part := meta.split(".")[-2]) in heads:
-            tensor = halves_together(tensor, heads[part])
+        if (num_heads := shape.rotated_heads(meta)) is not None:
+            tensor = halves_together(tensor, num_heads)
         return cast_to(tensor, dtype, meta)
 
     write_model(folder, shapes, dtype, converted, max_file_bytes)
@@ -153,12 +161,12 @@ def _check(folder: Path, config: LlamaConfig, source: Checkpoint) -> float:
 
 @torch.no_grad()
 def _written_logits(folder: Path, config: LlamaConfig, tokens: Tensor) -> Tensor:
-    """Logits (T, V) float32 of transformers' LLaMA, with one of its layers in memory at a time."""
+    """Logits (T, V) float32 of transformers' model, with one of its layers in memory at a time."""
     weight = open_model(folder).tensor
     single = copy.deepcopy(config)
     single.num_hidden_layers, single.vocab_size, single.pad_token_id = 1, 1, None
     single.dtype = torch.float32
-    model = LlamaModel(single).eval()
+    model = family_class(config, "Model")(single).eval()
     norm = model.norm
     model.register_module("norm", torch.nn.Identity())
     hidden = embedding(tokens, weight("model.embed_tokens.weight"))[None].float()

@@ -39,6 +39,13 @@ class Shape:
     """Names of the biases, where layers have them."""
     tied: bool = False
     """The embedding is the output matrix, too."""
+    head_norms: bool = False
+    """Query and key heads are normed before they are rotated (Qwen3)."""
+
+    def rotated_heads(self, name: str) -> int | None:
+        """Heads whose channels are rows of a tensor and are rotated; None: of no such tensor."""
+        heads = {"wq": self.n_heads, "wk": self.n_kv_heads, "q_norm": 1, "k_norm": 1}
+        return heads.get(name.split(".")[-2])
 
     @property
     def head_dim(self) -> int:
@@ -130,6 +137,11 @@ def attention(shape: Shape, weight: Weight, prefix: str, hidden: Tensor, turns: 
     queries, keys, values = (
         linear(shape, weight, f"{prefix}w{part}", hidden).view(length, -1, width) for part in "qkv"
     )
+    if shape.head_norms:
+        queries, keys = (
+            rms_norm(heads, weight(f"{prefix}{part}_norm.weight"), shape.norm_eps)
+            for part, heads in (("q", queries), ("k", keys))
+        )
     shared = shape.n_heads // shape.n_kv_heads
     queries, keys = rotate(queries, turns), rotate(keys, turns).repeat_interleave(shared, dim=1)
     scores = torch.einsum("qhc,khc->hqk", queries, keys) / math.sqrt(width)

@@ -328,6 +328,10 @@ def test_every_family_is_exported(form: str, tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     gguf, family = exported.out / "gguf" / "model.gguf", family_of(base.config).gguf
     assert GgufFile(gguf).number(f"{family}.context_length") == (200 if window else 256)
+    back = load_file(import_gguf(gguf, tmp_path / "back") / "model.safetensors")
+    written = load_file(exported.out / "merged" / "model.safetensors")
+    assert back.keys() == written.keys()
+    assert all(torch.equal(tensor, written[name]) for name, tensor in back.items())
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
     tokenizer = load_tokenizer(exported.base)
     for ids in ([1, 5, 9, 30], [20, 21, 22], [100, 8, 7, 3, 60], list(range(3, 103))):

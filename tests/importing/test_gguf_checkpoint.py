@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_gguf import CHATML, K_QUANTS, PLAIN, QUANTISED, TinyGguf
 from tiny_models import ROPES
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from chatllama import cli
 from chatllama.importing import hugging_face
@@ -82,6 +82,10 @@ YARN_KEYS |= {f"{_SCALING}yarn_beta_slow": 0.5}
         TinyGguf(metadata={**YARN, **YARN_KEYS}),
         TinyGguf(metadata={"llama.rope.freq_base": 500000.0, "llama.block_count": 2}),
         TinyGguf(metadata={"llama.attention.head_count_kv": [2, 2]}),
+        TinyGguf(family="qwen2", head_dim=32),
+        TinyGguf("Q8_0", family="qwen2", tied=True),
+        TinyGguf(family="qwen3", metadata={"qwen3.rope.freq_base": 1000.0}),
+        TinyGguf("Q4_1", family="qwen3", tied=True, head_dim=32),
     ],
     ids=[
         "tied",
@@ -93,14 +97,20 @@ YARN_KEYS |= {f"{_SCALING}yarn_beta_slow": 0.5}
         "yarn's keys",
         "theta",
         "per layer",
+        "qwen2",
+        "qwen2 tied",
+        "qwen3",
+        "qwen3 tied",
     ],
 )
 def test_every_form_of_the_graph(made: TinyGguf, path: Path) -> None:
     expected = made.write(path)
     out = import_gguf(path)
     assert_equal(tensors_of(out), expected)
-    config = LlamaConfig.from_pretrained(out)
-    theirs = made.config()
+    config, theirs = AutoConfig.from_pretrained(out), made.config()
+    assert type(config) is type(theirs)
+    model = type(AutoModelForCausalLM.from_pretrained(out)).__name__
+    assert config.architectures == [model]
     rope: Any = dict(ROPES[made.rope])
     if "llama.rope.scaling.type" in made.metadata:
         rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
@@ -110,11 +120,12 @@ def test_every_form_of_the_graph(made: TinyGguf, path: Path) -> None:
         rope |= {"beta_fast": 4.0 if keyed else 32.0, "beta_slow": 0.5 if keyed else 1.0}
         usual = 1 + 0.1 * math.log(4)
         rope["attention_factor"] = pytest.approx(1.25 * usual if keyed else usual)
-    rope["rope_theta"] = made.metadata.get("llama.rope.freq_base", rope["rope_theta"])
+    rope["rope_theta"] = made.metadata.get(f"{made.family}.rope.freq_base", rope["rope_theta"])
     assert config.rope_parameters == rope
     same = ("head_dim", "attention_bias", "mlp_bias", "tie_word_embeddings", "rms_norm_eps")
     same += ("max_position_embeddings", "num_key_value_heads", "vocab_size", "hidden_size")
-    assert {k: getattr(config, k) for k in same} == {k: getattr(theirs, k) for k in same}
+    found, expected = config.to_dict(), theirs.to_dict()
+    assert {k: found.get(k) for k in same} == {k: expected.get(k) for k in same}
 
 
 def test_what_plain_transformers_reads(path: Path) -> None:
@@ -175,13 +186,17 @@ def test_what_is_said(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 TOKENS = "tokenizer.ggml."
 WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "family": ({"general.architecture": "qwen2"}, {}, "its architecture is 'qwen2'; llama is"),
+    "family": (
+        {"general.architecture": "gemma"},
+        {},
+        "is 'gemma'; llama, qwen2, qwen3 are imported",
+    ),
     "adapter": ({"general.type": "adapter"}, {}, "its general.type is 'adapter', not model"),
-    "experts": ({"llama.expert_count": 8}, {}, "a mixture of experts is not a LLaMA"),
+    "experts": ({"llama.expert_count": 8}, {}, "it has a mixture of experts"),
     "split": ({"split.count": 2}, {}, "one of 2 files of a model; put them together"),
     "no layers": ({"llama.block_count": None}, {}, "no llama.block_count"),
-    "layers": ({"llama.block_count": 3}, {}, "9 tensors of a LLaMA are missing, such as layers.2"),
-    "huge": ({"llama.block_count": 2**31}, {}, "tensors of a LLaMA are missing"),
+    "layers": ({"llama.block_count": 3}, {}, "9 tensors of the model are missing, such as layer"),
+    "huge": ({"llama.block_count": 2**31}, {}, "tensors of the model are missing"),
     "text": ({"llama.embedding_length": "big"}, {}, "llama.embedding_length must be a number"),
     "eps": ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, {}, "above 0, not nan"),
     "heads": ({"llama.attention.head_count_kv": 3}, {}, "4 attention heads, but 3 of keys"),
@@ -194,7 +209,11 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "factors": ({}, {"rope_freqs.weight": np.linspace(1, 3, 8)}, "not those of LLaMA-3.1's"),
     "length": ({}, {"rope_freqs.weight": np.ones(5)}, "rope_freqs.weight has shape (5,)"),
     "missing": ({}, {"blk.1.attn_q.weight": None}, "missing, such as layers.1.attention.wq"),
-    "strange": ({}, {"blk.0.attn_q_norm.weight": np.ones(8)}, "no place, such as blk.0.attn_q_no"),
+    "strange": (
+        {},
+        {"blk.0.attn_q_norm.weight": np.ones(8)},
+        "no place for, such as blk.0.attn_q_",
+    ),
     "short": ({}, {"output_norm.weight": np.ones(8)}, "norm.weight has shape (8,), expected"),
     "half": ({}, {"blk.0.attn_q.bias": np.ones(64)}, "such as layers.0.attention.wk.bias"),
     "nan": ({}, {"output_norm.weight": np.full(64, np.nan)}, "norm.weight holds NaN or infinity"),
