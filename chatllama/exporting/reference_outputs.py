@@ -55,7 +55,13 @@ def reference_outputs(loaded: LoadedRun, role: Role) -> ReferenceOutputs:
     """The numbers of one role, of the base and of the loaded reward models."""
     model, tokenizer, chat = loaded.model, loaded.tokenizer, loaded.chat
     rendered = [
-        render(tokenizer, chat, messages, add_generation_prompt=is_prompt(messages)).ids
+        render(
+            tokenizer,
+            chat,
+            messages,
+            add_generation_prompt=is_prompt(messages),
+            last_answer_only=True,
+        ).ids
         for messages in CONVERSATIONS
     ]
     ids = [row[: model.llama.config.max_position_embeddings] for row in rendered]

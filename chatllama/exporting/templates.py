@@ -199,7 +199,8 @@ def own_layout(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> ChatSec
 
 
 def _ids(tokenizer: PreTrainedTokenizerFast, chat: ChatSection, messages: list[Message]) -> Any:
-    return render(tokenizer, chat, messages, add_generation_prompt=is_prompt(messages)).ids
+    options = {"add_generation_prompt": is_prompt(messages), "last_answer_only": True}
+    return render(tokenizer, chat, messages, **options).ids
 
 
 def _unasked_system(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> str:

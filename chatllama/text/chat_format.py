@@ -165,7 +165,7 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> li
 def contract_hash(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> str:
     """16 hex digits that change with the layout, the system prompt and the tokenizer."""
     chat = settled(tokenizer, chat)
-    rendered = [render(tokenizer, chat, messages) for messages in _HASHED]
+    rendered = [render(tokenizer, chat, each, last_answer_only=True) for each in _HASHED]
     return _digest(
         [
             chat.template,
@@ -266,7 +266,7 @@ def _segments(
     chat: ChatSection,
     messages: Sequence[Message],
     prompt: bool,
-    last_answer_only: bool,
+    last_answer_only: bool = False,
 ) -> Iterable[Segment]:
     chat = settled(tokenizer, chat)
     if chat.template == "tokenizer":

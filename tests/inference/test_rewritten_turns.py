@@ -107,3 +107,22 @@ def test_a_last_answer_that_is_rewritten_is_refused_everywhere(
     answered = [*talk(["Hello", "Anna.", "And?"]), {"role": "assistant", "content": answer}]
     with pytest.raises(ValueError, match="message 3 is not written as it is"):
         render(loaded.tokenizer, loaded.chat, answered, last_answer_only=True)
+
+
+REWRITING = {"short": "m.content[:3]", "upper": "m.content | upper", "dropped": "'...'"}
+
+
+@pytest.mark.parametrize("kind", REWRITING)
+def test_templates_that_rewrite_any_earlier_answer_have_a_contract(
+    kind: str, loaded: LoadedRun
+) -> None:
+    """Chat, generate and serve compare contracts before they render anything."""
+    earlier = f"m.content if loop.last else {REWRITING[kind]}"
+    template = QWEN3.replace("m.content if loop.last else m.content.split('</think>')[-1]", earlier)
+    assert template != QWEN3
+    plain = contract_hash(loaded.tokenizer, loaded.chat)
+    loaded.tokenizer.chat_template = template
+    assert contract_hash(loaded.tokenizer, loaded.chat) != plain
+    messages = talk(["Hello", "Anna is here.", "And?"])
+    asked = loaded.tokenizer.decode(Answerer(loaded, "base").render(messages))
+    assert "Anna is here" not in str(asked)

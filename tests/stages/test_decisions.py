@@ -303,6 +303,36 @@ def test_an_interrupted_stage_goes_on_with_its_own_settings_only(world: World):
         check_resumed(world.config(), world.run, "reward")
 
 
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("sft", {"sft__batch_size": 4, "sft__microbatch_size": 4}),
+        ("sft", {"sft__max_length": 77}),
+        ("sft", {"lora__r": 3}),
+        ("reward", {"reward__adam_betas": [0.5, 0.6]}),
+        ("reward", {"reward__center_coef": 0.5}),
+        ("ppo", {"ppo__kl_coef": 0.7}),
+        ("ppo", {"ppo__epochs": 1}),
+        ("ppo", {"generation__max_new_tokens": 5}),
+        ("ppo", {"seed": 5}),
+    ],
+    ids=str,
+)
+def test_what_earlier_steps_were_made_with_may_not_change(
+    world: World, stage: Stage, changes: dict[str, Any]
+):
+    for earlier in STAGES[: STAGES.index(stage)]:
+        world.train(earlier)
+    world.interrupt(stage)
+    cfg = world.config(**changes)
+    key = next(iter(changes)).replace("__", ".")
+    if not key.startswith(("lora", "seed")):
+        with pytest.raises(ValueError, match=rf"cannot go on:\n  {key}: .* there, .* now"):
+            world.decide(cfg, resume=True)
+    with pytest.raises(ValueError, match=rf"begun otherwise.*\n  {key}: .* there, .* now"):
+        check_resumed(cfg, world.run, stage)
+
+
 def test_what_evaluates_may_change_while_ppo_is_interrupted(world: World):
     world.train("sft")
     world.train("reward")
