@@ -29,6 +29,7 @@ def generate(
     any_running: Callable[[bool], bool] = bool,
     ends_with: Callable[[int, int], bool] | None = None,
     compiled: StaticKVCache | None = None,
+    show: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[list[int]]:
     """Sampled responses, each up to and including the token that ends it, in the prompts' order.
 
@@ -43,6 +44,7 @@ def generate(
         ends_with: called with the number of a prompt and each new token of its response that is no
             stop id, in order; returns whether the response ends with it. None: never.
         compiled: of the same model, for compiled steps; reuse it in the next call.
+        show: called at every step with the number of finished responses, and of all.
 
     Raises:
         ValueError: an empty prompt, prompt and response do not fit the model's positions, or its
@@ -76,6 +78,7 @@ def generate(
             if one.ended is None:
                 stopped.append(one.row)
         batch.drop(stopped)
+        show(len(prompts) - len(queue) - len(batch.running), len(prompts))
     return responses
 
 

@@ -1,5 +1,6 @@
 """A run opened for inference: its backbone once, its adapters as roles."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from chatllama.model.fingerprint import check_base
 from chatllama.model.integrity import check_opened, tell_unknown
 from chatllama.model.roles import Adapter, Role, RoleModel, set_head
 from chatllama.runs.folder import RunFolder, backbone_path, base_path
+from chatllama.runtime.command_line import tell
 from chatllama.runtime.distributed import device
 from chatllama.runtime.gpu import choose_kernels
 from chatllama.runtime.libraries import quiet_libraries
@@ -97,6 +99,8 @@ def load_run(
         check_base(cfg, run, adapter.info, str(folders[role]))
     rewards = [role for role in names if role.startswith("reward")]
     with _naming_the_flag(path):
+        if sys.stderr.isatty():
+            tell(f"loading {base_path(cfg, run)} ...")
         llama = load_backbone(without_training_kernels(backbone), base_path(cfg, run))
     if not base_is_here:
         check_opened(cfg, run)

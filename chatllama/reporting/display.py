@@ -3,7 +3,6 @@
 What a stage shows comes from `tracker.py`; nothing here writes a file.
 """
 
-import math
 import sys
 import time
 from collections import deque
@@ -27,6 +26,7 @@ from chatllama.runtime.command_line import duration, printable, tell
 SECONDS_BETWEEN_LINES = 5.0
 STEPS_BEFORE_ESTIMATE = 3
 """Whose time is measured before the time to the end is said."""
+SECONDS_BETWEEN_PHASES = 30.0
 RATE_WINDOW = 30
 MAIN_METRICS: dict[Stage, tuple[str, ...]] = {
     "sft": ("sft/loss", "sft/lr"),
@@ -41,7 +41,7 @@ class PlainDisplay:
     def __init__(self, stage: Stage, total_steps: int, title: str) -> None:
         self._names, self._total, self._title = MAIN_METRICS[stage], total_steps, title
         self._values: dict[str, float] = {}
-        self._last_line = -math.inf
+        self._last_line = time.monotonic() - SECONDS_BETWEEN_LINES
         self.start_at(0)
 
     def start_at(self, step: int) -> None:
@@ -54,6 +54,14 @@ class PlainDisplay:
             self._seen.append((step, time.monotonic()))
         self._values.update({n: metrics[n] for n in self._names if n in metrics})
         self._draw(step)
+
+    def show_phase(self, name: str, done: int, total: int) -> None:
+        """Shows how far the running step is: a line where nothing was printed for long."""
+        now = time.monotonic()
+        if now - self._last_line < SECONDS_BETWEEN_PHASES:
+            return
+        self._last_line = now
+        print(f"{self._title} {self._seen[-1][0]}/{self._total}  {name} {done}/{total}", flush=True)
 
     def show_sample(self, step: int, prompt: str, response: str, score: float) -> None:
         """Prints one sampled answer."""
@@ -98,9 +106,13 @@ class LiveDisplay(PlainDisplay):
             MofNCompleteColumn(),
             TextColumn("[cyan]{task.fields[pace]}"),
             TextColumn("{task.fields[numbers]}"),
+            TextColumn("[dim]{task.fields[phase]}"),
+            TimeElapsedColumn(),
         )
         self._progress = Progress(*columns, console=Console(highlight=False))
-        self._task = self._progress.add_task(escape(title), total=total_steps, pace="", numbers="")
+        self._task = self._progress.add_task(
+            escape(title), total=total_steps, pace="", numbers="", phase=""
+        )
         super().__init__(stage, total_steps, title)
         self._progress.start()
 
@@ -108,6 +120,10 @@ class LiveDisplay(PlainDisplay):
         """Shows `step` as done and measures the rate from there."""
         super().start_at(step)
         self._progress.update(self._task, completed=step)
+
+    def show_phase(self, name: str, done: int, total: int) -> None:
+        """Shows how far the running step is."""
+        self._progress.update(self._task, phase=f"{name} {done}/{total}")
 
     def show_sample(self, step: int, prompt: str, response: str, score: float) -> None:
         """Prints one sampled answer above the line."""
@@ -122,7 +138,7 @@ class LiveDisplay(PlainDisplay):
 
     def _draw(self, step: int) -> None:
         pace, numbers = self._pace(step), self._numbers()
-        self._progress.update(self._task, completed=step, pace=pace, numbers=numbers)
+        self._progress.update(self._task, completed=step, pace=pace, numbers=numbers, phase="")
 
 
 @contextmanager

@@ -177,6 +177,11 @@ class Tracker:
         for writer in writers:
             writer.write(step, finite)
 
+    def phase(self, name: str, done: int, total: int) -> None:
+        """Shows that `done` of `total` parts of the running step's phase are done."""
+        if self._display is not None:
+            self._display.show_phase(name, done, total)
+
     def sample(self, step: int, prompt: str, response: str, score: float) -> None:
         """Prints an answer every `tracking.sample_every` steps and adds it to samples.jsonl.
 

@@ -301,7 +301,7 @@ def test_a_warm_up_as_long_as_the_stage_is_said(
     total = policy_steps(cfg.ppo, 2)
     cfg = Config.model_validate(content | {"ppo": {"steps": 2, "warmup_steps": total - spare}})
     stub: Any = SimpleNamespace(
-        cfg=cfg, run=RunFolder(tmp_path), servers=None, advance=advance,
+        cfg=cfg, run=RunFolder(tmp_path), servers=None, advance=advance, engine=SimpleNamespace(),
         start=lambda: PpoState(0, 0.05, Statistics()),
         guard=SimpleNamespace(begin=lambda *_, **__: None, saving_without_servers=nullcontext),
     )  # fmt: skip
@@ -310,3 +310,18 @@ def test_a_warm_up_as_long_as_the_stage_is_said(
     said = capsys.readouterr().err
     assert (f"ppo.warmup_steps {total - spare} is not shorter" in said) == bool(words)
     assert words in said
+
+
+def test_a_step_shows_its_phases(tiny: TinyRun):
+    trainer, shown = build(tiny), list[tuple[str, int, int]]()
+    trainer.engine.show = lambda *phase: shown.append(phase)
+    trainer.advance(trainer.start())
+    del shown[: [name for name, *_ in shown].index("scoring")]  # of the reference's answers
+    first = [name for name, *_ in shown].index("sampling")
+    sampling, rest = [p for p in shown[first:] if p[0] == "sampling"], shown[first:]
+    assert sampling[-1] == ("sampling", 8, 8) and sampling[0][1] < 8
+    # 8 responses in passes of 2; 2 epochs of minibatches of 4
+    assert rest[len(sampling) :] == [
+        *(("scoring", number, 4) for number in range(4)),
+        *(("update", number, 4) for number in range(4)),
+    ]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from chatllama.config.schema import TrackingSection
+from chatllama.reporting import display
 from chatllama.reporting import tracker as tracking
 from chatllama.reporting.display import LiveDisplay
 from chatllama.reporting.tracker import Tracker
@@ -227,3 +228,51 @@ def test_duration(seconds: float, text: str) -> None:
 def test_printable_keeps_lines_and_emoji() -> None:
     assert printable("a\tb\nc 👩\u200d🚀") == "a\tb\nc 👩\u200d🚀"
     assert printable("\x1b\x9b\r\x07") == "\ufffd" * 4
+
+
+def test_phases_of_a_long_step_are_lines_in_a_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(display, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with Tracker(RunFolder(tmp_path), "ppo", QUIET, 9, 0) as tracker:
+        for seconds, done in ((24.0, 1), (2.0, 2), (29.0, 3), (2.0, 4)):
+            now[0] += seconds
+            tracker.phase("sampling", done, 128)
+        tracker.log(1, {"ppo/entropy": 1.0})
+        now[0] += 29.0
+        tracker.phase("update", 0, 4)
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "ppo 0/9  sampling 2/128",
+        "ppo 0/9  sampling 4/128",
+    ]
+    with Tracker(RunFolder(tmp_path), "ppo", QUIET, 9, rank=1) as tracker:
+        now[0] += 99.0
+        tracker.phase("update", 1, 4)
+    assert "update" not in capsys.readouterr().out
+
+
+def test_the_time_to_the_end_is_told_from_the_third_step_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(display, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    shown = display.PlainDisplay("sft", 10, "sft")
+    for step in range(1, 11):
+        now[0] += 2.0
+        shown.update(step, {})
+    lines = capsys.readouterr().out.splitlines()
+    told = {line.split("/")[0]: line for line in lines}
+    assert "left" not in told["sft 1"] and "14 s left" in told["sft 3"]  # 7 steps of 2 s
+    assert "left" not in told["sft 10"] and not any("sft 2/" in line for line in lines)
+
+
+def test_phases_on_a_terminal_stand_in_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    shown = LiveDisplay("ppo", 3, "ppo")
+    shown.show_phase("scoring", 2, 8)
+    (task,) = shown._progress.tasks
+    assert task.fields["phase"] == "scoring 2/8"
+    shown.update(1, {})
+    assert task.fields["phase"] == ""
+    shown.stop()

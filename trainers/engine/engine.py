@@ -24,6 +24,7 @@ from chatllama.model.lora import merge_products
 from chatllama.model.roles import HALF, RoleModel
 from chatllama.runtime.distributed import device, is_launched, rank, world_size
 from trainers.engine.group_steps import ZeroGroups, clip_groups
+from trainers.engine.microbatches import Show, show_nothing
 from trainers.engine.sharded_state import (
     VALUE,
     SavedShards,
@@ -106,6 +107,7 @@ class Engine:
         self.trained = {group.name: group.parameters for group in groups}
         self.max_grad_norm, self._clip_each = section.max_grad_norm, clip_each
         self.accumulation_steps = accumulation_steps
+        self.show: Show = show_nothing  # whoever makes the steps may set it
         self._gather: bool | Literal["auto"] = zero.gather_for_rollouts
         self._backwards = 0
         self._deepspeed: Any = None

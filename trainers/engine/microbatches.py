@@ -1,7 +1,7 @@
 """Which microbatches each rank computes: of like size, and equally many on every rank."""
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -26,6 +26,14 @@ def balanced_groups(lengths: Sequence[int], count: int) -> list[list[int]]:
         groups[number].append(item)
         heapq.heapreplace(totals, (total + lengths[item], number))
     return groups
+
+
+Show = Callable[[str, int, int], object]
+"""Takes a phase of the running step, how many of its parts are done, and how many there are."""
+
+
+def show_nothing(phase: str, done: int, total: int) -> None:
+    """A `Show` for steps that nobody watches."""
 
 
 def distribute(num_items: int, microbatch_size: int) -> Iterator[tuple[list[int], bool]]:

@@ -8,6 +8,7 @@ P prompt, R response, T = P + R.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,13 @@ from chatllama.runtime.distributed import (
 from chatllama.runtime.gpu import any_kernels
 from chatllama.text.padding import pad_left, pad_right
 from trainers.engine.engine import Engine, gathered
-from trainers.engine.microbatches import balanced_groups, distribute, gather_rows
+from trainers.engine.microbatches import (
+    Show,
+    balanced_groups,
+    distribute,
+    gather_rows,
+    show_nothing,
+)
 from trainers.ppo.data import StopTokens
 from trainers.ppo.rewards import Scorer
 
@@ -136,6 +143,7 @@ def sample_responses(
             generation.batch_size,
             any_running=all_any if in_step else bool,
             compiled=engine.compiled if generation.compile is True else None,
+            show=partial(engine.show, "sampling"),
         )
     gathered = all_gather_objects(dict(zip(own, responses, strict=True)))
     merged = {i: response for part in gathered for i, response in part.items()}
@@ -197,6 +205,7 @@ def score(
     microbatch_size: int,
     reward_roles: Sequence[Role],
     reference: Role = "reference",
+    show: Show = show_nothing,
 ) -> Rollout:
     """The rollout with log-probabilities, values and rewards; each rank scores a part of it.
 
@@ -207,13 +216,16 @@ def score(
         rollout: from `arrange`.
         temperature: at which it was sampled.
         reference: whose log-probabilities the policy's are compared with.
+        show: called with the number of passes done, and of all, of this rank.
     """
     model.train()  # as in the update; there is no dropout in PPO
     names = ("logprobs", "ref_logprobs", "entropy", "values")
     filled = {name: torch.zeros(rollout.logprobs.shape, device=device()) for name in names}
     members = torch.zeros(len(rollout.tokens), len(reward_roles), device=device())
     microbatches = rollout.microbatches(microbatch_size)
-    for (number,), counts in distribute(len(microbatches), 1):
+    shares = list(distribute(len(microbatches), 1))
+    for place, ((number,), counts) in enumerate(shares):
+        show("scoring", place, len(shares))
         part = rollout.select(microbatches[number])
         batch = (part.tokens, part.mask, part.response_mask)
         policy, values = policy_and_value(model, *batch, temperature)
@@ -270,7 +282,8 @@ class Collector:
         rollout = arrange(prompts, responses, stop.stop_ids, stop.pad_id)
         size, roles = self.microbatch_size, self.scorer.roles
         with engine.whole_layers():
-            rollout = score(engine.model, rollout, generation.temperature, size, roles, reference)
+            passes = (generation.temperature, size, roles, reference, engine.show)
+            rollout = score(engine.model, rollout, *passes)
         questions = [record["text"] for record in records]
         scores = self.scorer.total(rollout.member_scores, questions, texts)
         return replace(rollout, scores=scores), texts

@@ -85,6 +85,7 @@ class PpoTrainer:
         checkpoint = checkpoint_to_resume(self.run, "ppo", resume, layout, section.steps)
         metrics: dict[str, float] = {}
         with Tracker(self.run, "ppo", self.cfg.tracking, section.steps, rank()) as tracker:
+            self.engine.show = tracker.phase
             if checkpoint is None:
                 state = self.start()
                 if section.health.action == "rollback":

@@ -126,6 +126,7 @@ class Update:
             for minibatch in minibatches(section, self.seed, self.step, epoch)
         ]
         for number, minibatch in enumerate(drawn):
+            self.engine.show("update", number, len(drawn))
             position = self.step * len(drawn) + number
             chosen = [microbatches[m] for m in minibatch]
             approx_kl = self._accumulate(chosen, position, first=number == 0)

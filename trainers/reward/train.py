@@ -147,7 +147,9 @@ def optimizer_step(
     sums = torch.zeros(4, device=device())
     examples = [train[i] for i in batch]
     lengths = [collator.num_tokens(example) for example in examples]
-    for places in microbatches(lengths, section.microbatch_size):
+    own = list(microbatches(lengths, section.microbatch_size))
+    for number, places in enumerate(own):
+        engine.show("microbatch", number, len(own))
         inputs, pairs = collator([examples[place] for place in places])
         scores = engine(scoring_of(inputs), *inputs)
         better, worse = (scores[to_device(places)] for places in (pairs.better, pairs.worse))

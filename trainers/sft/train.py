@@ -107,7 +107,8 @@ def optimizer_step(trained: Trained, step: int, factor: float) -> dict[str, floa
     own_tokens = sum(num_trained(batch) for batch in batches)
     num_tokens = all_sum(torch.tensor(own_tokens, device=device())).clamp(min=1)
     sums = torch.zeros(2, dtype=torch.float64, device=device())
-    for batch in batches:
+    for number, batch in enumerate(batches):
+        engine.show("microbatch", number, len(batches))
         losses = engine(token_losses, batch, trained.use_bfloat16)
         loss = losses.loss_sum / num_tokens
         engine.backward(loss)

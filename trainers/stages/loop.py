@@ -65,6 +65,7 @@ def train_steps(
         tracker.resume_from(first)
     key = stage if interrupted is not None else "backbone.from_scratch"
     warn_of_warmup(key, section.warmup_steps, steps, first)
+    engine.show = tracker.phase
     with interruption.steps() if interrupted is not None else nullcontext():
         for step in range(first, steps):
             seed_step(seed, step)

@@ -101,6 +101,7 @@ def run_pipeline(
             record_config(cfg, run)
         cpu_only = not gpus and launch.hostfile is None
         for stage in pending:
+            _say(f"{stage}: stage {list(decisions).index(stage) + 1} of {len(decisions)}")
             if launch.in_process:
                 run_here(stage, given, resume, lock)
                 continue

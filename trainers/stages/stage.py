@@ -103,7 +103,17 @@ def open_stage(cfg: Config, run: RunFolder, stage: Stage) -> PreTrainedTokenizer
         trust_remote_code=cfg.backbone.trust_remote_code,
     )
     print_lines([template_line(tokenizer, cfg.chat)])
+    print_lines(_where_curves_are(cfg, run, stage))
     return tokenizer
+
+
+def _where_curves_are(cfg: Config, run: RunFolder, stage: Stage) -> list[str]:
+    lines = [f"metrics: {run.metrics(stage)}"]
+    if "tensorboard" in cfg.tracking.report_to:
+        lines[0] += f"; curves: tensorboard --logdir {run.root}"
+    if "wandb" in cfg.tracking.report_to:
+        lines[0] += f"; Weights & Biases: project {cfg.tracking.wandb.project}"
+    return lines
 
 
 def compare_machines(cfg: Config, run: RunFolder, base: Mapping[str, Any] | None) -> None:
