@@ -156,7 +156,7 @@ def copy_before_ppo(source: RunFolder, target: RunFolder) -> None:
 
     The run that gets them decides by lineage.json, as always, whether they are what it needs.
     """
-    stages = [stage for stage in BEFORE_PPO if source.result(stage).is_file()]
+    stages: list[Stage] = [stage for stage in BEFORE_PPO if source.result(stage).is_file()]
     if target.lineage.is_file() or not stages:
         return
     target.root.mkdir(parents=True, exist_ok=True)
