@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     engine = model.build_engine(cfg, roles.model)
     trainer = train.PpoTrainer(cfg, run, engine, roles.scorer, prompts, stop, ptx)
     numbers = trainer.train(arguments.resume)
-    model.export_ppo(run, roles.model, stage.adapter_info(cfg, run, tokenizer, "ppo"))
+    info = stage.adapter_info(cfg, run, tokenizer, "ppo")
+    model.export_ppo(cfg, run, roles.model, tokenizer, info)
 
     measured = time.monotonic()
     evaluate.evaluate_roles(cfg, run, trainer.collector, prompts)

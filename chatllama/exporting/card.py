@@ -27,10 +27,11 @@ _LOADING: dict[Kind, str] = {
     "adapter": """\
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 base = AutoModelForCausalLM.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 ```
 
     vllm serve {base} --enable-lora --max-lora-rank {rank} \\

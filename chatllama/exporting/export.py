@@ -33,7 +33,13 @@ from chatllama.exporting.gguf_writer import (
     write_model_gguf,
 )
 from chatllama.exporting.reference_outputs import CONVERSATIONS, ReferenceOutputs, reference_outputs
-from chatllama.exporting.templates import as_text, jinja_template, modelfile, own_layout
+from chatllama.exporting.templates import (
+    as_text,
+    jinja_template,
+    modelfile,
+    own_layout,
+    write_tokenizer,
+)
 from chatllama.inference.load import load_run, reward_role
 from chatllama.inference.options import find_role
 from chatllama.model.adapters import SavedAdapter, load_adapter, save_adapter
@@ -52,7 +58,6 @@ from chatllama.model.weight_files import (
 from chatllama.runs.folder import INFO, RunFolder, base_path
 from chatllama.runtime.files import new_folder, write_json
 from chatllama.text.chat_format import end_of_turn_ids
-from chatllama.text.tokenizer import save_tokenizer
 
 MODEL_FILE = "model.gguf"
 BASE_KEYS = (
@@ -79,8 +84,7 @@ WINDOW_NOTE = (
 )
 NO_TEMPLATE_NOTE = (
     "With the base's own tokenizer files plain transformers gives other token ids than the model "
-    "was trained on: take token ids from chatllama, or use the merged model, whose tokenizer is "
-    "exact."
+    "was trained on: take the tokenizer of this folder, which is exact."
 )
 
 
@@ -180,7 +184,6 @@ class Exporter:
         changes |= {"dtype": self.dtype, "pad_token_id": self.tokenizer.pad_token_id}
         kind = CONFIG_MAPPING[family_of(self.config).name]
         kind.from_dict(self.config.to_dict() | changes).save_pretrained(folder)
-        save_tokenizer(self.tokenizer, folder)
 
     def _write_classifier(self, folder: Path, saved: SavedAdapter, scores: list[float]) -> None:
         files, head = self._merged(saved), saved.head["weight"].to(self.dtype)
@@ -231,7 +234,10 @@ class Exporter:
         folder, template = self.out / name, jinja_template(self.tokenizer, self.cfg.chat)
         with new_folder(folder) as beside:
             write(beside)
-            (beside / "chat_template.jinja").write_text(template, encoding="utf-8")
+            if kind == "gguf":
+                (beside / "chat_template.jinja").write_text(template, encoding="utf-8")
+            else:
+                write_tokenizer(beside, self.tokenizer, self.cfg.chat)
             notes = self._add_conversations(beside, name, beside if rank is None else self.base)
             example = as_text(self.tokenizer, CONVERSATIONS[0], template)
             card = partial(

@@ -5,6 +5,7 @@ refuses.
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -15,6 +16,7 @@ from chatllama.exporting.reference_outputs import CONVERSATIONS, is_prompt
 from chatllama.text.chat_format import Message, default_system, end_of_turn_ids, opening_bos, render
 from chatllama.text.encoding import adds_bos
 from chatllama.text.template_process import rendered
+from chatllama.text.tokenizer import save_tokenizer
 from chatllama.text.tokenizer_template import frozen_template
 
 _SYSTEM = """\
@@ -155,6 +157,13 @@ _GO = {
 {{- end }}<|im_start|>assistant
 """,
 }
+
+
+def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> None:
+    """Writes tokenizer and chat template: plain transformers' ids are then those of training."""
+    save_tokenizer(tokenizer, folder)
+    template = jinja_template(tokenizer, chat)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def jinja_template(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> str:

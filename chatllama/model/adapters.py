@@ -6,7 +6,7 @@ base, stage). No config.json: transformers would take the folder for a whole mod
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,6 +81,7 @@ def save_adapter(
     lora: LoraSection,
     info: Mapping[str, Any],
     head: Mapping[str, Tensor] | None = None,
+    write_more: Callable[[Path], None] | None = None,
 ) -> None:
     """Replaces `folder` by the adapter, complete and checked, or leaves it as it was.
 
@@ -94,6 +95,7 @@ def save_adapter(
         lora: the adapter's shape.
         info: `base` (path or hub id) and the other contents of chatllama.json.
         head: `weight` and perhaps `bias` of a scalar head.
+        write_more: writes other files into the folder that it is given, such as a tokenizer.
 
     Raises:
         ValueError: a tensor is empty, all zero or not finite, or does not read back equal.
@@ -122,6 +124,8 @@ def save_adapter(
     save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
     config.save_pretrained(str(beside))
     write_json(beside / INFO, dict(info))
+    if write_more is not None:
+        write_more(beside)
     with safe_open(beside / WEIGHTS, framework="pt") as reopened:
         if set(reopened.keys()) != set(tensors):
             raise ValueError(f"{folder}: the adapter did not read back: other tensor names")

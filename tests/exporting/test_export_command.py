@@ -110,7 +110,8 @@ def test_what_is_written(exported: Exported) -> None:
     assert folders == {"adapter", "merged", "gguf"} | rewards
     files = {path.name for path in (exported.out / "adapter").iterdir()}
     card = {"README.md", "chat_template.jinja", INFO}
-    assert files == {WEIGHTS, "adapter_config.json"} | card
+    words = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"}
+    assert files == {WEIGHTS, "adapter_config.json"} | card | words
     home = str(exported.run.root.parent)
     for path in exported.out.rglob("*"):
         if path.is_file():

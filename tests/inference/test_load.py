@@ -48,8 +48,9 @@ def test_the_policy_speaks_and_the_reward_model_scores_as_in_training(tiny: Tiny
     trainer = tiny.trainer()
     state = trainer.start()
     rollout = trainer.advance(state)[1]
-    info = adapter_info(cfg, run, tokenizer_of(tiny.base), "ppo")
-    export_ppo(run, trainer.engine.model, info)
+    tokenizer = tokenizer_of(tiny.base)
+    info = adapter_info(cfg, run, tokenizer, "ppo")
+    export_ppo(cfg, run, trainer.engine.model, tokenizer, info)
     loaded = load_run(run)
     trainer.engine.model.eval()
     for role in ("base", "reference", "policy"):
@@ -108,8 +109,9 @@ def test_after_full_fine_tuning_the_base_is_sfts_model(tiny: TinyRun, tmp_path: 
     dump_config(cfg, run.config)
     trainer = full.trainer(lora=None)
     trainer.advance(trainer.start())
-    info = adapter_info(cfg, run, make_stop_tokens(cfg).tokenizer, "ppo")
-    export_ppo(run, trainer.engine.model, info)
+    tokenizer = make_stop_tokens(cfg).tokenizer
+    info = adapter_info(cfg, run, tokenizer, "ppo")
+    export_ppo(cfg, run, trainer.engine.model, tokenizer, info)
     assert load_adapter(run.policy_adapter).info["base"] == str(run.full_model)
     loaded = load_run(run)
     trainer.engine.model.eval()

@@ -1,20 +1,28 @@
 """train_ppo.py's main, from YAML and prompt files to exports, in one process."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launching import PROJECT
 from ppo_runs import make_base, make_run, ppo_config, tokenizer_of
 
 import train_ppo
 from chatllama.config.loader import dump_config, load_config
 from chatllama.config.schema import Config
+from chatllama.generation.sampling import Sampling
+from chatllama.inference.chat_model import ChatModel
+from chatllama.inference.load import load_run
 from chatllama.model.adapters import load_adapter
 from chatllama.model.roles import acting_as
 from chatllama.runs.folder import RunFolder
+from chatllama.text.chat_format import render
+from chatllama.text.detokenizing import stream_text
+from chatllama.text.tokenizer import load_tokenizer
 from trainers.ppo.data import load_prompts
 
 WEIGHTS = "adapter_model.safetensors"
@@ -241,7 +249,9 @@ def test_a_bfloat16_base_trains_float32_adapters(base: str, files: Path):
 
 
 @pytest.mark.slow
-def test_the_exported_policy_is_the_trained_one_in_plain_peft(base: str, files: Path):
+def test_the_exported_policy_is_the_trained_one_in_plain_peft(
+    base: str, files: Path, capsys: pytest.CaptureFixture[str]
+):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -249,9 +259,9 @@ def test_the_exported_policy_is_the_trained_one_in_plain_peft(base: str, files: 
     kept: list[Any] = []
     export = train_ppo_export()
 
-    def spy(run: RunFolder, model: Any, info: dict[str, object]) -> None:
+    def spy(cfg: Any, run: RunFolder, model: Any, *others: Any) -> None:
         kept.append(model)
-        export(run, model, info)
+        export(cfg, run, model, *others)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trainers.ppo.model.export_ppo", spy)
@@ -262,6 +272,27 @@ def test_the_exported_policy_is_the_trained_one_in_plain_peft(base: str, files: 
         with torch.no_grad(), acting_as(kept[0].eval(), role):
             expected = kept[0].llama(tokens).logits
             torch.testing.assert_close(plain(tokens).logits, expected, atol=1e-5, rtol=0)
+    names, cfg = dict[str, Any](), load_config(run.config)
+    capsys.readouterr()
+    exec(readmes_snippet(base, run.policy_adapter), names)
+    said = capsys.readouterr().out.removesuffix("\n")
+    messages = names["messages"]
+    rendered = render(load_tokenizer(base), cfg.chat, messages, add_generation_prompt=True).ids
+    assert names["prompt"]["input_ids"].tolist() == [rendered]
+    chat = ChatModel(load_run(run), Sampling(12, temperature=0.0), torch.Generator())
+    new = iter(names["ids"][0, len(rendered) :].tolist())
+    spoken = "".join(stream_text(load_tokenizer(base), new))  # what lies in `said`, byte by byte
+    assert said and "".join(chat.answer(messages, "policy")) == spoken
+
+
+def readmes_snippet(base: str, policy: Path) -> str:
+    """README's way from messages to an answer by PEFT alone, with other paths."""
+    blocks = re.findall(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL)
+    (block,) = (each for each in blocks if "apply_chat_template" in each)
+    assert block.count("runs/mine/ppo/policy") == 2
+    hub = "meta-llama/Llama-2-7b-hf"
+    block = block.replace("max_new_tokens=200", "max_new_tokens=12")
+    return block.replace("runs/mine/ppo/policy", str(policy)).replace(hub, base)
 
 
 def train_ppo_export() -> Any:

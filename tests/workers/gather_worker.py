@@ -73,7 +73,8 @@ def run_ppo(tiny: TinyRun, folder: Path, info: dict[str, object], gathers: Gathe
         state = PpoState(step=1, kl_coef=0.1, statistics=Statistics())
         save_state(cfg, RunFolder(folder / "saved"), engine, state)
     with gathers.during("ppo, export", engine.model):
-        export_ppo(RunFolder(folder / "ppo"), engine.model, info)
+        tokenizer = tokenizer_of(tiny.base)
+        export_ppo(cfg, RunFolder(folder / "ppo"), engine.model, tokenizer, info)
     servers = tiny.config(
         generation={"engine": "server", "servers": {"urls": ["http://127.0.0.1:9"]}}
     )

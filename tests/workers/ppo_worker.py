@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ppo_runs import TinyRun, make_ptx
+from ppo_runs import TinyRun, make_ptx, tokenizer_of
 
 from chatllama.config.schema import DeepSpeedSection
 from chatllama.runs.folder import RunFolder
@@ -97,7 +97,8 @@ def run_variant(base: TinyRun, folder: Path, stage: int, name: str) -> dict[str,
     trainer = build(tiny, stage, name)
     trainer.train(resume=False)
     evaluate_roles(trainer.cfg, run, trainer.collector, trainer.prompts)
-    export_ppo(run, trainer.engine.model, {"base": tiny.base, "contract": {}, "stage": "ppo"})
+    info = {"base": tiny.base, "contract": {}, "stage": "ppo"}
+    export_ppo(trainer.cfg, run, trainer.engine.model, tokenizer_of(tiny.base), info)
     out["weights"] = weights(trainer)
     # More ranks than prompts.
     arguments = ([[70, 71, 72]], trainer.cfg.generation, trainer.stop_tokens.stop_ids, (9,))

@@ -1,6 +1,7 @@
 """The models of a PPO run: roles built from earlier stages, their engine, the exports."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.batch_sizes import microbatches_per_step
 from chatllama.config.schema import Config
+from chatllama.exporting.templates import write_tokenizer
 from chatllama.model.adapters import SavedAdapter, load_adapter, save_adapter
 from chatllama.model.backbone import load_backbone
 from chatllama.model.fingerprint import check_base
@@ -133,14 +135,22 @@ def fold_into_value_head(
     engine.assign(bias, (engine.whole_value(bias) - mean) * scale)
 
 
-def export_ppo(run: RunFolder, model: RoleModel, info: dict[str, object]) -> None:
+def export_ppo(
+    cfg: Config,
+    run: RunFolder,
+    model: RoleModel,
+    tokenizer: PreTrainedTokenizerFast,
+    info: dict[str, object],
+) -> None:
     """Writes RUN/ppo/policy, value (with a critic) and policy-ema (if kept); every rank calls."""
+    more = partial(write_tokenizer, tokenizer=tokenizer, chat=cfg.chat)
 
     def export(folder: Path, role: Role, head: nn.Module | None = None) -> None:
         weights = dict(head.named_parameters()) if head is not None else {}
         with gathered([*adapter_parameters(model, role), *weights.values()]):
             if rank() == 0:
-                save_adapter(folder, adapter_state(model, role), model.lora[role], info, weights)
+                state, lora = adapter_state(model, role), model.lora[role]
+                save_adapter(folder, state, lora, info, weights, None if weights else more)
 
     export(run.policy_adapter, "policy")
     if "ema" in model.adapter_names:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from chatllama.config.batch_sizes import microbatches_per_step
 from chatllama.config.schema import Config
+from chatllama.exporting.templates import write_tokenizer
 from chatllama.model.adapters import check_tensors, save_adapter
 from chatllama.model.backbone import load_backbone
 from chatllama.model.lm_head import TokenLoss, token_loss
@@ -96,7 +98,9 @@ def export_sft(
     else:
         with gathered(adapter_parameters(model, "policy")):
             if distributed.rank() == 0:
-                save_adapter(run.sft_adapter, adapter_state(model, "policy"), cfg.lora, info)
+                more = partial(write_tokenizer, tokenizer=tokenizer, chat=cfg.chat)
+                state = adapter_state(model, "policy")
+                save_adapter(run.sft_adapter, state, cfg.lora, info, write_more=more)
     distributed.barrier()
 
 
