@@ -35,7 +35,7 @@ _Tensor = tuple[tuple[int, ...], torch.dtype, Callable[[], Tensor]]
 _ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
 """dynamic scaling begins beyond the context length."""
 _YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
-"""What a GGUF file cannot say: llama.cpp takes the betas from its command line alone."""
+"""What llama.cpp computes whatever the file says: it takes the betas from its command line."""
 
 
 def check_gguf(config: LlamaConfig, tokenizer: PreTrainedTokenizerFast) -> None:
