@@ -10,7 +10,7 @@ from chatllama import cli
 from chatllama.config.loader import load_config
 from chatllama.config.schema import Config
 from chatllama.planning import rates
-from chatllama.planning.hardware import GB, OVERHEAD, parse_memory
+from chatllama.planning.hardware import GB, GPUS, OVERHEAD, parse_memory
 from chatllama.planning.memory import Place, plan_memory
 from chatllama.planning.rates import MeasuredRates
 from chatllama.planning.shape import ModelShape
@@ -260,3 +260,13 @@ def test_the_demos_model_comes_from_its_config(tmp_path: Path) -> None:
     content |= {"num_hidden_layers": 1, "num_attention_heads": 2}
     (tmp_path / "backbone" / "config.json").write_text(json.dumps(content))
     assert find_shape(cfg)[0].vocab_size == 9  # once it is made, that counts
+
+
+def test_the_docs_show_the_rates_that_there_are() -> None:
+    text = (CONFIGS.parent / "docs" / "sizing.md").read_text(encoding="utf-8")
+    for one in rates.MEASURED:
+        cells = [one.date, f"{one.machine}: {one.found}", f"{one.parameters:,}", one.dtype]
+        numbers = (one.sft, one.reward, one.sampling, one.scoring, one.update)
+        assert f"| {' | '.join([*cells, *(f'{x:g}' for x in numbers)])} |" in text
+    gpus = {one.machine for one in rates.MEASURED} - {rates.CPU}
+    assert ("every GPU" in text) == (not gpus) and gpus <= GPUS.keys()
