@@ -222,6 +222,17 @@ def test_a_failing_stage_stops_the_run(
     assert f"chatllama run {run.config} --resume --num-gpus 2" in str(caught.value)
 
 
+def test_after_a_mistake_of_the_user_the_own_file_is_named(
+    config: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "run_to_end", lambda *args: 2)
+    with pytest.raises(StageFailed) as caught:
+        run_pipeline(config, ["seed=3"], launch=Launch(num_gpus=2))
+    assert caught.value.exit_code == 2 and f"Correct {config}, " in str(caught.value)
+    assert f"  chatllama run {config} seed=3 --num-gpus 2" in str(caught.value)
+    assert "--resume" not in str(caught.value)
+
+
 def some_config(**sizes: int) -> Config:
     data = {"data": [{"path": "a.jsonl"}]}
     batch = {**data, "batch_size": 12, "microbatch_size": 2, **sizes}

@@ -50,6 +50,9 @@ from trainers.stages.lineage import made_from
 from trainers.stages.processes import run_to_end
 from trainers.stages.refusals import load_checked_config
 
+REFUSED = 2
+"""Exit code of a stage after a mistake in what the user wrote."""
+
 
 class StageFailed(Exception):
     """A stage ended without a result.
@@ -106,9 +109,9 @@ def run_pipeline(
                 run_here(stage, given, resume, lock)
                 continue
             command = stage_command(stage, given, ranks, gpus, launch, resume, lock)
-            _run_stage(
-                run, stage, command, stage_environment(ranks, count_cores(), cpu_only), launch
-            )
+            environment = stage_environment(ranks, count_cores(), cpu_only)
+            written = [config_path, *overrides]
+            _run_stage(run, stage, command, environment, launch, written)
         if launch.leads:
             write_summary(run)
             print_results(run, write_report(run))
@@ -243,9 +246,18 @@ def _plan_ranks(cfg: Config, launch: Launch) -> tuple[int, int]:
 
 
 def _run_stage(
-    run: RunFolder, stage: Stage, command: list[str], environment: dict[str, str], launch: Launch
+    run: RunFolder,
+    stage: Stage,
+    command: list[str],
+    environment: dict[str, str],
+    launch: Launch,
+    written: Sequence[str],
 ) -> None:
-    """Runs one stage; raises StageFailed if it ends without a result."""
+    """Runs one stage; raises StageFailed if it ends without a result.
+
+    Args:
+        written: the config file and the overrides that the user gave.
+    """
     _say(f"{stage}: {shlex.join(command)}")
     run.interrupted(stage).unlink(missing_ok=True)
     again = shlex.join(["chatllama", "run", str(run.config), "--resume", *launch.arguments])
@@ -263,6 +275,13 @@ def _run_stage(
         return
     if code == EXIT_CODE or run.interrupted(stage).is_file():
         raise StageFailed(f"{_interruption(run, stage)}. To go on:\n  {again}", EXIT_CODE)
+    if code == REFUSED:
+        afresh = shlex.join(["chatllama", "run", *written, *launch.arguments])
+        raise StageFailed(
+            f"stage {stage} was refused, for the reason above. Correct {written[0]}, or the file "
+            f"that the reason names, and run it again:\n  {afresh}",
+            code,
+        )
     code = code or 1  # the launcher returns 0 when a signal kills it
     # A rank killed by signal N makes the launcher exit with 256 - N.
     cause = f" (signal {256 - code})" if 224 < code < 256 else ""
