@@ -6,6 +6,19 @@ from pathlib import Path
 from chatllama.runtime.command_line import add_command
 
 
+def add_init_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares what `init` would ask for."""
+    add = parser.add_argument
+    add("--model", metavar="MODEL", help="folder or hub id")
+    about = "conversations, pairs or prompts, in any format; again for more"
+    add("--data", metavar="FILE", action="append", default=[], help=about)
+    about = "sft; ppo: also a reward model from pairs, and PPO; grpo: with a reward function"
+    add("--goal", choices=("sft", "ppo", "grpo"), help=about)
+    add("--reward", metavar="MODULE:FUNCTION", help="of (prompt, answer), for grpo")
+    add("--gpu-memory", metavar="SIZE", help="such as 24GB; `none`: CPU (default: this machine's)")
+    add("--out", type=Path, metavar="F.yaml", help="the new config (default: MODEL-GOAL.yaml)")
+
+
 def add_configs_commands(parser: argparse.ArgumentParser) -> None:
     """Declares `configs` and `configs copy`."""
     parser.set_defaults(name=None)
