@@ -11,29 +11,30 @@ from pathlib import Path
 
 from chatllama import __version__
 from chatllama.exporting.cli import ExportOptions, add_export_arguments
+from chatllama.importing.cli import add_import_arguments
 from chatllama.inference.cli import add_chat_arguments, add_generate_arguments
 from chatllama.inference.evaluation.cli import SuiteOptions, add_eval_arguments
 from chatllama.inference.options import TRUST, ChatOptions, GenerateOptions
 from chatllama.planning.cli import add_plan_arguments
-from chatllama.runs.folder import STAGES, Stage
-from chatllama.runtime.command_line import (
-    Command,
-    Parser,
-    add_command,
-    add_config_arguments,
-    shown_only,
-    tell,
-)
+from chatllama.runtime.command_line import Command, Parser, add_command, shown_only, tell
 from chatllama.runtime.declared_options import options_from
 from chatllama.runtime.gpu import let_memory_grow
 from chatllama.serving.settings import add_serve_arguments, serve_settings
 from chatllama.start.cli import (
     add_configs_commands,
+    add_init_arguments,
     add_runs_arguments,
     configs,
     env,
     no_arguments,
     runs,
+)
+from chatllama.start.training_cli import (
+    add_compare_arguments,
+    add_report_arguments,
+    add_run_arguments,
+    add_selftest_arguments,
+    add_sweep_arguments,
 )
 
 ABOUT = "RLHF for LLaMA: SFT, reward model and PPO on one frozen backbone."
@@ -46,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Without arguments it shows what there is.
     """
     let_memory_grow()
-    words = sys.argv[1:] if argv is None else argv
-    arguments = _parse(words) if words else argparse.Namespace(command=_home, debug=False)
+    arguments = _parse(sys.argv[1:] if argv is None else argv)
     command: Command = arguments.command
     # Where stdout is the result, a reader that has closed the pipe ends the command.
     shown = ("stderr",) if command in (_chat, _generate) else ("stdout", "stderr")
@@ -69,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments; ends the process with code 2 and a usage line if they make no sense."""
+    if not argv:
+        return argparse.Namespace(command=_home, debug=False)
     parser = Parser(prog="chatllama", description=ABOUT)
     parser.add_argument("--version", action="version", version=f"chatllama {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -92,86 +94,11 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_commands(parser.add_subparsers(title="commands", metavar="COMMAND", required=True))
 
 
-def _run_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_arguments(parser)
-    add = parser.add_argument
-    about = (
-        "go on from the newest checkpoint of an interrupted stage, with any number of ranks and "
-        "under any ZeRO stage"
-    )
-    add("--resume", action="store_true", help=about)
-    about = "do this stage and the later ones again; their results and checkpoints are removed"
-    add("--from", dest="redo_from", choices=("sft", "reward", "ppo"), help=about)
-    about = "run these stages alone, as in --only sft,ppo (default: all that the config has)"
-    add("--only", type=_stages, metavar="STAGES", default=STAGES, help=about)
-    about = "processes on this machine (default: all GPUs; without one, up to 2 on the CPU)"
-    add("--num-gpus", type=int, metavar="N", help=about)
-    add("--hostfile", type=Path, metavar="FILE", help="machines, `name slots=N` a line")
-    add("--master-port", type=int, metavar="P", help="port of rank 0 (default: a free one)")
-    about = (
-        "start only the processes of line R (from 0) of the hostfile, without ssh: for Slurm, or "
-        "by hand on every machine (docs/multinode.md)"
-    )
-    add("--node-rank", type=int, metavar="R", help=about)
-    add("--master-addr", metavar="HOST", help="the hostfile's first machine")
-
-
-def _stages(text: str) -> tuple[Stage, ...]:
-    """The stages of a list with commas, in order."""
-    names = [name.strip() for name in text.split(",")]
-    if wrong := [name for name in names if name not in STAGES]:
-        known = ", ".join(STAGES)
-        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is no stage; known: {known}")
-    return tuple(stage for stage in STAGES if stage in names)
-
-
-def _import_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    about = (
-        "Meta's folder (params.json, consolidated.NN.pth and, there or one above, tokenizer.model) "
-        "or a LLaMA's GGUF file (extra: gguf), whose weights are dequantised"
-    )
-    add("source", metavar="FOLDER|FILE.gguf", type=Path, help=about)
-    add(
-        "--out", type=Path, metavar="FOLDER", help="new folder (default: the source's name and -hf)"
-    )
-    types = ("keep", "float32", "bfloat16", "float16")
-    add("--dtype", choices=types, default="keep", help="type of the weights (default: keep)")
-    about = "longest text, in tokens (default: the source's; Meta's files do not say: 2048)"
-    add("--max-positions", type=int, metavar="N", help=about)
-
-
 def _finish_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
     about = "step of the checkpoint (default: the newest)"
     parser.add_argument("--step", type=int, metavar="N", help=about)
     parser.add_argument("--trust-remote-code", action="store_true", help=TRUST)
-
-
-def _report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
-
-
-def _compare_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folders")
-    about = "the page (default: compare.html beside the first run)"
-    parser.add_argument("--out", metavar="FILE.html", type=Path, help=about)
-
-
-def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_arguments(parser)
-    parser.epilog = "section.key=value,value,... makes a run for each value, below the run_dir."
-    about = "a run on each GPU at a time (default: one after another, each on all GPUs)"
-    parser.add_argument("--one-per-gpu", action="store_true", help=about)
-
-
-def _selftest_arguments(parser: argparse.ArgumentParser) -> None:
-    add, seeds = parser.add_argument, [0, 1, 2]
-    about = "of the training runs, one each (default: 0 1 2)"
-    add("--seeds", type=int, nargs="+", default=seeds, metavar="N", help=about)
-    add("--quick", action="store_true", help="leave the training runs out")
-    about = "of the backbone (default: float32, whose limits are thousands of times narrower)"
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help=about)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -192,6 +119,14 @@ def _run(arguments: argparse.Namespace) -> None:
     except StageFailed as error:
         tell(f"chatllama: {error}")
         raise SystemExit(error.exit_code) from error
+
+
+def _init(arguments: argparse.Namespace) -> None:
+    from chatllama.start.fit import gpu_fit
+    from data.first_config import Wishes, init
+
+    given = {name: vars(arguments)[name] for name in ("model", "goal", "reward", "out")}
+    init(Wishes(data=tuple(arguments.data), **given), gpu_fit(arguments.gpu_memory))
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -329,6 +264,7 @@ def _home(arguments: argparse.Namespace) -> None:
 COMMANDS: dict[str, tuple[tuple[str, Command, Callable[[argparse.ArgumentParser], None], str], ...]]
 COMMANDS = {
     "start": (
+        ("init", _init, add_init_arguments, "a config for a model, data and a goal; asks for them"),
         (
             "configs",
             configs,
@@ -338,15 +274,15 @@ COMMANDS = {
         ("data", _home, _data_arguments, "check a config's data, look at its tokens, make more"),
         ("plan", _plan, add_plan_arguments, "memory, tokens and time of a config before it runs"),
         ("env", env, no_arguments, "this machine: GPUs, kernels, disk, versions; for bug reports"),
-        ("selftest", _selftest, _selftest_arguments, "PPO against the closed form, here and now"),
+        ("selftest", _selftest, add_selftest_arguments, "PPO against the closed form, right here"),
     ),
     "train": (
-        ("run", _run, _run_arguments, "train: SFT, reward model, PPO; then evaluation and report"),
+        ("run", _run, add_run_arguments, "SFT, reward model, PPO; then evaluation and report"),
         ("runs", runs, add_runs_arguments, "the runs here, how far they are and what comes next"),
         ("finish", _finish, _finish_arguments, "end an interrupted stage at a checkpoint"),
-        ("report", _report, _report_arguments, "write report.html of a run, finished or not"),
-        ("sweep", _sweep, _sweep_arguments, "a run for each combination of values; then compare"),
-        ("compare", _compare, _compare_arguments, "runs beside each other: keys, figures, tests"),
+        ("report", _report, add_report_arguments, "write report.html of a run, finished or not"),
+        ("sweep", _sweep, add_sweep_arguments, "a run for each combination of values, compared"),
+        ("compare", _compare, add_compare_arguments, "runs side by side: keys, figures, tests"),
     ),
     "use": (
         ("chat", _chat, add_chat_arguments, "talk to the model of a run in the terminal"),
@@ -357,7 +293,7 @@ COMMANDS = {
         (
             "import",
             _import,
-            _import_arguments,
+            add_import_arguments,
             "Meta's checkpoint or a GGUF as a Hugging Face folder",
         ),
     ),

@@ -7,17 +7,20 @@ records, batches small enough for at least 50 steps.
 import json
 import re
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+import datasets
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.loader import load_config
 from chatllama.config.model import ChatSection
 from chatllama.config.schema import Config
+from chatllama.config.yaml_reader import parse_value
 from chatllama.runtime.files import replace_text
 from chatllama.text.chat_format import settled, template_line
 from chatllama.text.tokenizer import load_tokenizer
@@ -63,6 +66,7 @@ def init(wishes: Wishes, fit: Fit | None) -> Path:
     tokenizer = load_tokenizer(model)
     print(template_line(tokenizer, ChatSection()))
     names = wishes.data or tuple(_ask("Data files, separated by blanks", "--data").split())
+    datasets.disable_progress_bars()
     looks = [first_look(name) for name in names]
     for look in looks:
         print(f"{KINDS[look.kind]}: {look.summary}")
@@ -76,12 +80,11 @@ def init(wishes: Wishes, fit: Fit | None) -> Path:
         raise ValueError(f"{out} is there already: give another --out, or remove it")
     sections = _sections(model, tokenizer, looks, goal, reward, fit is not None)
     text = _yaml(f"runs/{name}", sections)
+    if fit is not None:
+        settings = fit(Config.model_validate(parse_value(text)))
+        text = _yaml(f"runs/{name}", _fitted(sections, settings))
     replace_text(out, text)
     cfg = load_config(out)
-    if fit is not None:
-        text = _yaml(f"runs/{name}", _fitted(sections, fit(cfg)))
-        replace_text(out, text)
-        cfg = load_config(out)
     print(f"\n{out}:\n{text}")
     stage = "sft" if "sft" in sections else "ppo"
     print_records(shown_records(cfg, tokenizer, stage, 1)[:1], Console())
@@ -113,7 +116,7 @@ def _sections(
         whole = _all_lengths(learned, tokenizer, chat)
         limit = min(positions, _up(quantile(whole, SHARE), 64))
         rows = sum(len(look.rows) for look in learned) * sum(whole) / len(whole) / limit
-        sections["sft"] = _stage(learned, limit, rows)
+        sections["sft"] = _stage(learned, limit, rows, whole)
     elif goal == "sft":
         raise ValueError("--goal sft needs a file with answers, and these hold prompts alone")
     if goal == "sft":
@@ -124,8 +127,9 @@ def _sections(
                 "--goal ppo needs a file of pairs (chosen and rejected answers) for the reward "
                 "model; without one, --goal sft, or --goal grpo with a reward function"
             )
-        limit = min(positions, _up(quantile(_all_lengths(pairs, tokenizer, chat), SHARE), 64))
-        sections["reward"] = _stage(pairs, limit, sum(len(look.rows) for look in pairs))
+        whole = _all_lengths(pairs, tokenizer, chat)
+        limit = min(positions, _up(quantile(whole, SHARE), 64))
+        sections["reward"] = _stage(pairs, limit, sum(len(look.rows) for look in pairs), whole)
     prompts = asked or (pairs if goal == "ppo" else talks or pairs)
     ahead = _all_lengths(prompts, tokenizer, chat, prompts=True)
     longest = min(positions // 2, _up(quantile(ahead, SHARE), 32))
@@ -149,17 +153,18 @@ def _sections(
     return sections
 
 
-def _stage(looks: Sequence[FirstLook], limit: int, rows: float) -> Values:
+def _stage(looks: Sequence[FirstLook], limit: int, rows: float, lengths: Sequence[int]) -> Values:
     """The section of SFT or the reward model with about `rows` sequences an epoch."""
     batch, epochs = 64, 1
     while batch > 4 and rows / batch < LEAST_STEPS:
         batch //= 2
     while epochs < MOST_EPOCHS and rows * epochs / batch < LEAST_STEPS:
         epochs += 1
+    kept = bisect_right(lengths, limit) / len(lengths)
     steps = max(1, round(rows * 0.95 * epochs / batch))
     return {
         "data": ([look.source for look in looks], ""),
-        "max_length": (limit, f"tokens; keeps {SHARE:.0%} whole"),
+        "max_length": (limit, f"tokens; {kept:.0%} of the records are within"),
         "batch_size": (batch, ""),
         "microbatch_size": (min(batch, 4), ""),
         "epochs": (float(epochs), f"about {steps} steps in all"),
