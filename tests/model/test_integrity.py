@@ -9,6 +9,7 @@ from ppo_runs import TinyRun
 
 from chatllama.cli import main
 from chatllama.config.loader import dump_config, load_config
+from chatllama.config.model import LoraSection
 from chatllama.inference.load import load_run
 from chatllama.model import weight_files
 from chatllama.model.adapters import load_adapter
@@ -16,6 +17,7 @@ from chatllama.model.integrity import base_record, check_outputs
 from chatllama.runs.folder import STAGES, RunFolder, Stage, read_lineage, write_record
 from chatllama.runtime import digests, distributed
 from chatllama.runtime.files import write_json
+from chatllama.text.tokenizer import load_tokenizer
 from trainers.stages import lineage
 from trainers.stages.decisions import check_resumed, decide
 
@@ -302,6 +304,26 @@ def test_a_model_that_a_stage_downloads_is_compared_in_that_stage(
         return
     with pytest.raises(ValueError, match=rf"{Path(damaged).name} is not the file that stage sft"):
         stages.open_stage(cfg, run, stage)
+
+
+@pytest.mark.parametrize("stage", ["reward", "ppo"])
+def test_after_full_fine_tuning_the_base_is_not_downloaded_again(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, stage: Stage
+):
+    from trainers.stages import stage as stages
+
+    shutil.copytree(run.root.parent / "base", run.full_model)
+    cfg = load_config(run.config, ["backbone.path=a/b", "lora=null"])
+    loaded: list[str] = []
+    monkeypatch.setattr(stages, "record_config", lambda cfg, run: None)
+    monkeypatch.setattr(stages, "backbone_folder", lambda _, path: loaded.append(path))
+    tokenizer = load_tokenizer(run.root.parent / "base")
+    monkeypatch.setattr(stages, "load_tokenizer", lambda *_, **options: tokenizer)
+    lineage.finish(cfg, run, "sft")
+    stages.open_stage(cfg, run, stage)
+    assert loaded == []
+    stages.open_stage(cfg.model_copy(update={"lora": LoraSection()}), run, "sft")
+    assert loaded == ["a/b"]
 
 
 @pytest.mark.parametrize("damaged", [None, *BASE, "other weights"])

@@ -87,7 +87,8 @@ def open_stage(cfg: Config, run: RunFolder, stage: Stage) -> PreTrainedTokenizer
             machine has another base.
     """
     check_run_folder(cfg, run)
-    if distributed.leads_node():  # before it is recorded and compared
+    loaded = stage == "sft" or cfg.lora is not None
+    if distributed.leads_node() and loaded:  # before it is recorded and compared
         backbone_folder(cfg.backbone, backbone_path(cfg.backbone, run))
     base: dict[str, Any] | None = None
     if rank() == 0:
