@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from chatllama.config.schema import Config, with_weights
-from chatllama.exporting import gate
+from chatllama.exporting import gate, templates
 from chatllama.exporting.card import Kind, model_card, portable
 from chatllama.exporting.cli import ExportOptions
 from chatllama.exporting.gguf_writer import (
@@ -33,13 +33,6 @@ from chatllama.exporting.gguf_writer import (
     write_model_gguf,
 )
 from chatllama.exporting.reference_outputs import CONVERSATIONS, ReferenceOutputs, reference_outputs
-from chatllama.exporting.templates import (
-    as_text,
-    jinja_template,
-    modelfile,
-    own_layout,
-    write_tokenizer,
-)
 from chatllama.inference.load import load_run, reward_role
 from chatllama.inference.options import find_role
 from chatllama.model.adapters import SavedAdapter, load_adapter, save_adapter
@@ -157,7 +150,7 @@ class Exporter:
         logprobs = self.reference.logprobs
 
         def write(folder: Path) -> None:
-            model, template = folder / MODEL_FILE, jinja_template(tokenizer, chat)
+            model, template = folder / MODEL_FILE, templates.jinja_template(tokenizer, chat)
             files = self._merged(self.adapter)
             write_model_gguf(model, files, config, tokenizer, chat, template, name)
             if self.adapter is not None:
@@ -231,15 +224,15 @@ class Exporter:
 
         `rank` is an adapter's; `against` has the gate compare with the base and the adapter.
         """
-        folder, template = self.out / name, jinja_template(self.tokenizer, self.cfg.chat)
+        folder, template = self.out / name, templates.jinja_template(self.tokenizer, self.cfg.chat)
         with new_folder(folder) as beside:
             write(beside)
             if kind == "gguf":
                 (beside / "chat_template.jinja").write_text(template, encoding="utf-8")
             else:
-                write_tokenizer(beside, self.tokenizer, self.cfg.chat)
+                templates.write_tokenizer(beside, self.tokenizer, self.cfg.chat)
             notes = self._add_conversations(beside, name, beside if rank is None else self.base)
-            example = as_text(self.tokenizer, CONVERSATIONS[0], template)
+            example = templates.as_text(self.tokenizer, CONVERSATIONS[0], template)
             card = partial(
                 model_card, kind, self.run, self.cfg, role=self.role, base=self.base_name,
                 rank=rank, pad_id=cast(int, self.tokenizer.pad_token_id), example=example,
@@ -263,9 +256,9 @@ class Exporter:
         notes = []
         if info["export"]["kind"] != "gguf":
             plain = AutoTokenizer.from_pretrained(tokenizer_folder)
-            template = jinja_template(self.tokenizer, self.cfg.chat)
+            template = templates.jinja_template(self.tokenizer, self.cfg.chat)
             for messages, ids in zip(CONVERSATIONS, self.reference.rendered, strict=True):
-                text = as_text(plain, messages, template)
+                text = templates.as_text(plain, messages, template)
                 if gate.same_tokens(plain, text, ids):
                     kept.append({"messages": messages, "ids": ids})
             if not kept or kept[0]["messages"] != CONVERSATIONS[0]:
@@ -339,10 +332,12 @@ def checked_modelfile(
     check_gguf(config, tokenizer)
     if (most := context_length(config)) < config.max_position_embeddings:
         print(WINDOW_NOTE.format(most))
-    if (layout := own_layout(tokenizer, cfg.chat)) is None:
+    if (layout := templates.own_layout(tokenizer, cfg.chat)) is None:
         print(NO_MODELFILE_NOTE)
         return None
-    return modelfile(tokenizer, layout, cfg.generation, MODEL_FILE, context_length(config))
+    return templates.modelfile(
+        tokenizer, layout, cfg.generation, MODEL_FILE, context_length(config)
+    )
 
 
 def run_gate(arguments: list[str | Path]) -> dict[str, float]:

@@ -7,7 +7,7 @@ import hashlib
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
@@ -68,10 +68,7 @@ def import_meta(
         if tokens is not None:
             tokenizer, ends = write_tokenizer(tokens, params.use_scaled_rope, beside)
         else:
-            shutil.copyfile(tokenizer_file, beside / "tokenizer.model")
-            tokenizer = load_tokenizer(beside)
-            save_tokenizer(tokenizer, beside)
-            ends = cast(int, tokenizer.eos_token_id)
+            tokenizer, ends = _copy_tokenizer(tokenizer_file, beside)
         shards = MetaShards(folder, params, len(tokenizer))
         chosen = chosen_dtype(dtype, shards.dtypes, f"{folder}")
         shapes = {name: part.shape for name, part in shards.parts.items()}
@@ -94,16 +91,28 @@ def import_meta(
             "num_checked_tokens": NUM_CHECKED_TOKENS,
         }
         write_json(beside / INFO, info)
-    if params.use_scaled_rope:
-        print(f"rope scaling: factor {params.rope(shards.tied)['factor']:g}")
+    _report(out, shards, info)
+    return out
+
+
+def _copy_tokenizer(file: Path, folder: Path) -> tuple[PreTrainedTokenizerFast, int]:
+    """Copies a SentencePiece model, and writes what plain transformers reads; also its EOS."""
+    shutil.copyfile(file, folder / "tokenizer.model")
+    tokenizer = load_tokenizer(folder)
+    save_tokenizer(tokenizer, folder)
+    return tokenizer, cast(int, tokenizer.eos_token_id)
+
+
+def _report(out: Path, shards: MetaShards, info: dict[str, Any]) -> None:
+    if shards.params.use_scaled_rope:
+        print(f"rope scaling: factor {shards.params.rope(shards.tied)['factor']:g}")
     if shards.tied:
         print("no output.weight: the LM head is the embedding (tie_word_embeddings)")
     kinds = ", ".join(sorted(map(dtype_name, shards.dtypes)))
     print(
-        f"{out}: {params.n_layers} layers, {kinds} -> {info['dtype']}; logits differ from "
+        f"{out}: {shards.params.n_layers} layers, {kinds} -> {info['dtype']}; logits differ from "
         f"Meta's architecture by at most {info['logit_difference']:.1e} of their deviation"
     )
-    return out
 
 
 def _assumed_positions(params: MetaParams, tokens: list[bytes] | None) -> int:
