@@ -102,3 +102,21 @@ def test_shapes_are_those_of_transformers_model(form: str) -> None:
     llama = tiny_llama(form=form)
     expected = {name: tuple(p.shape) for name, p in llama.named_parameters()}
     assert dict(tensor_shapes(llama.config)) == expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"vocab_size": 70}, {"vocab_size": 2**20}, {"intermediate_size": 48}, {"hidden_size": 64},
+     {"intermediate_size": 2**18}, {"num_key_value_heads": 4}],
+    ids=str,
+)  # fmt: skip
+def test_shapes_are_compared_before_a_model_is_built(
+    changes: dict[str, int], damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def built(*_: Any, **options: Any) -> None:
+        raise AssertionError("a model is built")
+
+    monkeypatch.setattr(backbone.AutoModelForCausalLM, "from_pretrained", built)
+    file = damaged / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    refused(damaged, r"has shape \(\d+, \d+\), but by config\.json it should have")
