@@ -49,6 +49,18 @@ MEASURED: tuple[MeasuredRates, ...] = (
         scoring=4337.7,
         update=1423.5,
     ),
+    MeasuredRates(
+        date="2026-11-30",
+        found="AMD EPYC (AVX-512)",
+        machine=CPU,
+        parameters=162_826_560,
+        dtype="float32",
+        sft=102.8,
+        reward=128.7,
+        sampling=47.2,
+        scoring=373.0,
+        update=117.5,
+    ),
 )
 """On CPUs by CPU seconds of one thread, sequences of 64 + 64 tokens, checkpointed."""
 

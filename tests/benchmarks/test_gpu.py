@@ -102,3 +102,32 @@ def test_every_row_is_there_and_runs_dry(tmp_path: Path) -> None:
         assert found[row]["found"]["planned GB"] > 0 and found[row]["found"]["peak GB"] > 0
     table = file.with_suffix(".md").read_text()
     assert all(f"| {row} |" in table for row in ROWS)
+
+
+def test_rows_of_rates_are_code_of_the_table(gpu: Any) -> None:
+    ppo = {"rollout tokens/s": 3.26, "scoring tokens/s": 4.0, "update tokens/s": 5.0}
+    ppo["parameters"] = 77
+    done = {"7B shapes: sft": {"tokens/s": 1.0}, "7B shapes: reward": {"tokens/s": 2.0}}
+    done["7B shapes: ppo"] = ppo
+    found = [{"row": name, "result": "done", "found": each} for name, each in done.items()]
+    found.append({"row": "7B shapes: sft, nf4", "result": "skipped", "found": "no package"})
+    plain, packed = gpu.rate_rows(found, "tiny")
+    (row,) = eval(f"({plain})", {"MeasuredRates": gpu.MeasuredRates})
+    assert (row.parameters, row.dtype, row.machine) == (77, "float32", gpu.CPU)
+    assert (row.sft, row.reward, row.sampling, row.scoring, row.update) == (1, 2, 3.3, 4, 5)
+    assert packed.strip() == "# one CPU core, nf4: not measured"
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", 80, "h100"),
+        ("NVIDIA A100-SXM4-80GB", 80, "a100"),
+        ("NVIDIA A100-SXM4-40GB", 40, "a100-40gb"),
+        ("NVIDIA A10", 23, "a10"),
+        ("NVIDIA GeForce RTX 4090", 24, "rtx4090"),
+        ("Tesla T4", 15, "Tesla T4"),
+    ],
+)
+def test_names_of_gpus(gpu: Any, name: str, gigabytes: int, key: str) -> None:
+    assert gpu.gpu_named(name, gigabytes * 2**30) == key
