@@ -36,21 +36,29 @@ help:
 
 venv: .venv/.ready
 
-.venv/.ready: pyproject.toml constraints.txt
+# The developers' tools on top of what runs need.
+.venv/.ready: .venv/.runs
+	"$(BIN)/python" -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv/.runs: pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
 		2>/dev/null || { \
 		echo "chatllama needs Python 3.10, 3.11 or 3.12; PYTHON='$(PYTHON)' is none of them" \
-		"(python3 here: $$(python3 --version 2>&1)). Name one: make PYTHON=/path/to/python3.12" \
+		"(python3 here: $$(python3 --version 2>&1)). Name one: make PYTHON=/path/to/python3.12." \
+		"None here? \`uv python install 3.12\` or \`conda create -n py312 python=3.12\` brings one," \
+		"without rights of an administrator" \
 		>&2; exit 1; }
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo "$(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; \
 		exit 1; }
+	@echo "Into .venv: several GB where torch brings CUDA (Linux), about 1 GB with its CPU build"
 	@"$(BIN)/python" -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
 	"$(BIN)/python" -m pip install "$$(grep '^torch==' constraints.txt)"
-	"$(BIN)/python" -m pip install -c constraints.txt -e '.[dev]'
+	"$(BIN)/python" -m pip install -c constraints.txt -e .
 	@touch $@
 
-demo: venv
+demo: .venv/.runs
 	"$(BIN)/chatllama" run configs/quickstart.yaml
 
 unit: venv

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from chatllama import __version__
-from chatllama.exporting.cli import ExportOptions, add_export_arguments
+from chatllama.exporting.cli import ExportOptions, add_export_arguments, add_push_arguments
 from chatllama.importing.cli import add_import_arguments
 from chatllama.inference.cli import add_chat_arguments, add_generate_arguments
 from chatllama.inference.evaluation.cli import SuiteOptions, add_eval_arguments
@@ -178,6 +178,12 @@ def _export(arguments: argparse.Namespace) -> None:
     export_run(Path(arguments.run), options_from(ExportOptions, arguments), arguments.out)
 
 
+def _push(arguments: argparse.Namespace) -> None:
+    from chatllama.exporting.push import push
+
+    print(push(arguments.folder, arguments.repository, arguments.private))
+
+
 def _serve(arguments: argparse.Namespace) -> None:
     from chatllama.serving.server import serve
 
@@ -290,6 +296,7 @@ COMMANDS = {
         ("serve", _serve, add_serve_arguments, "an OpenAI-compatible API and a comparison page"),
         ("eval", _eval, add_eval_arguments, "benchmarks and translations, scored"),
         ("export", _export, add_export_arguments, "adapter, merged or reward model, GGUF files"),
+        ("push", _push, add_push_arguments, "an exported folder to the hub"),
         (
             "import",
             _import,

@@ -33,3 +33,11 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run folder")
     add_options(parser, ExportOptions)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/export")
+
+
+def add_push_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares what can be typed."""
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", type=Path, help="of `chatllama export`: RUN/export/adapter")
+    add("repository", metavar="USER/NAME", help="on the hub; made if there is none")
+    add("--private", action="store_true", help="a new repository is not shown to others")

@@ -35,7 +35,12 @@ def replace_folder(beside: Path, folder: Path) -> None:
     """Moves the complete folder `beside` to `folder`, flushed to disk, in place of an older one.
 
     The older one is `.NAME.old` for the moment between two renames; `put_back` undoes a kill there.
+    Files get the folder's right to read and write: safetensors gives them to their owner alone.
     """
+    usual = beside.stat().st_mode & 0o666
+    for path in beside.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(usual)
     flush_tree(beside)
     old = _old(folder)
     shutil.rmtree(old, ignore_errors=True)
