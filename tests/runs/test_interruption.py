@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,8 +90,12 @@ def exit_code_of(main) -> int:
     """Of a process that runs `main` as the scripts do."""
     child = os.fork()
     if child == 0:
-        run_stage(main)
-        os._exit(0)
+        try:
+            run_stage(main)
+            os._exit(0)
+        except BaseException:  # what escapes must not go on as a second pytest
+            traceback.print_exc()
+            os._exit(99)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
