@@ -1,7 +1,8 @@
 """Records as tokens, coloured by loss mask: in the terminal and as a page."""
 
 import html
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.schema import Config
+from chatllama.text.byte_level import byte_letters
 from chatllama.text.chat_format import render
 from chatllama.text.encoding import control_tokens, encode_text
 from data.checking.check import stage_sources
@@ -85,12 +87,19 @@ def page(shown: Sequence[Shown]) -> str:
 
 
 _PAGE_BEGIN = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Tokens and loss mask</title><style>
-body { font-family: sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h2 { font-size: .9rem; border-top: 1px solid #ccc; padding-top: 1rem; }
+<html lang="en"><head><meta charset="utf-8"><title>Tokens and loss mask</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+:root { color-scheme: light dark; --page: #fff; --ink: #17202a; --muted: #5b6672; --line: #ccc;
+  --trained: #b7ebb0; --control: #8e0a8e; }
+@media (prefers-color-scheme: dark) { :root { --page: #11151a; --ink: #e6eaee; --muted: #a0abb6;
+  --line: #444; --trained: #1d4d2b; --control: #ff9cf5; } }
+body { font-family: sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+  background: var(--page); color: var(--ink); }
+h2 { font-size: .9rem; border-top: 1px solid var(--line); padding-top: 1rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.6; }
 span { border-right: 1px solid #8883; }
-.t { background: #b7ebb0; color: #000; } .u { color: #888; } .c { font-weight: bold; color: #a0a; }
+.t { background: var(--trained); } .u { color: var(--muted); }
+.c { font-weight: bold; color: var(--control); }
 </style></head><body>
 <p><span class="t">trained</span> <span class="u">not trained</span>
 <span class="c">control token</span></p>
@@ -139,7 +148,25 @@ def _shown(
 
 
 def _token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The text of each token; a byte inside a character as `<0xE2>`, as the vocabulary has it."""
+    """The text of each token, with real spaces and line ends; bytes inside a character as `<0xE2>`.
+
+    SentencePiece writes a space as U+2581 and a byte as `<0xE2>`; byte-level BPE (LLaMA 3, Qwen)
+    writes each byte as a letter, a space as U+0120.
+    """
     tokens = cast(list[str], tokenizer.convert_ids_to_tokens(list(ids)))
+    decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
+    if "ByteLevel" in json.dumps(decoder):
+        added, letters = tokenizer.get_added_vocab(), byte_letters()
+        return [token if token in added else _bytes_text(token, letters) for token in tokens]
     ascii = {f"<0x{code:02X}>": chr(code) for code in range(128)}
     return [ascii.get(token, token.replace("\u2581", " ")) for token in tokens]
+
+
+def _bytes_text(token: str, letters: Mapping[str, int]) -> str:
+    """The text that a byte-level token stands for."""
+    parts = (bytes([letters[c]]) if c in letters else c.encode() for c in token)
+    text = b"".join(parts).decode(errors="surrogateescape")
+    return "".join(
+        f"<0x{ord(letter) - 0xDC00:02X}>" if 0xDC80 <= ord(letter) <= 0xDCFF else letter
+        for letter in text
+    )

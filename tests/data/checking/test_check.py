@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from planted_data import LONG, PAIRS, PLANTED_PAIRS, PLANTED_SFT, PROMPTS, SFT, TOPICS, ask
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 import data.token_report
@@ -18,7 +19,7 @@ from chatllama.text.tokenizer import load_tokenizer
 from data.checking.check import Examination, examine
 from data.checking.clean import write_cleaned
 from data.checking.report import MESSAGES
-from data.checking.show import page, shown_records
+from data.checking.show import _token_texts, page, shown_records
 from data.checking.tokens import sequence_problems
 from data.token_report import drops
 
@@ -341,6 +342,27 @@ def test_real_data_is_examined(testdata: Path, tmp_path: Path) -> None:
     # Two of MT-Bench's questions are Vicuna's.
     assert checks["ppo", "contamination"] == 2
     assert report.sources[0].scripts["Han"] > 250
+
+
+def test_show_prints_spaces_and_line_ends_of_byte_level_tokens() -> None:
+    words = [
+        "\u0120the",
+        "\u010a\u010a",
+        "\u0109",
+        "\u00c3\u00a9",
+        "\u00e2",
+        "\u0124\u00ac",
+        "<|\u0120|>",
+    ]
+    vocab = {word: number for number, word in enumerate(words[:-1])}
+    pipeline = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    pipeline.decoder = decoders.Sequence([decoders.ByteLevel()])
+    pipeline.add_special_tokens(words[-1:])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pipeline)
+    # The euro sign is the bytes E2 82 AC; GPT-2 writes 09 as U+0109, 20 as U+0120, 82 as U+0124.
+    expected = [" the", "\n\n", "\t", "\u00e9", "<0xE2>", "<0x82><0xAC>", "<|\u0120|>"]
+    assert _token_texts(range(7), tokenizer) == expected
+    assert "prefers-color-scheme: dark" in page([])
 
 
 def test_show_colours_what_is_trained(
