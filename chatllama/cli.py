@@ -5,11 +5,13 @@ Those modules are imported inside the functions, so that `--help` is fast.
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from chatllama import __version__
+from chatllama.config.nearest import did_you_mean
 from chatllama.exporting.cli import ExportOptions, add_export_arguments, add_push_arguments
 from chatllama.importing.cli import add_import_arguments
 from chatllama.inference.cli import add_chat_arguments, add_generate_arguments
@@ -82,7 +84,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     rest: str | None = arguments.rest
     wrong = [word for word in unknown if rest is None or word.startswith("-")]
     if wrong:
-        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+        flags = re.findall(r"--[\w-]+", commands.choices[argv[0]].format_help())
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}{did_you_mean(wrong[0], flags)}")
     if rest is not None:
         setattr(arguments, rest, [*vars(arguments)[rest], *unknown])
     return arguments

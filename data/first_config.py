@@ -115,7 +115,8 @@ def _sections(
     if learned and (goal != "grpo" or asked):
         whole = _all_lengths(learned, tokenizer, chat)
         limit = min(positions, _up(quantile(whole, SHARE), 64))
-        rows = sum(len(look.rows) for look in learned) * sum(whole) / len(whole) / limit
+        mean = sum(min(length, limit) for length in whole) / len(whole)
+        rows = sum(len(look.rows) for look in learned) * mean / limit  # packed
         sections["sft"] = _stage(learned, limit, rows, whole)
     elif goal == "sft":
         raise ValueError("--goal sft needs a file with answers, and these hold prompts alone")

@@ -200,8 +200,10 @@ class Tracker:
     def _open(self) -> list[_Writer]:
         """The trackers; the first call cuts the files to the resumed step and opens them."""
         if self._writers is None:
+            self._run.stage(self._stage).mkdir(parents=True, exist_ok=True)
             for path in (self._run.metrics(self._stage), self._run.samples(self._stage)):
-                keep_lines(path, lambda line: line["step"] <= self._resumed_step)
+                if path.is_file():
+                    keep_lines(path, lambda line: line["step"] <= self._resumed_step)
             self._writers = []
             for name in self._tracking.report_to:
                 if name == "tensorboard":

@@ -31,6 +31,7 @@ def test_lines_hold_step_time_and_metrics(tmp_path: Path) -> None:
     assert (first["step"], first["sft/loss"]) == (1, 2.5)
     assert (second["step"], second["sft/loss"]) == (2, 1.5)
     assert 0 <= first["time"] <= second["time"] < 60
+    assert not run.samples("sft").exists()  # no empty files
 
 
 def test_log_every_keeps_first_last_and_evaluations(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_any_kernels_are_allowed_for_a_while(deterministic: bool):
 
 
 def through_a_stage(folder: Path) -> None:
-    content = "backbone: {path: p}\nchat: {template: llama2}\n"
+    content = "backbone: {path: p}\nchat: {template: llama2}\nsft: {data: [{path: a.txt}]}\n"
     (folder / "c.yaml").write_text(f"run_dir: {folder}/run\n{content}")
     parse_stage_arguments("", [str(folder / "c.yaml")])
 

@@ -149,6 +149,7 @@ def test_env_names_versions_disk_and_what_is_missing(
     [
         (["rusn"], "did you mean run"),
         (["train", "c.yaml"], "did you mean run?"),
+        (["generate", "r", "p", "--max-tokens", "3"], "did you mean --max-new-tokens"),
         (["data", "chek"], "did you mean check"),
         (["run", "c.yaml", "--from", "rewrd"], "did you mean reward"),
     ],
