@@ -32,6 +32,7 @@ PPO_MATH, ROLES, ROLLOUT = (
 )
 UPDATE, LOOP, REWARDS = "trainers/ppo/update.py", "trainers/ppo/train.py", "trainers/ppo/rewards.py"
 SETUP, SAMPLING = "trainers/ppo/model.py", "chatllama/generation/sampling.py"
+PACKED = "tests/model/test_packed_attention.py"
 SCORING, METRICS = "chatllama/model/scoring.py", "trainers/ppo/metrics.py"
 
 _GUARDS = "tests/ppo/test_ppo_guards.py::test_"
@@ -543,6 +544,37 @@ SCORING_BUGS = (
             LAMBDA_1,
             "tests/model/test_packed_attention.py::test_states_that_are_wanted_are_those_of_the_whole",
         ),
+    ),
+    Mutation(
+        "the last layer looks back beyond its window",
+        "chatllama/model/last_layer.py",
+        "back = window(layer.config, layer.layer_idx) or max(lengths)",
+        "back = max(lengths)",
+        (f"{PACKED}::test_each_row_is_what_it_is_alone[mistral, window-sdpa]",),
+    ),
+    Mutation(
+        "packed rows look back beyond the window",
+        "chatllama/model/packed_attention.py",
+        "within_window(None, q, k, sliding_window)",
+        "within_window(None, q, k, None)",
+        (f"{PACKED}::test_each_row_is_what_it_is_alone[qwen3, biases, window-sdpa]",),
+    ),
+    Mutation(
+        "a token looks one further than the window",
+        "chatllama/model/packed_attention.py",
+        "return mask & (later < window)",
+        "return mask & (later <= window)",
+        (
+            "tests/generation/test_generate.py::"
+            "test_greedy_equals_transformers_for_ragged_prompts[mistral, window]",
+        ),
+    ),
+    Mutation(
+        "the last layer's queries and keys without their norms",
+        "chatllama/model/last_layer.py",
+        "if family_of(layer.config).head_norms:",
+        "if False:",
+        (f"{PACKED}::test_states_that_are_wanted_are_those_of_the_whole[True-qwen3-sdpa]",),
     ),
     Mutation(
         "adapter added to the weight without its scale",

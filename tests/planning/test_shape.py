@@ -64,6 +64,11 @@ def test_counts_are_those_of_transformers_and_peft(family: str, tied: bool, more
         adapted.unload()
 
 
+def test_a_qwen3_without_head_dim_has_transformers_own() -> None:
+    found = read_shape({"model_type": "qwen3", **SMALL}, "here").head_dim
+    assert found == AutoConfig.for_model("qwen3", **SMALL).head_dim == 128
+
+
 def config_of(path: str, **backbone: Any) -> Config:
     return Config.model_validate({"run_dir": "unused", "backbone": {"path": path, **backbone}})
 
