@@ -123,7 +123,7 @@ def test_the_loop_of_stages_stops_before_it_saves(
     with pytest.raises(ValueError, match=rf"step 3: {metric} is {value}.*Lower {key}\.learning_ra"):
         train_steps(
             cfg, section, run, stage, cast(Any, SimpleNamespace(save=save)),
-            cast(Any, SimpleNamespace(log=lambda *_: None)), 4, seed=0, resume=False,
+            cast(Any, SimpleNamespace(log=lambda *_: None, phase=None)), 4, seed=0, resume=False,
             optimizer_step=step, evaluate=dict, batch=lambda done: {"step": torch.tensor([done])},
             interrupted=None if "." in key else run,
         )  # fmt: skip
