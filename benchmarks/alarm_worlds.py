@@ -23,7 +23,7 @@ from chatllama.config.schema import Config
 from chatllama.model.roles import Adapter, Role, RoleModel, adapter_parameters
 from chatllama.runs.folder import RunFolder
 from trainers.ppo import rollout, train
-from trainers.ppo.data import Prompts, StopTokens
+from trainers.ppo.data import Prompts, StopTokens, prompt_row
 from trainers.ppo.model import build_engine
 from trainers.ppo.rewards import Scorer
 
@@ -164,7 +164,7 @@ class World:
                 parameter.data.zero_()
         luck = self.luck
         prompts = [[luck.randrange(3, self.size) for _ in range(n)] for n in (2, 3, 4) * 12]
-        records = [{"input_ids": ids, "text": " ".join(map(str, ids))} for ids in prompts]
+        records = [prompt_row(ids, " ".join(map(str, ids))) for ids in prompts]
         data = Prompts(Dataset.from_list(records), Dataset.from_list(records[:32]))
         tokens = Numbers(None, [EOS], 0)  # pyright: ignore[reportArgumentType]
         engine, scorer = build_engine(cfg, model), Scorer(cfg, [])

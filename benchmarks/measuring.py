@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 if TYPE_CHECKING:
     from chatllama.config.schema import Config
-    from trainers.ppo.data import StopTokens
+    from trainers.ppo.data import StopTokens, prompt_row
     from trainers.ppo.train import PpoTrainer
 
 VOCABULARY, WIDTH, INNER, LAYERS, HEADS = 32_000, 288, 768, 6, 6
@@ -138,7 +138,7 @@ def ppo_trainer(
     model = RoleModel(llama, roles, heads=("reward", "value"))
     if cfg.backbone.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    data = Dataset.from_list([{"input_ids": prompt, "text": ""} for prompt in prompts])
+    data = Dataset.from_list([prompt_row(prompt, "") for prompt in prompts])
     engine, scorer = build_engine(cfg, model), Scorer(cfg, [["reward"]])
     run = RunFolder(Path(cfg.run_dir))
     return PpoTrainer(cfg, run, engine, scorer, Prompts(data, data), ends)

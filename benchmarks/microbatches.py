@@ -28,6 +28,7 @@ from ppo_speed import STOP, make_trainer, write_models
 
 from data.batches import SharedPromptCollator, batch_indices
 from trainers.engine.microbatches import balanced_groups
+from trainers.ppo.data import prompt_row
 from trainers.ppo.rewards import Statistics
 from trainers.ppo.rollout import Rollout
 from trainers.ppo.state import PpoState
@@ -181,7 +182,7 @@ def measure(work: Path, case: str, way: Way) -> dict[str, object]:
 
     Rollout.microbatches = cut
     before, clock = peak_mib(), Clock()
-    records = [{"input_ids": prompt, "text": ""} for prompt in prompts]
+    records = [prompt_row(prompt, "") for prompt in prompts]
     rollout, _ = trainer.collector.collect("policy", records, (0, 0), responses=answers)
     scoring = clock.read()[1]
     state = PpoState(0, 0.05, Statistics())

@@ -48,7 +48,7 @@ def tokenize(
     make, features = {
         "sft": (_conversation, {"input_ids": List(Value("int32")), "mask": List(Value("int8"))}),
         "preferences": (_preference, _PREFERENCE),
-        "prompts": (_prompt, {"input_ids": List(Value("int32")), "text": Value("string")}),
+        "prompts": (_prompt, _PROMPT),
     }[kind]
     max_length = within_positions(tokenizer, max_length)
     features = features | dict.fromkeys(_NOTES, Value("string")) | {"needed": Value("int32")}
@@ -250,12 +250,23 @@ def _preference(
     }
 
 
+_PROMPT = {
+    "input_ids": List(Value("int32")),
+    "text": Value("string"),
+    "messages": List({"role": Value("string"), "content": Value("string")}),
+    "where": Value("string"),
+    "columns": Value("string"),
+}
+"""Of prompts: ids, the last user message, and what reward functions may look at beside it."""
+
+
 def _prompt(
     record: dict[str, Any], tokenizer: PreTrainedTokenizerFast, chat: ChatSection, max_length: int
 ) -> dict[str, Any]:
-    """Columns `input_ids` and `text` (the last user message); a longer prompt is left out."""
+    """Columns of `_PROMPT`; a longer prompt is left out."""
     messages: list[Message] = record["messages"]
     ids = render(tokenizer, chat, messages, add_generation_prompt=True).ids
     left_out = f"over {max_length} tokens" if len(ids) > max_length else ""
     text = messages[-1]["content"]
-    return {"input_ids": ids, "text": text, "left_out": left_out, "needed": len(ids)}
+    own = {name: record[name] for name in ("messages", "where", "columns")}
+    return {"input_ids": ids, "text": text, "left_out": left_out, "needed": len(ids), **own}

@@ -5,6 +5,8 @@ Added to the reward model's score, with half its weight:
     deepspeed train_ppo.py configs/quickstart.yaml \
         'ppo.rewards=[{adapter: run}, {function: examples.reward_function:brevity, weight: 0.5}]'
 
+More forms, such as batches, columns of the data and time limits: docs/rewards.md.
+
 The module is looked for in the current folder too, which RUN/config.yaml then names. PPO normalises
 the sum of all terms, so only differences between answers count, not their level.
 """

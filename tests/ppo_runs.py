@@ -18,8 +18,9 @@ from chatllama.runs.folder import RunFolder
 from chatllama.runtime.files import write_json
 from chatllama.text.chat_format import describe_contract
 from chatllama.text.tokenizer import load_tokenizer
-from trainers.ppo.data import Prompts, PtxLoader, StopTokens
+from trainers.ppo.data import Prompts, PtxLoader, StopTokens, prompt_row
 from trainers.ppo.model import build_engine, build_roles
+from trainers.ppo.terms.sample import Sample
 from trainers.ppo.train import PpoTrainer
 
 VOCABULARY = 300
@@ -108,13 +109,12 @@ def make_prompts(num_train: int = 7, num_held_out: int = 5) -> Prompts:
     """Ragged prompts of random ids, with texts that name them."""
     generator = torch.Generator().manual_seed(5)
     records = [
-        {
-            "input_ids": [
-                1,
-                *torch.randint(70, VOCABULARY, (1 + n % 5,), generator=generator).tolist(),
-            ],
-            "text": f"question {n}",
-        }
+        prompt_row(
+            [1, *torch.randint(70, VOCABULARY, (1 + n % 5,), generator=generator).tolist()],
+            f"question {n}",
+            f"made.jsonl:{n + 1}",
+            number=n,
+        )
         for n in range(num_train + num_held_out)
     ]
     data = Dataset.from_list(records)
@@ -193,6 +193,11 @@ def weights(model: RoleModel) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+def sample_of(prompt: str, response: str, **columns: Any) -> Sample:
+    """An answer as the terms of the score see it."""
+    return Sample(prompt, response, [{"role": "user", "content": prompt}], "a.jsonl:7", columns)
+
+
 def count_words(prompt: str, response: str) -> float:
     """A reward function: 10 for each word of the prompt, 1 for each character of the response."""
     return 10.0 * len(prompt.split()) + len(response)
@@ -201,3 +206,9 @@ def count_words(prompt: str, response: str) -> float:
 def letter_sum(prompt: str, response: str) -> float:
     """A reward function that tells almost all answers apart: the sum of the letters, modulo 17."""
     return float(sum(map(ord, response)) % 17)
+
+
+def batch_lengths(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """A reward function of batches: the length of each answer, less that of the longest."""
+    longest = max(map(len, completions))
+    return [float(len(each) - longest) for each in completions]

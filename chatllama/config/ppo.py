@@ -3,6 +3,7 @@
 Details, formulas and sources of every key are in docs/ppo.md and docs/health.md.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, field_validator, model_validator
@@ -97,21 +98,54 @@ class HealthSection(Section):
 
 
 class RewardSource(Section):
-    """One term of the score: a reward adapter, or a Python function."""
+    """One term of the score: a reward adapter, a function, another model, or servers."""
 
     adapter: FilePath | None = None
     """Folder of a reward adapter; `run`: the one that this run trained (with its ensemble)."""
     function: FunctionName | None = None
-    """`module:function` from (prompt, response) strings to a float; `FOLDER/module:function` where
-    the module is neither installed nor in the current folder (RUN/config.yaml holds it so)."""
+    """`module:function`: (prompt, response) to a float, or (prompts, completions, **columns) to a
+    list of floats (all forms: docs/rewards.md); `FOLDER/module:function` where the module is
+    neither installed nor in the current folder (RUN/config.yaml holds it so)."""
+    model: FilePath | None = None
+    """Folder or hub id of a reward model of any family, which AutoModelForSequenceClassification
+    loads with one label; it reads answers by its own tokenizer and chat template."""
+    urls: list[str] = []
+    """Servers with the same reward model: `chatllama serve`, whose /v1/score is requested."""
     weight: float = 1.0
     """Factor of this term."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
+    """Of the term in metrics. null: the function's name, reward_model, or the folder's."""
+    processes: NonNegative = 0
+    """function: processes on each rank that call it, one answer at a time. 0: the training process
+    calls it."""
+    timeout: PositiveFloat | None = None
+    """Seconds of a call of the function (which needs processes, or is async), or of a request."""
+    timeout_score: float | None = None
+    """function: the score of an answer whose call takes too long. null: an error."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> "RewardSource":
-        if (self.adapter is None) == (self.function is None):
-            raise ValueError("give exactly one of adapter and function")
+        kinds = (self.adapter, self.function, self.model, self.urls or None)
+        if sum(kind is not None for kind in kinds) != 1:
+            raise ValueError("give exactly one of adapter, function, model and urls")
+        if self.function is None and (self.processes or self.timeout_score is not None):
+            raise ValueError("processes and timeout_score are for a function")
+        if self.timeout is not None and self.function is None and not self.urls:
+            raise ValueError("timeout is for a function or urls")
+        if self.timeout_score is not None and self.timeout is None:
+            raise ValueError("timeout_score is for calls that take too long: give timeout")
         return self
+
+    @property
+    def label(self) -> str:
+        """Its name in metrics."""
+        if self.name is not None:
+            return self.name
+        if self.adapter == "run":
+            return "reward_model"
+        if self.function is not None:
+            return self.function.rpartition(":")[2]
+        return "servers" if self.urls else Path(self.adapter or self.model or "").name
 
 
 class PpoSection(StageSection):
@@ -282,6 +316,9 @@ class PpoSection(StageSection):
             )
         if not self.rewards:
             raise ValueError("rewards: give at least one source")
+        labels = [source.label for source in self.rewards]
+        if twice := [label for label in labels if labels.count(label) > 1]:
+            raise ValueError(f"rewards: two terms are called {twice[0]}: give each a `name`")
         return self
 
     @property

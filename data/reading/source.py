@@ -8,6 +8,7 @@ the files and of this package's code, so that neither can be stale.
 """
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ COLUMNS: dict[Kind, Features] = {
             **COMMON,
         }
     ),
-    "prompts": MESSAGE_COLUMNS,
+    "prompts": Features({**MESSAGE_COLUMNS, "columns": Value("string")}),
     "text": Features({"text": Value("large_string"), **COMMON}),
 }
 
@@ -88,7 +89,8 @@ class ReadReport:
 def read_source(source: DataSource, kind: Kind) -> tuple[Dataset, ReadReport]:
     """Every usable record of a source, in the file's order, and the report.
 
-    Columns are the record's fields (`messages`, with `untrained` for SFT; or `prompt`, `answers`,
+    Columns are the record's fields (`messages`, with `untrained` for SFT and `columns`, the whole
+    record as JSON, for prompts; or `prompt`, `answers`,
     `ranks`, `ratings`; or `text`), `key` (see `record_key`) and `where` (`file:line`).
 
     Raises:
@@ -213,6 +215,7 @@ def _rows(
             if (compared or format == "comparison") and verdicts.SETTLED not in added:
                 added[verdicts.SETTLED] = _meanings(decoded(), source)
             of_cells = [*raw.notes] if isinstance(raw, Cells) else []
+            columns = _columns(raw, kind)
             if isinstance(raw, dict):
                 raw = {**raw, **added}
             if format == "oasst" and is_tree_message(raw):
@@ -234,7 +237,7 @@ def _rows(
             if isinstance(record, Labelled):
                 answers.add(number, place, record)
             else:
-                yield _row(kind, (number, place, record), format, said.pop(number, []))
+                yield _row(kind, (number, place, record), format, said.pop(number, []), columns)
     for grouped in chain(answers.preferences(), trees.records(kind)):
         yield _row(kind, grouped, format, said.pop(grouped[0], []))
     if number < 0:
@@ -265,14 +268,28 @@ def _meanings(objects: Iterator[tuple[str, object]], source: DataSource) -> dict
         raise ValueError(f"{source.path}: {error}") from None
 
 
+def _columns(raw: object, kind: Kind) -> str:
+    """The whole record as JSON for PPO's prompts, whose reward functions may look at it.
+
+    What JSON has no type for, such as dates of a parquet file, becomes text.
+    """
+    return json.dumps(raw, default=str) if kind == "prompts" and isinstance(raw, dict) else "{}"
+
+
 def _row(
-    kind: Kind, found: Found, format: Format | ColumnMapping | None, said: Sequence[str] = ()
+    kind: Kind,
+    found: Found,
+    format: Format | ColumnMapping | None,
+    said: Sequence[str] = (),
+    columns: str = "{}",
 ) -> dict[str, object]:
     number, where, record = found
     bad = isinstance(record, ValueError)
     fields: dict[str, Any] = dict.fromkeys(COLUMNS[kind])
     if not isinstance(record, ValueError):
         fields = {**record.__dict__, "key": record_key(record)}
+        if kind == "prompts":
+            fields["columns"] = columns
     severity = MALFORMED if isinstance(record, RecordError) else UNUSABLE if bad else GOOD
     return {
         **fields,

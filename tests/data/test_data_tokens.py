@@ -56,6 +56,9 @@ def test_only_answers_are_trained(tokenizer: PreTrainedTokenizerFast) -> None:
     assert (report.num_read, report.num_kept, report.changed, report.left_out) == (1, 1, {}, {})
 
 
+PLACE = {"where": "x.jsonl:1", "columns": '{"answer": 4}'}
+
+
 def test_the_models_positions_are_a_limit_in_every_stage(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,7 +78,7 @@ def test_the_models_positions_are_a_limit_in_every_stage(
     with pytest.raises(ValueError, match="an answer is over 30 tokens"):
         tokenize(records(answers), "preferences", tokenizer, CHAT, 99)
     with pytest.raises(ValueError, match="over 30 tokens"):
-        tokenize(records({"messages": turns(long)}), "prompts", tokenizer, CHAT, 99)
+        tokenize(records(PLACE | {"messages": turns(long)}), "prompts", tokenizer, CHAT, 99)
     texts, _ = tokenize_text(records({"text": long}), tokenizer, 99)
     assert max(map(len, texts["input_ids"])) == 30
 
@@ -119,7 +122,9 @@ def test_the_limit_that_most_need_is_told(
             prompt, answers = turns("a", "b")[:1], [text, "no"]
             ranked = {"ranks": [0, 1], "ratings": [0.0, 0.0], "where": "f:1"}
             return {"prompt": prompt, "answers": answers, **ranked}
-        return {"messages": turns("a", text) if kind == "sft" else turns(text, "b")[:1]}
+        if kind == "prompts":
+            return PLACE | {"messages": turns(text, "b")[:1]}
+        return {"messages": turns("a", text)}
 
     data = records(*(record(words) for words in range(1, 21)))
     length: list[int] = []
@@ -209,8 +214,9 @@ def test_long_and_identical_answers_are_left_out(tokenizer: PreTrainedTokenizerF
 
 def test_prompts_are_open_for_the_answer(tokenizer: PreTrainedTokenizerFast) -> None:
     dialogue, long = turns("the river", "a", "the market"), turns("a garden " * 30)
-    data = records({"messages": dialogue}, {"messages": long})
+    data = records(PLACE | {"messages": dialogue}, PLACE | {"messages": long})
     examples, report = tokenize(data, "prompts", tokenizer, CHAT, 60)
+    assert examples[0]["messages"] == dialogue and examples[0]["columns"] == '{"answer": 4}'
     assert examples["text"][:] == ["the market"]
     expected = render(tokenizer, CHAT, dialogue, add_generation_prompt=True).ids
     assert examples["input_ids"][:] == [expected]

@@ -49,11 +49,13 @@ def test_every_role_of_a_run_answers(
     [("A note to Rosa.", 0.0), ("One. Two! Three?", -2.0), ("word " * 25, -0.5), (" ... ", -2.0)],
 )
 def test_the_reward_function_is_a_term_of_the_score(response: str, expected: float) -> None:
-    from ppo_runs import ppo_config
+    from ppo_runs import ppo_config, sample_of
 
     rewards = [{"function": "examples.reward_function:brevity", "weight": 0.5}]
     cfg = ppo_config("base", "run", ppo={"rewards": rewards})
-    scores = Scorer(cfg, []).total(torch.zeros(1, 0), ["a prompt"], [response])
+    scorer = Scorer(cfg, [])
+    terms = scorer.term_scores(torch.zeros(1, 0), [sample_of("a prompt", response)])
+    scores = scorer.total(terms)
     assert scores.tolist() == pytest.approx([0.5 * expected])
 
 

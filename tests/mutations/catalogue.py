@@ -125,8 +125,8 @@ REWARD_BUGS = (
     Mutation(
         "weight of a reward source ignored",
         REWARDS,
-        "total = total + term.weight * combined",
-        "total = total + combined",
+        "total = total + term.weight * column",
+        "total = total + column",
         (LAMBDA_1, "tests/ppo/test_ppo_rewards.py::test_sources_are_added_with_their_weights"),
     ),
     Mutation(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ppo_runs import sample_of
 
 from chatllama.config.base import load_function
 from chatllama.config.ppo import PpoSection
@@ -16,6 +17,7 @@ from chatllama.config.schema import Config
 from trainers.ppo.rewards import Scorer, Statistics, shaped_scores
 
 PROMPTS, RESPONSES = ["a b", "c", "d e f"], ["xx", "", "yyyy"]
+SAMPLES = list(map(sample_of, PROMPTS, RESPONSES))
 MEMBERS = torch.tensor([[1.0, 3.0, 10.0], [2.0, -2.0, 20.0], [0.5, 0.25, 30.0]])
 
 
@@ -26,20 +28,24 @@ def scorer(rewards: list[dict[str, Any]], members: list[list[str]], **ppo: Any) 
     return Scorer(cfg, members)
 
 
+def total(scorer: Scorer, members: torch.Tensor) -> torch.Tensor:
+    return scorer.total(scorer.term_scores(members, SAMPLES))
+
+
 # --- sources
 
 
 def test_one_adapter_is_its_own_score():
     one = scorer([{"adapter": "run"}], [["reward"]])
     assert one.roles == ["reward"]
-    assert one.total(MEMBERS[:, :1], PROMPTS, RESPONSES).tolist() == [1.0, 2.0, 0.5]
+    assert total(one, MEMBERS[:, :1]).tolist() == [1.0, 2.0, 0.5]
     assert one.disagreement(MEMBERS[:, :1]) is None
 
 
 @pytest.mark.parametrize(("how", "expected"), [("mean", [2, 0, 0.375]), ("min", [1, -2, 0.25])])
 def test_an_ensemble_is_combined(how: str, expected: list[float]):
     both = scorer([{"adapter": "run"}], [["reward", "reward_1"]], reward_ensemble=how)
-    assert both.total(MEMBERS[:, :2], PROMPTS, RESPONSES).tolist() == expected
+    assert total(both, MEMBERS[:, :2]).tolist() == expected
     # unbiased deviations of (1, 3), (2, -2), (0.5, 0.25)
     deviations = [math.sqrt(2), math.sqrt(8), 0.25 / math.sqrt(2)]
     apart = both.disagreement(MEMBERS[:, :2])
@@ -59,7 +65,7 @@ def test_sources_are_added_with_their_weights():
     )
     assert mixed.roles == ["reward", "reward_1", "reward_2"]
     expected = [2 * 1 + 2.2 - 5, 2 * -2 + 1.0 - 10, 2 * 0.25 + 3.4 - 15]
-    assert mixed.total(MEMBERS, PROMPTS, RESPONSES).tolist() == pytest.approx(expected)
+    assert total(mixed, MEMBERS).tolist() == pytest.approx(expected)
     apart = mixed.disagreement(MEMBERS)
     assert apart is not None and apart.tolist()[0] == pytest.approx(math.sqrt(2))
 
@@ -67,15 +73,21 @@ def test_sources_are_added_with_their_weights():
 def test_functions_alone_need_no_adapter():
     alone = scorer([{"function": "ppo_runs:count_words"}], [])
     assert alone.roles == []
-    assert alone.total(torch.zeros(3, 0), PROMPTS, RESPONSES).tolist() == [22.0, 10.0, 34.0]
+    assert total(alone, torch.zeros(3, 0)).tolist() == [22.0, 10.0, 34.0]
 
 
-def test_each_rank_asks_functions_about_its_share(monkeypatch: pytest.MonkeyPatch):
-    alone = scorer([{"function": "ppo_runs:count_words"}], [])
+@pytest.mark.parametrize(
+    ("name", "shares"), [("count_words", [[0, 2], [1]]), ("batch_lengths", [[0, 1, 2], []])]
+)
+def test_each_rank_asks_functions_about_its_share(
+    monkeypatch: pytest.MonkeyPatch, name: str, shares: list[list[int]]
+):
+    alone = scorer([{"function": f"ppo_runs:{name}"}], []).terms[0].judge
+    assert alone is not None
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, share in ((0, [22.0, 0.0, 34.0]), (1, [0.0, 10.0, 0.0])):
+    for rank, share in enumerate(shares):
         monkeypatch.setenv("RANK", str(rank))
-        assert alone.total(torch.zeros(3, 0), PROMPTS, RESPONSES).tolist() == share
+        assert list(alone.rows(3)) == share
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, None, "1"])
@@ -87,7 +99,7 @@ def test_a_function_without_a_finite_number_is_refused(
     monkeypatch.setattr(ppo_runs, "count_words", lambda prompt, response: value)
     broken = scorer([{"function": "ppo_runs:count_words"}], [])
     with pytest.raises(ValueError) as caught:
-        broken.total(torch.zeros(3, 0), PROMPTS, RESPONSES)
+        total(broken, torch.zeros(3, 0))
     message = str(caught.value)
     assert repr(value) in message and "'a b'" in message and "'xx'" in message
 
@@ -97,10 +109,8 @@ def test_numbers_of_other_libraries_are_numbers(monkeypatch: pytest.MonkeyPatch,
     import ppo_runs
 
     monkeypatch.setattr(ppo_runs, "count_words", lambda prompt, response: value)
-    total = scorer([{"function": "ppo_runs:count_words"}], []).total(
-        torch.zeros(3, 0), PROMPTS, RESPONSES
-    )
-    assert total.tolist() == [float(value)] * 3 and total.dtype == torch.float32
+    found = total(scorer([{"function": "ppo_runs:count_words"}], []), torch.zeros(3, 0))
+    assert found.tolist() == [float(value)] * 3 and found.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

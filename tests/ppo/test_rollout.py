@@ -329,13 +329,16 @@ def test_a_collected_rollout_is_scored_on_its_own_texts(trainer: PpoTrainer):
     asked: list[tuple[list[str], list[str]]] = []
 
     class Spy:
-        roles = ("reward",)
+        roles, terms = ("reward",), ()
 
-        def total(
-            self, members: torch.Tensor, prompts: list[str], responses: list[str]
-        ) -> torch.Tensor:
-            asked.append((prompts, responses))
-            return members[:, 0] * 2
+        def term_scores(self, members: torch.Tensor, samples: list[Any]) -> torch.Tensor:
+            asked.append(([x.prompt for x in samples], [x.response for x in samples]))
+            assert samples[3].where == "made.jsonl:4" and samples[3].columns == {"number": 3}
+            assert samples[3].messages == [{"role": "user", "content": "question 3"}]
+            return members[:, :1]
+
+        def total(self, terms: torch.Tensor) -> torch.Tensor:
+            return terms[:, 0] * 2
 
     prompts, stop_tokens = make_prompts().train, make_stop_tokens(trainer.cfg)
     spy: Any = Spy()

@@ -59,6 +59,7 @@ run_dir: {folder / "run"}
 backbone: {{path: {tiny_llama_dir}, dtype: float32}}
 lora: {{r: 4, dropout: 0.1}}
 tracking: {{report_to: []}}
+sft: {{data: [{{path: read_before.jsonl}}]}}
 reward:
   data: [{{path: {folder / "chosen.jsonl"}}}, {{path: {folder / "answers.jsonl"}}}]
   eval_fraction: 0.2

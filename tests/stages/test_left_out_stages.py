@@ -30,9 +30,11 @@ from chatllama.reporting.summary import findings, read_summary, result_table, wr
 from chatllama.runs.folder import RunFolder, Stage
 from chatllama.runtime.files import write_json
 from trainers.ppo.model import build_roles
-from trainers.stages import pipeline
+from trainers.stages import pipeline, refusals
 from trainers.stages.lineage import made_from, parents
 
+SHIPPED = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = [path for path in SHIPPED.glob("*.yaml") if path.stem != "reference"]
 WEIGHTS = "adapter_model.safetensors"
 DATA: dict[str, Any] = {"data": [{"path": "a.jsonl"}]}
 FUNCTION = {"rewards": [{"function": "ppo_runs:count_words"}]}
@@ -88,6 +90,23 @@ def test_stages_that_fit_together(sections: dict[str, Any]) -> None:
     check_stages(config(**sections))
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_shipped_configs_fit_together(path: Path) -> None:
+    check_stages(load_config(path))
+
+
+def test_a_missing_adapter_is_refused_in_the_parent(tmp_path: Path) -> None:
+    terms = {"rewards": [{"adapter": str(tmp_path)}, {"adapter": "run"}]}
+    cfg = config(sft={"adapter": "x"}, reward={"adapter": str(tmp_path)}, ppo=DATA | terms)
+    text = "\n".join(refusals.input_problems(cfg, cfg.stages, None))
+    for key in (
+        "sft.adapter: x",
+        f"reward.adapter: {tmp_path}",
+        f"ppo.rewards.0.adapter: {tmp_path}",
+    ):
+        assert f"{key} holds no adapter" in text
+
+
 def test_data_and_a_finished_adapter_exclude_each_other() -> None:
     for stage in ("sft", "reward"):
         with pytest.raises(ValueError, match="give data, to train an adapter, or adapter"):
@@ -118,6 +137,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Stage]:
         write_json(run.result(stage), {"wall_seconds": 1.0})
 
     monkeypatch.setattr(pipeline, "count_gpus", lambda: 0)
+    monkeypatch.setattr(refusals, "input_problems", lambda *_: [])  # there is no model
     monkeypatch.setattr(pipeline, "_run_stage", finish)
     return done
 
@@ -225,7 +245,7 @@ def prepared(base: str, folder: Path, name: str = "run", **changes: Any) -> Path
     return folder / f"{name}.yaml"
 
 
-GRPO = {
+GRPO: dict[str, Any] = {
     "advantage": "grpo",
     "samples_per_prompt": 2,
     "rewards": [{"function": "ppo_runs:letter_sum"}],

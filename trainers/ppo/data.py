@@ -1,5 +1,6 @@
 """What PPO reads: prompts, the tokens that end an answer, and other text for the ptx loss."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -112,10 +113,19 @@ def load_ptx(cfg: Config, tokenizer: PreTrainedTokenizerFast, pad_id: int) -> Pt
 
 @dataclass(frozen=True)
 class Prompts:
-    """Tokenised prompts: `input_ids` and `text`."""
+    """Tokenised prompts: `input_ids`, and for reward functions what `Sample.of` reads."""
 
     train: Dataset
     held_out: Dataset
+
+
+def prompt_row(
+    input_ids: Sequence[int], text: str, where: str = "made here", **columns: object
+) -> dict[str, object]:
+    """A row of `Prompts` for a prompt of one message that comes from no file."""
+    messages = [{"role": "user", "content": text}]
+    own = {"messages": messages, "where": where, "columns": json.dumps(columns)}
+    return {"input_ids": list(input_ids), "text": text, **own}
 
 
 def load_prompts(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Prompts:

@@ -1,30 +1,49 @@
-"""Scores of answers: reward adapters and functions, normalisation, penalties.
+"""Scores of answers: the terms of `ppo.rewards`, normalisation, penalties.
 
 The KL penalty is in `ppo_math.shape_rewards`. Scores are identical on all ranks.
 """
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from chatllama.config.base import load_function
 from chatllama.config.ppo import PpoSection
 from chatllama.config.schema import Config
 from chatllama.model.roles import Role
-from chatllama.runtime.distributed import all_gather_objects, rank, world_size
+from chatllama.runtime.distributed import all_gather_objects
 from trainers.ppo.ppo_math import ROUNDING
+from trainers.ppo.terms.functions import RewardFunction
+from trainers.ppo.terms.models import ClassifierModel
+from trainers.ppo.terms.remote import ScoreServers
+from trainers.ppo.terms.sample import Sample
+
+
+class Judge(Protocol):
+    """A term that scores texts."""
+
+    def rows(self, count: int) -> Sequence[int]:
+        """Which of `count` answers this rank scores."""
+        ...
+
+    def values(self, samples: Sequence[Sample]) -> list[float]:
+        """One finite number for each of this rank's samples; ValueError names the one without."""
+        ...
 
 
 @dataclass(frozen=True)
 class ScoreTerm:
-    """One source of the score: the roles of a reward ensemble, or a function."""
+    """One source of the score: the roles of a reward ensemble, or what scores texts."""
 
+    name: str
+    """In metrics."""
     weight: float
     roles: tuple[Role, ...] = ()
-    function: Callable[[str, str], float] | None = None
+    judge: Judge | None = None
 
 
 @dataclass(frozen=True)
@@ -59,13 +78,13 @@ class Statistics:
 
 
 class Scorer:
-    """The raw score of an answer: reward adapters and functions, weighted and added.
+    """The raw score of an answer: the weighted sum of the terms of `ppo.rewards`.
 
     Args:
         members: roles of each adapter source, in the config's order.
 
     Raises:
-        ValueError: a function cannot be imported.
+        ValueError: a function cannot be imported, or a reward model not loaded.
     """
 
     def __init__(self, cfg: Config, members: Sequence[Sequence[Role]]) -> None:
@@ -74,30 +93,62 @@ class Scorer:
         self.terms: list[ScoreTerm] = []
         remaining = iter(members)
         for number, source in enumerate(cfg.ppo.rewards):
-            if source.function is None:
-                self.terms.append(ScoreTerm(source.weight, roles=tuple(next(remaining))))
+            key, name, weight = f"ppo.rewards.{number}", source.label, source.weight
+            if source.adapter is not None:
+                self.terms.append(ScoreTerm(name, weight, roles=tuple(next(remaining))))
+            elif source.function is not None:
+                self.terms.append(ScoreTerm(name, weight, judge=RewardFunction(source, key)))
+            elif source.model is not None:
+                model = ClassifierModel(source, key, cfg.ppo.microbatch_size)
+                self.terms.append(ScoreTerm(name, weight, judge=model))
             else:
-                function = load_function(source.function, f"ppo.rewards.{number}.function")
-                self.terms.append(ScoreTerm(source.weight, function=function))
+                self.terms.append(ScoreTerm(name, weight, judge=ScoreServers(source)))
+        self.seconds = 0.0
+        """Wall time of the terms that are no adapters, in the last batch."""
 
-    def total(
-        self, member_scores: Tensor, prompts: Sequence[str], responses: Sequence[str]
-    ) -> Tensor:
-        """Scores of whole answers: (B,) float32.
+    def term_scores(self, member_scores: Tensor, samples: Sequence[Sample]) -> Tensor:
+        """Scores of whole answers by each term, not weighted: (B, number of terms) float32.
 
         Args:
             member_scores: (B, M) float32, of `roles`.
+            samples: the B answers of all ranks, which share the work.
 
         Raises:
-            ValueError: a function returned no finite number; names the answer.
+            ValueError: a term has no score for an answer; names it, on every rank.
         """
-        total = self._functions(prompts, responses).to(member_scores)
+        started, columns = time.monotonic(), list[Tensor]()
         for term in self.terms:
-            if term.roles:
-                columns = member_scores[:, [self.roles.index(role) for role in term.roles]]
-                combined = columns.amin(1) if self.use_min else columns.mean(1)
-                total = total + term.weight * combined
+            if term.judge is not None:
+                columns.append(_judged(term.judge, samples).to(member_scores))
+                continue
+            members = member_scores[:, [self.roles.index(role) for role in term.roles]]
+            columns.append(members.amin(1) if self.use_min else members.mean(1))
+        self.seconds = time.monotonic() - started
+        return torch.stack(columns, dim=1)
+
+    def total(self, term_scores: Tensor) -> Tensor:
+        """The weighted sum: (B,) float32."""
+        total = torch.zeros(len(term_scores)).to(term_scores)
+        for term, column in zip(self.terms, term_scores.unbind(1), strict=True):
+            total = total + term.weight * column
         return total
+
+    def metrics(self, term_scores: Tensor) -> dict[str, float]:
+        """Mean of each term, and its share of the score's variation, where there are several.
+
+        The share is the deviation of the weighted term over the sum of all terms' deviations.
+        """
+        found: dict[str, float] = {}
+        if any(term.judge is not None for term in self.terms):
+            found["ppo/reward_seconds"] = self.seconds
+        if len(self.terms) == 1:
+            return found
+        weights = torch.tensor([term.weight for term in self.terms], dtype=torch.float64)
+        spread = weights.abs() * term_scores.double().std(0, correction=0)
+        shares = (spread / spread.sum().clamp(min=1e-12)).tolist()
+        for term, mean, share in zip(self.terms, term_scores.mean(0).tolist(), shares, strict=True):
+            found |= {f"ppo/term_mean/{term.name}": mean, f"ppo/term_share/{term.name}": share}
+        return found
 
     def disagreement(self, member_scores: Tensor) -> Tensor | None:
         """Deviation among the members of the first ensemble: (B,); None without an ensemble."""
@@ -107,30 +158,22 @@ class Scorer:
                 return member_scores[:, columns].std(1)
         return None
 
-    def _functions(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        """Weighted sum of the functions' values (B,); each rank calls them for its part."""
-        total = [0.0] * len(prompts)
-        functions = [(t.weight, t.function) for t in self.terms if t.function is not None]
-        if not functions:
-            return torch.tensor(total)
-        for i in range(rank(), len(prompts), world_size()):
-            for weight, function in functions:
-                value = function(prompts[i], responses[i])
-                if not _is_finite(value):
-                    raise ValueError(
-                        f"reward function {function.__name__} gave {value!r} for prompt "
-                        f"{prompts[i]!r} and response {responses[i]!r}"
-                    )
-                total[i] += weight * float(value)
-        return torch.tensor([sum(parts) for parts in zip(*all_gather_objects(total), strict=True)])
 
+def _judged(judge: Judge, samples: Sequence[Sample]) -> Tensor:
+    """A term's values (B,) float32, each from the rank that the term assigns it to.
 
-def _is_finite(value: object) -> bool:
-    """Whether it is a number (also of NumPy or torch), neither NaN nor infinite."""
+    An error of one rank is raised on all, so that none waits for the others.
+    """
+    rows, found, error = judge.rows(len(samples)), dict[int, float](), None
     try:
-        return math.isfinite(value)  # pyright: ignore[reportArgumentType]
-    except (TypeError, ValueError, RuntimeError):
-        return False
+        found = dict(zip(rows, judge.values([samples[i] for i in rows]), strict=True))
+    except ValueError as problem:
+        error = str(problem)
+    parts = all_gather_objects((found, error))
+    if errors := [problem for _, problem in parts if problem is not None]:
+        raise ValueError(errors[0])
+    merged = {i: value for values, _ in parts for i, value in values.items()}
+    return torch.tensor([merged[i] for i in range(len(samples))])
 
 
 def shaped_scores(

@@ -49,6 +49,7 @@ from trainers.engine.microbatches import (
 )
 from trainers.ppo.data import StopTokens
 from trainers.ppo.rewards import Scorer
+from trainers.ppo.terms.sample import Sample
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Rollout:
     """(B, R) float32: of the state before each token; zeros without a critic."""
     member_scores: Tensor
     """(B, M) float32: raw scores of every reward adapter."""
+    term_scores: Tensor
+    """(B, number of terms) float32: raw scores by each reward source, not weighted."""
     scores: Tensor
     """(B,) float32: the weighted sum of all reward sources, not normalised."""
 
@@ -193,6 +196,7 @@ def arrange(
         entropy=per_token,
         values=per_token,
         member_scores=torch.zeros(len(prompts), 0),
+        term_scores=torch.zeros(len(prompts), 0),
         scores=torch.zeros(len(prompts)),
     )
 
@@ -269,7 +273,7 @@ class Collector:
 
         Args:
             role: who answers; log-probabilities are the policy's all the same.
-            records: `input_ids` and `text` of all ranks' prompts.
+            records: all ranks' prompts, as `data.py::load_prompts` gives them.
             seed: integers that name this batch.
             reference: whose log-probabilities the policy's are compared with.
             responses: token ids that were sampled elsewhere. None: they are sampled here.
@@ -284,6 +288,8 @@ class Collector:
         with engine.whole_layers():
             passes = (generation.temperature, size, roles, reference, engine.show)
             rollout = score(engine.model, rollout, *passes)
-        questions = [record["text"] for record in records]
-        scores = self.scorer.total(rollout.member_scores, questions, texts)
-        return replace(rollout, scores=scores), texts
+        samples = list(map(Sample.of, records, texts))
+        if any(term.judge for term in self.scorer.terms):
+            engine.show("reward functions", 0, len(samples))
+        terms = self.scorer.term_scores(rollout.member_scores, samples)
+        return replace(rollout, term_scores=terms, scores=self.scorer.total(terms)), texts

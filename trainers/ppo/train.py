@@ -221,6 +221,7 @@ class PpoTrainer:
                       file=sys.stderr, flush=True)  # fmt: skip
         if section.whitens and mask.any():
             advantages = whiten(advantages, mask)
+        metrics |= self.scorer.metrics(rollout.term_scores)
         disagreement = self.scorer.disagreement(rollout.member_scores)
         if disagreement is not None:
             metrics["ppo/ensemble_disagreement"] = float(disagreement.mean())

@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from chatllama.model.roles import Role, RoleModel, adapter_parameters
-from trainers.ppo.data import Prompts
+from trainers.ppo.data import Prompts, prompt_row
 from trainers.ppo.model import build_engine, build_roles
 from trainers.ppo.rewards import Statistics
 from trainers.ppo.rollout import Rollout
@@ -119,7 +119,7 @@ class Listing:
         """One record a group."""
         world, rows = self.every.world, self.every.rows
         first = [rows[members[0]][0] for members in self.groups]
-        data = Dataset.from_list([{"input_ids": list(p), "text": world.text(p)} for p in first])
+        data = Dataset.from_list([prompt_row(p, world.text(p)) for p in first])
         return Prompts(data, data.select([]))
 
 

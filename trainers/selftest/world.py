@@ -25,7 +25,7 @@ from chatllama.model.adapters import save_adapter
 from chatllama.model.roles import Adapter, RoleModel, adapter_parameters, adapter_state
 from chatllama.runs.folder import RunFolder
 from chatllama.text.chat_format import describe_contract
-from trainers.ppo.data import Prompts, StopTokens
+from trainers.ppo.data import Prompts, StopTokens, prompt_row
 
 Precision = Literal["float32", "bfloat16"]
 """Of a backbone; adapters and heads are float32."""
@@ -136,7 +136,7 @@ class World:
 
     def prompts(self, repeats: int = 1) -> Prompts:
         """Every prompt, `repeats` times, to train on; none held out."""
-        rows = [{"input_ids": list(p), "text": self.text(p)} for p in PROMPTS] * repeats
+        rows = [prompt_row(p, self.text(p)) for p in PROMPTS] * repeats
         data = Dataset.from_list(rows)
         return Prompts(data, data.select([]))
 

@@ -168,7 +168,7 @@ def _absolute(tree: Any) -> Any:
         if key in ("function", "gold"):
             made[key] = with_folder(value)
         elif key in ("nvme_path", "adapter_dir") or (
-            key in ("path", "adapter") and _is_here(key, value, place)
+            key in ("path", "adapter", "model") and _is_here(key, value, place)
         ):
             made[key] = str(Path(value).absolute())
     return made

@@ -124,8 +124,15 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[An
     return {
         key: (was, now.get(key))
         for key, was in sorted(before.items())
-        if was not in (now.get(key), _without_folders(key, now.get(key)))
+        if _given(was) not in (_given(now.get(key)), _given(_without_folders(key, now.get(key))))
     }
+
+
+def _given(value: Any) -> Any:
+    """A list of sections without what is null, 0, false or empty: a later key is so by default."""
+    if not isinstance(value, list):
+        return value
+    return [{k: v for k, v in x.items() if v} if isinstance(x, dict) else x for x in value]
 
 
 def _without_folders(key: str, value: Any) -> Any:

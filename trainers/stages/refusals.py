@@ -76,6 +76,7 @@ def input_problems(cfg: Config, stages: Collection[Stage], given: Config | None)
     problems += _package_problems(cfg)
     if cfg.backbone.from_scratch is not None and not RunFolder(Path(cfg.run_dir)).backbone.is_dir():
         problems += _source_problems("backbone.from_scratch.data", cfg.backbone.from_scratch.data)
+    problems += _adapter_problems(cfg, stages)
     for stage in STAGES:
         section = {"sft": cfg.sft, "reward": cfg.reward, "ppo": cfg.ppo}[stage]
         if stage in stages and section.data:
@@ -86,6 +87,17 @@ def input_problems(cfg: Config, stages: Collection[Stage], given: Config | None)
             if positions is not None:
                 problems += _length_problems(cfg, stage, positions, given)
     return problems
+
+
+def _adapter_problems(cfg: Config, stages: Collection[Stage]) -> Iterator[str]:
+    """Finished adapters that the config gives and that are not there."""
+    given = {"sft.adapter": cfg.sft.adapter, "reward.adapter": cfg.reward.adapter}
+    if "ppo" in stages:
+        terms = enumerate(cfg.ppo.rewards)
+        given |= {f"ppo.rewards.{i}.adapter": term.adapter for i, term in terms}
+    for key, folder in given.items():
+        if folder not in (None, "run") and not (Path(folder) / "adapter_config.json").is_file():
+            yield f"{key}: {folder} holds no adapter (no adapter_config.json)"
 
 
 def _backbone_problems(cfg: Config) -> tuple[list[str], int | None]:

@@ -24,7 +24,7 @@ from chatllama.runs.folder import RunFolder
 from trainers.ppo import model as ppo_setup
 from trainers.ppo import rollout
 from trainers.ppo import train as ppo
-from trainers.ppo.data import Prompts
+from trainers.ppo.data import Prompts, prompt_row
 from trainers.ppo.health.monitor import Diagnosis, HealthMonitor, decide
 from trainers.ppo.ppo_math import masked
 from trainers.ppo.rewards import Scorer
@@ -220,7 +220,7 @@ def build(fault: Fault, folder: Path) -> ppo.PpoTrainer:
         parameter.data.zero_()
     rng = random.Random(0)
     prompts = [[rng.randrange(3, VOCABULARY) for _ in range(length)] for length in (2, 3, 4) * 8]
-    records = [{"input_ids": ids, "text": str(ids)} for ids in prompts]
+    records = [prompt_row(ids, str(ids)) for ids in prompts]
     train, held_out = Dataset.from_list(records), Dataset.from_list((records * 2)[:32])
     return ppo.PpoTrainer(
         cfg,

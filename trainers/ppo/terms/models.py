@@ -1,0 +1,75 @@
+"""Reward models of any family: a folder that AutoModelForSequenceClassification loads.
+
+They read the conversation as text, by their own tokenizer and chat template.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from chatllama.config.ppo import RewardSource
+from chatllama.runtime.distributed import device, rank, world_size
+from trainers.ppo.terms.sample import Sample
+
+
+class ClassifierModel:
+    """A whole reward model on this rank's device, in the type of its weights.
+
+    Args:
+        key: of the config, for messages.
+        batch_size: answers per forward pass.
+
+    Raises:
+        ValueError: it cannot be loaded, or gives other than one number.
+    """
+
+    def __init__(self, source: RewardSource, key: str, batch_size: int) -> None:
+        assert source.model is not None
+        self.path, self.batch_size = source.model, batch_size
+        try:
+            model: Any = AutoModelForSequenceClassification.from_pretrained(self.path, dtype="auto")
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(self.path)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{key}.model: {self.path} cannot be loaded: {error}") from error
+        if model.config.num_labels != 1:
+            raise ValueError(
+                f"{key}.model: {self.path} gives {model.config.num_labels} numbers, a reward model "
+                "one (num_labels 1)"
+            )
+        self.model = model.to(device()).eval().requires_grad_(False)
+        self.tokenizer.padding_side = "right"
+        positions = getattr(model.config, "max_position_embeddings", None)
+        self.longest = min(self.tokenizer.model_max_length, positions or 2**31)
+        if self.tokenizer.pad_token_id is None or model.config.pad_token_id is None:
+            self.batch_size = 1  # without padding there is nothing to take for a token
+
+    def rows(self, count: int) -> Sequence[int]:
+        """Which of `count` answers this rank scores."""
+        return range(rank(), count, world_size())
+
+    @torch.no_grad()
+    def values(self, samples: Sequence[Sample]) -> list[float]:
+        """One number for each of this rank's samples; ValueError for one that is too long."""
+        found: list[float] = []
+        for start in range(0, len(samples), self.batch_size):
+            some = samples[start : start + self.batch_size]
+            inputs = self.tokenizer.pad([self._encoded(each) for each in some], return_tensors="pt")
+            logits = self.model(**inputs.to(device())).logits
+            found += logits[:, 0].float().tolist()
+        return found
+
+    def _encoded(self, sample: Sample) -> dict[str, list[int]]:
+        """Ids of the conversation; without a chat template, of the pair of prompt and response."""
+        if self.tokenizer.chat_template:
+            text = self.tokenizer.apply_chat_template(sample.conversation, tokenize=False)
+            encoded = self.tokenizer(text, add_special_tokens=False)
+        else:
+            encoded = self.tokenizer(sample.prompt, sample.response)
+        if (length := len(encoded["input_ids"])) > self.longest:
+            raise ValueError(
+                f"{sample}: {length} tokens, and the reward model {self.path} reads "
+                f"{self.longest}: lower ppo.max_prompt_length or generation.max_new_tokens"
+            )
+        return dict(encoded)
