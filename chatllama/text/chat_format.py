@@ -130,13 +130,10 @@ def render(
     parts = list(_segments(tokenizer, chat, messages, add_generation_prompt, last_answer_only))
     if continue_final_message:
         parts = _unfinished(parts, messages)
-    for part in parts:
-        if part.control:
-            new = [controls[part.text]]
-        else:
-            new = encode(tokenizer, part.text, continues=part.continues)
+    for p in parts:
+        new = [controls[p.text]] if p.control else encode(tokenizer, p.text, continues=p.continues)
         ids += new
-        mask += [part.answer] * len(new)
+        mask += [p.answer] * len(new)
     return Rendered(ids, mask)
 
 

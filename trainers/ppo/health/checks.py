@@ -217,9 +217,8 @@ def check_raw_scores(history: History, section: HealthSection, metrics: Metrics)
     """Raw scores differ between responses by more than a share of their size."""
     deviations = history.recent("ppo/rm_score_std", DEAD_STEPS)
     sizes = [max(1.0, abs(mean)) for mean in history.recent("ppo/rm_score_mean", DEAD_STEPS)]
-    figure = max(d / size for d, size in zip(deviations, sizes, strict=True))
     return _below(
-        figure,
+        max(d / size for d, size in zip(deviations, sizes, strict=True)),
         section.min_score_std,
         f"The raw scores of {DEAD_STEPS} steps running differ by {max(deviations):.2g} (standard "
         f"deviation) around {metrics['ppo/rm_score_mean']:.3g}: what PPO follows is noise.",
@@ -230,9 +229,8 @@ def check_groups(history: History, section: HealthSection, metrics: Metrics) -> 
     """Raw scores differ between the responses to one prompt, not between prompts alone."""
     deviations = history.recent("ppo/rm_score_group_std", DEAD_STEPS)
     sizes = [max(1.0, abs(mean)) for mean in history.recent("ppo/rm_score_mean", DEAD_STEPS)]
-    figure = max(d / size for d, size in zip(deviations, sizes, strict=True))
     return _below(
-        figure,
+        max(d / size for d, size in zip(deviations, sizes, strict=True)),
         section.min_score_std,
         f"In {DEAD_STEPS} steps running the raw scores of the responses to a prompt differ by "
         f"{max(deviations):.2g} (mean standard deviation): the reward depends on the prompt alone, "
