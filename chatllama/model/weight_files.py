@@ -61,9 +61,10 @@ def _folder(path: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         return hub_folder(path, revision, patterns)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
+        hub = f" ({str(error).strip().splitlines()[0]})"
         raise ValueError(
-            f"no model at {path!r}. Give a local Hugging Face folder (with config.json and "
-            f"model.safetensors) or a hub id. {str(error).strip().splitlines()[0]}"
+            f"no model at {path!r}: give a local Hugging Face folder (with config.json and "
+            f"model.safetensors) or a hub id{'' if isinstance(error, HFValidationError) else hub}"
         ) from error
 
 

@@ -69,6 +69,7 @@ def test_what_is_right_is_launched(work: Path) -> None:
     [
         ("backbone.path=modle", "backbone.path: no model at 'modle'"),
         ("backbone.path=modle", "did you mean model?"),
+        ("backbone.path=./models/llama", "safetensors) or a hub id"),
         ("sft.data=[{path: ntes.jsonl}]", "sft.data.0.path: no data file 'ntes.jsonl'"),
         ("sft.data=[{path: ntes.jsonl}]", "did you mean notes.jsonl?"),
         ("sft.eval_data=[{path: 'a*.jsonl'}]", "sft.eval_data.0.path: no file matches 'a*.jsonl'"),
