@@ -332,3 +332,19 @@ def test_prompts_over_the_limit_are_left_out(base: str, files: Path):
     train, held_out = loaded(base, files, max_prompt_length=limit, eval_fraction=0.0)
     assert train == {text for text, length in lengths.items() if length <= limit}
     assert 0 < len(train) < 12 and not held_out
+
+
+def test_prompts_leave_room_for_the_answers(
+    base: str, files: Path, capsys: pytest.CaptureFixture[str]
+):
+    tokenizer = tokenizer_of(base)  # of a model with 256 positions
+    data = [{"path": str(files / "prompts.jsonl")}]
+    cfg = ppo_config(base, "r", ppo={"data": data, "eval_fraction": 0.0})
+    lengths = [len(ids) for ids in load_prompts(cfg, tokenizer).train["input_ids"][:]]
+    shortest = min(lengths)
+    assert shortest < max(lengths)
+    room = cfg.generation.model_copy(update={"max_new_tokens": 256 - shortest})
+    capsys.readouterr()
+    kept = load_prompts(cfg.model_copy(update={"generation": room}), tokenizer).train
+    assert {len(ids) for ids in kept["input_ids"][:]} == {shortest}
+    assert f"prompts of {shortest} tokens at most" in capsys.readouterr().out

@@ -38,7 +38,7 @@ def change_config(model: Path, **values: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-GOOD = {
+GOOD: dict[str, Any] = {
     "run_dir": "run",
     "backbone": {"path": "model", "dtype": "float32"},
     "sft": {"data": [{"path": "notes.jsonl"}]},
@@ -135,11 +135,21 @@ def test_all_mistakes_come_in_one_list_and_a_finished_stage_is_not_asked(work: P
 
 
 def test_a_default_length_is_lowered_and_not_refused(work: Path) -> None:
-    """`max_length` has a default beyond this model; run folders hold it as if it had been given."""
-    (work / "c.yaml").write_text(json.dumps(GOOD))
+    """Defaults go beyond this model; run folders hold them as if they had been given."""
+    ppo = {key: value for key, value in GOOD["ppo"].items() if key != "max_prompt_length"}
+    (work / "c.yaml").write_text(json.dumps(GOOD | {"ppo": ppo}))
     for config in ("c.yaml", "run/config.yaml"):
         with pytest.raises(AssertionError, match="launched"):
             run_pipeline(config)
+
+
+def test_answers_as_long_as_the_model_reads_leave_no_prompt(work: Path) -> None:
+    (found,) = problems("generation.max_new_tokens=256")
+    assert "are 320 tokens, and the model reads 256" in found
+    (work / "run").mkdir()
+    (work / "run" / "config.yaml").write_text(json.dumps(GOOD | {"run_dir": str(work / "run")}))
+    with pytest.raises(ConfigError, match="the model reads 256"):
+        run_pipeline("run/config.yaml", ["generation.max_new_tokens=256"])
 
 
 def test_a_data_set_that_the_hub_does_not_have(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from chatllama.runtime.distributed import rank
 from chatllama.text.chat_format import end_of_turn_ids
 from chatllama.text.encoding import decode
 from chatllama.text.padding import pad_right
+from chatllama.text.tokenizer import within_positions
 from data.batches import batch_indices
 from data.mixture import load_examples, load_mixture
 from data.tokenize import tokenize, tokenize_text
@@ -134,7 +135,11 @@ def load_prompts(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Prompts:
     Raises:
         ValueError: bad records, or nothing is left to train on.
     """
-    examples = load_examples(cfg.ppo, "prompts", cfg.ppo.max_prompt_length, cfg, tokenizer)
+    new = cfg.generation.max_new_tokens
+    limit = within_positions(tokenizer, cfg.ppo.max_prompt_length + new) - new
+    if limit < cfg.ppo.max_prompt_length and rank() == 0:
+        print(f"prompts of {limit} tokens at most: with {new} new ones the model reads no more")
+    examples = load_examples(cfg.ppo, "prompts", limit, cfg, tokenizer)
     section, lengths = cfg.ppo, [len(ids) for ids in examples.train["input_ids"][:SAMPLED]]
     longest = sum(lengths) / len(lengths) + cfg.generation.max_new_tokens
     announce(

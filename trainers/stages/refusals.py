@@ -187,15 +187,16 @@ def _length_problems(
     """Lengths beyond what the model can read; a default is lowered by the stage instead."""
     if stage == "ppo":
         prompt, new = cfg.ppo.max_prompt_length, cfg.generation.max_new_tokens
-        if prompt + new > positions:
+        asked = given is not None and "max_prompt_length" in given.ppo.model_fields_set
+        if new >= positions or (asked and prompt + new > positions):
             yield (
                 f"ppo.max_prompt_length {prompt} + generation.max_new_tokens {new} are "
                 f"{prompt + new} tokens, and the model reads {positions} (max_position_embeddings)"
             )
         return
-    asked = given and {"sft": given.sft, "reward": given.reward}[stage]
-    if asked and "max_length" in asked.model_fields_set and asked.max_length > positions:
+    section = given and {"sft": given.sft, "reward": given.reward}[stage]
+    if section and "max_length" in section.model_fields_set and section.max_length > positions:
         yield (
-            f"{stage}.max_length {asked.max_length}: the model reads {positions} tokens "
+            f"{stage}.max_length {section.max_length}: the model reads {positions} tokens "
             "(max_position_embeddings)"
         )
