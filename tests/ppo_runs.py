@@ -58,6 +58,7 @@ def ppo_config(base: str, run_dir: Path | str, **changes: Any) -> Config:
         "evaluation": {"num_prompts": 4},
         "ppo": {
             **DATA,
+            "max_prompt_length": 200,
             "steps": 2,
             "rollout_batch_size": 8,
             "minibatch_size": 4,
