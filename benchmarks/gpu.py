@@ -46,6 +46,7 @@ SHAPES: dict[str, dict[str, int]] = {
 FEW_STEPS = [
     *("backbone.from_scratch.steps=3", "sft.steps=2", "reward.steps=2", "ppo.steps=1"),
     *("reward.allow_weak=true", "evaluation.num_prompts=4", "ppo.score_normalization=none"),
+    "ppo.critic_warmup_steps=0",
 ]
 NOTES = PROJECT / "data" / "samples" / "garden_notes"
 

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from chatllama.runs.folder import STAGES
+from trainers.stages.refusals import load_checked_config
+
 PROJECT = Path(__file__).resolve().parents[2]
 ROWS = [
     "tests marked gpu",
@@ -131,3 +134,8 @@ def test_rows_of_rates_are_code_of_the_table(gpu: Any) -> None:
 )
 def test_names_of_gpus(gpu: Any, name: str, gigabytes: int, key: str) -> None:
     assert gpu.gpu_named(name, gigabytes * 2**30) == key
+
+
+def test_the_demo_of_a_dry_run_is_not_refused(gpu: Any, tmp_path: Path) -> None:
+    own = [f"run_dir={tmp_path}", *gpu.FEW_STEPS]
+    load_checked_config(str(PROJECT / "configs" / "quickstart.yaml"), own, STAGES, lambda _: 1)
