@@ -8,9 +8,11 @@ from typing import Any
 import httpx2
 import pytest
 from huggingface_hub.errors import RepositoryNotFoundError
+from tiny_models import tiny_llama
 
 from chatllama import cli
 from chatllama.config.errors import ConfigError
+from chatllama.config.schema import Config
 from trainers.stages import pipeline, refusals
 from trainers.stages.launcher import Launch
 from trainers.stages.pipeline import run_pipeline
@@ -178,3 +180,11 @@ def test_the_command_prints_the_list_with_code_2(
     assert cli.main(["run", "c.yaml", "sft.data=[{path: x.jsonl}]", "sft.max_length=999"]) == 2
     shown = capsys.readouterr().err
     assert shown.startswith("chatllama: c.yaml: 2 problems\n  - sft.data.0.path")
+
+
+def test_a_sliding_window_limits_no_length(tmp_path: Path) -> None:
+    tiny_llama(form="mistral, window").save_pretrained(tmp_path)
+    cfg = Config.model_validate(
+        {"run_dir": "r", "backbone": {"path": str(tmp_path), "dtype": "float32"}}
+    )
+    assert refusals._backbone_problems(cfg) == ([], 256)

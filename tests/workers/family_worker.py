@@ -89,7 +89,8 @@ def _write(folder: Path, name: str, model: Any, tokenizer: PreTrainedTokenizerFa
         "sft": {**stage, "data": [{"path": f"{folder}/sft.jsonl"}]},
         "reward": {**stage, "data": [{"path": f"{folder}/pairs.jsonl"}], "allow_weak": True},
         "ppo": {**small, "data": [{"path": f"{folder}/prompts.jsonl"}], "eval_fraction": 0.2,
-                "rollout_batch_size": 4, "minibatch_size": 4, "microbatch_size": 2, "epochs": 2,
+                "max_prompt_length": 64, "rollout_batch_size": 4,
+                "minibatch_size": 4, "microbatch_size": 2, "epochs": 2,
                 "score_normalization_samples": 4},
     }  # fmt: skip
     (folder / f"{name}.yaml").write_text(json.dumps(config))

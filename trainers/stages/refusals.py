@@ -115,8 +115,7 @@ def _backbone_problems(cfg: Config) -> tuple[list[str], int | None]:
         check_kernels(section, config)
         if Path(path).is_dir() and not trusted:  # own code may have other tensors
             check_weights(config, folder)
-        limits = config.max_position_embeddings, vars(config).get("sliding_window")  # Mistral's
-        return [], min(filter(None, limits))
+        return [], config.max_position_embeddings
     except ValueError as error:
         near = "" if Path(path).exists() else files_like(path)
         key = "" if str(error).startswith("backbone.") else "backbone.path: "
