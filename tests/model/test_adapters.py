@@ -128,3 +128,17 @@ def test_files_of_strangers_are_refused_by_name(
     with pytest.raises(ValueError, match=r"strange(/\w+\.json)?( is damaged)?: "):
         load_adapter(folder)
     assert time.process_time() - begun < 1
+
+
+@pytest.mark.parametrize("part", ["A", "B"])
+def test_a_module_with_one_of_its_two_matrices_is_refused(
+    saved: Path, tmp_path: Path, part: str
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / "lone")
+    state = load_file(folder / "adapter_model.safetensors")
+    other = NAME.format(part).replace("layers.0", "layers.1")
+    save_file(
+        {**state, other: state[NAME.format(part)].clone()}, folder / "adapter_model.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"layers\.1\..* has one of its two matrices only"):
+        load_adapter(folder)
