@@ -25,9 +25,9 @@ ROWS = (
     ("base: gold score", "base.gold_mean", "base.gold_se"),
     ("SFT: gold score", "sft.gold_mean", "sft.gold_se"),
     ("PPO: gold score", "ppo.gold_mean", "ppo.gold_se"),
-    ("base: RM score", "base.score_mean", "base.score_se"),
-    ("SFT: RM score", "sft.score_mean", "sft.score_se"),
-    ("PPO: RM score", "ppo.score_mean", "ppo.score_se"),
+    ("base: reward score (raw)", "base.score_mean", "base.score_se"),
+    ("SFT: reward score (raw)", "sft.score_mean", "sft.score_se"),
+    ("PPO: reward score (raw)", "ppo.score_mean", "ppo.score_se"),
     ("PPO: KL to its start, nats an answer", "ppo.kl", "ppo.kl_se"),
     ("PPO: win rate against its start", "ppo.win_rate", None),
     ("PPO: tokens an answer", "ppo.response_length", None),
@@ -37,7 +37,7 @@ ROWS = (
 """Label, name of the value, name of its standard error. Scores of reward models are each its own:
 between runs only gold can be compared, or scores of the same reward model."""
 CURVES = (
-    Panel("Reward model score", "Training answers; each run by its own reward model.",
+    Panel("Reward score (normalised)", "Training answers; each run by its own reward model.",
           {"": "ppo/score_mean"}),
     Panel("Gold score", "Held-out answers.", {"": "ppo/eval_gold_mean"}),
     Panel("KL to the start", "Nats per training answer.", {"": "ppo/kl_sequence"}),

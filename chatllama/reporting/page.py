@@ -5,26 +5,36 @@ and left out, so that the page can be written at any time. The HTML is `report.h
 """
 
 import json
+import os
+import platform
+import re
+import shutil
+import subprocess
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
+from markupsafe import Markup, escape
 
 from chatllama import __version__
 from chatllama.config.loader import load_config
-from chatllama.reporting.plots import PANELS, PRETRAINING, Panel, draw
+from chatllama.config.schema import Config
+from chatllama.reporting.answers import Answers, read_answers
+from chatllama.reporting.plots import FIRST_ROW, PANELS, PRETRAINING, Panel, draw, draw_bars
 from chatllama.reporting.reward_section import diagnosis_section
 from chatllama.reporting.summary import (
     REWARD_NUMBERS,
-    ROWS,
-    findings,
+    judged_means,
     number,
     read_summary,
     result_table,
+    start_of,
 )
-from chatllama.runs.folder import STAGES, RunFolder, Stage
+from chatllama.reporting.verdict import NO_GOLD, Health, verdict
+from chatllama.runs.folder import STAGES, RunFolder, Stage, read_lineage
 from chatllama.runtime.command_line import duration
 from chatllama.runtime.files import replace_text
 from chatllama.runtime.json_files import held_to_be_whole, read_json
@@ -38,8 +48,29 @@ WALL_ROWS = {
     "ppo": "PPO",
     "evaluation": "evaluation",
 }
-SAMPLES_SHOWN, TRAINING_SAMPLES_SHOWN = 16, 20
+TRAINING_SAMPLES_SHOWN = 20
 UNEVALUATED = "No evaluation: it comes at the end of PPO, which this run leaves out."
+TERMS = {
+    "Wilson interval": "The range that holds the true share with 95 % certainty, given how many "
+    "were counted; it is right near 0 and 1 too (Wilson 1927).",
+    "standard errors?": "How far a mean of so many samples typically is from the true mean: "
+    "deviation / sqrt(count). Beyond 2 of them, chance is an unlikely explanation.",
+    "nats?": "Unit of information with natural logarithms: 1 nat is a factor of 2.72 in "
+    "probability, 0.69 nats are one bit.",
+    "Bayes limit": "Accuracy of a judge that knows the true reward: labels are noisy, so it is "
+    "below 1.",
+    "KL": "How differently two models answer: mean log-ratio of the probabilities of the answers.",
+    "[Ww]in rate": "Share of prompts on which the answer is judged better; a tie counts one half.",
+}
+"""Pattern of a term -> what its tooltip says."""
+EVALUATED = {
+    "score_mean": "ppo/eval_score_mean",
+    "kl": "ppo/eval_kl_sequence",
+    "response_length": "ppo/eval_response_length",
+    "eos_rate": "ppo/eval_eos_rate",
+}
+"""Number of the evaluation -> metric of the same during PPO."""
+SEVERITIES = ("fatal", "warning", "note")
 DECISIONS = {"rollback": "Rolled back to a checkpoint.", "stop": "The stage was stopped."}
 
 
@@ -69,40 +100,41 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"place": _place, "duration": duration}
+    made.filters |= {"place": _place, "duration": duration, "terms": _terms, "code": _code}
     return made
 
 
 def _content(run: RunFolder) -> dict[str, Any]:
     """What the template shows."""
-    summary, stages = read_summary(run), _stages(run)
-    heads, rows = result_table(summary)
+    summary, cfg, health = read_summary(run), _config(run), _health(run)
+    stages = _stages(run, cfg)
     reward = {name: number(summary, f"reward.{name}") for name in REWARD_NUMBERS}
-    wall = {label: number(summary, f"wall_seconds.{key}") for key, label in WALL_ROWS.items()}
     ppo_lines = read_lines(run.metrics("ppo"))
     pretraining = RunFolder(run.root / "pretraining").metrics("sft")
+    curves = {
+        stage: _curves(run.metrics(stage), PANELS[stage][FIRST_ROW * (stage == "ppo") :],
+                       reward["bayes_accuracy"])
+        for stage in STAGE_TITLES
+        if stage in stages
+    }  # fmt: skip
+    diagnosis = diagnosis_section(run)
     return {
         "name": run.root.resolve().name,
         "titles": STAGE_TITLES,
-        "findings": findings(summary),
-        # One column per model: four columns fit a phone.
-        "columns": list(zip(heads, *rows, strict=True)),
+        "verdict": verdict(run, cfg, stages, summary, health),
         "reward": reward,
-        "diagnosis": diagnosis_section(run),
-        "health": _health(run),
+        "diagnosis": diagnosis,
+        "warnings": _warnings(health, diagnosis),
+        "watched": health is not None and bool(ppo_lines),
         "decisions": DECISIONS,
         "ppo_steps": ppo_lines[-1]["step"] if ppo_lines else 0,
-        "samples": _samples(run),
+        "answers": _answers(run, start_of(summary)),
         "training_samples": _training_samples(run),
-        "stage_curves": {
-            stage: _curves(run.metrics(stage), PANELS[stage], reward["bayes_accuracy"])
-            for stage in STAGE_TITLES
-            if stage in stages
-        },
+        "first_row": _first_row(run, summary, ppo_lines) if "ppo" in stages else None,
+        "stage_curves": curves,
         "unevaluated": "" if "ppo" in stages else UNEVALUATED,
         "pretraining": pretraining.is_file() and _curves(pretraining, (PRETRAINING,), None),
-        "wall_seconds": {label: value for label, value in wall.items() if value is not None},
-        "total_seconds": number(summary, "wall_seconds.total"),
+        "finished": [stage for stage in STAGES if run.result(stage).is_file()],
         "results": {
             stage: json.dumps(run.read_result(stage), indent=2, ensure_ascii=False)
             for stage in STAGES
@@ -111,25 +143,124 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "config": run.config.read_text(encoding="utf-8") if run.config.is_file() else None,
         "version": __version__,
         "now": datetime.now(),
+        **_results(summary),
+        **_origin(run, summary),
     }
 
 
-def _stages(run: RunFolder) -> list[Stage]:
+def _results(summary: dict[str, Any]) -> dict[str, Any]:
+    """The table of the roles, and the same as bars."""
+    heads, rows = result_table(summary)
+    names = ("ppo.win_rate", "ppo.win_rate_low", "ppo.win_rate_high")
+    rate = [number(summary, name) for name in names]
+    bars = [(title, draw_bars(title, means)) for title, means in judged_means(summary).items()]
+    return {
+        # One column per model: four columns fit a phone.
+        "columns": list(zip(heads, *rows, strict=True)),
+        "bars": bars,
+        "win_rate": None if None in rate else rate,
+        "start": {"sft": "SFT", "base": "base"}[start_of(summary)],
+        "has_gold": any(title == "Gold score" for title, _ in bars),
+        "no_gold": NO_GOLD,
+    }
+
+
+def _origin(run: RunFolder, summary: dict[str, Any]) -> dict[str, Any]:
+    """What the run was made from and with, and how long it took."""
+    lineage = read_lineage(run)
+    wall = {label: number(summary, f"wall_seconds.{key}") for key, label in WALL_ROWS.items()}
+    with held_to_be_whole(run.lineage):
+        versions = {
+            stage: {"chatllama": made["code"]["version"], **made["packages"]}
+            for stage, made in lineage.items()
+        }
+        data = [
+            (stage, path, file.get("bytes"), file["sha256"])
+            for stage, made in lineage.items()
+            for path, file in made["data"].items()
+        ]
+        dates = [(stage, made["begun"], made["finished"]) for stage, made in lineage.items()]
+    names = dict.fromkeys(name for found in versions.values() for name in found)
+    return {
+        "wall_seconds": {label: value for label, value in wall.items() if value is not None},
+        "total_seconds": number(summary, "wall_seconds.total"),
+        "made_by": list(versions),
+        "versions": [
+            (name, [found.get(name, "") for found in versions.values()]) for name in names
+        ],
+        "data": data,
+        "dates": dates,
+        "machine": _machine(),
+    }
+
+
+def _machine() -> str:
+    """The machine that this runs on, in words."""
+    cores, memory = os.cpu_count(), psutil.virtual_memory().total / 1e9
+    gpus = "no NVIDIA GPU"
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+            gpus = ", ".join(done.stdout.split("\n")).strip(", ") or gpus
+        except (OSError, subprocess.TimeoutExpired):
+            gpus = "GPUs unknown: nvidia-smi does not answer"
+    return f"{platform.system()} {platform.machine()}, {cores} cores, {memory:.0f} GB, {gpus}"
+
+
+def _warnings(health: Health | None, diagnosis: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Diagnoses of PPO and warnings about the reward model, the gravest first."""
+    found = [
+        {
+            "severity": min((d["severity"] for d in each), key=SEVERITIES.index),
+            "name": name,
+            "steps": [d["step"] for d in each],
+            "decisions": {d["decision"] for d in each},
+            **{key: each[-1][key] for key in ("message", "causes", "knob", "figure", "threshold")},
+        }
+        for name, each in (health or {}).items()
+    ]
+    for each in diagnosis["warnings"] if diagnosis else ():
+        severity = "fatal" if each["name"] == "no_better_than_chance" else "warning"
+        found.append({**each, "severity": severity, "steps": []})
+    return sorted(found, key=lambda each: SEVERITIES.index(each["severity"]))
+
+
+def _config(run: RunFolder) -> Config | None:
+    """The run's config; None where it is missing or of another version."""
+    try:
+        return load_config(run.config)
+    except (OSError, ValueError):
+        return None
+
+
+def _stages(run: RunFolder, cfg: Config | None) -> list[Stage]:
     """The stages that the page shows: those that the config has or that have begun; else all."""
     begun = [stage for stage in STAGES if run.stage(stage).is_dir()]
-    try:
-        known = load_config(run.config).stages
-    except (OSError, ValueError):  # of another version; what has begun is shown all the same
-        known = STAGES
+    known = STAGES if cfg is None else cfg.stages
     return [stage for stage in STAGES if stage in known or stage in begun] or list(STAGES)
 
 
-def _place(accuracy: float) -> str:
-    """Position of an accuracy on the scale from 0.5 to 1."""
-    return f"{min(max(accuracy - 0.5, 0.0), 0.5) * 200:.2f}%"
+def _terms(text: str) -> Markup:
+    """The text with a tooltip at the first place of each term."""
+    out = str(escape(text))
+    for term, words in TERMS.items():
+        tip = rf'<abbr tabindex="0" title="{escape(words)}">\g<0></abbr>'
+        out = re.sub(rf"\b{term}\b(?![^<]*>)", tip, out, count=1)
+    return Markup(out)
 
 
-def _health(run: RunFolder) -> dict[str, list[dict[str, Any]]] | None:
+def _place(share: float, lowest: float) -> str:
+    """Position of a share on the scale from `lowest` to 1."""
+    return f"{(min(max(share, lowest), 1.0) - lowest) / (1.0 - lowest):.2%}"
+
+
+def _code(text: str) -> Markup:
+    """The text with what is between backticks as code."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
+
+
+def _health(run: RunFolder) -> Health | None:
     """The diagnoses of `trainers/ppo/health/monitor.py` by name; None: no PPO run was watched."""
     path = run.stage("ppo") / "health.jsonl"
     if not path.is_file():
@@ -139,6 +270,22 @@ def _health(run: RunFolder) -> dict[str, list[dict[str, Any]]] | None:
         for line in read_lines(path):
             by_name.setdefault(line["name"], []).append(line)
     return by_name
+
+
+def _first_row(
+    run: RunFolder, summary: dict[str, Any], lines: list[dict[str, Any]]
+) -> list[tuple[str, str, str]]:
+    """Plots of PPO's score, KL, length and end, with the evaluation before and after as points."""
+    if run.result("ppo").is_file() and lines:
+        ends = [(0, start_of(summary)), (lines[-1]["step"], "ppo")]
+        points = [
+            {"step": step, **{m: number(summary, f"{role}.{n}") for n, m in EVALUATED.items()}}
+            for step, role in ends
+        ]
+        lines = [points[0], *lines, points[1]]
+    with held_to_be_whole(run.metrics("ppo")):
+        drawn = [(panel, draw(panel, lines, small=True)) for panel in PANELS["ppo"][:FIRST_ROW]]
+    return [(panel.title, panel.explanation, svg) for panel, svg in drawn if svg is not None]
 
 
 def _curves(metrics: Path, panels: Sequence[Panel], limit: float | None) -> dict[str, Any]:
@@ -157,23 +304,13 @@ def _curves(metrics: Path, panels: Sequence[Panel], limit: float | None) -> dict
     return {"file": file, "has_lines": bool(lines), "plots": plots, "left_out": left_out}
 
 
-def _samples(run: RunFolder) -> list[dict[str, Any]] | None:
+def _answers(run: RunFolder, start: str) -> Answers | None:
     """Held-out prompts, each with the answers of the roles; None before the evaluation."""
     if not run.evaluation.is_file():
         return None
-    found = []
     content = read_json(run.evaluation)
     with held_to_be_whole(run.evaluation):
-        for sample in content["samples"][:SAMPLES_SHOWN]:
-            kind = "gold" if sample.get("gold") else "RM score"
-            scores = sample.get("gold") or sample.get("score") or {}
-            answers = [
-                (label, str(sample[role]), scores.get(role))
-                for role, label in ROWS
-                if sample.get(role) is not None
-            ]
-            found.append({"prompt": sample["prompt"], "kind": kind, "answers": answers})
-    return found
+        return read_answers(content, start)
 
 
 def _training_samples(run: RunFolder) -> list[dict[str, Any]]:

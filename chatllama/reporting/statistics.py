@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 INTERVAL = "{:.3f} ({:.3f}\N{EN DASH}{:.3f})"
 """A value and its interval."""
+NORMAL = 1.96
+"""Standard errors on either side of a 95 % interval."""
 FLIP_EVIDENCE = 2.71
 """Likelihood ratio above which wrong labels are more than chance (5 %, one-sided)."""
 
@@ -19,7 +21,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(variance / count)
 
 
-def wilson_interval(successes: float, count: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(successes: float, count: int, z: float = NORMAL) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson 1927), sensible near 0 and 1 too.
 
     Of `count` draws, at least 1, `successes` succeeded; ties may count one half. `z` is the

@@ -18,7 +18,7 @@ from chatllama.runtime.json_files import read_json
 ROWS = (("base", "base"), ("sft", "SFT"), ("ppo", "PPO"))
 COLUMNS = {
     "gold score": ("{:.2f} \N{PLUS-MINUS SIGN} {:.2f}", "gold_mean", "gold_se"),
-    "RM score": ("{:.2f}", "score_mean"),
+    "reward score (raw)": ("{:.2f} \N{PLUS-MINUS SIGN} {:.2f}", "score_mean", "score_se"),
     "win rate vs {start}": (INTERVAL, "win_rate", "win_rate_low", "win_rate_high"),
     "KL to {start} (nats)": ("{:.2f}", "kl"),
     "tokens per answer": ("{:.1f}", "response_length"),
@@ -131,6 +131,17 @@ def below_bayes(accuracy: float, limit: float | None) -> str:
         f"accuracy {accuracy:.3f} is far below the {limit:.3f} that is possible: PPO will exploit "
         "what the reward model has not learned"
     )
+
+
+def judged_means(summary: dict[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Title -> label of each role -> mean and standard error, of the scores that were measured."""
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    for title, name in (("Gold score", "gold"), ("Reward score (raw)", "score")):
+        for role, label in ROWS:
+            mean, error = (number(summary, f"{role}.{name}_{end}") for end in ("mean", "se"))
+            if mean is not None:
+                found.setdefault(title, {})[label] = mean, error or 0.0
+    return found
 
 
 def findings(summary: dict[str, Any]) -> list[Finding]:

@@ -37,7 +37,7 @@ def test_runs_stand_beside_each_other(tmp_path: Path, capsys: pytest.CaptureFixt
     html = page.read_text()
     for text in ("a/x", "b/x", "ppo.kl_coef", "2.500 ± 0.250", "3.500 ± 0.250", "0.500"):
         assert text in shown and text in html, text
-    assert "Reward model score" in html and "<script" not in html
+    assert "Reward score (normalised)" in html and "<script" not in html
     assert "run_dir" not in shown.split("written")[0]
 
 

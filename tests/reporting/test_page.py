@@ -1,5 +1,6 @@
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from chatllama.reporting.summary import (
     write_summary,
 )
 from chatllama.reporting.tracker import Tracker
-from chatllama.runs.folder import RunFolder
+from chatllama.runs.folder import RunFolder, write_record
 from chatllama.runtime.files import write_json
 from trainers.ppo.health.monitor import Diagnosis, start_diagnoses, write_diagnoses
 from trainers.reward.data import Preferences
@@ -96,6 +97,10 @@ def full_run(tmp_path: Path) -> RunFolder:
             tracker.log(1, {f"{stage}/loss": 0.5, f"{stage}/accuracy": 0.7})
         write_json(run.result(stage), {"loss": 0.5})
     write_json(run.summary, SUMMARY)
+    made = {"begun": "2026-01-02T03:04:05+00:00", "finished": None, "code": {"version": "0.9"}}
+    made |= {"packages": {"torch": "2.13"}, "config": {}, "base": {"path": "b", "fingerprint": "f"}}
+    made |= {"data": {"pairs<1>.jsonl": {"sha256": "0123456789abcdef", "bytes": 1234567}}}
+    write_record(run, "reward", made | {"parents": {}})
     sample = {"prompt": "<script>p</script>", "base": "", "sft": "<script>s</script>", "ppo": "z"}
     gold = {"gold": {"base": -1.0, "sft": 0.25, "ppo": 3.1}}
     write_json(run.evaluation, {"roles": {}, "samples": [sample | gold] * 6})
@@ -107,7 +112,7 @@ def test_the_page_is_one_well_formed_file_without_network(full_run: RunFolder) -
     page = Page(text)
     assert not re.search(r"https?:|@import|<link|<script|src=", text)
     assert len(page.ids) == len(set(page.ids)) > 100
-    assert page.tags.count("svg") == 11 == text.count('role="img" aria-label="') - 1
+    assert page.tags.count("svg") == 14 == text.count('role="img" aria-label="') - 2
     assert "#010203" not in text and "var(--curve1)" in text  # colours follow the page
 
 
@@ -123,10 +128,14 @@ def test_the_page_shows_what_was_measured(full_run: RunFolder) -> None:
         "0.850 (0.800–0.890)",  # noqa: RUF001
         "PPO raised the gold score from 0.70 to 2.20 (30.0 standard errors).",
         "95 % Wilson interval 0.826 to 0.869, Bayes limit 0.870",
-        "gold 3.10",
+        "gold score 3.10",
         "(empty)",
         "2 min 05 s",
-        "2 more",
+        "3 more",
+        "pairs<1>.jsonl1,234,5670123456789ab",
+        "torch2.13",
+        "begun2026-01-02 03:04",
+        "NVIDIA GPU" if not shutil.which("nvidia-smi") else "on this machine",
     ):
         assert expected in text, expected
     assert "is missing" not in text and "Not logged" not in text
@@ -142,7 +151,7 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
     assert "summary.json holds no results" in text
     assert "evaluation.json is missing" in text
     assert "sft/metrics.jsonl has no lines yet" in text
-    assert "Not logged: reward model score, kl to the reference, answer length" in text
+    assert "Not logged: reward score (normalised), clipped ratios, value loss" in text
 
 
 def test_only_run_folders_get_a_report(tmp_path: Path) -> None:
@@ -160,9 +169,9 @@ def test_without_gold_the_reward_model_judges(tmp_path: Path) -> None:
     scores = {"score": {"sft": -0.5, "ppo": 1.5}}
     write_json(run.evaluation, {"samples": [{"prompt": "p", "sft": "a", "ppo": "b"} | scores]})
     text = Page(write_report(run).read_text(encoding="utf-8")).text
-    assert "gold scorebase" not in text
-    assert "judged by the reward model" in text
-    assert "RM score 1.50" in text
+    assert "Gold score" not in text
+    assert "Judged by the reward model" in text
+    assert "reward score (raw) 1.50" in text
     assert "By the reward's own judgement PPO's answers beat those of SFT" in text
 
 
@@ -229,7 +238,7 @@ def test_summary_gathers_the_stages(tmp_path: Path) -> None:
 def test_curves_leave_gaps_out() -> None:
     lines = [{"step": 1, "a": 1.0}, {"step": 2, "a": None}, {"step": 3}, {"step": 4, "a": 2.0}]
     assert curve(lines, "a") == ([1.0, 4.0], [1.0, 2.0])
-    assert smooth([0.0, 3.0, 6.0, 0.0], 3) == [1.5, 3.0, 3.0, 3.0]
+    assert smooth([0.0, 3.0, 6.0, 0.0], 3) == [0.0, 3.0, 3.0, 3.0]  # begins where the curve begins
     assert draw(PANELS["ppo"][0], lines) is None
 
 
@@ -260,13 +269,13 @@ def health(name: str, step: int, figure: float) -> Diagnosis:
 
 
 def test_a_run_that_nobody_watched_has_no_section(ppo_run: RunFolder) -> None:
-    assert "<h2>Health</h2>" not in write_report(ppo_run).read_text(encoding="utf-8")
+    assert "<h2>Warnings</h2>" not in write_report(ppo_run).read_text(encoding="utf-8")
 
 
 def test_a_healthy_run(ppo_run: RunFolder) -> None:
     start_diagnoses(ppo_run.stage("ppo") / "health.jsonl", 0)
     page = write_report(ppo_run).read_text(encoding="utf-8")
-    assert "<h2>Health</h2>" in page and "No diagnosis in 12 steps." in page
+    assert "<h2>Warnings</h2>" in page and "No diagnosis in 12 steps of PPO." in page
 
 
 def test_diagnoses_are_listed_by_name(ppo_run: RunFolder) -> None:
@@ -276,10 +285,14 @@ def test_diagnoses_are_listed_by_name(ppo_run: RunFolder) -> None:
     write_diagnoses(path, [health("length_drift", 9, 2.75)], "go on")
     write_diagnoses(path, [health("not_finite", 11, math.nan)], "rollback")
     page = write_report(ppo_run).read_text(encoding="utf-8")
-    assert '<li class="neutral"><strong>length_drift</strong> at step 3, 9: 2.75, thre' in page
-    assert '<li class="bad"><strong>not_finite</strong> at step 11: not finite. A' in page
+    assert "<strong>length_drift</strong> at step 3, 9: 2.75, threshold 1. A" in page
+    assert (
+        '<li class="bad"><span class="tag">fatal</span> <strong>not_finite</strong> at step 11:'
+        in page
+    )
+    assert page.index("not_finite") < page.index("length_drift")  # the gravest first
     assert "A &lt;b&gt; is bad. Rolled back to a checkpoint.<br>" in page
-    assert "Likely causes: this; that. Config key to change: ppo.x." in page
+    assert page.count("Likely causes: this; that.") == 2 == page.count("key to change: ppo.x.")
     assert "No diagnosis" not in page
 
 
@@ -310,7 +323,7 @@ def test_the_section_shows_figures_warnings_and_plots(tmp_path: Path):
     write_json(run.reward_diagnosis, diagnosis(found))
     section = diagnosis_section(run)
     assert section is not None and section["plots"] == []
-    assert "accuracy of words alone" in dict(section["rows"])
+    assert "accuracy of words alone" in dict(section["groups"]["What needs no reward model"])
 
     scores = [x for n in range(50) for x in ((1.0, 0.0) if n % 10 else (0.0, 1.0))]
     model = examine_model(
@@ -319,11 +332,12 @@ def test_the_section_shows_figures_warnings_and_plots(tmp_path: Path):
     write_json(run.reward_diagnosis, diagnosis(found, model))
     run.config.write_text("seed: 0\n")
     page = write_report(run).read_text(encoding="utf-8")
-    section = page.split("Reward model check")[1].split("</section>")[0]
+    section = page.split("<h2>Warnings</h2>")[1].split("PPO curves")[0]
     assert section.count("<svg") == 3 and "#010203" not in section
     for expected in (
         "0.900 (0.786–0.957)",  # noqa: RUF001  45 of 50, by Wilson's formula
-        "<strong>few_held_out</strong>: 50 held-out prompts",
+        "<strong>few_held_out</strong> of the reward model: 50 held-out prompts",
+        "Config key to change: reward.eval_fraction (higher), reward.eval_data.",
         "Bayes limit</th><td>0.950",
         "says 0.73, is 0.90",
         "0.900, 0.900",
@@ -331,4 +345,4 @@ def test_the_section_shows_figures_warnings_and_plots(tmp_path: Path):
     ):
         assert expected in section, expected
     assert "<script>" not in page
-    assert re.search(r"<h2>Reward model check</h2>", page)
+    assert re.search(r"<h2>Reward model</h2>", page)

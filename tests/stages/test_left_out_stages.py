@@ -211,11 +211,11 @@ def test_without_sft_results_are_compared_with_the_base(tmp_path: Path) -> None:
     write_json(run.evaluation, {"roles": roles, "samples": []})
     write_summary(run)
     heads, rows = result_table(read_summary(run))
-    assert heads == ["model", "RM score", "win rate vs base", "KL to base (nats)"]
+    assert heads == ["model", "reward score (raw)", "win rate vs base", "KL to base (nats)"]
     assert [row[0] for row in rows] == ["base", "PPO"]
     assert "beat those of the base model" in findings(read_summary(run))[0].text
     page = write_report(run).read_text(encoding="utf-8")
-    assert "win rate vs base" in page and "judged by" in page
+    assert "of PPO against base" in page and "Judged by" in page
     assert "SFT curves" not in page and "Reward model curves" not in page
 
 

@@ -1,0 +1,109 @@
+"""The top of the page: how a run stands and what to do next.
+
+What the numbers say is in `summary.py`; here is what follows from it, with the keys to turn.
+"""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from chatllama.config.schema import Config
+from chatllama.reporting.summary import Finding, findings, number
+from chatllama.runs.folder import RunFolder, Stage
+from chatllama.runtime.json_files import held_to_be_whole
+
+REWARD_KEYS = "reward.data (more or cleaner pairs), reward.epochs, reward.learning_rate, lora.r"
+NO_GOLD = (
+    "It shows that the policy climbs the reward it was trained on, on prompts that training has "
+    "not seen. It does not show that people would prefer its answers: a policy can also climb the "
+    "mistakes of its reward model. Read the answers below; evaluation.gold names a function that "
+    "judges independently, and `chatllama eval` runs public benchmarks."
+)
+Health = dict[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The first lines of the page."""
+
+    kind: Literal["good", "bad", "neutral"]
+    status: str
+    findings: list[Finding]
+    steps: list[str]
+    """What to do next."""
+
+
+def verdict(
+    run: RunFolder,
+    cfg: Config | None,
+    stages: Sequence[Stage],
+    summary: dict[str, Any],
+    health: Health | None,
+) -> Verdict:
+    """How the run stands.
+
+    Args:
+        cfg: None where it is of another version.
+        stages: those that the run has.
+    """
+    found = findings(summary)
+    done = [stage for stage in stages if run.result(stage).is_file()]
+    pending: list[Stage] = [stage for stage in stages if stage not in done]
+    folder = shlex.quote(str(run.root))
+    if not pending:
+        return Verdict("good", "Finished", found, _after(found, summary, folder))
+    again = f"chatllama run {shlex.quote(str(run.config))}"
+    if refused := _refusal(run, cfg, pending):
+        step = f"Change {REWARD_KEYS}, then `{again} --from reward`."
+        return Verdict("bad", f"Refused: {refused}", found, [step])
+    if stopped := [d for each in (health or {}).values() for d in each if d["decision"] == "stop"]:
+        last = stopped[-1]
+        text = f"Stopped: {last['name']} at step {last['step']} of PPO. {last['message']}"
+        return Verdict("bad", text, found, [f"Change {last['knob']}, then `{again} --from ppo`."])
+    resume = " --resume" if run.stage(pending[0]).is_dir() else ""
+    words = f"Not finished: {', '.join(done) or 'nothing'} of {', '.join(stages)} is done."
+    return Verdict("neutral", words, found, [f"`{again}{resume}` goes on with {pending[0]}."])
+
+
+def _refusal(run: RunFolder, cfg: Config | None, pending: Sequence[Stage]) -> str:
+    """Why PPO does not start from the reward model; '' where it does."""
+    if "ppo" not in pending or not run.result("reward").is_file():
+        return ""
+    if cfg is None or cfg.reward.allow_weak:
+        return ""
+    with held_to_be_whole(run.result("reward")):
+        found = run.read_result("reward")
+        accuracy, low, high = (found[f"accuracy{end}"] for end in ("", "_low", "_high"))
+    if low > 0.5:
+        return ""
+    return (
+        f"PPO does not start, because the reward model's accuracy {accuracy:.3f} (95 % Wilson "
+        f"interval {low:.3f} to {high:.3f}) cannot be distinguished from guessing."
+    )
+
+
+def _after(found: Sequence[Finding], summary: dict[str, Any], folder: str) -> list[str]:
+    """What to do with a finished run."""
+    if number(summary, "ppo.response_length") is None:
+        return [f"`chatllama chat {folder}` talks to the model."]
+    steps = []
+    kind = found[0].kind if found and "PPO" in found[0].text else "good"
+    if kind == "bad":
+        steps.append(
+            "Do not use the policy as it is. Raise ppo.kl_coef or lower ppo.steps, or improve the "
+            "reward model: reward.data with fresh pairs of the policy's answers."
+        )
+    elif kind == "neutral":
+        steps.append(
+            "Raise ppo.steps or lower ppo.kl_coef for a larger change; raise "
+            "evaluation.num_prompts for smaller errors."
+        )
+    if any("reward model's" in each.text for each in found if each.kind == "bad"):
+        steps.append(f"The reward model first: {REWARD_KEYS}.")
+    steps.append("Read the answers below, above all those that got worse.")
+    if kind == "good":
+        steps.append(
+            f"`chatllama chat {folder}` talks to it, `chatllama export {folder}` packs it."
+        )
+    return steps
