@@ -73,10 +73,8 @@ def generate(
         for one in _sound(sampled):
             number = taken[one.row]
             responses[number].append(one.token)
-            if ends_with is None or one.ended == "stop" or not ends_with(number, one.token):
-                continue
-            if one.ended is None:
-                stopped.append(one.row)
+            if ends_with is not None and one.ended != "stop" and ends_with(number, one.token):
+                stopped += [one.row] * (one.ended is None)
         batch.drop(stopped)
         show(len(prompts) - len(queue) - len(batch.running), len(prompts))
     return responses

@@ -1,5 +1,6 @@
 """The models of a PPO run: roles built from earlier stages, their engine, the exports."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,16 +94,21 @@ def build_roles(cfg: Config, run: RunFolder, tokenizer: PreTrainedTokenizerFast)
     torch.manual_seed(cfg.seed)
     shared = {"value": "policy"} if "value" in heads and "value" not in adapters else None
     model = RoleModel(backbone, adapters, heads=tuple(heads), shared=shared)
-    if start.state is None:  # adapters that change nothing differ in one of their two matrices
-        policy = adapter_state(model, "policy")
-        for role in {"reference", "ema"} & adapters.keys():
-            for name, tensor in adapter_state(model, role).items():
-                tensor.copy_(policy[name])
+    if start.state is None:
+        _begin_alike(model, {"reference", "ema"} & adapters.keys())
     for role, weight in heads.items():
         set_head(model, role, weight)
     if cfg.backbone.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return Roles(model, Scorer(cfg, members))
+
+
+def _begin_alike(model: RoleModel, roles: Collection[Role]) -> None:
+    """Copies the policy's adapter: ones that change nothing differ in one of their two matrices."""
+    policy = adapter_state(model, "policy")
+    for role in roles:
+        for name, tensor in adapter_state(model, role).items():
+            tensor.copy_(policy[name])
 
 
 def build_engine(cfg: Config, model: RoleModel) -> Engine:

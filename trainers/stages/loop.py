@@ -49,8 +49,7 @@ def train_steps(
         optimizer_step: step from 0 and learning rate factor -> metrics of the step.
         evaluate: metrics on held-out data, every `section.eval_every` steps.
         batch: the tensors of a step from 0, for the file that shows why it is not finite.
-        interrupted: the run whose stage is saved and ended by a signal; None: nothing is saved,
-            and a signal ends the process at once.
+        interrupted: the run whose stage is saved and ended by a signal. None: it ends at once.
 
     Raises:
         ValueError: checkpoints do not fit or `resume` is off; a metric is not finite.
