@@ -83,8 +83,7 @@ def build_roles(cfg: Config, run: RunFolder, tokenizer: PreTrainedTokenizerFast)
             members[-1].append(role)
             first = first or saved
     if section.advantage == "gae":
-        # On the policy's trunk, and without a reward adapter to copy, values start from 0.
-        heads["value"] = torch.zeros(())
+        heads["value"] = torch.zeros(())  # where there is no reward head to copy
         if section.value_model == "adapter":
             source = first or start
             heads["value"] = first.head.get("weight") if first else torch.zeros(())
