@@ -6,14 +6,16 @@ the two; the model is in `chat_model.py`, reading lines in `terminal_input.py`.
 
 import contextlib
 import sys
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatllama.inference.folders import find_model
+from chatllama.inference.introduction import example_prompts, what_it_knows
 from chatllama.inference.options import ChatOptions, GenerationRole, default_role
-from chatllama.inference.terminal_input import read_messages
+from chatllama.inference.terminal_input import BOLD, DIM, GREEN, coloured, read_messages
 from chatllama.runtime.command_line import printable, tell
 from chatllama.runtime.declared_options import check_limits
 from chatllama.runtime.jsonl import append_lines
@@ -26,7 +28,10 @@ HELP = '''\
 /role NAME      let another role answer; the conversation stays
 /compare TEXT   all roles answer TEXT, with reward score and KL; the conversation stays as it is
 /compare        the same for your last message
-/continue       go on with the last answer, which Ctrl-C or --max-new-tokens ended
+/continue       go on with the last answer, which Ctrl-C or max_new_tokens ended
+/regenerate     answer the last message again, by the role that answers now
+/undo           take the last message and its answer back
+/set KEY VALUE  temperature, top_p or max_new_tokens; /set alone shows them
 /system TEXT    set the system prompt (without TEXT: the one of the config)
 /history        show the conversation
 /save FILE      add the conversation to a JSONL file (format `messages`, which SFT reads)
@@ -34,6 +39,7 @@ HELP = '''\
 /help           show this
 /quit           leave (also Ctrl-D)
 """             begins a message of several lines, """ ends it; a \\ at the end of a line goes on
+                a text pasted into the terminal stays one message
 Ctrl-C          stop the answer, or drop the line being typed'''
 
 
@@ -71,6 +77,11 @@ def chat(run_dir: Path, options: ChatOptions | None = None) -> None:
         quantization = loaded.config.backbone.quantization
         print(f"{run.root}: {describe_model(loaded.model, quantization)}")
         print(f"Roles: {', '.join(model.roles)}; {role} answers. /help lists the commands.")
+        if knows := what_it_knows(loaded.config):
+            print(knows)
+        if prompts := example_prompts(run):
+            print(coloured("Prompts that training has not seen:", BOLD))
+            print("\n".join(printable(f"  {prompt}") for prompt in prompts))
     converse(read_messages(), model, conversation)
 
 
@@ -99,7 +110,7 @@ def _reply(text: str, model: "ChatModel", conversation: Conversation) -> None:
     """Answers a message and remembers both, unless it is refused."""
     conversation.turns.append({"role": "user", "content": text})
     try:
-        reply = _show(model.answer(conversation.messages(), conversation.role))
+        reply = _show(model, conversation)
     except ValueError:
         conversation.turns.pop()
         raise
@@ -110,19 +121,66 @@ def _continue(model: "ChatModel", conversation: Conversation) -> None:
     """Adds what follows the last answer to it."""
     if not conversation.turns or not conversation.turns[-1]["content"].strip():
         raise ValueError("/continue: there is no answer yet to go on with")
-    more = _show(model.answer(conversation.messages(), conversation.role))
+    more = _show(model, conversation)
     text = conversation.turns.pop()["content"].rstrip() + more
     conversation.turns.append({"role": "assistant", "content": text})
 
 
-def _show(chunks: Iterator[str]) -> str:
-    """Prints an answer as it is streamed; returns its text."""
-    text = ""
+def _regenerate(model: "ChatModel", conversation: Conversation) -> None:
+    """Puts another answer in the place of the last, unless it is refused."""
+    if not conversation.turns:
+        raise ValueError("/regenerate: there is no answer yet")
+    last = conversation.turns.pop()
+    try:
+        reply = _show(model, conversation)
+    except ValueError:
+        conversation.turns.append(last)
+        raise
+    conversation.turns.append({"role": "assistant", "content": reply})
+
+
+def _undo(conversation: Conversation) -> None:
+    """Forgets the last message and its answer."""
+    if not conversation.turns:
+        raise ValueError("/undo: nothing has been said yet")
+    message = conversation.turns[-2]["content"]
+    del conversation.turns[-2:]
+    tell(f"(taken back: {message})")
+
+
+def _set(rest: str, model: "ChatModel") -> None:
+    """Changes a setting of the sampling, from the next answer on; without words, shows all."""
+    name, _, value = rest.partition(" ")
+    kinds = {"temperature": float, "top_p": float, "max_new_tokens": int}
+    if rest:
+        if name not in kinds:
+            raise ValueError(f"/set {name}: give one of {', '.join(kinds)}")
+        try:
+            changed = {name: kinds[name](value)}
+        except ValueError:
+            kind = "whole number" if kinds[name] is int else "number"
+            raise ValueError(f"/set {name} {value}: must be a {kind}") from None
+        try:
+            check_limits(ChatOptions(**changed))
+        except ValueError as error:  # it names the option
+            raise ValueError(f"/set {name} {value}: {str(error).partition(': ')[2]}") from None
+        model.sampling = replace(model.sampling, **changed)
+    tell("(" + ", ".join(f"{name} {getattr(model.sampling, name):g}" for name in kinds) + ")")
+
+
+def _show(model: "ChatModel", conversation: Conversation) -> str:
+    """Prints an answer as it is streamed, on a terminal with name and speed; returns its text."""
+    is_terminal, text, start = sys.stdout.isatty(), "", time.monotonic()
     with contextlib.suppress(KeyboardInterrupt):
-        for chunk in chunks:
+        for chunk in model.answer(conversation.messages(), conversation.role):
+            if is_terminal and not text:
+                print(coloured(f"{conversation.role}> ", GREEN), end="")
             text += chunk
             print(printable(chunk), end="", flush=True)
     print(flush=True)
+    if is_terminal:
+        speed = model.num_tokens / max(time.monotonic() - start, 1e-9)
+        print(coloured(f"({model.num_tokens} tokens, {speed:.0f} tokens/s)", DIM), flush=True)
     return text
 
 
@@ -145,6 +203,12 @@ def _run_command(text: str, model: "ChatModel", conversation: Conversation) -> N
         case "/history":
             for message in conversation.messages():
                 tell(f"{message['role']}: {message['content']}")
+        case "/regenerate":
+            _regenerate(model, conversation)
+        case "/undo":
+            _undo(conversation)
+        case "/set":
+            _set(rest, model)
         case "/save":
             _save(rest, conversation)
         case "/continue":

@@ -57,8 +57,8 @@ class ChatModel:
         self._stops = tuple(stops)
         self.model = loaded.model.eval()
         self._stop_ids = end_of_turn_ids(loaded.tokenizer, loaded.chat)
-        limit = self.model.llama.config.max_position_embeddings
-        self._room = limit - sampling.max_new_tokens
+        self.num_tokens = 0
+        """Tokens of the newest streamed answer so far, the one that ends it left out."""
 
     @classmethod
     def chosen(cls, loaded: LoadedRun, options: ChatOptions) -> "ChatModel":
@@ -92,7 +92,9 @@ class ChatModel:
         """Streams the answer as text, or what follows if the last message is the assistant's."""
         prompt = self._render(self._fitting(messages))
         with sampling_as(self.model, ACTING[role]):
-            ids = stream(self.model.llama, prompt, self.sampling, self._stop_ids, self.generator)
+            ids = self._counted(
+                stream(self.model.llama, prompt, self.sampling, self._stop_ids, self.generator)
+            )
             continues = is_continued(messages)
             yield from stream_text(self.loaded.tokenizer, ids, self._stops, continues)
 
@@ -113,8 +115,15 @@ class ChatModel:
     def _render(self, messages: Sequence[Message]) -> list[int]:
         return Answerer(self.loaded, "base").render(messages)
 
+    def _counted(self, ids: Iterator[int]) -> Iterator[int]:
+        self.num_tokens = 0
+        for index in ids:
+            self.num_tokens += 1
+            yield index
+
     def _fitting(self, messages: list[Message]) -> list[Message]:
-        kept = fit(messages, lambda some: len(self._render(some)), self._room)
+        room = self.model.llama.config.max_position_embeddings - self.sampling.max_new_tokens
+        kept = fit(messages, lambda some: len(self._render(some)), room)
         if len(kept) < len(messages):
             tell(f"(the oldest {len(messages) - len(kept)} messages no longer fit)")
         return kept
@@ -155,7 +164,7 @@ def fit(
         if len(turns) <= 2:
             raise ValueError(
                 f"this message takes {tokens} tokens and {room} are left beside the answer; "
-                "shorten it or lower --max-new-tokens"
+                "shorten it or lower max_new_tokens"
             )
         turns = turns[2:]
     return [*head, *turns]

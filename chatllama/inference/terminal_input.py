@@ -1,20 +1,35 @@
 """The messages that a user types: one a line, or several lines as one message."""
 
 import contextlib
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 
 QUOTES = '"""'
-PROMPT, MORE = "> ", ". "
+PROMPT, MORE = "you> ", "...> "
+BOLD, DIM, CYAN, GREEN = "1", "2", "1;36", "1;32"
+"""Styles of `coloured`: parameters of the terminal's SGR sequence."""
+
+
+def coloured(text: str, style: str) -> str:
+    """`text` in a style where stdout is a terminal with colours; https://no-color.org holds."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain or not sys.stdout.isatty() else f"\x1b[{style}m{text}\x1b[0m"
 
 
 def read_messages() -> Iterator[str]:
-    """Messages from the terminal, with editing and history of lines, or from a pipe."""
+    """Messages from the terminal, with editing and history of lines, or from a pipe.
+
+    With GNU readline a pasted text of several lines is one message, sent by Enter.
+    """
     if not sys.stdin.isatty():
         yield from join_lines(lambda prompt: next(sys.stdin, None))
         return
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (gives `input` editing and history)
+        import readline  # gives `input` editing and history
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # Python turns it off
     yield from join_lines(_ask)
 
 
@@ -57,8 +72,10 @@ def _read_message(read: Callable[[str], str | None]) -> str | None:
 
 
 def _ask(prompt: str) -> str | None:
+    # Between \x01 and \x02 is what readline must not count as width.
+    shown = re.sub(r"(\x1b\[[\d;]*m)", "\x01\\1\x02", coloured(prompt, CYAN))
     try:
-        return input(prompt)
+        return input(shown)
     except EOFError:
         print()
         return None

@@ -1,6 +1,11 @@
+import contextlib
 import io
 import json
+import os
+import pty
 import re
+import select
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -11,12 +16,13 @@ import pytest
 
 from chatllama.config.model import BackboneSection, ChatSection
 from chatllama.config.schema import Config
+from chatllama.generation.sampling import Sampling
 from chatllama.inference import chat_model
 from chatllama.inference.chat import Conversation, chat, converse
 from chatllama.inference.chat_model import ChatModel, Compared, fit, mean_kl
 from chatllama.inference.load import LoadedRun
 from chatllama.inference.options import ChatOptions, GenerationRole
-from chatllama.inference.terminal_input import join_lines
+from chatllama.inference.terminal_input import coloured, join_lines
 
 if TYPE_CHECKING:
     from chatllama.text.chat_format import Message
@@ -33,6 +39,8 @@ class _Echo:
 
     def __init__(self) -> None:
         self.asked: list[tuple[list[Message], GenerationRole]] = []
+        self.sampling = Sampling(12, temperature=0.7, top_p=0.9)
+        self.num_tokens = 2
 
     roles: tuple[GenerationRole, ...] = ("base", "sft", "policy")
     find: Any = ChatModel.find
@@ -133,6 +141,34 @@ def test_messages_of_several_lines() -> None:
     assert typed(quotes, "unfinished") == ["\nunfinished"] and typed("a\\") == ["a"]
 
 
+@pytest.mark.slow
+def test_a_pasted_text_is_one_message() -> None:
+    pytest.importorskip("readline")
+    program = (
+        "from chatllama.inference.terminal_input import read_messages\n"
+        "for message in read_messages(): print('read', repr(message), flush=True)"
+    )
+    master, slave = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm"}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=slave, stdout=slave, env=environment
+    ) as process:
+        os.close(slave)
+        keys = [b"\x1b[200~def f():\r    return 1\r\r# end\x1b[201~\r", b"next\r", b"\x04"]
+        shown, sent = b"", 0
+        with contextlib.suppress(OSError):  # the terminal is gone with the process
+            while select.select([master], [], [], 20)[0] and (block := os.read(master, 1024)):
+                shown += block
+                if shown.count(b"you> ") > sent < len(keys):  # it is reading keys by now
+                    os.write(master, keys[sent])
+                    sent += 1
+        process.kill()
+    os.close(master)
+    assert sent == 3
+    assert b"read 'def f():\\n    return 1\\n\\n# end'" in shown
+    assert b"read 'next'" in shown and b"\x1b[1;36m" in shown
+
+
 def test_ctrl_c_drops_the_message_being_typed(capsys: pytest.CaptureFixture[str]) -> None:
     assert typed("^C", "a", '"""b', "^C", "c") == ["a", "c"]
     assert capsys.readouterr().err.count("Ctrl-D or /quit leaves") == 2
@@ -161,6 +197,64 @@ def test_an_answer_is_gone_on_with(capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no answer yet" in capsys.readouterr().err
 
 
+def test_an_answer_is_given_again_or_taken_back(capsys: pytest.CaptureFixture[str]) -> None:
+    echo, conversation = Echo(), Conversation("sft")
+    lines = ["/regenerate", "/undo", "a", "b", "/role base", "/regenerate", "/undo", "/undo"]
+    converse(iter(lines), echo, conversation)
+    answer = "sft:1\x1b[2J"
+    assert echo.asked[2] == (said("a", answer, "b"), "base")  # as asked first, by another role
+    assert conversation.turns == []
+    errors = capsys.readouterr().err
+    assert "/regenerate: there is no answer yet" in errors and "/undo: nothing has" in errors
+    assert errors.endswith("(taken back: b)\n(taken back: a)\n")
+    converse(iter(["a", "b", "/undo", "c"]), echo, conversation)
+    assert echo.asked[-1][0] == said("a", "base:1\x1b[2J", "c")
+
+
+def test_a_refused_regeneration_keeps_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    conversation = Conversation("sft", turns=said("fail", "kept"))
+    converse(iter(["/regenerate"]), Echo(), conversation)
+    assert conversation.turns == said("fail", "kept")
+    assert "no such role" in capsys.readouterr().err
+
+
+def test_sampling_is_set(capsys: pytest.CaptureFixture[str]) -> None:
+    echo = Echo()
+    lines = ["temperature 0", "top_p 0.5", "max_new_tokens 7", ""]
+    converse(iter([f"/set {line}" for line in lines]), echo, Conversation("sft"))
+    assert echo.sampling == Sampling(7, temperature=0.0, top_p=0.5)
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[0] == "(temperature 0, top_p 0.9, max_new_tokens 12)"
+    assert shown[-1] == "(temperature 0, top_p 0.5, max_new_tokens 7)"
+    wrong = ["temperature -1", "temperature hot", "temperature nan", "temperature", "top_p 0",
+             "max_new_tokens 0", "max_new_tokens 1.5", "heat 1"]  # fmt: skip
+    converse(iter([f"/set {line}" for line in wrong]), echo, Conversation("sft"))
+    assert echo.sampling == Sampling(7, temperature=0.0, top_p=0.5)
+    errors = capsys.readouterr().err
+    assert errors.count("/set ") == len(wrong) and "--" not in errors
+    assert "/set temperature -1: must be 0, or between" in errors
+    assert "/set max_new_tokens 1.5: must be a whole number" in errors
+    assert "/set heat: give one of temperature, top_p, max_new_tokens" in errors
+
+
+def test_a_terminal_shows_name_colour_and_speed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    clock = iter([10.0, 10.5])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    converse(iter(["a"]), Echo(), Conversation("policy"))
+    assert capsys.readouterr().out == (
+        "\x1b[1;32mpolicy> \x1b[0mpolicy:1\ufffd[2J\n\x1b[2m(2 tokens, 4 tokens/s)\x1b[0m\n"
+    )
+    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert coloured("a", "1") == "a"
+
+
 def test_the_oldest_exchanges_give_way() -> None:
     def words(messages: "list[Message]") -> int:
         return sum(len(m["content"].split()) for m in messages)
@@ -180,7 +274,6 @@ def test_a_real_model_answers_in_its_role(tiny_llama_dir: Path) -> None:
 
     from chatllama.config.model import LoraSection
     from chatllama.generation.decoding_batch import DecodingBatch
-    from chatllama.generation.sampling import Sampling
     from chatllama.model.roles import Adapter, RoleModel, acting_as
     from chatllama.text.chat_format import render
     from chatllama.text.encoding import decode, encode
@@ -202,6 +295,7 @@ def test_a_real_model_answers_in_its_role(tiny_llama_dir: Path) -> None:
         "".join(chat_of_run.answer(said("Hi"), role)) for role in chat_of_run.roles
     )
     assert base == sft != policy
+    assert 1 <= chat_of_run.num_tokens <= 12
     found = re.search("[ -~]", base)
     assert found
     start, stop = found.start(), found[0]
