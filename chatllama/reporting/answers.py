@@ -65,7 +65,7 @@ def _head(samples: list[Sample], start: str, all_values: list[float]) -> str:
         if not all_values:
             return f"of {len(ranked)}"
         below = sum(value < sample.values["ppo"] for value in all_values) / len(all_values)
-        return f"of {len(ranked)} kept, above {below:.0%} of all {len(all_values)}"
+        return f"of {len(ranked)} kept, above {100 * below:.0f} % of all {len(all_values)}"
 
     for name, at in (("Best", -1), ("Median", (len(ranked) - 1) // 2), ("Worst", 0)):
         ranked[at].heads.append(f"{name} {place(ranked[at])}")

@@ -130,7 +130,7 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "ppo_steps": ppo_lines[-1]["step"] if ppo_lines else 0,
         "answers": _answers(run, start_of(summary)),
         "training_samples": _training_samples(run),
-        "first_row": _first_row(run, summary, ppo_lines) if "ppo" in stages else None,
+        "first_row": _first_row(run, summary, ppo_lines) if ppo_lines else None,
         "stage_curves": curves,
         "unevaluated": "" if "ppo" in stages else UNEVALUATED,
         "pretraining": pretraining.is_file() and _curves(pretraining, (PRETRAINING,), None),

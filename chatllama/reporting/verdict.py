@@ -52,11 +52,13 @@ def verdict(
     pending: list[Stage] = [stage for stage in stages if stage not in done]
     folder = shlex.quote(str(run.root))
     if not pending:
-        return Verdict("good", "Finished", found, _after(found, summary, folder))
+        is_bad = any(each.kind == "bad" for each in found)
+        kind = "neutral" if is_bad else "good"
+        return Verdict(kind, "Finished", found, _after(found, summary, folder))
     again = f"chatllama run {shlex.quote(str(run.config))}"
     if refused := _refusal(run, cfg, pending):
         step = f"Change {REWARD_KEYS}, then `{again} --from reward`."
-        return Verdict("bad", f"Refused: {refused}", found, [step])
+        return Verdict("bad", f"Refused: {refused}", [], [step])
     if stopped := [d for each in (health or {}).values() for d in each if d["decision"] == "stop"]:
         last = stopped[-1]
         text = f"Stopped: {last['name']} at step {last['step']} of PPO. {last['message']}"
