@@ -29,7 +29,7 @@ def read_messages() -> Iterator[str]:
     with contextlib.suppress(ImportError):
         import readline  # gives `input` editing and history
 
-        readline.parse_and_bind("set enable-bracketed-paste on")  # Python turns it off
+        readline.parse_and_bind("set enable-bracketed-paste on")  # off before 8.1
     yield from join_lines(_ask)
 
 

@@ -142,14 +142,15 @@ def test_messages_of_several_lines() -> None:
 
 
 @pytest.mark.slow
-def test_a_pasted_text_is_one_message() -> None:
+def test_a_pasted_text_is_one_message(tmp_path: Path) -> None:
     pytest.importorskip("readline")
     program = (
         "from chatllama.inference.terminal_input import read_messages\n"
         "for message in read_messages(): print('read', repr(message), flush=True)"
     )
     master, slave = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm"}
+    (tmp_path / "inputrc").write_text("set enable-bracketed-paste off\n")  # as before readline 8.1
+    environment = {**os.environ, "TERM": "xterm", "INPUTRC": str(tmp_path / "inputrc")}
     with subprocess.Popen(
         [sys.executable, "-c", program], stdin=slave, stdout=slave, env=environment
     ) as process:
@@ -164,7 +165,7 @@ def test_a_pasted_text_is_one_message() -> None:
                     sent += 1
         process.kill()
     os.close(master)
-    assert sent == 3
+    assert sent == 3 and b"\x1b[?2004h" in shown  # asks the terminal to mark what is pasted
     assert b"read 'def f():\\n    return 1\\n\\n# end'" in shown
     assert b"read 'next'" in shown and b"\x1b[1;36m" in shown
 
