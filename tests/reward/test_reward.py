@@ -206,6 +206,9 @@ class StubEngine:
     def step(self, factor: float) -> float:
         return 0.0
 
+    def show(self, *_: object) -> None:
+        """The display of a running step."""
+
 
 def stub_step(examples: Dataset, **section: Any) -> tuple[StubEngine, dict[str, float]]:
     engine, size = StubEngine(), len(examples)

@@ -28,7 +28,8 @@ SIGNALS = interruption.SIGNALS
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    # Shells start what runs in the background with SIGINT ignored, which would stay so.
+    before = {signum: signal.signal(signum, signal.SIG_DFL) for signum in SIGNALS}
     interruption.listen()
     yield
     for signum, handler in before.items():
