@@ -34,6 +34,7 @@ PAGE_FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/markdown.js": ("markdown.js", "text/javascript; charset=utf-8"),
     "/compare.js": ("compare.js", "text/javascript; charset=utf-8"),
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -138,6 +139,11 @@ def _add_state(app: FastAPI, service: Service) -> None:
             "reward": service.models.has_reward,
             "key_required": bool(service.settings.api_keys),
         }
+
+    @app.get("/v1/run")
+    async def introduction() -> dict[str, Any]:
+        """What the page shows before the first message: name, limits, prompts to try, votes."""
+        return {**service.introduction, **await asyncio.to_thread(service.votes.tally)}
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

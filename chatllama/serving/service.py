@@ -12,7 +12,9 @@ from starlette.responses import JSONResponse, Response
 from chatllama.generation.decoding_batch import Request
 from chatllama.generation.sampling import Sampling
 from chatllama.inference.answerer import Answerer, random_numbers
+from chatllama.inference.introduction import example_prompts, what_it_knows
 from chatllama.inference.load import LoadedRun
+from chatllama.runs.folder import RunFolder
 from chatllama.serving.engine import Engine, EngineLimits
 from chatllama.serving.errors import ApiError, invalid
 from chatllama.serving.metrics import Metrics
@@ -52,6 +54,11 @@ class Service:
         self.max_positions = int(run.model.llama.config.max_position_embeddings)
         self.vocabulary = int(run.model.llama.config.vocab_size)
         self.texts = TokenTexts(run.tokenizer)
+        self.introduction = {
+            "run": settings.run.absolute().name,
+            "knows": what_it_knows(run.config),
+            "examples": example_prompts(RunFolder(settings.run)),
+        }
         self._stop_ids = end_of_turn_ids(run.tokenizer, run.chat)
         self.engine.start()
 
@@ -249,6 +256,7 @@ class Service:
         tokens = [
             {
                 "text": self.texts.text_of(token),
+                "bytes": list(self.texts.bytes_of(token)),
                 "special": token in special,
                 "logprob": p,
                 "reference_logprob": q,

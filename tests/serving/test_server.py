@@ -348,6 +348,8 @@ def test_scores_and_log_ratios(url: str, loaded: LoadedRun) -> None:
         [p - q for p, q in zip(policy, sft, strict=True)], abs=1e-5
     )
     assert told["kl"] == pytest.approx(sum(policy) - sum(sft), abs=1e-4)
+    for token in told["tokens"]:  # parts of characters, too, can be put together from these
+        assert bytes(token["bytes"]).decode(errors="replace") == token["text"]
     status, told = post(url, "/v1/score", {"messages": ASK})
     assert status == 400 and "end with the assistant's answer" in told["error"]["message"]
 
@@ -372,6 +374,13 @@ def test_a_client_that_leaves_frees_its_place(url: str, stream: bool) -> None:
         time.sleep(0.05)
     # A client that left before the end is counted, unless the answer was ready first.
     assert metric(url, "disconnects_total") >= before
+
+
+def test_the_page_is_told_what_to_show_first(url: str, run: RunFolder) -> None:
+    with urllib.request.urlopen(f"{url}/v1/run", timeout=30) as response:
+        told = json.loads(response.read())
+    assert told["run"] == run.root.name and told["examples"] == [] and told["knows"] is None
+    assert told["votes"] == 0
 
 
 def test_votes_are_kept_and_given_back(url: str, run: RunFolder) -> None:

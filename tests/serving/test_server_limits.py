@@ -185,7 +185,14 @@ def test_keys_hosts_types_and_sizes(run: RunFolder, loaded: LoadedRun) -> None:
         page = urllib.request.urlopen(f"{url}/", timeout=30)
         assert "default-src 'self'" in page.headers["content-security-policy"]
         assert KEY.encode() not in page.read()
-        for path in ("/metrics", "/openapi.json", "/v1/votes", "/../etc/passwd", "/page.css/.."):
+        for path in (
+            "/metrics",
+            "/openapi.json",
+            "/v1/votes",
+            "/v1/run",
+            "/../etc/passwd",
+            "/page.css/..",
+        ):
             with pytest.raises(urllib.error.HTTPError) as caught:
                 urllib.request.urlopen(url + path, timeout=30)
             assert caught.value.code == 401

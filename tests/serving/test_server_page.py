@@ -125,7 +125,9 @@ def test_a_blind_comparison_hides_names_until_the_vote(run: RunFolder, page: Any
         page.get_by_role("button", name="Both bad").wait_for()
         assert page.locator("#sides h2").all_inner_texts() == ["A", "B"]
         assert page.locator("#sides .tools").count() == 0
-        page.get_by_role("button", name="Both bad").click()
+        page.locator("#vote-form:focus").wait_for()
+        page.keyboard.press("4")
         page.locator("#sides .tools").first.wait_for()
+        page.locator("#tally", has_text="both bad 1").wait_for()
         titles = page.locator("#sides h2").all_inner_texts()
         assert sorted(title[3:] for title in titles) == ["policy", "sft"]

@@ -227,6 +227,27 @@ def test_votes_are_counted_without_reading_the_file_again(
     assert file.content().count(b"\n") == 1
 
 
+def test_votes_are_tallied_by_model(tmp_path: Path) -> None:
+    path = tmp_path / "votes.jsonl"
+    assert VoteFile(path).tally() == {"votes": 0, "better": {}, "tie": 0, "both_bad": 0}
+    path.write_text('{"verdict": "a"}\n[[\n{"models": ["x", "y"], "verdict": "c"}\n')
+    file = VoteFile(path)
+    for verdict in ("a", "b", "b", "tie", "both_bad"):
+        file.append(vote_record(vote(verdict=verdict)))
+    found = {"votes": 8, "better": {"sft": 1, "policy": 2}, "tie": 1, "both_bad": 1}
+    assert file.tally() == VoteFile(path).tally() == file.tally() == found
+    with path.open("a") as other:
+        other.write('{"models": ["sft", "policy"], "verdict": "a"}')  # no end of the line yet
+    assert file.tally() == found
+    with path.open("a") as other:
+        other.write("\n")
+    assert file.tally() == found | {"votes": 9, "better": {"sft": 2, "policy": 2}}
+    path.unlink()
+    assert file.tally()["votes"] == 0
+    file.append(vote_record(vote(verdict="tie")))
+    assert file.tally() == {"votes": 1, "better": {}, "tie": 1, "both_bad": 0}
+
+
 @pytest.mark.parametrize("content", ["", "  \n", [{"type": "text", "text": ""}]])
 def test_a_vote_with_an_empty_turn_is_refused(content: Any) -> None:
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}, *ASK]

@@ -27,6 +27,50 @@ async function start() {
   prefer("model-b", "policy");
   prefer("reference", "sft");
   say("");
+  introduce(await (await api("v1/run")).json());
+  if (document.activeElement === document.body) $("chat-text").focus({ preventScroll: true });
+}
+
+const ROLES = {
+  base: "the backbone as it was before tuning",
+  sft: "after supervised fine-tuning",
+  policy: "after reinforcement learning",
+  ema: "the average of the policies",
+};
+
+// What is shown before the first message.
+function introduce({ run, knows, examples, ...tally }) {
+  const roles = element("dl");
+  for (const name of state.models) {
+    roles.append(element("dt", "", name), element("dd", "", ROLES[name] ?? "a loaded adapter"));
+  }
+  $("intro").replaceChildren(element("h2", "", run), roles);
+  if (knows) $("intro").append(element("p", "note", knows));
+  const here = element("div", "examples");
+  $("intro").append(here);
+  for (const [place, form] of [[here, "chat-form"], [$("compare-examples"), "compare-form"]]) {
+    place.hidden = !examples.length;
+    place.replaceChildren(element("p", "", "Prompts that training has not seen:"),
+      ...examples.map((text) => example(text, $(form))));
+  }
+  $("intro").hidden = turns.length > 0;
+  count(tally);
+}
+
+function example(text, form) {
+  const made = element("button", "", text);
+  made.type = "button";
+  made.addEventListener("click", () => {
+    form.querySelector("textarea").value = text;
+    form.requestSubmit();
+  });
+  return made;
+}
+
+function count({ votes, better, tie, both_bad: bad }) {
+  const won = Object.entries(better).map(([name, number]) => `${name} better ${number}`);
+  $("tally").textContent = [`Votes: ${votes}`, ...won, `tie ${tie}`, `both bad ${bad}`].join(", ");
+  $("tally").hidden = !votes;
 }
 
 $("key-form").addEventListener("submit", async (event) => {
@@ -47,6 +91,7 @@ askForm($("chat-form"), async (text, signal, clear) => {
   const theirs = element("li", "assistant");
   const place = element("div", "answer");
   theirs.append(element("div", "who", model), place);
+  $("intro").hidden = true;
   $("log").append(mine, theirs);
   clear();
   const view = answerView(place);
@@ -64,6 +109,7 @@ askForm($("chat-form"), async (text, signal, clear) => {
     else {
       mine.remove();
       theirs.remove();
+      $("intro").hidden = turns.length > 0;
       $("chat-text").value = text;
     }
     $("log").scrollTop = $("log").scrollHeight;
@@ -73,6 +119,7 @@ askForm($("chat-form"), async (text, signal, clear) => {
 $("clear").addEventListener("click", () => {
   turns.length = 0;
   $("log").replaceChildren();
+  $("intro").hidden = false;
   $("chat-text").focus();
 });
 
@@ -85,6 +132,8 @@ askForm($("compare-form"), async (text, signal) => {
   const messages = withSystem([{ role: "user", content: text }]);
   round = null;
   $("vote-form").hidden = true;
+  $("compare-examples").hidden = true;
+  $("sides").hidden = false;
   const views = ["a", "b"].map((side, i) => {
     $(`title-${side}`).textContent = side.toUpperCase() + (blind ? "" : `: ${models[i]}`);
     return answerView($(`answer-${side}`));
@@ -101,6 +150,7 @@ askForm($("compare-form"), async (text, signal) => {
   if (failed) throw failed.reason;
   round = { messages, models, answers: views.map((view) => view.content), reveal, blind };
   $("vote-form").hidden = false;
+  return $("vote-form"); // so that the keys 1-4 vote, and a second Enter does not
 });
 
 async function vote(verdict) {
@@ -115,6 +165,7 @@ async function vote(verdict) {
     $("reason").value = "";
     $("compare-text").focus();
     say(`Vote kept; ${told.votes} in all.`);
+    count(await (await api("v1/run")).json());
   } catch (error) {
     say(error.message, true);
   }
@@ -123,6 +174,11 @@ async function vote(verdict) {
 for (const each of document.querySelectorAll("[data-verdict]")) {
   each.addEventListener("click", () => vote(each.dataset.verdict));
 }
+document.addEventListener("keydown", (event) => {
+  const typing = event.target.closest("input, textarea, select");
+  if (typing || event.ctrlKey || event.metaKey || event.altKey || $("compare").hidden) return;
+  document.querySelector(`[data-verdict][aria-keyshortcuts="${CSS.escape(event.key)}"]`)?.click();
+});
 $("vote-form").addEventListener("submit", (event) => event.preventDefault());
 
 $("export").addEventListener("click", async () => {
@@ -156,7 +212,10 @@ function show(tab) {
 }
 
 tabs.forEach((tab, i) => {
-  tab.addEventListener("click", () => show(tab));
+  tab.addEventListener("click", () => {
+    show(tab);
+    $(tab.getAttribute("aria-controls")).querySelector("textarea").focus();
+  });
   tab.addEventListener("keydown", (event) => {
     if (event.key !== "ArrowLeft" && event.key !== "ArrowRight") return;
     const other = tabs[(i + 1) % tabs.length];

@@ -1,5 +1,7 @@
 // What chat and comparison share: the API, streams, answers with their score and log-ratios.
 
+import { markdown } from "./markdown.js";
+
 export const $ = (id) => document.getElementById(id);
 export const state = { reward: false, models: [] };
 
@@ -77,19 +79,26 @@ export function withSystem(turns) {
 
 // An answer that fills up, with buttons for score and log-ratios once it is there.
 export function answerView(place) {
-  const text = element("div", "text");
+  const text = element("div", "text rendered");
   place.replaceChildren(text);
+  let frame = 0;
+  const render = () => {
+    frame = 0;
+    text.replaceChildren(markdown(content));
+  };
   place.setAttribute("aria-busy", "true");
   let content = "";
   return {
     add(piece) {
       content += piece;
-      text.textContent = content;
+      frame ||= requestAnimationFrame(render);
     },
     get content() {
       return content;
     },
     finish() {
+      cancelAnimationFrame(frame);
+      render();
       place.setAttribute("aria-busy", "false");
       if (!content.trim()) text.append(element("span", "note", "(an empty answer)"));
     },
@@ -116,6 +125,7 @@ function tools(text, model, messages) {
   row.append(button("Log-ratios", async () => {
     const reference = $("reference").value;
     const found = await (await api("v1/token_kl", { model, reference, messages })).json();
+    text.classList.remove("rendered");
     shade(text, found.tokens);
     ratios.textContent = `log-ratio to ${reference}: ${found.kl.toFixed(2)} nats over ` +
       `${found.tokens.length} tokens (red: likelier than there; blue, dotted: less likely)`;
@@ -139,21 +149,39 @@ function button(label, work) {
   return made;
 }
 
+// Tokens that make whole characters, as one: those of a byte-level vocabulary may hold parts of
+// one. A line's end is shown as such, so that its colour is seen.
+export function readable(tokens) {
+  const decoder = new TextDecoder();
+  const groups = [];
+  let open = [];
+  tokens.forEach((token, i) => {
+    open.push(token);
+    let text = decoder.decode(Uint8Array.from(token.bytes), { stream: i < tokens.length - 1 });
+    if (!text && i < tokens.length - 1) return;
+    if (!groups.length) text = text.trimStart();
+    groups.push({ tokens: open, text: text.replaceAll("\n", "\u21b5\n") });
+    open = [];
+  });
+  return groups;
+}
+
 function shade(place, tokens) {
-  place.replaceChildren(...tokens.map((token, i) => {
-    const text = i === 0 ? token.text.trimStart() : token.text;
-    const span = element("span", token.kl < -0.05 ? "token less" : "token", text);
-    if (token.special) span.classList.add("note");
-    span.title = `log-ratio ${token.kl.toFixed(3)}, probability ` +
+  place.replaceChildren(...readable(tokens).map((group) => {
+    const kl = group.tokens.reduce((sum, token) => sum + token.kl, 0);
+    const span = element("span", kl < -0.05 ? "token less" : "token", group.text);
+    if (group.tokens.every((token) => token.special)) span.classList.add("note");
+    span.title = group.tokens.map((token) => `log-ratio ${token.kl.toFixed(3)}, probability ` +
       `${Math.exp(token.logprob).toPrecision(2)} against ` +
-      `${Math.exp(token.reference_logprob).toPrecision(2)}`;
-    span.style.setProperty("--tone", token.kl > 0 ? "var(--up)" : "var(--down)");
-    span.style.setProperty("--strength", Math.min(0.75, Math.abs(token.kl) / 4).toFixed(3));
+      `${Math.exp(token.reference_logprob).toPrecision(2)}`).join("\n");
+    span.style.setProperty("--tone", kl > 0 ? "var(--up)" : "var(--down)");
+    span.style.setProperty("--strength", Math.min(0.75, Math.abs(kl) / 4).toFixed(3));
     return span;
   }));
 }
 
-// A form with a text field: Enter sends, Stop and Escape end the answer.
+// A form with a text field: Enter sends, Stop and Escape end the answer. `work` may return what gets
+// the focus in the field's place.
 export function askForm(form, work) {
   const field = form.querySelector("textarea");
   const send = form.querySelector(".main");
@@ -167,8 +195,9 @@ export function askForm(form, work) {
     send.disabled = true;
     stop.hidden = false;
     say("Answering...");
+    let next = field;
     try {
-      await work(text, running.signal, () => { field.value = ""; });
+      next = (await work(text, running.signal, () => { field.value = ""; })) ?? field;
       say("");
     } catch (error) {
       say(error.name === "AbortError" ? "Stopped." : error.message, error.name !== "AbortError");
@@ -176,7 +205,7 @@ export function askForm(form, work) {
     running = null;
     send.disabled = false;
     stop.hidden = true;
-    field.focus();
+    next.focus();
   });
   stop.addEventListener("click", () => running?.abort());
   form.addEventListener("keydown", (event) => {
