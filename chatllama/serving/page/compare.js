@@ -155,20 +155,23 @@ askForm($("compare-form"), async (text, signal) => {
 
 async function vote(verdict) {
   if (!round) return;
-  const { messages, models, answers, reveal, blind } = round;
+  const voted = round;
+  round = null; // a key that is held down votes once
+  const { messages, models, answers, reveal, blind } = voted;
   const body = { messages, models, answers, verdict, reason: $("reason").value };
   try {
     const told = await (await api("v1/votes", body)).json();
     if (blind) reveal();
-    round = null;
     $("vote-form").hidden = true;
     $("reason").value = "";
     $("compare-text").focus();
     say(`Vote kept; ${told.votes} in all.`);
-    count(await (await api("v1/run")).json());
   } catch (error) {
+    round ??= voted;
     say(error.message, true);
+    return;
   }
+  await api("v1/run").then((told) => told.json()).then(count, (error) => say(error.message, true));
 }
 
 for (const each of document.querySelectorAll("[data-verdict]")) {
