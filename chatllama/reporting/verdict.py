@@ -76,6 +76,8 @@ def _refusal(run: RunFolder, cfg: Config | None, pending: Sequence[Stage]) -> st
         return ""
     with held_to_be_whole(run.result("reward")):
         found = run.read_result("reward")
+        if "accuracy_low" not in found:  # of a finished adapter, which was not measured here
+            return ""
         accuracy, low, high = (found[f"accuracy{end}"] for end in ("", "_low", "_high"))
     if low > 0.5:
         return ""
