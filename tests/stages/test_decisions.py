@@ -599,11 +599,11 @@ def test_moved_data_and_bases_may_be_gone_on_with(world: World):
 @pytest.mark.parametrize(
     ("before", "now", "kept"),
     [
-        ("mine:score", "/work/mine:score", True),  # of a version that recorded no folder
-        ("/work/mine:score", "/work/mine:score", True),
-        ("/work/mine:score", "/other/mine:score", False),
-        ("/work/mine:score", "mine:score", False),
-        ("mine:score", "/work/mine:other", False),
+        ("mine:score", "/here/mine:score", True),  # of a version that recorded no folder
+        ("/here/mine:score", "/here/mine:score", True),
+        ("/here/mine:score", "/other/mine:score", False),
+        ("/here/mine:score", "mine:score", False),
+        ("mine:score", "/here/mine:other", False),
     ],
 )
 def test_functions_of_a_record_may_lack_the_folder(world: World, before: str, now: str, kept: bool):
