@@ -29,6 +29,7 @@ LENGTH = 128
 
 def config(base: str, zero: int, full: bool) -> Config:
     sft = {"batch_size": 8, "microbatch_size": 2, "max_length": LENGTH, "packing": False}
+    sft |= {"data": [{"path": "-"}]}  # PPO starts from its adapter, which the reference keeps
     ppo: dict[str, Any] = {"advantage": "rloo", "samples_per_prompt": 2, "microbatch_size": 2}
     ppo |= {"rollout_batch_size": 8, "minibatch_size": 8, "max_prompt_length": LENGTH // 2}
     return Config.model_validate(
