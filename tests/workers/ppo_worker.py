@@ -77,7 +77,8 @@ def weights(trainer: PpoTrainer) -> dict[str, torch.Tensor]:
 
 def metrics(run: RunFolder) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in run.metrics("ppo").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "time"} for line in lines]
+    timed = ("time", "ppo/reward_seconds")
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
 def run_variant(base: TinyRun, folder: Path, stage: int, name: str) -> dict[str, Any]:
