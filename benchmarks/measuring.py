@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 if TYPE_CHECKING:
     from chatllama.config.schema import Config
-    from trainers.ppo.data import StopTokens, prompt_row
+    from trainers.ppo.data import StopTokens
     from trainers.ppo.train import PpoTrainer
 
 VOCABULARY, WIDTH, INNER, LAYERS, HEADS = 32_000, 288, 768, 6, 6
@@ -128,7 +128,7 @@ def ppo_trainer(
 
     from chatllama.model.roles import Adapter, RoleModel
     from chatllama.runs.folder import RunFolder
-    from trainers.ppo.data import Prompts
+    from trainers.ppo.data import Prompts, prompt_row
     from trainers.ppo.model import build_engine
     from trainers.ppo.rewards import Scorer
     from trainers.ppo.train import PpoTrainer
