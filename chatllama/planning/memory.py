@@ -230,9 +230,11 @@ def _training(
     if stage != "reward":
         logits = head_chunk(shape, precision, step.scored, place.chunk)
         normed = float((4 + 2 * precision.product) * shape.hidden_size * step.scored)
-        head = [Line("logits", logits, role), Line("the last norm's, and copies", normed, role)]
+        # A whole model's gradients of the head are there only after the last norm's are gone.
+        last = Line("the last norm's, and copies", normed, role)
         if lora is None:
-            head.append(Line("gradients of the LM head", 8.0 * table, role))
+            last = Line("gradients of the LM head", 8.0 * table, role)
+        head = [Line("logits", logits, role), last]
         phases["LM head"] = (*always, *head)
     return phases
 
