@@ -412,7 +412,7 @@ class OtherDay(datetime):
 
 @pytest.mark.parametrize(
     ("form", "written"),
-    [("%d %b %Y", "02 Jan 2024"), ("%A", "Tuesday"), ("%Y-%m-%d %H", "2024-01-02 00")],
+    [("%d %b %Y", "02 Jan 2024"), ("%A %Y", "Tuesday 2024"), ("%Y-%m-%d %H", "2024-01-02 00")],
 )
 def test_the_day_of_a_template_is_the_configs_whatever_the_clock_says(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, form: str, written: str
