@@ -12,6 +12,7 @@ from datasets import Dataset, Features
 from datasets import config as datasets_config
 
 from chatllama.runtime.hub import unwritable
+from chatllama.runtime.machine import count_cores
 
 RECORDS_PER_WORKER = 5000  # fewer are done before a second process has started
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -80,7 +81,6 @@ def num_workers(num_records: int) -> int | None:
 
     None, the calling process alone, where the records are too few to be worth it.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    workers = min((cores or 1) // ranks, num_records // RECORDS_PER_WORKER)
+    workers = min(count_cores() // ranks, num_records // RECORDS_PER_WORKER)
     return workers if workers > 1 else None

@@ -5,17 +5,12 @@ and left out, so that the page can be written at any time. The HTML is `report.h
 """
 
 import json
-import os
-import platform
 import re
-import shutil
-import subprocess
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup, escape
 
@@ -23,6 +18,7 @@ from chatllama import __version__
 from chatllama.config.loader import load_config
 from chatllama.config.schema import Config
 from chatllama.reporting.answers import Answers, read_answers
+from chatllama.reporting.origin import origin
 from chatllama.reporting.plots import FIRST_ROW, PANELS, PRETRAINING, Panel, draw, draw_bars
 from chatllama.reporting.reward_section import diagnosis_section
 from chatllama.reporting.summary import (
@@ -34,20 +30,13 @@ from chatllama.reporting.summary import (
     start_of,
 )
 from chatllama.reporting.verdict import NO_GOLD, Health, verdict
-from chatllama.runs.folder import STAGES, RunFolder, Stage, read_lineage
+from chatllama.runs.folder import STAGES, RunFolder, Stage
 from chatllama.runtime.command_line import duration
 from chatllama.runtime.files import replace_text
 from chatllama.runtime.json_files import held_to_be_whole, read_json
 from chatllama.runtime.jsonl import read_lines
 
 STAGE_TITLES: dict[Stage, str] = {"ppo": "PPO", "reward": "Reward model", "sft": "SFT"}
-WALL_ROWS = {
-    "backbone": "backbone",
-    "sft": "SFT",
-    "reward": "reward model",
-    "ppo": "PPO",
-    "evaluation": "evaluation",
-}
 TRAINING_SAMPLES_SHOWN = 20
 UNEVALUATED = "No evaluation: it comes at the end of PPO, which this run leaves out."
 TERMS = {
@@ -144,7 +133,7 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "version": __version__,
         "now": datetime.now(),
         **_results(summary),
-        **_origin(run, summary),
+        **origin(run, summary),
     }
 
 
@@ -163,49 +152,6 @@ def _results(summary: dict[str, Any]) -> dict[str, Any]:
         "has_gold": any(title == "Gold score" for title, _ in bars),
         "no_gold": NO_GOLD,
     }
-
-
-def _origin(run: RunFolder, summary: dict[str, Any]) -> dict[str, Any]:
-    """What the run was made from and with, and how long it took."""
-    lineage = read_lineage(run)
-    wall = {label: number(summary, f"wall_seconds.{key}") for key, label in WALL_ROWS.items()}
-    with held_to_be_whole(run.lineage):
-        versions = {
-            stage: {"chatllama": made["code"]["version"], **made["packages"]}
-            for stage, made in lineage.items()
-        }
-        data = [
-            (stage, path, file.get("bytes"), file["sha256"])
-            for stage, made in lineage.items()
-            for path, file in made["data"].items()
-        ]
-        dates = [(stage, made["begun"], made["finished"]) for stage, made in lineage.items()]
-    names = dict.fromkeys(name for found in versions.values() for name in found)
-    return {
-        "wall_seconds": {label: value for label, value in wall.items() if value is not None},
-        "total_seconds": number(summary, "wall_seconds.total"),
-        "made_by": list(versions),
-        "versions": [
-            (name, [found.get(name, "") for found in versions.values()]) for name in names
-        ],
-        "data": data,
-        "dates": dates,
-        "machine": _machine(),
-    }
-
-
-def _machine() -> str:
-    """The machine that this runs on, in words."""
-    cores, memory = os.cpu_count(), psutil.virtual_memory().total / 1e9
-    gpus = "no NVIDIA GPU"
-    if shutil.which("nvidia-smi"):
-        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-            gpus = ", ".join(done.stdout.split("\n")).strip(", ") or gpus
-        except (OSError, subprocess.TimeoutExpired):
-            gpus = "GPUs unknown: nvidia-smi does not answer"
-    return f"{platform.system()} {platform.machine()}, {cores} cores, {memory:.0f} GB, {gpus}"
 
 
 def _warnings(health: Health | None, diagnosis: dict[str, Any] | None) -> list[dict[str, Any]]:

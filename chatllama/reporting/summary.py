@@ -1,17 +1,23 @@
 """The numbers of a finished run: summary.json, the table of base, SFT and PPO, and findings.
 
-Table and findings are read from the summary only; the terminal (`trainers/stages/pipeline.py`) and
-the page (`page.py`) show the same.
+Table and findings are read from the summary only; the terminal and the page (`page.py`) show the
+same.
 """
 
 import math
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 from typing_extensions import TypedDict
 
 from chatllama.reporting.statistics import INTERVAL, interval_text
 from chatllama.runs.folder import STAGES, RunFolder
+from chatllama.runtime.command_line import duration
 from chatllama.runtime.files import write_json
 from chatllama.runtime.json_files import read_json
 
@@ -40,8 +46,13 @@ class _Evaluation(TypedDict):
     roles: dict[str, dict[str, Any]]
 
 
-def write_summary(run: RunFolder) -> dict[str, Any]:
-    """Collects the results of stages and evaluation in summary.json; returns them.
+def write_summary(run: RunFolder) -> None:
+    """Writes summary.json."""
+    write_json(run.summary, _gathered(run))
+
+
+def _gathered(run: RunFolder) -> dict[str, Any]:
+    """The results of the finished stages and of the evaluation.
 
     `base`, `sft`, `ppo`: the evaluation's numbers of each role. `reward`: accuracy on held-out
     pairs, its interval and, if known, the Bayes limit. `wall_seconds`: per stage, without the
@@ -61,13 +72,12 @@ def write_summary(run: RunFolder) -> dict[str, Any]:
         if "evaluation_seconds" in numbers:
             seconds["evaluation"] = numbers["evaluation_seconds"]
     summary["wall_seconds"] = {**seconds, "total": sum(seconds.values())}
-    write_json(run.summary, summary)
     return summary
 
 
 def read_summary(run: RunFolder) -> dict[str, Any]:
-    """The numbers of summary.json; empty if it has not been written."""
-    return read_json(run.summary) if run.summary.is_file() else {}
+    """The numbers of summary.json; of a run that has not finished, those of what has."""
+    return read_json(run.summary) if run.summary.is_file() else _gathered(run)
 
 
 def number(summary: dict[str, Any], name: str) -> float | None:
@@ -200,3 +210,28 @@ def _about_reward_model(summary: dict[str, Any]) -> Finding | None:
         text = f"The reward model's accuracy {accuracy:.3f} cannot be distinguished from guessing."
         return Finding("bad", text)
     return None
+
+
+def print_results(run: RunFolder, report: Path) -> None:
+    """Prints the closing table of a run."""
+    summary = read_summary(run)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    heads, rows = result_table(summary)
+    if rows:
+        table = Table(title=f"{escape(str(run.root))}: held-out prompts", title_justify="left")
+        for position, head in enumerate(heads):
+            table.add_column(head, justify="right" if position else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    if accuracy := reward_accuracy(summary):
+        console.print(f"Reward model accuracy on held-out pairs: {accuracy}")
+    times = {
+        name: number(summary, f"wall_seconds.{name}") for name in summary.get("wall_seconds", {})
+    }
+    if times:
+        parts = [f"{name} {duration(value)}" for name, value in times.items() if value is not None]
+        console.print(f"Wall time: {', '.join(parts)}")
+    for finding in findings(summary):
+        console.print(finding.text, markup=False)
+    console.print(f"Report: {report}", markup=False, soft_wrap=True)

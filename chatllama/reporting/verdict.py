@@ -11,6 +11,7 @@ from typing import Any, Literal
 from chatllama.config.schema import Config
 from chatllama.reporting.summary import Finding, findings, number
 from chatllama.runs.folder import RunFolder, Stage
+from chatllama.runs.outcome import StageState, stage_state
 from chatllama.runtime.json_files import held_to_be_whole
 
 REWARD_KEYS = "reward.data (more or cleaner pairs), reward.epochs, reward.learning_rate, lora.r"
@@ -56,6 +57,11 @@ def verdict(
         kind = "neutral" if is_bad else "good"
         return Verdict(kind, "Finished", found, _after(found, summary, folder))
     again = f"chatllama run {shlex.quote(str(run.config))}"
+    state = stage_state(run, pending[0])
+    if state.kind == "running":
+        words = f"Running: stage {pending[0]} of {', '.join(stages)}"
+        words += f", step {state.step} is done." * bool(state.step)
+        return Verdict("neutral", words, found, [f"`chatllama report {folder}` shows it later."])
     if refused := _refusal(run, cfg, pending):
         step = f"Change {REWARD_KEYS}, then `{again} --from reward`."
         return Verdict("bad", f"Refused: {refused}", [], [step])
@@ -63,9 +69,36 @@ def verdict(
         last = stopped[-1]
         text = f"Stopped: {last['name']} at step {last['step']} of PPO. {last['message']}"
         return Verdict("bad", text, found, [f"Change {last['knob']}, then `{again} --from ppo`."])
-    resume = " --resume" if run.stage(pending[0]).is_dir() else ""
+    if state.kind in ("refused", "failed", "killed"):
+        return _ended(state, pending[0], again, found)
+    resume = " --resume" if run.was_begun(pending[0]) else ""
     words = f"Not finished: {', '.join(done) or 'nothing'} of {', '.join(stages)} is done."
+    if state.kind == "interrupted":
+        words += f" Stage {pending[0]} is {state}."
     return Verdict("neutral", words, found, [f"`{again}{resume}` goes on with {pending[0]}."])
+
+
+def _ended(state: StageState, stage: Stage, again: str, found: list[Finding]) -> Verdict:
+    """A stage that ended without a result."""
+    resume = " --resume" if state.saved else ""
+    after = f" after step {state.step}" if state.step else " before its first step"
+    if state.kind == "killed":
+        newest = f"the newest checkpoint is of step {state.saved}"
+        words = f"Killed: stage {stage} ended{after} and left no message; "
+        words += f"{newest if state.saved else 'there is no checkpoint'}."
+        steps = [
+            f"`{again}{resume}` goes on with it{'' if resume else ', from its start'}.",
+            f"Without a message it is often a lack of memory: `{again.replace(' run ', ' plan ')}` "
+            f"says what it needs and which keys lower that, first {stage}.microbatch_size.",
+        ]
+        return Verdict("bad", words, found, steps)
+    if state.kind == "failed":
+        words = f"Failed: stage {stage} ended{after}: {state.reason}"
+        return Verdict("bad", words, found, [f"`{again}{resume}` tries again."])
+    word = "Stopped" if state.step else "Refused"
+    words = f"{word}: stage {stage}{after if state.step else ''}: {state.reason}"
+    step = f"Put right what it names; a key can be given as in `{again} section.key=value{resume}`."
+    return Verdict("bad", words, found, [step])
 
 
 def _refusal(run: RunFolder, cfg: Config | None, pending: Sequence[Stage]) -> str:

@@ -37,6 +37,17 @@ class _Base(TypedDict):
     commit: NotRequired[str]
 
 
+class Machine(TypedDict):
+    """A machine of a job, as `runtime/machine.py` describes it."""
+
+    __pydantic_config__ = MORE_KEYS  # pyright: ignore[reportGeneralTypeIssues]
+    cpu: str
+    cores: int
+    memory_gb: float
+    ranks: int
+    gpus: dict[str, int]
+
+
 class _Record(TypedDict):
     """What lineage.json holds of a stage; `trainers/stages/lineage.py` writes it."""
 
@@ -52,6 +63,7 @@ class _Record(TypedDict):
     outputs: NotRequired[dict[str, str | None]]
     files: NotRequired[dict[str, str | None]]
     changed: NotRequired[list[list[str]]]
+    hardware: NotRequired[list[list[Machine]]]
 
 
 @dataclass
@@ -175,6 +187,10 @@ class RunFolder:
     def interrupted(self, stage: Stage) -> Path:
         """The step at which a signal stopped the stage."""
         return self.root / stage / "interrupted.json"
+
+    def failed(self, stage: Stage) -> Path:
+        """Why a stage that has no result was refused or failed."""
+        return self.root / stage / "failed.json"
 
     def result(self, stage: Stage) -> Path:
         """Closing numbers, written last: where it exists, the stage has finished."""

@@ -31,6 +31,10 @@ SAME_START_SECONDS = 5.0
 _held: set[Path] = set()
 
 
+class InUse(ValueError):
+    """Another process works in the run folder."""
+
+
 @dataclass(frozen=True)
 class Owner:
     """A process that holds a run folder."""
@@ -86,7 +90,7 @@ def acquire(run: RunFolder, holder: Holder, token: str | None = None) -> str:
     the lock whose token is given, since its owner started this process.
 
     Raises:
-        ValueError: another process works there: names it, its machine and since when.
+        InUse: another process works there: names it, its machine and since when.
     """
     check_run_dir(run.root)
     path = lock_path(run, holder)
@@ -101,7 +105,7 @@ def acquire(run: RunFolder, holder: Holder, token: str | None = None) -> str:
                 file.flush()
                 os.fsync(file.fileno())
         except FileExistsError:  # another machine that shares the disk was first
-            raise ValueError(f"{run.root} has just been locked by another machine") from None
+            raise InUse(f"{run.root} has just been locked by another machine") from None
     if not _held:
         atexit.register(release_all)
     _held.add(path)
@@ -144,7 +148,7 @@ def _check(run: RunFolder, path: Path, token: str | None) -> None:
             f"this is {socket.gethostname()}, from where that process cannot be seen: if it has "
             f"ended, remove {path}"
         )
-    raise ValueError(f"{run.root} is in use by {owner}; {remedy}")
+    raise InUse(f"{run.root} is in use by {owner}; {remedy}")
 
 
 def _this_process(token: str | None) -> Owner:

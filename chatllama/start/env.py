@@ -1,6 +1,5 @@
 """`chatllama env`: what a bug report needs about this machine, and what is missing on it."""
 
-import os
 import platform
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from chatllama import __version__
+from chatllama.runtime.machine import count_cores, driver
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "trl", "datasets", "accelerate",
             "tokenizers", "huggingface_hub")  # fmt: skip
@@ -33,9 +33,9 @@ def env_lines() -> Iterator[str]:
     yield f"chatllama    {__version__}{_commit()}"
     yield f"python       {platform.python_version()} ({sys.executable})"
     yield f"system       {platform.platform()}"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = psutil.virtual_memory()
-    yield f"cpu          {cores} cores, memory {_gb(memory.available)} of {_gb(memory.total)} free"
+    free = f"{_gb(memory.available)} of {_gb(memory.total)} free"
+    yield f"cpu          {count_cores()} cores, memory {free}"
     for name, folder in _folders().items():
         yield _disk_line(name, folder)
     yield from _torch_lines()
@@ -60,7 +60,7 @@ def _torch_lines() -> Iterator[str]:
         yield f"gpu          none: {reason}"
         yield "attention    sdpa"
         return
-    yield f"cuda         {torch.version.cuda}, driver {_driver()}"
+    yield f"cuda         {torch.version.cuda}, driver {driver()}"
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         about = torch.cuda.get_device_properties(index)
@@ -107,15 +107,6 @@ def _commit() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return f" (commit {done.stdout.strip()})" if done.returncode == 0 else ""
-
-
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown (nvidia-smi is missing)"
-    return done.stdout.splitlines()[0] if done.stdout else "unknown"
 
 
 def _version(name: str) -> str:

@@ -8,7 +8,7 @@ from chatllama.config.loader import WRITTEN, load_config
 from chatllama.config.nearest import files_like
 from chatllama.config.schema import Config
 from chatllama.runs.folder import RunFolder, Stage
-from chatllama.runs.lock import Holder, lock_path, read_owner
+from chatllama.runs.outcome import in_use, stage_states
 
 DEPTH = 3
 """Folders between the one that is searched and a run folder, at most."""
@@ -61,28 +61,19 @@ def run_state(run: RunFolder) -> RunState:
 
 def _state(run: RunFolder, cfg: Config) -> RunState:
     wanted = cfg.stages
-    state = ", ".join(f"{stage} {_stage_state(run, stage)}" for stage in wanted) or "empty"
+    states = stage_states(run, wanted)
+    state = ", ".join(f"{stage} {each}" for stage, each in states.items()) or "empty"
     again = f"chatllama run {shlex.quote(str(run.config))}"
-    holders: tuple[Holder, ...] = ("run", "stage")
-    for holder in holders:
-        owner = read_owner(lock_path(run, holder))
-        if owner is not None and not owner.is_gone():
-            return RunState(f"{state}; running", f"wait for it; metrics are in {run.root}")
-    pending: list[Stage] = [stage for stage in wanted if not run.result(stage).is_file()]
+    if in_use(run):
+        return RunState(state, f"wait for it; metrics are in {run.root}")
+    pending: list[Stage] = [stage for stage, each in states.items() if each.kind != "finished"]
     if pending:
         resume = " --resume" if run.was_begun(pending[0]) else ""
-        return RunState(state, again + resume)
+        more = ""
+        if states[pending[0]].kind in ("refused", "failed"):
+            more = f" (why, and what to do: chatllama report {shlex.quote(str(run.root))})"
+        return RunState(state, again + resume + more)
     return RunState(state, f"chatllama chat {shlex.quote(str(run.root))}" if wanted else again)
-
-
-def _stage_state(run: RunFolder, stage: Stage) -> str:
-    if run.result(stage).is_file():
-        return "finished"
-    if not run.was_begun(stage):
-        return "to do"
-    names = (path.name.removeprefix("step-") for path in run.checkpoints(stage).glob("step-*"))
-    steps = [int(name) for name in names if name.isdecimal()]
-    return f"stopped at step {max(steps)}" if steps else "begun"
 
 
 def _is_ours(file: Path) -> bool:

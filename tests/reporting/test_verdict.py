@@ -11,6 +11,7 @@ from chatllama.reporting.reward_section import KEYS
 from chatllama.reporting.summary import judged_means
 from chatllama.reporting.verdict import Verdict, verdict
 from chatllama.runs.folder import RunFolder, Stage
+from chatllama.runs.outcome import record_failure, stage_state
 from chatllama.runtime.files import write_json
 from chatllama.runtime.jsonl import append_lines
 
@@ -57,8 +58,43 @@ def test_what_is_not_refused_goes_on(
     found = of(run, known, {})
     assert found.kind == "neutral" and "sft, reward of sft, reward, ppo is done" in found.status
     assert found.steps == [f"`chatllama run {run.config}` goes on with ppo."]
-    run.stage("ppo").mkdir()
-    assert "--resume` goes on with ppo" in of(run, known, {}).steps[0]
+    (run.checkpoints("ppo") / "step-4").mkdir(parents=True)
+    write_json(run.interrupted("ppo"), {"step": 4, "signal": "SIGTERM"})
+    found = of(run, known, {})
+    assert "--resume` goes on with ppo" in found.steps[0]
+    assert found.status.endswith("Stage ppo is saved at step 4 (SIGTERM).")
+
+
+@pytest.mark.parametrize(
+    ("steps", "saved", "code", "kind", "status", "step"),
+    [
+        (0, 0, 2, "refused", "Refused: stage sft: no <file>", "section.key=value`"),
+        (7, 4, 2, "refused", "Stopped: stage sft after step 7: no <file>", "value --resume`"),
+        (7, 0, 1, "failed", "Failed: stage sft ended after step 7: no <file>", "` tries again"),
+        (7, 4, 0, "killed", "ended after step 7 and left no message; the newest", "--resume` goes"),
+        (7, 0, 0, "killed", "there is no checkpoint", "goes on with it, from its start"),
+    ],
+)
+def test_a_stage_without_a_result_says_why_and_what_to_do(
+    tmp_path: Path, steps: int, saved: int, code: int, kind: str, status: str, step: str
+) -> None:
+    run, cfg = made(tmp_path, {})
+    run.stage("sft").mkdir()
+    if steps:
+        append_lines(run.metrics("sft"), [{"step": steps}])
+    if saved:
+        (run.checkpoints("sft") / f"step-{saved}").mkdir(parents=True)
+    if code:
+        record_failure(run, "sft", "no <file>", code)
+    assert stage_state(run, "sft").kind == kind
+    found = of(run, cfg, {})
+    assert found.kind == "bad" and status in found.status and step in found.steps[0]
+    record_failure(run, "sft", "a rank is gone", 1)  # what was said first is kept
+    assert (stage_state(run, "sft").reason == "no <file>") == bool(code)
+    owner = {"host": "elsewhere", "pid": 1, "started": 0.0, "command": "c", "since": 0.0}
+    write_json(run.root / ".lock-run", owner | {"token": "t"})
+    found = of(run, cfg, {})
+    assert found.kind == "neutral" and found.status.startswith("Running: stage sft of sft, reward,")
 
 
 def test_a_run_that_health_stopped(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from launching import launch
 
 import train_sft
-from chatllama.runs.folder import RunFolder
+from chatllama.runs.folder import RunFolder, read_lineage
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +151,10 @@ def test_two_ranks_equal_one_process(config_file: Path, tmp_path: Path, stage: i
     curve = losses(two.root)
     launch("train_sft.py", *common, f"run_dir={two.root}", *zero, "--resume")
     assert losses(two.root) == curve
+    # Both starts on the same machine: told once.
+    starts = [read_lineage(run)["sft"]["hardware"] for run in (one, two)]
+    assert [[machine["ranks"] for machine in each[0]] for each in starts] == [[1], [2]]
+    assert [len(each) for each in starts] == [1, 1] and starts[0][0][0]["cores"] > 0
 
 
 @pytest.mark.slow

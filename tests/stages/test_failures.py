@@ -1,7 +1,10 @@
-"""Failures of the process group: the message names the port or the limit, and the remedy."""
+"""Failures: the message names the port or the limit and the remedy; the folder keeps the reason."""
 
+import json
 import os
 import socket
+import sys
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -9,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from chatllama.runs.lock import InUse
 from chatllama.runtime import distributed
-from trainers.stages.arguments import _failure
+from trainers.stages.arguments import _failure, _recorded
 
 dist: Any = torch.distributed
 
@@ -69,3 +73,25 @@ def test_a_stopped_rank_ends_the_job_with_the_limit_that_can_be_set(
     code, message = _failure(silent_rank(str(tmp_path), 1.0))
     assert code == 1 and "within 7 minutes (deepspeed.timeout_minutes)" in message
     assert "--resume" in message and "Traceback" not in message
+
+
+def test_why_a_stage_ended_is_kept_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, failed = tmp_path / "c.yaml", tmp_path / "run" / "sft" / "failed.json"
+    text = "backbone: {path: m}\nchat: {template: llama2}\nsft: {data: [{path: a.jsonl}]}\n"
+    config.write_text(f"run_dir: {tmp_path}/run\n{text}")
+    monkeypatch.setattr(sys, "argv", ["/x/train_sft.py", str(config)])
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with suppress(InUse):
+        _recorded(InUse("another runs there"))
+    assert not failed.is_file()
+    assert _recorded(ValueError("lora.r is odd"))[0] == 2
+    assert json.loads(failed.read_text()) == {"reason": "lora.r is odd", "code": 2}
+    with pytest.raises(KeyError):  # the code's own: a traceback follows
+        _recorded(KeyError("k"))
+    assert json.loads(failed.read_text())["code"] == 2  # what was said first
+    failed.unlink()
+    with pytest.raises(KeyError):
+        _recorded(KeyError("k"))
+    assert json.loads(failed.read_text()) == {"reason": "KeyError: 'k'", "code": 1}

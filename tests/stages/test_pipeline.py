@@ -17,7 +17,9 @@ from chatllama import cli
 from chatllama.config.loader import dump_config, load_config
 from chatllama.config.schema import Config
 from chatllama.runs.folder import STAGES, RunFolder, Stage
+from chatllama.runs.outcome import record_failure
 from chatllama.runtime.files import write_json
+from chatllama.start.runs import run_state
 from trainers.stages import launcher, lineage, pipeline, refusals
 from trainers.stages.launcher import Launch, choose_ranks, hostfile_slots, stage_command
 from trainers.stages.pipeline import StageFailed
@@ -220,17 +222,34 @@ def test_a_failing_stage_stops_the_run(
         run_pipeline(config, launch=Launch(num_gpus=2))
     assert len(calls) == 1 and caught.value.exit_code == exit_code and words in str(caught.value)
     assert f"chatllama run {run.config} --resume --num-gpus 2" in str(caught.value)
+    said = json.loads(run.failed("sft").read_text())  # and a page of the run
+    assert said["code"] == 1 and f"exit code {exit_code}" in said["reason"]
+    assert f"ended with exit code {exit_code}" in run_state(run).state
+    page = run.report.read_text()
+    assert '<p class="status bad">Failed: stage sft ended before its first step: its pro' in page
 
 
 def test_after_a_mistake_of_the_user_the_own_file_is_named(
     config: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "run_to_end", lambda *args: 2)
+    def refused(*args: object) -> int:
+        record_failure(run, "sft", "sft.data: <b> is\nwrong", 2)
+        return 2
+
+    monkeypatch.setattr(pipeline, "run_to_end", refused)
     with pytest.raises(StageFailed) as caught:
         run_pipeline(config, ["seed=3"], launch=Launch(num_gpus=2))
     assert caught.value.exit_code == 2 and f"Correct {config}, " in str(caught.value)
     assert f"  chatllama run {config} seed=3 --num-gpus 2" in str(caught.value)
     assert "--resume" not in str(caught.value)
+    page = run.report.read_text()
+    assert '<p class="status bad">Refused: stage sft: sft.data: &lt;b&gt; is\nwrong</p>' in page
+    assert run_state(run).state == "sft refused (sft.data: <b> is), reward to do, ppo to do"
+    # In this process, too; an error of the code is none of the user's.
+    monkeypatch.setattr(pipeline, "run_here", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_pipeline(config, launch=Launch(in_process=True))
+    assert run_state(run).state.startswith("sft failed (division by zero)")
 
 
 def some_config(**sizes: int) -> Config:

@@ -15,6 +15,7 @@ from chatllama.start import configs, env
 from chatllama.start.configs import copy_config
 from chatllama.start.runs import find_runs, run_state
 
+RUN = "chatllama run {}/config.yaml"
 BASE = "backbone: {path: m}\nsft: {data: [{path: a.jsonl}]}\nppo: {data: [{path: p.jsonl}]}\n"
 
 
@@ -36,10 +37,10 @@ def make_run(folder: Path, *, finished: str = "", steps: int = 0) -> RunFolder:
 @pytest.mark.parametrize(
     ("finished", "steps", "state", "after"),
     [
-        ("", 0, "sft to do, ppo to do", "chatllama run {}/config.yaml"),
-        ("", 20, "sft stopped at step 20, ppo to do", "chatllama run {}/config.yaml --resume"),
-        ("sft", 0, "sft finished, ppo to do", "chatllama run {}/config.yaml"),
-        ("sft", 4, "sft finished, ppo stopped at step 4", "chatllama run {}/config.yaml --resume"),
+        ("", 0, "sft to do, ppo to do", RUN),
+        ("", 20, "sft killed or crashed after step 20, ppo to do", RUN + " --resume"),
+        ("sft", 0, "sft finished, ppo to do", RUN),
+        ("sft", 4, "sft finished, ppo killed or crashed after step 4", RUN + " --resume"),
         ("sft ppo", 0, "sft finished, ppo finished", "chatllama chat {}"),
     ],
 )
@@ -58,7 +59,8 @@ def test_a_run_in_progress_is_not_started_again(tmp_path: Path) -> None:
         "since": 0.0, "started": psutil.Process().create_time(),
     }  # fmt: skip
     (run.root / ".lock-run").write_text(json.dumps(owner))
-    assert run_state(run).state.endswith("running") and "--resume" not in run_state(run).next
+    assert run_state(run).state == "sft running, ppo to do"
+    assert "--resume" not in run_state(run).next
     owner["started"] = 1.0  # an earlier process with the same number
     (run.root / ".lock-run").write_text(json.dumps(owner))
     assert "--resume" in run_state(run).next

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -27,6 +28,7 @@ from chatllama.config.stage_checks import check_stages
 from chatllama.runs import interruption
 from chatllama.runs import lock as run_lock
 from chatllama.runs.folder import RunFolder, Stage, check_run_dir
+from chatllama.runs.outcome import record_failure
 from chatllama.runtime.command_line import printable, shown_only
 from chatllama.runtime.gpu import let_memory_grow
 from chatllama.text.tokenizer_files import own_template_exists
@@ -58,6 +60,7 @@ class StageArguments:
         return RunFolder(Path(self.config.run_dir))
 
 
+WHERE = "\n(CHATLLAMA_DEBUG=1 shows where it happened)"
 LOST_RANK_SECONDS = 5.0
 """Wait in which the launcher, which checks every second, can end a rank whose peer is gone."""
 LOST_RANK_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -203,7 +206,7 @@ def run_stage(main: Callable[[], None]) -> None:
             _release_other_nodes()
         raise
     except Exception as error:
-        code, message = _failure(error)
+        code, message = _recorded(error)
     sys.stdout.flush()
     print(printable(message), file=sys.stderr, end="\n" if message else "", flush=True)
     run_lock.release_all()
@@ -212,12 +215,26 @@ def run_stage(main: Callable[[], None]) -> None:
     os._exit(code)  # other ranks may wait for this one inside a collective
 
 
+def _recorded(error: Exception) -> tuple[int, str]:
+    """`_failure`, which RUN/<stage>/failed.json keeps too, where this run folder is ours."""
+    code, message = 1, f"error: {type(error).__name__}: {error}"
+    try:
+        code, message = _failure(error)
+    finally:
+        stage = _stage_of_script()
+        if stage is not None and not isinstance(error, run_lock.InUse):
+            reason = message.partition("error: ")[2].removesuffix(WHERE)
+            with suppress(OSError):  # the disk may be full
+                record_failure(parse_stage_arguments("").run, stage, reason, code)
+    return code, message
+
+
 def _failure(error: Exception) -> tuple[int, str]:
     """Exit code and message; raises an error of the code itself if there is no launcher."""
     debugging = os.environ.get("CHATLLAMA_DEBUG") == "1"
     if isinstance(error, ValueError | OSError) and _is_correctable(error) and not debugging:
         text = str(error) if isinstance(error, ValueError) else _disk_message(error)
-        return 2, _prefixed(f"error: {text}\n(CHATLLAMA_DEBUG=1 shows where it happened)")
+        return 2, _prefixed(f"error: {text}{WHERE}")
     if _is_out_of_memory(error) and not debugging:
         return 2, _prefixed(f"error: {_out_of_memory(error)}")
     if "WORLD_SIZE" not in os.environ:
@@ -259,9 +276,14 @@ def _out_of_memory(error: Exception) -> str:
     from trainers.stages.memory import out_of_memory
 
     reason = (str(error).strip() or "no more memory").splitlines()[0]
-    stages: dict[str, Stage] = {script: stage for stage, script in SCRIPTS.items()}
-    stage = stages.get(Path(sys.argv[0]).name)
+    stage = _stage_of_script()
     return out_of_memory(parse_stage_arguments("").config, stage, reason) if stage else reason
+
+
+def _stage_of_script() -> Stage | None:
+    """The stage whose script this process is."""
+    stages: dict[str, Stage] = {script: stage for stage, script in SCRIPTS.items()}
+    return stages.get(Path(sys.argv[0]).name)
 
 
 def _disk_message(error: OSError) -> str:

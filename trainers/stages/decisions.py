@@ -204,8 +204,8 @@ def check_resumed(cfg: Config, run: RunFolder, stage: Stage) -> dict[str, Any]:
     if changes:
         print(f"stage {stage} goes on with other settings:", *changes, sep="\n  ", flush=True)
     run.result(stage).unlink(missing_ok=True)
-    earlier = record.get("changed", [])
-    return now | {"begun": record["begun"], "changed": earlier + ([changes] if changes else [])}
+    kept = {name: record[name] for name in ("begun", "hardware") if name in record}
+    return now | kept | {"changed": record.get("changed", []) + ([changes] if changes else [])}
 
 
 def _resumable(

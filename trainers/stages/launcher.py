@@ -87,13 +87,6 @@ def count_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def count_cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def choose_ranks(cfg: Config, wanted: int | None, gpus: int, cores: int) -> int:
     """Processes on this machine: one per GPU, or up to two on a CPU.
 

@@ -8,38 +8,25 @@ import json
 import os
 import shlex
 import signal
-import sys
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from typing_extensions import TypedDict
 
 from chatllama.config.batch_sizes import check_batches
 from chatllama.config.schema import Config
 from chatllama.reporting.page import write_report
-from chatllama.reporting.summary import (
-    findings,
-    number,
-    read_summary,
-    result_table,
-    reward_accuracy,
-    write_summary,
-)
+from chatllama.reporting.summary import print_results, write_summary
 from chatllama.runs.folder import STAGES, RunFolder, Stage
 from chatllama.runs.interruption import EXIT_CODE
-from chatllama.runs.lock import lock_path, locked, read_owner
-from chatllama.runtime.command_line import duration
+from chatllama.runs.lock import InUse, lock_path, locked, read_owner, release_all
+from chatllama.runs.outcome import Interruption, record_failure
 from chatllama.runtime.json_files import read_json
+from chatllama.runtime.machine import count_cores
 from trainers.stages.arguments import load_stage_config, record_config
 from trainers.stages.decisions import Decision, decide, forget, saved_steps, set_aside
 from trainers.stages.launcher import (
     Launch,
     choose_ranks,
-    count_cores,
     count_gpus,
     hostfile_slots,
     run_here,
@@ -105,16 +92,35 @@ def run_pipeline(
         cpu_only = not gpus and launch.hostfile is None
         for stage in pending:
             _say(f"{stage}: stage {list(decisions).index(stage) + 1} of {len(decisions)}")
-            if launch.in_process:
-                run_here(stage, given, resume, lock)
-                continue
-            command = stage_command(stage, given, ranks, gpus, launch, resume, lock)
-            environment = stage_environment(ranks, count_cores(), cpu_only)
-            written = [config_path, *overrides]
-            _run_stage(run, stage, command, environment, launch, written)
+            for old in (run.interrupted(stage), run.failed(stage)):
+                old.unlink(missing_ok=True)
+            with _told(run, stage) if launch.leads else nullcontext():
+                if launch.in_process:
+                    run_here(stage, given, resume, lock)
+                    continue
+                command = stage_command(stage, given, ranks, gpus, launch, resume, lock)
+                environment = stage_environment(ranks, count_cores(), cpu_only)
+                written = [config_path, *overrides]
+                _run_stage(run, stage, command, environment, launch, written)
         if launch.leads:
             write_summary(run)
             print_results(run, write_report(run))
+
+
+@contextmanager
+def _told(run: RunFolder, stage: Stage) -> Iterator[None]:
+    """Where a stage ends without a result, the page of the run says why."""
+    try:
+        yield
+    except BaseException as error:
+        try:
+            if isinstance(error, Exception) and not isinstance(error, StageFailed | InUse):
+                record_failure(run, stage, str(error), REFUSED if type(error) is ValueError else 1)
+            release_all()  # what is locked counts as running
+            _say(f"report: {write_report(run)}")
+        except (ValueError, OSError) as problem:  # the disk may be full
+            _say(f"{run.report} was not written: {problem}")
+        raise
 
 
 def _chosen(
@@ -259,7 +265,6 @@ def _run_stage(
         written: the config file and the overrides that the user gave.
     """
     _say(f"{stage}: {shlex.join(command)}")
-    run.interrupted(stage).unlink(missing_ok=True)
     again = shlex.join(["chatllama", "run", str(run.config), "--resume", *launch.arguments])
     try:
         code = run_to_end(command, environment, lambda: _request_stop(run, stage))
@@ -287,6 +292,7 @@ def _run_stage(
     cause = f" (signal {256 - code})" if 224 < code < 256 else ""
     if code == 256 - 9:
         cause = " (killed by signal 9: probably out of memory)"
+    record_failure(run, stage, f"its processes ended with exit code {code}{cause}", 1)
     raise StageFailed(
         f"stage {stage} failed with exit code {code}{cause}. To go on from its newest checkpoint, "
         f"if there is one, or from its start:\n  {again}",
@@ -294,16 +300,11 @@ def _run_stage(
     )
 
 
-class _Interruption(TypedDict):
-    step: int
-    signal: str
-
-
 def _interruption(run: RunFolder, stage: Stage) -> str:
     """How a signal ended a stage, in words."""
     if not run.interrupted(stage).is_file():
         return f"stage {stage} was interrupted while it made no steps"
-    saved = read_json(run.interrupted(stage), _Interruption)
+    saved = read_json(run.interrupted(stage), Interruption)
     return f"stage {stage} was interrupted ({saved['signal']}) and is saved at step {saved['step']}"
 
 
@@ -315,31 +316,6 @@ def _request_stop(run: RunFolder, stage: Stage) -> bool:
     os.kill(owner.pid, signal.SIGUSR1)
     _say(f"{stage}: saves after its step and ends; Ctrl-C (again) ends it at once")
     return True
-
-
-def print_results(run: RunFolder, report: Path) -> None:
-    """Prints the closing table of a run."""
-    summary = read_summary(run)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    heads, rows = result_table(summary)
-    if rows:
-        table = Table(title=f"{escape(str(run.root))}: held-out prompts", title_justify="left")
-        for position, head in enumerate(heads):
-            table.add_column(head, justify="right" if position else "left")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    if accuracy := reward_accuracy(summary):
-        console.print(f"Reward model accuracy on held-out pairs: {accuracy}")
-    times = {
-        name: number(summary, f"wall_seconds.{name}") for name in summary.get("wall_seconds", {})
-    }
-    if times:
-        parts = [f"{name} {duration(value)}" for name, value in times.items() if value is not None]
-        console.print(f"Wall time: {', '.join(parts)}")
-    for finding in findings(summary):
-        console.print(finding.text, markup=False)
-    console.print(f"Report: {report}", markup=False, soft_wrap=True)
 
 
 def _say(text: str) -> None:

@@ -19,6 +19,7 @@ from chatllama.runtime.distributed import rank
 from chatllama.runtime.files import write_json
 from chatllama.runtime.gpu import choose_kernels
 from chatllama.runtime.libraries import quiet_libraries
+from chatllama.runtime.machine import machines_of_job
 from chatllama.text.chat_format import describe_contract, template_line
 from chatllama.text.tokenizer import load_tokenizer
 from trainers.engine.start import initialise
@@ -68,7 +69,8 @@ def join(cfg: Config, run: RunFolder, stage: Stage, lock: str | None) -> None:
     """
     if rank() == 0:
         acquire(run, "stage", lock)
-        run.interrupted(stage).unlink(missing_ok=True)
+        for old in (run.interrupted(stage), run.failed(stage)):
+            old.unlink(missing_ok=True)
     quiet_libraries()
     choose_kernels(cfg.deterministic)
     gpus = distributed.visible_gpus()
@@ -91,9 +93,12 @@ def open_stage(cfg: Config, run: RunFolder, stage: Stage) -> PreTrainedTokenizer
     if distributed.leads_node() and loaded:  # before it is recorded and compared
         backbone_folder(cfg.backbone, backbone_path(cfg.backbone, run))
     base: dict[str, Any] | None = None
+    machines = machines_of_job()
     if rank() == 0:
         record = check_resumed(cfg, run, stage)
-        write_record(run, stage, record)
+        before = record.get("hardware", [])
+        hardware = before if before[-1:] == [machines] else [*before, machines]
+        write_record(run, stage, record | {"hardware": hardware})
         record_config(cfg, run)
         base = record["base"]
     compare_machines(cfg, run, base)
