@@ -15,7 +15,7 @@ from chatllama.config.nearest import did_you_mean
 from chatllama.exporting.cli import ExportOptions, add_export_arguments, add_push_arguments
 from chatllama.importing.cli import add_import_arguments
 from chatllama.inference.cli import add_chat_arguments, add_generate_arguments
-from chatllama.inference.evaluation.cli import SuiteOptions, add_eval_arguments
+from chatllama.inference.evaluation.cli import SuiteOptions, add_eval_arguments, check_suite
 from chatllama.inference.options import TRUST, ChatOptions, GenerateOptions
 from chatllama.planning.cli import add_plan_arguments
 from chatllama.runtime.command_line import Command, Parser, add_command, shown_only, tell
@@ -210,7 +210,13 @@ def _eval(arguments: argparse.Namespace) -> None:
     check_limits(options)
     if (options.suite is None) == (arguments.translation is None):
         raise ValueError("give --suite or --translation, and not both")
-    if options.suite is not None:
+    check_suite(options)
+    if options.suite == "overoptimisation":
+        from chatllama.inference.evaluation.overoptimisation import evaluate_overoptimisation
+        from trainers.ppo.terms.functions import gold_function
+
+        evaluate_overoptimisation(arguments.run, options, gold_function)
+    elif options.suite is not None:
         evaluate_suite(arguments.run, options)
     else:
         _eval_translation(arguments)

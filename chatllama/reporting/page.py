@@ -19,6 +19,7 @@ from chatllama.config.loader import load_config
 from chatllama.config.schema import Config
 from chatllama.reporting.answers import Answers, read_answers
 from chatllama.reporting.origin import origin
+from chatllama.reporting.overoptimisation import overoptimisation_section
 from chatllama.reporting.plots import FIRST_ROW, PANELS, PRETRAINING, Panel, draw, draw_bars
 from chatllama.reporting.reward_section import diagnosis_section
 from chatllama.reporting.summary import (
@@ -121,6 +122,7 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "training_samples": _training_samples(run),
         "first_row": _first_row(run, summary, ppo_lines) if ppo_lines else None,
         "stage_curves": curves,
+        "overoptimisation": overoptimisation_section(run),
         "unevaluated": "" if "ppo" in stages else UNEVALUATED,
         "pretraining": pretraining.is_file() and _curves(pretraining, (PRETRAINING,), None),
         "finished": [stage for stage in STAGES if run.result(stage).is_file()],

@@ -11,6 +11,7 @@ import torch
 from ppo_runs import STOPS, TinyRun, make_run, nudge
 
 from chatllama.runs.folder import RunFolder
+from chatllama.runtime.jsonl import read_lines
 from trainers.ppo.evaluate import EVALUATION_SEED, evaluate_roles, measure_policy, win_rate
 from trainers.ppo.rollout import sample_responses
 from trainers.ppo.train import PpoTrainer
@@ -117,15 +118,16 @@ def test_without_prompts_nothing_is_written(tiny: TinyRun, tmp_path: Path):
     trainer = tiny.trainer(evaluation={"num_prompts": 0})
     arguments = (trainer.collector, trainer.prompts)
     evaluate_roles(trainer.cfg, RunFolder(tmp_path), *arguments)
-    assert not RunFolder(tmp_path).evaluation.exists()
-    assert measure_policy(trainer.cfg, *arguments) == {}
+    assert measure_policy(trainer.cfg, RunFolder(tmp_path), *arguments, 1) == {}
+    assert not any(tmp_path.iterdir())
 
 
 def test_measuring_the_policy_gives_the_evaluations_numbers(tiny: TinyRun, tmp_path: Path):
     trainer = tiny.trainer(evaluation={"num_prompts": 3, "gold": GOLD})
     nudge(trainer)
-    arguments = (trainer.collector, trainer.prompts)
-    found = measure_policy(trainer.cfg, *arguments)
+    run = RunFolder(tmp_path)
+    arguments = (trainer.cfg, run, trainer.collector, trainer.prompts)
+    found = measure_policy(*arguments, 2)
     numbers = evaluate(trainer, tmp_path)["roles"]["ppo"]
     # the KL is called what it is called in training
     renamed = {"kl": "kl_sequence", "kl_se": "kl_sequence_se"}
@@ -134,12 +136,21 @@ def test_measuring_the_policy_gives_the_evaluations_numbers(tiny: TinyRun, tmp_p
         for name, value in numbers.items()
         if not name.startswith("win_rate")
     }
-    assert measure_policy(trainer.cfg, *arguments) == found
+    assert measure_policy(*arguments, 1) == found
+    lines = read_lines(run.evaluations)  # of step 2 and the end are later, from before a rollback
+    assert [line["step"] for line in lines] == [0, 1]
+    assert [each["text"] for each in lines[0]["prompts"]] == [f"question {n}" for n in (7, 8, 9)]
+    kl = statistics.fmean(lines[1]["kl"])
+    assert kl == pytest.approx(found["ppo/eval_kl_sequence"])
+    assert statistics.fmean(lines[1]["scores"]) == pytest.approx(found["ppo/eval_score_mean"])
+    golds = [20.0 + len(answer) for answer in lines[1]["answers"]]
+    assert statistics.fmean(golds) == pytest.approx(found["ppo/eval_gold_mean"])
 
 
-def test_one_held_out_prompt_gives_metrics_without_errors(tiny: TinyRun):
+def test_one_held_out_prompt_gives_metrics_without_errors(tiny: TinyRun, tmp_path: Path):
     trainer = tiny.trainer(evaluation={"num_prompts": 1, "gold": GOLD})
-    found = measure_policy(trainer.cfg, trainer.collector, trainer.prompts)
+    run = RunFolder(tmp_path)
+    found = measure_policy(trainer.cfg, run, trainer.collector, trainer.prompts, 1)
     assert "ppo/eval_gold_mean" in found and not any(name.endswith("_se") for name in found)
     assert all(math.isfinite(value) for value in found.values())
 

@@ -7,8 +7,9 @@ known, `evaluation.gold` names a Python function that computes it.
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from chatllama.config.base import load_function
 from chatllama.config.schema import Config
@@ -19,6 +20,7 @@ from chatllama.runs.folder import RunFolder
 from chatllama.runtime.digests import file_hashes
 from chatllama.runtime.distributed import rank
 from chatllama.runtime.files import write_json
+from chatllama.runtime.jsonl import append_lines, keep_lines
 from trainers.ppo.data import Prompts
 from trainers.ppo.ppo_math import masked
 from trainers.ppo.rollout import Collector
@@ -59,6 +61,9 @@ def evaluate_roles(cfg: Config, run: RunFolder, collector: Collector, prompts: P
         }
         for row in range(min(count, NUM_SHOWN))
     ]
+    asked = prompts.held_out.select(range(count)).remove_columns("input_ids").to_list()
+    start = {"prompts": asked, **measured[first].kept}
+    keep_answers(run, {0: start, cfg.ppo.steps: measured["ppo"].kept})
     judged = {
         "by": _judge(cfg, run),
         "prompts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
@@ -80,12 +85,31 @@ def _judge(cfg: Config, run: RunFolder) -> str:
     return f"score {hashlib.sha256(json.dumps(settings).encode()).hexdigest()}"
 
 
-def measure_policy(cfg: Config, collector: Collector, prompts: Prompts) -> dict[str, float]:
-    """The policy's numbers on held-out prompts, as metrics of a PPO step; {} without prompts."""
+def keep_answers(run: RunFolder, steps: Mapping[int, Mapping[str, Any]]) -> None:
+    """Adds the answers of evaluations, by step, to RUN/ppo/evaluations.jsonl.
+
+    Lines of the same steps and of later ones, from before a rollback or a resume, are replaced.
+    """
+    if rank() == 0:
+        run.evaluations.parent.mkdir(parents=True, exist_ok=True)
+        last = max(steps)
+        keep_lines(run.evaluations, lambda line: line["step"] < last and line["step"] not in steps)
+        append_lines(run.evaluations, [{"step": step, **steps[step]} for step in steps])
+
+
+def measure_policy(
+    cfg: Config, run: RunFolder, collector: Collector, prompts: Prompts, step: int
+) -> dict[str, float]:
+    """The policy's numbers on held-out prompts, as metrics of a PPO step; {} without prompts.
+
+    Its answers are kept for the curve of over-optimisation (`reporting/overoptimisation.py`).
+    """
     count = min(cfg.evaluation.num_prompts, len(prompts.held_out))
     if not count:
         return {}
-    numbers = _measure(cfg, collector, "policy", prompts, count).numbers
+    measured = _measure(cfg, collector, "policy", prompts, count)
+    keep_answers(run, {step: measured.kept})
+    numbers = measured.numbers
     names = {"kl": "kl_sequence", "kl_se": "kl_sequence_se"}
     return {
         f"ppo/eval_{names.get(name, name)}": value
@@ -103,6 +127,8 @@ class Answers:
     """Gold where it is known, else the reward model's score."""
     numbers: dict[str, float]
     """Means and standard errors."""
+    kept: dict[str, Any]
+    """Of each answer: its text, score, and for the policy's own its KL to the start, nats."""
 
 
 def _measure(
@@ -117,9 +143,10 @@ def _measure(
         "response_length": float(rollout.lengths.float().mean()),
         "eos_rate": float(rollout.finished.float().mean()),
     }
+    kept: dict[str, Any] = {"answers": texts, "scores": goodness}
     numbers["score_mean"], numbers["score_se"] = mean_and_error(goodness)
     if role == "policy":  # log-probabilities are the policy's: KL holds for its own answers only
-        kl = masked(rollout.kl, rollout.response_mask).sum(1).tolist()
+        kept["kl"] = kl = masked(rollout.kl, rollout.response_mask).sum(1).tolist()
         numbers["kl"], numbers["kl_se"] = mean_and_error(kl)
     if cfg.evaluation.gold is not None:
         gold: Gold = load_function(cfg.evaluation.gold, "evaluation.gold")
@@ -128,7 +155,7 @@ def _measure(
     disagreement = collector.scorer.disagreement(rollout.member_scores)
     if disagreement is not None:
         numbers["ensemble_disagreement"] = float(disagreement.mean())
-    return Answers(texts, goodness, numbers)
+    return Answers(texts, goodness, numbers, kept)
 
 
 def _start(cfg: Config) -> Role:

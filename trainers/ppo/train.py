@@ -87,6 +87,7 @@ class PpoTrainer:
         with Tracker(self.run, "ppo", self.cfg.tracking, section.steps, rank()) as tracker:
             self.engine.show = tracker.phase
             if checkpoint is None:
+                self.run.evaluations.unlink(missing_ok=True)
                 state = self.start()
                 if section.health.action == "rollback":
                     self.guard.save(state)
@@ -156,7 +157,7 @@ class PpoTrainer:
             self._copy_policy("reference", decay=0.0)
         broken = not all(map(math.isfinite, metrics.values()))  # the guard names it
         if section.eval_every and step % section.eval_every == 0 and not broken:
-            metrics |= measure_policy(self.cfg, self.collector, self.prompts)
+            metrics |= measure_policy(self.cfg, self.run, self.collector, self.prompts, step)
         state = replace(state, step=step, kl_coef=_next_kl_coef(section, state, metrics))
         return state, rollout, texts, metrics
 

@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from chatllama.inference.options import GenerateOptions, GenerationRole, WeightsOptions
@@ -15,7 +16,7 @@ class SuiteOptions(WeightsOptions):
     suite: str | None = option(
         None,
         "benchmark by lm-eval (extra: eval): mmlu, commonsense, hellaswag, ifeval, or names of its "
-        "tasks, separated by commas",
+        "tasks, separated by commas; overoptimisation: gold and proxy over the KL",
         metavar="NAME",
     )
     role: GenerationRole | None = option(
@@ -34,6 +35,32 @@ class SuiteOptions(WeightsOptions):
         metavar="FOLDER",
     )
     batch_size: int | None = option(None, "rows at a time", limit=at_least(1))
+    n: int | None = option(
+        None, "overoptimisation: samples of a prompt (default: 64)", limit=at_least(2)
+    )
+    gold: str | None = option(
+        None,
+        "overoptimisation: who judges, module:function, or a run or adapter with a reward model "
+        "(default: evaluation.gold, else the worst member of the run's reward ensemble)",
+        metavar="JUDGE",
+    )
+
+
+TAKEN = {
+    "overoptimisation": ("limit", "batch_size", "n", "gold"),
+    "translation": ("role", "limit", "batch_size"),
+}
+"""Options that are followed where lm-eval does not measure."""
+OF_BENCHMARKS = ("role", "shots", "limit", "data", "batch_size")
+
+
+def check_suite(options: SuiteOptions) -> None:
+    """Raises ValueError for an option that the suite, or a translation, does not follow."""
+    kind = options.suite or "translation"
+    taken = TAKEN.get(kind, OF_BENCHMARKS)
+    for name in {*OF_BENCHMARKS, *chain(*TAKEN.values())} - set(taken):
+        if vars(options)[name] is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is not for {kind}")
 
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ The forms are in docs/rewards.md. Processes with a time limit are in `processes.
 import asyncio
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from chatllama.config.base import load_function
@@ -169,6 +169,17 @@ class RewardFunction:
                 "finite number"
             )
         return float(value)
+
+
+def gold_function(
+    name: str, key: str
+) -> Callable[[Sequence[Mapping[str, Any]], Sequence[str]], list[float]]:
+    """A gold function by its name, from records of prompts and an answer to each to values.
+
+    It has any form of a reward function; `key`, the config's or an option, begins an error.
+    """
+    function = RewardFunction(RewardSource(function=name), key)
+    return lambda records, answers: function.values(list(map(Sample.of, records, answers)))
 
 
 def _is_finite(value: object) -> bool:
