@@ -56,7 +56,7 @@ class StageState:
 def stage_states(run: RunFolder, stages: Sequence[Stage]) -> dict[Stage, StageState]:
     """How each stage stands; of a running run, only the first that is not finished runs."""
     states: dict[Stage, StageState] = {stage: stage_state(run, stage) for stage in stages}
-    running = [stage for stage in stages if states[stage].kind == "running"]
+    running: list[Stage] = [stage for stage in stages if states[stage].kind == "running"]
     for stage in running[1:]:
         states[stage] = StageState("to do")
     return states
