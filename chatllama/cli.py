@@ -213,7 +213,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     check_suite(options)
     if options.suite == "overoptimisation":
         from chatllama.inference.evaluation.overoptimisation import evaluate_overoptimisation
-        from trainers.ppo.terms.functions import gold_function
+        from trainers.functions.functions import gold_function
 
         evaluate_overoptimisation(arguments.run, options, gold_function)
     elif options.suite is not None:

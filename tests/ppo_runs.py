@@ -18,9 +18,9 @@ from chatllama.runs.folder import RunFolder
 from chatllama.runtime.files import write_json
 from chatllama.text.chat_format import describe_contract
 from chatllama.text.tokenizer import load_tokenizer
+from trainers.functions.sample import Sample
 from trainers.ppo.data import Prompts, PtxLoader, StopTokens, prompt_row
 from trainers.ppo.model import build_engine, build_roles
-from trainers.ppo.terms.sample import Sample
 from trainers.ppo.train import PpoTrainer
 
 VOCABULARY = 300
@@ -202,6 +202,14 @@ def sample_of(prompt: str, response: str, **columns: Any) -> Sample:
 def count_words(prompt: str, response: str) -> float:
     """A reward function: 10 for each word of the prompt, 1 for each character of the response."""
     return 10.0 * len(prompt.split()) + len(response)
+
+
+async def gold_of_batches(
+    prompts: list[str], completions: list[str], **columns: Any
+) -> list[float]:
+    """1000 for each of the prompt's `number`, 1 for each character of the response."""
+    numbers = columns["number"]
+    return [1000.0 * n + len(text) for n, text in zip(numbers, completions, strict=True)]
 
 
 def letter_sum(prompt: str, response: str) -> float:

@@ -76,8 +76,8 @@ class EvaluationSection(Section):
     num_prompts: NonNegative = 256
     """Held-out prompts answered by every role. 0: no evaluation."""
     gold: FunctionName | None = None
-    """`module:function`, or `FOLDER/module:function`, from (prompt, response) strings to a
-    float: the true reward, if known."""
+    """`module:function`, or `FOLDER/module:function`: the true reward, if known. In the forms of
+    ppo.rewards: (prompt, response) to a float, or (prompts, completions, **columns) to a list."""
     label_scale: PositiveFloat | None = None
     """With gold: labels were drawn with probability sigmoid(label_scale * gold difference), so the
     best accuracy that any reward model can have (the Bayes limit) is known."""

@@ -1,15 +1,16 @@
 """Held-out answers of RUN/evaluation.json for the page: best, median, worst, most lost, and all."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-from chatllama.reporting.summary import ROWS
 
 
 @dataclass
 class Sample:
     """A held-out prompt with the answers of the roles."""
 
+    row: int
+    """Its place among the held-out prompts."""
     prompt: str
     answers: list[tuple[str, str, float | None]]
     """Label of the role, its answer, the value of that."""
@@ -31,60 +32,82 @@ class Answers:
     """On how many prompts PPO lost, as far as that is known."""
 
 
-def read_answers(content: dict[str, Any], start: str) -> Answers:
+def telling_rows(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, int]:
+    """Where the answers lie that say most about `ours`: best, median, worst, most lost.
+
+    The median is the lower one; of equal answers the first is taken, for the best the last.
+    "Most lost" is absent where no answer is worse than that of `theirs`, which may be empty.
+    """
+    order = sorted(range(len(ours)), key=ours.__getitem__)
+    found = {"Best": order[-1], "Median": order[(len(order) - 1) // 2], "Worst": order[0]}
+    changes = [a - b for a, b in zip(ours, theirs, strict=False)]
+    if changes and min(changes) < 0:
+        found["Most lost"] = changes.index(min(changes))
+    return found
+
+
+def read_answers(content: dict[str, Any], start: str, labels: Mapping[str, str]) -> Answers:
     """The answers, those that say most about PPO first.
 
     Args:
         content: of evaluation.json. `judged`, which older runs lack, has the values of all prompts;
-            texts are kept of the first ones only.
+            texts are kept of some only, in older runs of the first ones.
         start: the role that PPO started from.
+        labels: names of the roles.
     """
-    judge, samples = "reward score (raw)", []
-    for kept in content["samples"]:
+    judge, samples = "reward score (raw)", list[Sample]()
+    for place, kept in enumerate(content["samples"]):
         if kept.get("gold"):
             judge = "gold score"
         values = kept.get("gold") or kept.get("score") or {}
-        answers = [(label, str(kept[role]), values.get(role)) for role, label in ROWS
+        answers = [(label, str(kept[role]), values.get(role)) for role, label in labels.items()
                    if kept.get(role) is not None]  # fmt: skip
-        samples.append(Sample(kept["prompt"], answers, values))
+        samples.append(Sample(kept.get("row", place), kept["prompt"], answers, values))
     judged = content["judged"]["values"] if "judged" in content else {}
-    words = _head(samples, start, judged.get("ppo", []))
+    words = _head(samples, start, judged, labels[start])
     if start in judged:
-        words = f"{_lost(judged['ppo'], judged[start], dict(ROWS)[start])} {words}"
+        words = f"{_lost(judged['ppo'], judged[start], labels['ppo'], labels[start])} {words}"
     first = sorted((s for s in samples if s.heads), key=lambda s: -s.values["ppo"])
     return Answers(judge, first, [sample for sample in samples if not sample.heads], words)
 
 
-def _head(samples: list[Sample], start: str, all_values: list[float]) -> str:
-    """Names PPO's best, median and worst answer and that which lost most; says if none did."""
-    ranked = sorted((s for s in samples if "ppo" in s.values), key=lambda s: s.values["ppo"])
-    if not ranked:
+def _head(
+    samples: list[Sample], start: str, judged: Mapping[str, list[float]], against: str
+) -> str:
+    """Names PPO's best, median and worst answer and that which lost most; says if none did.
+
+    Of all answers where their texts are kept, else of those kept.
+    """
+    kept = {sample.row: sample for sample in samples if "ppo" in sample.values}
+    if not kept:
         return ""
-
-    def place(sample: Sample) -> str:
-        if not all_values:
-            return f"of {len(ranked)}"
-        below = sum(value < sample.values["ppo"] for value in all_values) / len(all_values)
-        return f"of {len(ranked)} kept, above {100 * below:.0f} % of all {len(all_values)}"
-
-    for name, at in (("Best", -1), ("Median", (len(ranked) - 1) // 2), ("Worst", 0)):
-        ranked[at].heads.append(f"{name} {place(ranked[at])}")
-    against = dict(ROWS)[start]
-    changes = [(s.values["ppo"] - s.values[start], s) for s in ranked if start in s.values]
-    change, lost = min(changes, key=lambda each: each[0], default=(0.0, ranked[0]))
-    if change < 0:
-        lost.heads.append(f"Lost most against {against}: {change:+.2f}")
+    ours = judged.get("ppo", [])
+    rows = telling_rows(ours, judged.get(start, [])) if ours else {}
+    of, count = f"of all {len(ours)}", len(ours)
+    if not rows or not kept.keys() >= set(rows.values()):
+        of, count = f"of the {len(kept)} kept", len(kept)
+        some = list(kept)
+        values = [kept[row].values for row in some]
+        theirs = [each[start] for each in values if start in each]
+        rows = telling_rows([each["ppo"] for each in values], theirs)
+        rows = {name: some[place] for name, place in rows.items()}
+    for name, row in rows.items():
+        sample = kept[row]
+        head = f"{name} {of}"
+        if name == "Most lost":
+            change = sample.values["ppo"] - sample.values[start]
+            head = f"Lost most against {against}: {change:+.2f}"
+        sample.heads.append(head)
+    if "Most lost" in rows or not any(start in sample.values for sample in kept.values()):
         return ""
-    return f"None of the {len(changes)} answers kept is worse than that of {against}." * bool(
-        changes
-    )
+    return f"None of the {count} answers is worse than that of {against}."
 
 
-def _lost(ours: list[float], theirs: list[float], start: str) -> str:
+def _lost(ours: list[float], theirs: list[float], name: str, start: str) -> str:
     """On how many prompts PPO is better, equal and worse."""
     pairs = list(zip(ours, theirs, strict=True))
     better, worse = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
     return (
-        f"Of all {len(pairs)} prompts, PPO's answer is better than that of {start} on {better}, "
+        f"Of all {len(pairs)} prompts, {name}'s answer is better than that of {start} on {better}, "
         f"equal on {len(pairs) - better - worse} and worse on {worse}."
     )

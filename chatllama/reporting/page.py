@@ -15,22 +15,32 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedErro
 from markupsafe import Markup, escape
 
 from chatllama import __version__
-from chatllama.config.loader import load_config
 from chatllama.config.schema import Config
 from chatllama.reporting.answers import Answers, read_answers
 from chatllama.reporting.origin import origin
 from chatllama.reporting.overoptimisation import overoptimisation_section
-from chatllama.reporting.plots import FIRST_ROW, PANELS, PRETRAINING, Panel, draw, draw_bars
-from chatllama.reporting.reward_section import diagnosis_section
+from chatllama.reporting.plots import (
+    FIRST_ROW,
+    PANELS,
+    PRETRAINING,
+    Panel,
+    draw,
+    draw_bars,
+    ppo_panels,
+)
+from chatllama.reporting.reward_section import diagnosis_section, reward_terms
 from chatllama.reporting.summary import (
     REWARD_NUMBERS,
+    config_of,
     judged_means,
+    labels_of,
     number,
     read_summary,
     result_table,
     start_of,
+    word_of,
 )
-from chatllama.reporting.verdict import NO_GOLD, Health, verdict
+from chatllama.reporting.verdict import Health, no_gold, verdict
 from chatllama.runs.folder import STAGES, RunFolder, Stage
 from chatllama.runtime.command_line import duration
 from chatllama.runtime.files import replace_text
@@ -96,21 +106,24 @@ def environment() -> Environment:
 
 def _content(run: RunFolder) -> dict[str, Any]:
     """What the template shows."""
-    summary, cfg, health = read_summary(run), _config(run), _health(run)
-    stages = _stages(run, cfg)
+    summary, cfg, health = read_summary(run), config_of(run), _health(run)
+    stages, trainer = _stages(run, cfg), word_of(summary, "trainer")
     reward = {name: number(summary, f"reward.{name}") for name in REWARD_NUMBERS}
     ppo_lines = read_lines(run.metrics("ppo"))
     pretraining = RunFolder(run.root / "pretraining").metrics("sft")
+    panels = PANELS | {"ppo": ppo_panels(cfg and cfg.ppo, ppo_lines)[FIRST_ROW:]}
     curves = {
-        stage: _curves(run.metrics(stage), PANELS[stage][FIRST_ROW * (stage == "ppo") :],
-                       reward["bayes_accuracy"])
+        stage: _curves(run.metrics(stage), panels[stage], reward["bayes_accuracy"])
         for stage in STAGE_TITLES
         if stage in stages
-    }  # fmt: skip
+    }
     diagnosis = diagnosis_section(run)
     return {
         "name": run.root.resolve().name,
-        "titles": STAGE_TITLES,
+        "titles": STAGE_TITLES | {"ppo": trainer},
+        "trainer": trainer,
+        "reward_words": word_of(summary, "reward"),
+        "terms": reward_terms(cfg, ppo_lines) if "ppo" in stages else [],
         "verdict": verdict(run, cfg, stages, summary, health),
         "reward": reward,
         "diagnosis": diagnosis,
@@ -118,7 +131,7 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "watched": health is not None and bool(ppo_lines),
         "decisions": DECISIONS,
         "ppo_steps": ppo_lines[-1]["step"] if ppo_lines else 0,
-        "answers": _answers(run, start_of(summary)),
+        "answers": _answers(run, summary),
         "training_samples": _training_samples(run),
         "first_row": _first_row(run, summary, ppo_lines) if ppo_lines else None,
         "stage_curves": curves,
@@ -152,7 +165,7 @@ def _results(summary: dict[str, Any]) -> dict[str, Any]:
         "win_rate": None if None in rate else rate,
         "start": {"sft": "SFT", "base": "base"}[start_of(summary)],
         "has_gold": any(title == "Gold score" for title, _ in bars),
-        "no_gold": NO_GOLD,
+        "no_gold": no_gold(summary),
     }
 
 
@@ -172,14 +185,6 @@ def _warnings(health: Health | None, diagnosis: dict[str, Any] | None) -> list[d
         severity = "fatal" if each["name"] == "no_better_than_chance" else "warning"
         found.append({**each, "severity": severity, "steps": []})
     return sorted(found, key=lambda each: SEVERITIES.index(each["severity"]))
-
-
-def _config(run: RunFolder) -> Config | None:
-    """The run's config; None where it is missing or of another version."""
-    try:
-        return load_config(run.config)
-    except (OSError, ValueError):
-        return None
 
 
 def _stages(run: RunFolder, cfg: Config | None) -> list[Stage]:
@@ -252,13 +257,13 @@ def _curves(metrics: Path, panels: Sequence[Panel], limit: float | None) -> dict
     return {"file": file, "has_lines": bool(lines), "plots": plots, "left_out": left_out}
 
 
-def _answers(run: RunFolder, start: str) -> Answers | None:
+def _answers(run: RunFolder, summary: dict[str, Any]) -> Answers | None:
     """Held-out prompts, each with the answers of the roles; None before the evaluation."""
     if not run.evaluation.is_file():
         return None
     content = read_json(run.evaluation)
     with held_to_be_whole(run.evaluation):
-        return read_answers(content, start)
+        return read_answers(content, start_of(summary), labels_of(summary))
 
 
 def _training_samples(run: RunFolder) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import io
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from chatllama.config.ppo import PpoSection
 from chatllama.reporting.statistics import NORMAL
 from chatllama.runs.folder import Stage
 
@@ -111,6 +112,38 @@ PRETRAINING = Panel(
 )
 
 
+CRITIC = ("Value loss", "Explained variance")
+SHAPED = "Reward score (normalised)"
+TERM_MEAN, TERM_SHARE = "ppo/term_mean/", "ppo/term_share/"
+
+
+def ppo_panels(section: PpoSection | None, lines: list[dict]) -> list[Panel]:
+    """The panels of a run's third stage: a critic's where it has one, each reward term's."""
+    panels = list(PANELS["ppo"])
+    if section is not None and section.advantage != "gae":
+        panels = [panel for panel in panels if panel.title not in CRITIC]
+    if section is not None and section.score_normalization == "none":
+        words = "The raw score, clipped, less penalties; what the policy climbs."
+        shaped = {"title": "Reward score (less penalties)", "explanation": words}
+        panels = [replace(panel, **shaped) if panel.title == SHAPED else panel for panel in panels]
+    metrics = {name for line in lines for name in line}
+    if names := sorted(m.removeprefix(TERM_MEAN) for m in metrics if m.startswith(TERM_MEAN)):
+        panels += [
+            Panel(
+                "Reward terms",
+                "Mean of what each term gives, before its weight.",
+                {name: TERM_MEAN + name for name in names},
+            ),
+            Panel(
+                "Share of each reward term",
+                "Of the variation of the score: what the policy feels of it, with its weight.",
+                {name: TERM_SHARE + name for name in names},
+                1.0,
+            ),
+        ]
+    return panels
+
+
 def smooth(values: list[float], window: int) -> list[float]:
     """Mean of each value with its neighbours, up to `window` values, fewer at the ends.
 
@@ -152,8 +185,7 @@ def draw(
         return None
     figure = Figure(figsize=(2.7, 2.3) if small else (4.8, 2.5), layout="constrained")
     axes = figure.subplots()
-    for colour, (label, (steps, values)) in zip(LINES, found.items(), strict=False):
-        _plot(axes, steps, values, label, colour)
+    _plot_all(axes, found)
     if limit is not None:
         dashes = (0, (4, 3))
         axes.axhline(limit, color=LIMIT, linestyle=dashes, linewidth=1.4, label="Bayes limit")
@@ -187,10 +219,7 @@ def draw_bars(title: str, rows: Mapping[str, tuple[float, float]]) -> str:
 
 
 def draw_runs(panel: Panel, runs: Mapping[str, list[dict]]) -> str | None:
-    """The panel's first metric of several runs; None if none has logged it.
-
-    Colours are repeated with other dashes after three runs.
-    """
+    """The panel's first metric of several runs; None if none has logged it."""
     (metric,) = panel.curves.values()
     found = {name: curve(lines, metric) for name, lines in runs.items()}
     found = {name: points for name, points in found.items() if points[0]}
@@ -198,13 +227,18 @@ def draw_runs(panel: Panel, runs: Mapping[str, list[dict]]) -> str | None:
         return None
     figure = Figure(figsize=(4.8, 2.5), layout="constrained")
     axes = figure.subplots()
-    for number, (name, (steps, values)) in enumerate(found.items()):
-        dashes = DASHES[number // len(LINES) % len(DASHES)]
-        _plot(axes, steps, values, name, LINES[number % len(LINES)], dashes)
+    _plot_all(axes, found)
     style(axes, "step", legend=len(found) <= 6)
     _fit(axes, panel, [steps for steps, _ in found.values()])
     words = (f"{name} ends at {values[-1]:.3g}" for name, (_, values) in found.items())
     return themed(figure, panel.title, f"{panel.title}: {'; '.join(words)}.")
+
+
+def _plot_all(axes: Axes, found: Mapping[str, tuple[list[float], list[float]]]) -> None:
+    """Every curve; after three, colours are repeated with other dashes."""
+    for number, (name, (steps, values)) in enumerate(found.items()):
+        dashes = DASHES[number // len(LINES) % len(DASHES)]
+        _plot(axes, steps, values, name, LINES[number % len(LINES)], dashes)
 
 
 def _fit(axes: Axes, panel: Panel, steps: list[list[float]]) -> None:

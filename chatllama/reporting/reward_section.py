@@ -1,4 +1,4 @@
-"""The page's section on the reward model, from RUN/reward/doctor.json.
+"""The page's sections on the reward: the terms of the score, and RUN/reward/doctor.json.
 
 The findings are made in `trainers/reward/diagnosis/`; the HTML around them is `report.html.jinja`.
 """
@@ -9,7 +9,18 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from chatllama.reporting.plots import INK, LIMIT, LINES, at_most, style, themed
+from chatllama.config.schema import Config
+from chatllama.reporting.plots import (
+    INK,
+    LIMIT,
+    LINES,
+    TERM_MEAN,
+    TERM_SHARE,
+    at_most,
+    curve,
+    style,
+    themed,
+)
 from chatllama.reporting.statistics import FLIP_EVIDENCE, interval_text
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.json_files import held_to_be_whole, read_json
@@ -102,6 +113,28 @@ def _groups(found: Found) -> dict[str, list[tuple[str, str]]]:
             ("pairs on which they disagree", f"{model['disagreement']:.1%}"),
         ]
     return groups
+
+
+def reward_terms(cfg: Config | None, lines: list[dict[str, Any]]) -> list[list[str]]:
+    """Name, source, weight, mean at the start and the end, and last share of each term.
+
+    Without means and shares where there is one term only: they are the score's.
+
+    Args:
+        lines: metrics of PPO.
+    """
+    found: list[list[str]] = []
+    for source in cfg.ppo.rewards if cfg is not None else ():
+        kinds = {"reward adapter": source.adapter, "function": source.function}
+        kinds |= {"reward model": source.model, "servers": ", ".join(source.urls) or None}
+        what = next(f"{kind}: {value}" for kind, value in kinds.items() if value is not None)
+        means = curve(lines, TERM_MEAN + source.label)[1]
+        shares = curve(lines, TERM_SHARE + source.label)[1]
+        row = [source.label, what, f"{source.weight:g}"]
+        if means and shares:
+            row += [f"{means[0]:.3g}", f"{means[-1]:.3g}", f"{shares[-1]:.0%}"]
+        found.append(row)
+    return found
 
 
 def _plots(model: Found) -> list[tuple[str, str, str]]:

@@ -15,13 +15,14 @@ from rich.markup import escape
 from rich.table import Table
 from typing_extensions import TypedDict
 
+from chatllama.config.loader import load_config
+from chatllama.config.schema import Config
 from chatllama.reporting.statistics import INTERVAL, interval_text
 from chatllama.runs.folder import STAGES, RunFolder
 from chatllama.runtime.command_line import duration
 from chatllama.runtime.files import write_json
 from chatllama.runtime.json_files import read_json
 
-ROWS = (("base", "base"), ("sft", "SFT"), ("ppo", "PPO"))
 COLUMNS = {
     "gold score": ("{:.2f} \N{PLUS-MINUS SIGN} {:.2f}", "gold_mean", "gold_se"),
     "reward score (raw)": ("{:.2f} \N{PLUS-MINUS SIGN} {:.2f}", "score_mean", "score_se"),
@@ -76,8 +77,42 @@ def _gathered(run: RunFolder) -> dict[str, Any]:
 
 
 def read_summary(run: RunFolder) -> dict[str, Any]:
-    """The numbers of summary.json; of a run that has not finished, those of what has."""
-    return read_json(run.summary) if run.summary.is_file() else _gathered(run)
+    """The numbers of summary.json; of a run that has not finished, those of what has.
+
+    With the `words` of its config: what the third stage is called, and what its reward is.
+    """
+    numbers = read_json(run.summary) if run.summary.is_file() else _gathered(run)
+    cfg = config_of(run)
+    return numbers if cfg is None else {**numbers, "words": _words(cfg)}
+
+
+def config_of(run: RunFolder) -> Config | None:
+    """The run's config; None where it is missing or of another version."""
+    try:
+        return load_config(run.config)
+    except (OSError, ValueError):
+        return None
+
+
+def _words(cfg: Config) -> dict[str, str]:
+    functions = [source.label for source in cfg.ppo.rewards if source.function is not None]
+    names = ", ".join(source.label for source in cfg.ppo.rewards)
+    if len(functions) == len(cfg.ppo.rewards):
+        reward = f"the reward function{'s' * (len(functions) > 1)} {names}"
+    else:
+        reward = "the reward model" if len(cfg.ppo.rewards) == 1 else f"the reward ({names})"
+    advantage = cfg.ppo.advantage
+    return {"trainer": "PPO" if advantage == "gae" else advantage.upper(), "reward": reward}
+
+
+def word_of(summary: dict[str, Any], name: Literal["trainer", "reward"]) -> str:
+    """`trainer`: PPO, GRPO or RLOO; `reward`: what the answers are scored by."""
+    return summary.get("words", {"trainer": "PPO", "reward": "the reward model"})[name]
+
+
+def labels_of(summary: dict[str, Any]) -> dict[str, str]:
+    """Role -> what it is called."""
+    return {"base": "base", "sft": "SFT", "ppo": word_of(summary, "trainer")}
 
 
 def number(summary: dict[str, Any], name: str) -> float | None:
@@ -102,10 +137,10 @@ def result_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
     Rows are base, SFT (where PPO started from it) and PPO.
     """
-    start = start_of(summary)
-    roles = [(role, label) for role, label in ROWS if role != "sft" or start == "sft"]
+    start, labels = start_of(summary), labels_of(summary)
+    roles = [(role, label) for role, label in labels.items() if role != "sft" or start == "sft"]
     cells = {
-        head.format(start=dict(ROWS)[start]): [
+        head.format(start=labels[start]): [
             _cell(summary, form, *(f"{role}.{name}" for name in names)) for role, _ in roles
         ]
         for head, (form, *names) in COLUMNS.items()
@@ -147,7 +182,7 @@ def judged_means(summary: dict[str, Any]) -> dict[str, dict[str, tuple[float, fl
     """Title -> label of each role -> mean and standard error, of the scores that were measured."""
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for title, name in (("Gold score", "gold"), ("Reward score (raw)", "score")):
-        for role, label in ROWS:
+        for role, label in labels_of(summary).items():
             mean, error = (number(summary, f"{role}.{name}_{end}") for end in ("mean", "se"))
             if mean is not None:
                 found.setdefault(title, {})[label] = mean, error or 0.0
@@ -161,27 +196,30 @@ def findings(summary: dict[str, Any]) -> list[Finding]:
 
 
 def _about_gold(summary: dict[str, Any]) -> Finding | None:
-    start = start_of(summary)
+    start, labels = start_of(summary), labels_of(summary)
+    name = labels["ppo"]
     before, after = number(summary, f"{start}.gold_mean"), number(summary, "ppo.gold_mean")
     if before is None or after is None:
         return None
     errors = number(summary, f"{start}.gold_se"), number(summary, "ppo.gold_se")
     spread = math.hypot(*(error or 0.0 for error in errors))
     if spread <= 1e-6 * max(abs(before), abs(after)):  # rounding, or not known
-        text = f"Gold score: {dict(ROWS)[start]} {before:.2f}, PPO {after:.2f}, errors unknown."
+        text = f"Gold score: {labels[start]} {before:.2f}, {name} {after:.2f}, errors unknown."
         return Finding("neutral", text)
     distance = (after - before) / spread
     change = f"from {before:.2f} to {after:.2f} ({abs(distance):.1f} standard errors)"
     if distance > 2:
-        return Finding("good", f"PPO raised the gold score {change}.")
+        return Finding("good", f"{name} raised the gold score {change}.")
     if distance >= -2:
-        return Finding("neutral", f"PPO made no measurable difference to the gold score: {change}.")
-    text = f"PPO lowered the gold score {change}."
+        return Finding(
+            "neutral", f"{name} made no measurable difference to the gold score: {change}."
+        )
+    text = f"{name} lowered the gold score {change}."
     rm = number(summary, f"{start}.score_mean"), number(summary, "ppo.score_mean")
     if rm[0] is not None and rm[1] is not None and rm[1] > rm[0]:
         text += (
             f" The training reward rose from {rm[0]:.2f} to {rm[1]:.2f}: it is over-optimised."
-            " Raise ppo.kl_coef, lower ppo.steps or improve the reward model."
+            f" Raise ppo.kl_coef, lower ppo.steps or improve {word_of(summary, 'reward')}."
         )
     return Finding("bad", text)
 
@@ -192,10 +230,11 @@ def _about_win_rate(summary: dict[str, Any]) -> Finding | None:
     if rate is None or low is None or high is None:
         return None
     text = (
-        "By the reward's own judgement PPO's answers beat those of "
+        f"By the reward's own judgement {word_of(summary, 'trainer')}'s answers beat those of "
         f"{'SFT' if start_of(summary) == 'sft' else 'the base model'} at a rate of "
         f"{interval_text(rate, low, high)}. "
-        "No gold score is known, and PPO was trained on that judge: read the samples."
+        f"No gold score is known, and the judge, {word_of(summary, 'reward')}, is what it was "
+        "trained on: read the samples."
     )
     return Finding("good" if low > 0.5 else "bad" if high < 0.5 else "neutral", text)
 

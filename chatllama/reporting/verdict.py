@@ -9,18 +9,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from chatllama.config.schema import Config
-from chatllama.reporting.summary import Finding, findings, number
+from chatllama.reporting.summary import Finding, findings, number, word_of
 from chatllama.runs.folder import RunFolder, Stage
 from chatllama.runs.outcome import StageState, stage_state
 from chatllama.runtime.json_files import held_to_be_whole
 
 REWARD_KEYS = "reward.data (more or cleaner pairs), reward.epochs, reward.learning_rate, lora.r"
-NO_GOLD = (
-    "It shows that the policy climbs the reward it was trained on, on prompts that training has "
-    "not seen. It does not show that people would prefer its answers: a policy can also climb the "
-    "mistakes of its reward model. Read the answers below; evaluation.gold names a function that "
-    "judges independently, and `chatllama eval` runs public benchmarks."
-)
 Health = dict[str, list[dict[str, Any]]]
 
 
@@ -33,6 +27,18 @@ class Verdict:
     findings: list[Finding]
     steps: list[str]
     """What to do next."""
+
+
+def no_gold(summary: dict[str, Any]) -> str:
+    """What a run without a gold score proves, and what it does not."""
+    reward = word_of(summary, "reward")
+    flaws = "what it forgets to ask for" if "function" in reward else "its mistakes"
+    return (
+        f"It shows that the policy climbs {reward}, which it was trained on, on prompts that "
+        "training has not seen. It does not show that people would prefer its answers: a policy "
+        f"can also climb {flaws}. Read the answers below; evaluation.gold names a function that "
+        "judges independently, and `chatllama eval` runs public benchmarks."
+    )
 
 
 def verdict(
@@ -67,7 +73,8 @@ def verdict(
         return Verdict("bad", f"Refused: {refused}", [], [step])
     if stopped := [d for each in (health or {}).values() for d in each if d["decision"] == "stop"]:
         last = stopped[-1]
-        text = f"Stopped: {last['name']} at step {last['step']} of PPO. {last['message']}"
+        name = word_of(summary, "trainer")
+        text = f"Stopped: {last['name']} at step {last['step']} of {name}. {last['message']}"
         return Verdict("bad", text, found, [f"Change {last['knob']}, then `{again} --from ppo`."])
     if state.kind in ("refused", "failed", "killed"):
         return _ended(state, pending[0], again, found)
@@ -124,12 +131,13 @@ def _after(found: Sequence[Finding], summary: dict[str, Any], folder: str) -> li
     """What to do with a finished run."""
     if number(summary, "ppo.response_length") is None:
         return [f"`chatllama chat {folder}` talks to the model."]
-    steps = []
-    kind = found[0].kind if found and "PPO" in found[0].text else "good"
+    steps, reward = [], word_of(summary, "reward")
+    kind = found[0].kind if found and "reward model's" not in found[0].text else "good"
     if kind == "bad":
+        more = "" if "function" in reward else ": reward.data with fresh pairs of its answers"
         steps.append(
-            "Do not use the policy as it is. Raise ppo.kl_coef or lower ppo.steps, or improve the "
-            "reward model: reward.data with fresh pairs of the policy's answers."
+            "Do not use the policy as it is. Raise ppo.kl_coef or lower ppo.steps, or improve "
+            f"{reward}{more}."
         )
     elif kind == "neutral":
         steps.append(

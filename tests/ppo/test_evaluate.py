@@ -65,6 +65,23 @@ def test_gold_scores_and_win_rates_by_hand(tiny: TinyRun, tmp_path: Path):
     assert [sample["prompt"] for sample in found["samples"]] == expected
 
 
+def test_texts_are_kept_of_the_first_answers_and_of_the_telling_ones(
+    tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("trainers.ppo.evaluate.NUM_SHOWN", 1)
+    trainer = tiny.trainer(evaluation={"num_prompts": 5, "gold": GOLD})
+    nudge(trainer)
+    found = evaluate(trainer, tmp_path)
+    ours, theirs = (found["judged"]["values"][name] for name in ("ppo", "sft"))
+    rows = [sample["row"] for sample in found["samples"]]
+    assert rows[0] == 0 and rows == sorted(rows) and len(rows) <= 5
+    for row in (ours.index(min(ours)), ours.index(sorted(ours)[2])):
+        assert row in rows
+    assert max(ours) in [sample["gold"]["ppo"] for sample in found["samples"]]
+    changes = [a - b for a, b in zip(ours, theirs, strict=True)]
+    assert min(changes) >= 0 or changes.index(min(changes)) in rows
+
+
 def test_without_gold_the_reward_model_judges(tiny: TinyRun, tmp_path: Path):
     trainer = tiny.trainer(evaluation={"num_prompts": 5})
     nudge(trainer)
@@ -123,7 +140,8 @@ def test_without_prompts_nothing_is_written(tiny: TinyRun, tmp_path: Path):
 
 
 def test_measuring_the_policy_gives_the_evaluations_numbers(tiny: TinyRun, tmp_path: Path):
-    trainer = tiny.trainer(evaluation={"num_prompts": 3, "gold": GOLD})
+    gold = "ppo_runs:gold_of_batches"  # with columns, asynchronous, all answers at once
+    trainer = tiny.trainer(evaluation={"num_prompts": 3, "gold": gold})
     nudge(trainer)
     run = RunFolder(tmp_path)
     arguments = (trainer.cfg, run, trainer.collector, trainer.prompts)
@@ -143,7 +161,7 @@ def test_measuring_the_policy_gives_the_evaluations_numbers(tiny: TinyRun, tmp_p
     kl = statistics.fmean(lines[1]["kl"])
     assert kl == pytest.approx(found["ppo/eval_kl_sequence"])
     assert statistics.fmean(lines[1]["scores"]) == pytest.approx(found["ppo/eval_score_mean"])
-    golds = [20.0 + len(answer) for answer in lines[1]["answers"]]
+    golds = [1000.0 * n + len(a) for n, a in zip((7, 8, 9), lines[1]["answers"], strict=True)]
     assert statistics.fmean(golds) == pytest.approx(found["ppo/eval_gold_mean"])
 
 

@@ -11,8 +11,9 @@ from datasets import Dataset
 from chatllama.config.schema import RewardSection, TrackingSection
 from chatllama.reporting.page import write_report
 from chatllama.reporting.plots import PANELS, curve, draw, smooth
-from chatllama.reporting.reward_section import diagnosis_section
+from chatllama.reporting.reward_section import diagnosis_section, reward_terms
 from chatllama.reporting.summary import (
+    config_of,
     findings,
     read_summary,
     result_table,
@@ -20,8 +21,10 @@ from chatllama.reporting.summary import (
     write_summary,
 )
 from chatllama.reporting.tracker import Tracker
+from chatllama.reporting.verdict import no_gold
 from chatllama.runs.folder import RunFolder, write_record
 from chatllama.runtime.files import write_json
+from chatllama.runtime.jsonl import read_lines
 from trainers.ppo.health.monitor import Diagnosis, start_diagnoses, write_diagnoses
 from trainers.reward.data import Preferences
 from trainers.reward.diagnosis.data_report import examine_data
@@ -160,18 +163,59 @@ def test_only_run_folders_get_a_report(tmp_path: Path) -> None:
         write_report(RunFolder(tmp_path))
 
 
-def test_without_gold_the_reward_model_judges(tmp_path: Path) -> None:
+GRPO = """
+run_dir: r
+backbone: {path: b}
+ppo:
+  data: [{path: p.jsonl}]
+  advantage: grpo
+  samples_per_prompt: 8
+  score_normalization: none
+  rewards: [{function: "m:brief", weight: 0.5}]
+"""
+
+
+def test_a_run_on_a_function_has_no_reward_model_and_no_critic(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    run.config.write_text("seed: 0\n")
+    run.config.write_text(GRPO)
     ppo = {k: v for k, v in SUMMARY["ppo"].items() if not k.startswith("gold")}
     write_json(run.summary, {"sft": {"score_mean": -0.1}, "ppo": ppo})
     scores = {"score": {"sft": -0.5, "ppo": 1.5}}
     write_json(run.evaluation, {"samples": [{"prompt": "p", "sft": "a", "ppo": "b"} | scores]})
     text = Page(write_report(run).read_text(encoding="utf-8")).text
     assert "Gold score" not in text
-    assert "Judged by the reward model" in text
+    assert "Judged by the reward function brief." in text
     assert "reward score (raw) 1.50" in text
-    assert "By the reward's own judgement PPO's answers beat those of SFT" in text
+    assert "By the reward's own judgement GRPO's answers beat those of SFT" in text
+    assert "climbs the reward function brief, which" in text and "forgets to ask for" in text
+    assert "reward model" not in text.lower().partition("configuration")[0]
+    with Tracker(run, "ppo", TrackingSection(report_to=[]), 9, 0) as tracker:
+        tracker.log(1, {"ppo/entropy": 1.0})
+    text = Page(write_report(run).read_text(encoding="utf-8")).text
+    assert "During GRPO" in text and "GRPO curves" in text and "PPO" not in text
+    assert "Not logged: reward score (less penalties), clipped ratios." in text
+
+
+def test_each_term_of_the_reward_has_its_curve_and_row(tmp_path: Path) -> None:
+    run, terms = (
+        RunFolder(tmp_path),
+        "rewards: [{function: 'm:brief'}, {adapter: run, weight: 2.0}]",
+    )
+    run.config.write_text(f"run_dir: r\nbackbone: {{path: b}}\nppo: {{{terms}}}\n")
+    with Tracker(run, "ppo", TrackingSection(report_to=[]), 9, 0) as tracker:
+        for step in (1, 2):
+            metrics = {"brief": -0.5 / step, "reward_model": 3.0}
+            means = {f"ppo/term_mean/{name}": value for name, value in metrics.items()}
+            shares = {f"ppo/term_share/{name}": 0.25 * step for name in metrics}
+            tracker.log(step, means | shares)
+    assert reward_terms(config_of(run), read_lines(run.metrics("ppo"))) == [
+        ["brief", "function: m:brief", "1", "-0.5", "-0.25", "50%"],
+        ["reward_model", "reward adapter: run", "2", "3", "3", "50%"],
+    ]
+    text = write_report(run).read_text(encoding="utf-8")
+    assert "Reward terms: brief from -0.5 at step 1 to -0.25 at step 2" in text
+    assert "Share of each reward term: brief from 0.25 at step 1 to 0.5 at step 2" in text
+    assert "the reward (brief, reward_model)" in no_gold(read_summary(run))
 
 
 def test_table_leaves_out_what_nobody_has() -> None:

@@ -133,6 +133,15 @@ def gold(prompt: str, response: str) -> float:
     return float(len(response))
 
 
+async def later(completions: list[str], messages: list) -> list[float]:
+    assert messages[0] == [{"role": "user", "content": "q"}]
+    return [float(len(each)) for each in completions]
+
+
+def twice(prompt: str, response: str, twin: str) -> float:
+    return 0.0
+
+
 def test_bayes_limit_by_hand():
     records = Dataset.from_list(
         [
@@ -140,19 +149,27 @@ def test_bayes_limit_by_hand():
                 "prompt": [{"role": "user", "content": "q"}],
                 "answers": ["aaa", "a"],
                 "ranks": [0, 1],
+                "where": "a.jsonl:1",
             },
             {
                 "prompt": [{"role": "user", "content": "q"}],
                 "answers": ["a", "a", "aaa"],
                 "ranks": [0, 1, 1],
+                "where": "a.jsonl:2",
             },
         ]
     )
-    evaluation = EvaluationSection(gold=f"{__name__}:gold", label_scale=0.5)
     sigmoid1 = 1 / (1 + math.exp(-1.0))
     # Gaps 2; then 0 and 2 (the label was wrong), the tie of the last two left out.
     expected = (sigmoid1 + (0.5 + sigmoid1) / 2) / 2
-    assert bayes_accuracy(evaluation, records) == pytest.approx(expected)
+    for name in ("gold", "later"):
+        evaluation = EvaluationSection(gold=f"{__name__}:{name}", label_scale=0.5)
+        assert bayes_accuracy(evaluation, records) == pytest.approx(expected)
+    evaluation = EvaluationSection(gold=f"{__name__}:twice", label_scale=0.5)
+    with pytest.raises(
+        ValueError, match=r"evaluation\.gold .*:twice needs 'twin', which a\.jsonl:1"
+    ):
+        bayes_accuracy(evaluation, records)
     assert bayes_accuracy(EvaluationSection(), records) is None
 
 

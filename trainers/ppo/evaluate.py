@@ -7,26 +7,27 @@ known, `evaluation.gold` names a Python function that computes it.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from chatllama.config.base import load_function
 from chatllama.config.schema import Config
 from chatllama.model.adapters import WEIGHTS
 from chatllama.model.roles import Role
+from chatllama.reporting.answers import telling_rows
 from chatllama.reporting.statistics import mean_and_error, wilson_interval
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.digests import file_hashes
 from chatllama.runtime.distributed import rank
 from chatllama.runtime.files import write_json
 from chatllama.runtime.jsonl import append_lines, keep_lines
+from trainers.functions.functions import GOLD, gold_function
 from trainers.ppo.data import Prompts
 from trainers.ppo.ppo_math import masked
 from trainers.ppo.rollout import Collector
 
-Gold = Callable[[str, str], float]
 NUM_SHOWN = 24
+"""First prompts whose answers are kept, beside those of `telling_rows`."""
 EVALUATION_SEED = 2**31 - 1
 
 
@@ -51,15 +52,17 @@ def evaluate_roles(cfg: Config, run: RunFolder, collector: Collector, prompts: P
     roles = {name: answers.numbers for name, answers in measured.items()}
     roles["ppo"] |= win_rate(measured["ppo"].goodness, measured[first].goodness)
     texts: list[str] = prompts.held_out["text"][:count]
+    told = telling_rows(measured["ppo"].goodness, measured[first].goodness).values()
     samples = [
         {
+            "row": row,
             "prompt": texts[row],
             **{name: answers.texts[row] for name, answers in measured.items()},
             "gold" if cfg.evaluation.gold else "score": {
                 name: answers.goodness[row] for name, answers in measured.items()
             },
         }
-        for row in range(min(count, NUM_SHOWN))
+        for row in sorted({*range(min(count, NUM_SHOWN)), *told})
     ]
     asked = prompts.held_out.select(range(count)).remove_columns("input_ids").to_list()
     start = {"prompts": asked, **measured[first].kept}
@@ -149,8 +152,7 @@ def _measure(
         kept["kl"] = kl = masked(rollout.kl, rollout.response_mask).sum(1).tolist()
         numbers["kl"], numbers["kl_se"] = mean_and_error(kl)
     if cfg.evaluation.gold is not None:
-        gold: Gold = load_function(cfg.evaluation.gold, "evaluation.gold")
-        goodness = [gold(r["text"], text) for r, text in zip(records, texts, strict=True)]
+        goodness = gold_function(cfg.evaluation.gold, GOLD)(records, texts)
         numbers["gold_mean"], numbers["gold_se"] = mean_and_error(goodness)
     disagreement = collector.scorer.disagreement(rollout.member_scores)
     if disagreement is not None:

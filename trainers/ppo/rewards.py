@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,24 +14,11 @@ from torch import Tensor
 from chatllama.config.ppo import PpoSection
 from chatllama.config.schema import Config
 from chatllama.model.roles import Role
-from chatllama.runtime.distributed import all_gather_objects
+from trainers.functions.functions import RewardFunction
+from trainers.functions.sample import Judge, Sample, judged
 from trainers.ppo.ppo_math import ROUNDING
-from trainers.ppo.terms.functions import RewardFunction
 from trainers.ppo.terms.models import ClassifierModel
 from trainers.ppo.terms.remote import ScoreServers
-from trainers.ppo.terms.sample import Sample
-
-
-class Judge(Protocol):
-    """A term that scores texts."""
-
-    def rows(self, count: int) -> Sequence[int]:
-        """Which of `count` answers this rank scores."""
-        ...
-
-    def values(self, samples: Sequence[Sample]) -> list[float]:
-        """One finite number for each of this rank's samples; ValueError names the one without."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -97,7 +83,9 @@ class Scorer:
             if source.adapter is not None:
                 self.terms.append(ScoreTerm(name, weight, roles=tuple(next(remaining))))
             elif source.function is not None:
-                self.terms.append(ScoreTerm(name, weight, judge=RewardFunction(source, key)))
+                self.terms.append(
+                    ScoreTerm(name, weight, judge=RewardFunction(source, f"{key}.function"))
+                )
             elif source.model is not None:
                 model = ClassifierModel(source, key, cfg.ppo.microbatch_size)
                 self.terms.append(ScoreTerm(name, weight, judge=model))
@@ -119,7 +107,7 @@ class Scorer:
         started, columns = time.monotonic(), list[Tensor]()
         for term in self.terms:
             if term.judge is not None:
-                columns.append(_judged(term.judge, samples).to(member_scores))
+                columns.append(torch.tensor(judged(term.judge, samples)).to(member_scores))
                 continue
             members = member_scores[:, [self.roles.index(role) for role in term.roles]]
             columns.append(members.amin(1) if self.use_min else members.mean(1))
@@ -157,23 +145,6 @@ class Scorer:
                 columns = [self.roles.index(role) for role in term.roles]
                 return member_scores[:, columns].std(1)
         return None
-
-
-def _judged(judge: Judge, samples: Sequence[Sample]) -> Tensor:
-    """A term's values (B,) float32, each from the rank that the term assigns it to.
-
-    An error of one rank is raised on all, so that none waits for the others.
-    """
-    rows, found, error = judge.rows(len(samples)), dict[int, float](), None
-    try:
-        found = dict(zip(rows, judge.values([samples[i] for i in rows]), strict=True))
-    except ValueError as problem:
-        error = str(problem)
-    parts = all_gather_objects((found, error))
-    if errors := [problem for _, problem in parts if problem is not None]:
-        raise ValueError(errors[0])
-    merged = {i: value for values, _ in parts for i, value in values.items()}
-    return torch.tensor([merged[i] for i in range(len(samples))])
 
 
 def shaped_scores(

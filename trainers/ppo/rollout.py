@@ -47,9 +47,9 @@ from trainers.engine.microbatches import (
     gather_rows,
     show_nothing,
 )
+from trainers.functions.sample import Sample
 from trainers.ppo.data import StopTokens
 from trainers.ppo.rewards import Scorer
-from trainers.ppo.terms.sample import Sample
 
 
 @dataclass(frozen=True)

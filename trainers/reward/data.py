@@ -9,11 +9,11 @@ from typing import Any, cast
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from chatllama.config.base import load_function
 from chatllama.config.batch_sizes import optimizer_steps
 from chatllama.config.schema import Config, EvaluationSection
 from data.batches import ordered_pairs
 from data.mixture import all_begin_alike, load_examples
+from trainers.functions.functions import GOLD, gold_function
 from trainers.stages.forecast import announce
 
 SAMPLED = 1000
@@ -78,10 +78,15 @@ def bayes_accuracy(evaluation: EvaluationSection, held_out: Dataset) -> float | 
     """
     if evaluation.gold is None or evaluation.label_scale is None:
         return None
-    gold = load_function(evaluation.gold, "evaluation.gold")
-    total = 0.0
-    for record in cast(Iterable[dict[str, Any]], held_out):
-        scores = [gold(record["prompt"][-1]["content"], answer) for answer in record["answers"]]
+    records, total = list(cast(Iterable[dict[str, Any]], held_out)), 0.0
+    prompts: list[dict[str, Any]] = []
+    for each in records:
+        asked = {"text": each["prompt"][-1]["content"], "messages": each["prompt"]}
+        prompts += [{**asked, "where": each["where"], "columns": "{}"}] * len(each["answers"])
+    answers = [answer for record in records for answer in record["answers"]]
+    found = iter(gold_function(evaluation.gold, GOLD)(prompts, answers))
+    for record in records:
+        scores = [next(found) for _ in record["answers"]]
         gaps = [abs(scores[i] - scores[j]) for i, j in ordered_pairs(record["ranks"])]
         total += sum(1 / (1 + math.exp(-evaluation.label_scale * g)) for g in gaps) / len(gaps)
     return total / len(held_out)

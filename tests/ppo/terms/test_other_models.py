@@ -22,9 +22,9 @@ from transformers import (
 
 from chatllama.config.ppo import RewardSource
 from chatllama.serving.schema import ScoreRequest
+from trainers.functions.sample import Sample
 from trainers.ppo.terms.models import ClassifierModel
 from trainers.ppo.terms.remote import CONVERSATIONS, ScoreServers
-from trainers.ppo.terms.sample import Sample
 
 WORDS = ["[PAD]", "[UNK]", "<user>", "<assistant>", "what", "is", "it", "a", "river", "garden"]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"

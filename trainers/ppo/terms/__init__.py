@@ -1,1 +1,1 @@
-"""Terms of the score that are no reward adapter of this backbone: functions, models, servers."""
+"""Terms of the score that are no reward adapter of this backbone: models, servers."""

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from chatllama.config.ppo import RewardSource
 from chatllama.runtime.distributed import device, rank, world_size
-from trainers.ppo.terms.sample import Sample
+from trainers.functions.sample import Sample
 
 
 class ClassifierModel:

@@ -8,7 +8,7 @@ from typing import Any
 from chatllama.config.ppo import RewardSource
 from chatllama.runtime.distributed import rank, world_size
 from chatllama.runtime.http_client import HttpClient, HttpError
-from trainers.ppo.terms.sample import Sample
+from trainers.functions.sample import Sample
 
 CONVERSATIONS = 16
 """In one request; servers take up to 64."""

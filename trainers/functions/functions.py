@@ -1,4 +1,4 @@
-"""Reward functions as people write them, called for the answers of a rollout.
+"""Reward functions, and `evaluation.gold`, as people write them, called for answers.
 
 The forms are in docs/rewards.md. Processes with a time limit are in `processes.py`.
 """
@@ -12,18 +12,22 @@ from typing import Any
 from chatllama.config.base import load_function
 from chatllama.config.ppo import RewardSource
 from chatllama.runtime.distributed import rank, world_size
-from trainers.ppo.terms.processes import Call, Outcome, ProcessPool, described
-from trainers.ppo.terms.sample import Sample
+from trainers.functions.processes import Call, Outcome, ProcessPool, described
+from trainers.functions.sample import Sample, judged
 
 OWN = ("prompt", "response", "prompts", "completions", "messages")
 """Names that no column of the data can have for a function."""
 
 
+GOLD = "evaluation.gold"
+"""Key of the function that knows the true reward."""
+
+
 class RewardFunction:
-    """A function of the config, in any of its forms.
+    """A function of the config that judges answers, in any of its forms.
 
     Args:
-        key: of the config, for messages.
+        key: of the function in the config, for messages.
 
     Raises:
         ValueError: it cannot be imported, or a time limit is set that nothing can enforce.
@@ -32,7 +36,8 @@ class RewardFunction:
     def __init__(self, source: RewardSource, key: str) -> None:
         assert source.function is not None
         self.name, self.source = source.function, source
-        self.function = load_function(self.name, f"{key}.function")
+        self.function = load_function(self.name, key)
+        self.what = f"{'reward function' if key.startswith('ppo.') else key} {self.name}"
         try:
             parameters = dict(inspect.signature(self.function).parameters)
         except (TypeError, ValueError):  # of some written in C
@@ -49,8 +54,8 @@ class RewardFunction:
         self.is_async = inspect.iscoroutinefunction(self.function)
         if source.timeout is not None and not (source.processes or self.is_async):
             raise ValueError(
-                f"{key}.timeout: {self.name} runs in the training process, where nothing can stop "
-                "it: set processes, or make it an async function"
+                f"{key.replace('function', 'timeout')}: {self.name} runs in the training process, "
+                "where nothing can stop it: set processes, or make it an async function"
             )
         self.pool = (
             ProcessPool(self.name, source.processes, source.timeout) if source.processes else None
@@ -99,7 +104,7 @@ class RewardFunction:
             numbers = []
         if len(numbers) != len(samples):
             raise ValueError(
-                f"reward function {self.name} gave {values!r:.200} for {len(samples)} answers: it "
+                f"{self.what} gave {values!r:.200} for {len(samples)} answers: it "
                 "must give a list with a number for each"
             )
         return [self._number(v, sample) for v, sample in zip(numbers, samples, strict=True)]
@@ -110,7 +115,7 @@ class RewardFunction:
         for name in self.required:
             if missing := [sample for sample in samples if name not in sample.columns]:
                 raise ValueError(
-                    f"reward function {self.name} needs {name!r}, which {missing[0].where} does "
+                    f"{self.what} needs {name!r}, which {missing[0].where} does "
                     f"not have; its columns: {', '.join(missing[0].columns) or 'none'}"
                 )
         columns = {name: None for sample in samples for name in sample.columns if name not in OWN}
@@ -158,15 +163,14 @@ class RewardFunction:
         if problem is None:
             return outcome.value
         more = f" and {len(samples) - 1} more" if len(samples) > 1 else ""
-        raise ValueError(f"reward function {self.name} failed for {samples[0]}{more}: {problem}")
+        raise ValueError(f"{self.what} failed for {samples[0]}{more}: {problem}")
 
     def _number(self, value: Any, sample: Sample) -> float:
         if self.pool is not None and self.is_batched and isinstance(value, list | tuple):
             value = value[0] if len(value) == 1 else value
         if not _is_finite(value):
             raise ValueError(
-                f"reward function {self.name} gave {value!r:.200} for {sample}: it must be a "
-                "finite number"
+                f"{self.what} gave {value!r:.200} for {sample}: it must be a finite number"
             )
         return float(value)
 
@@ -176,10 +180,11 @@ def gold_function(
 ) -> Callable[[Sequence[Mapping[str, Any]], Sequence[str]], list[float]]:
     """A gold function by its name, from records of prompts and an answer to each to values.
 
-    It has any form of a reward function; `key`, the config's or an option, begins an error.
+    It has any form of a reward function; `key`, the config's or an option, begins an error. Every
+    rank must call what it returns.
     """
     function = RewardFunction(RewardSource(function=name), key)
-    return lambda records, answers: function.values(list(map(Sample.of, records, answers)))
+    return lambda records, answers: judged(function, list(map(Sample.of, records, answers)))
 
 
 def _is_finite(value: object) -> bool:

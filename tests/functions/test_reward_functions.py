@@ -13,9 +13,9 @@ from chatllama.config.ppo import PpoSection, RewardSource
 from chatllama.config.schema import Config
 from data.mixture import load_mixture
 from data.reading.source import DataSource
+from trainers.functions.functions import RewardFunction
+from trainers.functions.sample import Sample
 from trainers.ppo.rewards import Scorer
-from trainers.ppo.terms.functions import RewardFunction
-from trainers.ppo.terms.sample import Sample
 from trainers.stages.lineage import changed_keys
 
 SAMPLES = [sample_of("a b", "xx", answer=1), sample_of("c", "yyyy", answer=2)]
@@ -28,7 +28,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def made(name: str, **settings: Any) -> RewardFunction:
     source = RewardSource(function=f"{Path(__file__).parent}/rewards_of_tests:{name}", **settings)
-    return RewardFunction(source, "ppo.rewards.0")
+    return RewardFunction(source, "ppo.rewards.0.function")
 
 
 @pytest.mark.parametrize(
