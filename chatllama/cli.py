@@ -216,10 +216,23 @@ def _eval(arguments: argparse.Namespace) -> None:
         from trainers.functions.functions import gold_function
 
         evaluate_overoptimisation(arguments.run, options, gold_function)
+    elif options.suite == "instructions":
+        _eval_instructions(arguments.run, options)
     elif options.suite is not None:
         evaluate_suite(arguments.run, options)
     else:
         _eval_translation(arguments)
+
+
+def _eval_instructions(place: Path, options: SuiteOptions) -> None:
+    from chatllama.inference.evaluation.instructions import Held, evaluate_instructions
+    from chatllama.inference.folders import find_model
+    from data.cli import read_held_out
+    from data.tokenize import fit
+
+    _, cfg = find_model(place)
+    conversations = [Held(**each) for each in read_held_out(cfg, options.data)]
+    evaluate_instructions(place, options, conversations, fit)
 
 
 def _eval_translation(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The `chatllama data` commands, and the sentence pairs for `eval`.
+"""The `chatllama data` commands, and the records of `eval`.
 
 What reads and shows data is imported inside the functions, so that `--help` answers at once.
 """
@@ -6,11 +6,15 @@ What reads and shows data is imported inside the functions, so that `--help` ans
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from chatllama.runtime.command_line import add_command, add_config_arguments
 from chatllama.runtime.declared_options import add_options, options_from
 from chatllama.runtime.files import replace_text
 from data.synthesis.options import SynthesisOptions
+
+if TYPE_CHECKING:  # importing it takes a second
+    from chatllama.config.schema import Config
 
 STAGES = ("pretraining", "sft", "reward", "ppo")
 
@@ -138,3 +142,34 @@ def read_requests(path: str, languages: Sequence[str]) -> list[tuple[str, str, s
     if not found:
         raise RecordError(f"{path}: no sentences")
     return found
+
+
+def read_held_out(cfg: "Config", path: Path | None) -> list[dict[str, Any]]:
+    """Messages, untrained turns and place of what SFT holds out, or of a file's conversations.
+
+    Raises:
+        ValueError: nothing is held out, or the file is none of SFT's formats.
+    """
+    import datasets
+
+    from chatllama.config.sources import DataSource
+    from data.mixture import load_mixture
+    from data.reading.source import read_source
+
+    datasets.disable_progress_bars()
+    if path is not None:
+        rows, report = read_source(DataSource(path=str(path)), "sft")
+        print(report.summary())
+    elif not cfg.sft.data:
+        raise ValueError("--suite instructions: the run has no sft.data; give --data FILE")
+    else:
+        sft = cfg.sft
+        sources = (sft.data, sft.eval_data, sft.eval_fraction, cfg.seed)
+        rows = load_mixture(*sources, "sft", sft.decontaminate).held_out
+    if not len(rows):
+        raise ValueError(
+            f"{path or 'sft.data'}: no held-out conversations; give --data FILE, or sft.eval_data "
+            "or sft.eval_fraction in the config"
+        )
+    names = ("messages", "untrained", "where")
+    return [{name: row[name] or [] for name in names} for row in rows.to_list()]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from chatllama.inference.options import GenerateOptions, GenerationRole, WeightsOptions
+from chatllama.inference.options import NEW_TOKENS, GenerationRole, WeightsOptions
 from chatllama.runtime.declared_options import Limit, add_options, at_least, option
 
 
@@ -16,7 +16,8 @@ class SuiteOptions(WeightsOptions):
     suite: str | None = option(
         None,
         "benchmark by lm-eval (extra: eval): mmlu, commonsense, hellaswag, ifeval, or names of its "
-        "tasks, separated by commas; overoptimisation: gold and proxy over the KL",
+        "tasks, separated by commas; instructions: answers beside references; overoptimisation: "
+        "gold and proxy over the KL",
         metavar="NAME",
     )
     role: GenerationRole | None = option(
@@ -30,11 +31,15 @@ class SuiteOptions(WeightsOptions):
     )
     data: Path | None = option(
         None,
-        "folder of the tasks' records (default: from the hub)",
-        limit=Limit("there is no such folder", Path.is_dir),
-        metavar="FOLDER",
+        "folder of the tasks' records (default: from the hub); instructions: a file in any format "
+        "of SFT (default: what the run's SFT held out)",
+        limit=Limit("there is no such file or folder", Path.exists),
+        metavar="PATH",
     )
     batch_size: int | None = option(None, "rows at a time", limit=at_least(1))
+    max_new_tokens: int | None = option(
+        None, "longest answer (default: the config's)", limit=NEW_TOKENS
+    )
     n: int | None = option(
         None, "overoptimisation: samples of a prompt (default: 64)", limit=at_least(2)
     )
@@ -48,7 +53,8 @@ class SuiteOptions(WeightsOptions):
 
 TAKEN = {
     "overoptimisation": ("limit", "batch_size", "n", "gold"),
-    "translation": ("role", "limit", "batch_size"),
+    "instructions": ("role", "limit", "batch_size", "data", "max_new_tokens"),
+    "translation": ("role", "limit", "batch_size", "max_new_tokens"),
 }
 """Options that are followed where lm-eval does not measure."""
 OF_BENCHMARKS = ("role", "shots", "limit", "data", "batch_size")
@@ -75,7 +81,6 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     add("--translation", metavar="FILE", help=about)
     about = "language codes of the translation, such as de en"
     add("--languages", nargs=2, metavar=("FROM", "TO"), help=about)
-    add_options(parser, GenerateOptions, ("max_new_tokens",))
     parser.epilog = (
         "Results go to RUN/benchmarks or RUN/translation; what was interrupted is continued."
     )

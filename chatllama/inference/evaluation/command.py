@@ -54,42 +54,50 @@ def evaluate_suite(place: str | Path, options: SuiteOptions) -> dict[str, Result
     run, cfg = find_model(place)
     cfg = with_weights(cfg, options.dtype, options.quantization)
     suite = find_suite(options.suite, options.shots)
-    adapters = dict(find_role(run, cfg, role) for role in _roles(run, cfg, options.role))
+    adapters = dict(find_role(run, cfg, role) for role in roles_of(run, cfg, options.role))
     groups = harness.find_tasks(suite.tasks)
     tasks = [task for inside in groups.values() for task in inside]
     if options.data is not None:
         for task in tasks:  # all of them, before anything heavy
             local_records(task, options.data)
-    root = run.root if is_run(run) else Path("runs") / run.root.name
-    folder = root / "benchmarks" / options.suite.replace(",", "+")
+    folder = place_of(run, options.suite)
     answerers: dict[GenerationRole, Answerer] = {}
     found: dict[str, Results] = {}
     for role, adapter in adapters.items():
-        settings = _settings(options, cfg, adapter, suite.shots)
+        own = {"lm_eval": version("lm-eval"), "shots": suite.shots}
+        own |= settings(options, cfg, adapter)
         path = folder / f"{role}.json"
-        found[role] = _kept(path, settings)
+        found[role] = kept(path, own)
         for number, task in enumerate(tasks, 1):
             if task in found[role]:
                 continue
             if not answerers:  # the model is loaded once, and only if something is to be measured
-                names: dict[GenerationRole, Any] = {each: _acting(each) for each in adapters}
+                names: dict[GenerationRole, Any] = {each: acting_as_role(each) for each in adapters}
                 loaded = load_run(run, cfg, [*names.values()], options.trust_remote_code)
                 answerers = {each: Answerer(loaded, name) for each, name in names.items()}
             lm = harness.RoleLM(answerers[role], options.batch_size or cfg.generation.batch_size)
             found[role][task] = harness.measure(lm, task, suite.shots, options.limit, options.data)
-            write_json(path, {"settings": settings, "tasks": found[role]})
+            write_json(path, {"settings": own, "tasks": found[role]})
             tell(f"{role}: {task} ({number} of {len(tasks)}): {_shown(found[role][task])}")
     print("\n".join(_table(found, groups, suite.published)))
     print(f"written: {folder}")
     return found
 
 
-def _acting(role: GenerationRole) -> Any:
+def place_of(run: RunFolder, suite: str) -> Path:
+    """Where a suite's results go: into the run, or of a plain model to runs/NAME."""
+    root = run.root if is_run(run) else Path("runs") / run.root.name
+    return root / "benchmarks" / suite.replace(",", "+")
+
+
+def acting_as_role(role: GenerationRole) -> Any:
     """The role's name among the loaded adapters."""
     return "reference" if role == "sft" else role
 
 
-def _roles(run: RunFolder, cfg: Config, wanted: GenerationRole | None) -> Iterator[GenerationRole]:
+def roles_of(
+    run: RunFolder, cfg: Config, wanted: GenerationRole | None
+) -> Iterator[GenerationRole]:
     """The role that is asked for; by default those that the run has."""
     if wanted is not None:
         yield wanted
@@ -102,16 +110,12 @@ def _roles(run: RunFolder, cfg: Config, wanted: GenerationRole | None) -> Iterat
         yield role
 
 
-def _settings(
-    options: SuiteOptions, cfg: Config, adapter: Path | None, shots: int | None
-) -> dict[str, Any]:
-    """What the figures depend on."""
+def settings(options: SuiteOptions, cfg: Config, adapter: Path | None) -> dict[str, Any]:
+    """What the figures of any suite depend on."""
     weights = None
     if adapter is not None:
         weights = file_hashes([adapter / ADAPTER_WEIGHTS], fresh=False)[adapter / ADAPTER_WEIGHTS]
     return {
-        "lm_eval": version("lm-eval"),
-        "shots": shots,
         "limit": options.limit,
         "data": str(options.data.resolve()) if options.data else None,
         "dtype": cfg.backbone.dtype,
@@ -120,12 +124,12 @@ def _settings(
     }
 
 
-def _kept(path: Path, settings: dict[str, Any]) -> Results:
+def kept(path: Path, own: dict[str, Any]) -> Results:
     """Tasks that were measured before under the same settings."""
     if not path.is_file():
         return {}
     before = read_json(path)
-    if before.get("settings") != settings:
+    if before.get("settings") != own:
         tell(f"{path}: measured under other settings; done again")
         return {}
     return before["tasks"]

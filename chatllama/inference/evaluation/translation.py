@@ -83,13 +83,10 @@ def translation_scores(
     The interval is a bootstrap over sentences; None where there is one sentence only. The code of
     the target language decides what counts as a word.
     """
-    from sacrebleu.metrics.bleu import BLEU
-    from sacrebleu.metrics.chrf import CHRF
-
     tokenizer = TOKENIZERS.get(target.replace("_", "-").split("-")[0].lower(), "13a")
     resamples = NUM_RESAMPLES if len(found) > 1 else 1
     scores: dict[str, dict[str, Any]] = {}
-    for name, metric in (("bleu", BLEU(tokenize=tokenizer)), ("chrf", CHRF())):
+    for name, metric in _metrics(tokenizer).items():
         score = metric.corpus_score(list(found), [list(references)], n_bootstrap=resamples)
         signature = metric.get_signature().format()
         result = json.loads(score.format(width=4, signature=signature, is_json=True))
@@ -99,6 +96,27 @@ def translation_scores(
             "signature": signature,
         }
     return scores
+
+
+def _metrics(tokenizer: str) -> dict[str, Any]:
+    """BLEU and chrF whose scores are plain floats.
+
+    Sacrebleu's are float32, but 0.0 of a resample without a match: then its bootstrap raises.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+    class PlainFloats:
+        def _compute_score_from_stats(self, stats: list[int]) -> Any:
+            score: Any = super()._compute_score_from_stats(stats)  # pyright: ignore
+            score.score = float(score.score)
+            return score
+
+    class Bleu(PlainFloats, BLEU): ...
+
+    class Chrf(PlainFloats, CHRF): ...
+
+    return {"bleu": Bleu(tokenize=tokenizer), "chrf": Chrf()}
 
 
 def _summary(result: dict[str, Any], direction: str) -> list[str]:

@@ -27,6 +27,13 @@ def test_scores_by_hand() -> None:
     assert same["bleu"]["plus_minus"] == 0
 
 
+def test_resamples_without_a_match_have_their_place_in_the_interval() -> None:
+    scores = translation_scores([ENGLISH[0], "x"], ENGLISH[:2], "en")
+    assert 0 < scores["bleu"]["score"] < 100
+    assert scores["bleu"]["plus_minus"] == pytest.approx(50)  # a quarter of them: 0, another: 100
+    assert "tok:13a" in scores["bleu"]["signature"]
+
+
 def test_words_of_languages_without_spaces() -> None:
     chinese = ["\u6211\u4eec\u660e\u5929\u53bb\u5317\u4eac"]
     scores = translation_scores(["\u6211\u4eec\u660e\u5929\u53bb\u4e0a\u6d77"], chinese, "zh-CN")
