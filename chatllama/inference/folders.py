@@ -27,11 +27,24 @@ class _Info(TypedDict, total=False):
     contract: dict[str, Any]
 
 
-class _OneAdapter(RunFolder):
-    """A run of which one adapter is opened and no other seen."""
+class _Peft(TypedDict, total=False):
+    """Keys of adapter_config.json that name what the adapter is for."""
 
-    def __init__(self, root: Path, adapter: Path, stage: str) -> None:
+    __pydantic_config__ = MORE_KEYS  # pyright: ignore[reportGeneralTypeIssues]
+    base_model_name_or_path: str | None
+    task_type: str | None
+
+
+class OneAdapter(RunFolder):
+    """A run of which one adapter is opened and no other seen.
+
+    Args:
+        plain: of PEFT alone, without what a run writes beside it.
+    """
+
+    def __init__(self, root: Path, adapter: Path, stage: str, plain: bool = False) -> None:
         super().__init__(root)
+        self.adapter, self.plain = adapter, plain
         nowhere = adapter / "not opened"
         self.sft_adapter = adapter if stage == "sft" else nowhere
         self.policy_adapter = adapter if stage == "ppo" else nowhere
@@ -53,10 +66,11 @@ def find_model(place: str | Path) -> "tuple[RunFolder, Config]":
 
     A plain model, a folder or a hub id, is a run without adapters, whose `base` answers. An adapter
     that a run wrote is that run with no other role; elsewhere its chatllama.json names base and
-    chat template.
+    chat template. One of plain PEFT answers as `sft`, or scores where it has a head for that.
 
     Raises:
-        ValueError: there is none of them, or a value adapter, which neither answers nor scores.
+        ValueError: there is none of them, a value adapter, which neither answers nor scores, or an
+            adapter whose base is not to be found.
     """
     from chatllama.config.loader import load_config
 
@@ -81,18 +95,33 @@ def _find_adapter(folder: Path) -> "tuple[RunFolder, Config]":
     from chatllama.config.loader import load_config
 
     if not (folder / INFO).is_file():
-        raise ValueError(f"{folder}: no {INFO}; is this an adapter of a chatllama run?")
+        return _find_plain(folder)
     if folder.name == "value":
         raise ValueError(f"{folder}: an adapter of PPO's value model, which has no answers")
     info, place = read_json(folder / INFO, _Info), folder.absolute()
     stage = info.get("stage", "ppo")
     if len(place.parents) > 1 and place.parent.name in STAGES:
-        own = _OneAdapter(place.parents[1], folder, place.parent.name)
+        own = OneAdapter(place.parents[1], folder, place.parent.name)
         if is_run(own):
             return own, load_config(own.config)
     contract = info.get("contract", {})
     known = {key: contract[key] for key in ("template", "system", "date") if key in contract}
-    return _OneAdapter(folder, folder, stage), _config(info["base"], known)
+    return OneAdapter(folder, folder, stage), _config(info["base"], known)
+
+
+def _find_plain(folder: Path) -> "tuple[RunFolder, Config]":
+    """An adapter of plain PEFT, whose own config names its base."""
+    file = folder / ADAPTER
+    found = read_json(file, _Peft)
+    base, key = found.get("base_model_name_or_path"), "base_model_name_or_path"
+    if not base:
+        raise ValueError(f"{file}: no {key}, so its base is not known: write the base there")
+    if not Path(base).is_dir() and (not HUB_ID.fullmatch(base) or Path(base).parent.is_dir()):
+        raise ValueError(
+            f"{file}: its base {base} is no folder here and no hub id: write where it lies as {key}"
+        )
+    stage = "reward" if found.get("task_type") == "SEQ_CLS" else "sft"
+    return OneAdapter(folder, folder, stage, plain=True), _config(base, {})
 
 
 def _config(base: str, chat: dict[str, Any]) -> "Config":

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from chatllama.config.loader import load_config
 from chatllama.config.model import CODE_NOT_RUN, ChatSection, without_training_kernels
 from chatllama.config.schema import Config
-from chatllama.inference.folders import is_run
+from chatllama.inference.folders import OneAdapter, is_run
 from chatllama.model.adapters import load_adapter
 from chatllama.model.backbone import load_backbone
 from chatllama.model.fingerprint import check_base
@@ -24,6 +24,7 @@ from chatllama.runtime.gpu import choose_kernels
 from chatllama.runtime.libraries import quiet_libraries
 from chatllama.text.chat_format import check_contract
 from chatllama.text.tokenizer import load_tokenizer
+from chatllama.text.tokenizer_files import TOKENIZER_CONFIG
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,9 @@ def load_run(
             not count here: a folder from elsewhere would grant itself that trust.
 
     Raises:
-        ValueError: not a run folder, nothing trained yet, or an adapter that is missing, damaged
-            or made under another chat contract; or a file that is not as lineage.json says.
+        ValueError: not a run folder, nothing trained yet, or an adapter that is missing, damaged,
+            made under another chat contract or does not fit its base; or a file that is not as
+            lineage.json says.
     """
     quiet_libraries()
     choose_kernels()
@@ -93,8 +95,11 @@ def load_run(
         tokenizer = load_tokenizer(
             path, revision=backbone.revision, trust_remote_code=trust_remote_code
         )
-    saved = {role: load_adapter(folders[role]) for role in names}
-    for role, adapter in saved.items():
+    plain = isinstance(run, OneAdapter) and run.plain
+    saved = {role: load_adapter(folders[role], plain) for role in names}
+    if plain:
+        tokenizer = _beside(tokenizer, run.root)
+    for role, adapter in saved.items() if not plain else ():
         check_contract(adapter.info.get("contract"), tokenizer, cfg.chat, str(folders[role]))
         check_base(cfg, run, adapter.info, str(folders[role]))
     rewards = [role for role in names if role.startswith("reward")]
@@ -113,6 +118,26 @@ def load_run(
         set_head(model, role, saved[role].head.get("weight"))
     model.to(device()).eval().requires_grad_(False)
     return LoadedRun(model, tokenizer, cfg.chat, cfg, rewards)
+
+
+def _beside(tokenizer: PreTrainedTokenizerFast, folder: Path) -> PreTrainedTokenizerFast:
+    """The base's tokenizer with the chat template beside an adapter of plain PEFT.
+
+    Raises:
+        ValueError: the tokenizer that lies there has other ids than the base's.
+    """
+    unsaid = "that its base has the weights that it was trained on"
+    if (folder / TOKENIZER_CONFIG).is_file():
+        own = load_tokenizer(folder)
+        parts = {"vocabulary": (own.get_vocab(), tokenizer.get_vocab())}
+        parts |= {"end of text": (own.eos_token_id, tokenizer.eos_token_id)}
+        if wrong := [name for name, (theirs, ours) in parts.items() if theirs != ours]:
+            raise ValueError(f"{folder}: its tokenizer has another {wrong[0]} than its base's")
+        tokenizer.chat_template = own.chat_template or tokenizer.chat_template
+    else:
+        unsaid += ", and its chat template: no tokenizer lies there, so the base's is taken"
+    tell(f"{folder}: an adapter of plain PEFT; what cannot be checked: {unsaid}")
+    return tokenizer
 
 
 @contextmanager

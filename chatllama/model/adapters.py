@@ -32,6 +32,8 @@ READ = [
     "modules_to_save", "inference_mode", "base_model_name_or_path", "auto_mapping", "peft_version",
 ]  # fmt: skip
 """Keys of adapter_config.json that may differ from PEFT's defaults; others must be empty or so."""
+HEADS = ("score", "classifier")
+"""Names that PEFT gives for SEQ_CLS by itself; only `score` is a layer of these models."""
 STARTS = (True, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights that leave the base's weights alone."""
 
@@ -161,7 +163,7 @@ def _check_plain(config: Mapping[str, Any]) -> None:
         raise _OtherArithmetic(
             f"target_modules {targets!r} is a regular expression; list the layers' names instead"
         )
-    if heads not in (None, [], ["score"]):
+    if heads and not (isinstance(heads, list) and all(each in HEADS for each in heads)):
         raise _OtherArithmetic(f"modules_to_save is {heads!r}, only score is read here")
     plain = LoraConfig().to_dict()
     for key, value in config.items():
@@ -188,7 +190,11 @@ def load_adapter(folder: Path, plain: bool = False) -> SavedAdapter:
     plain = plain and not (folder / INFO).is_file()
     for name in (WEIGHTS, config_file.name) if plain else (WEIGHTS, config_file.name, INFO):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder}: no {name}; is this an adapter of a chatllama run?")
+            pickled = name == WEIGHTS and (folder / "adapter_model.bin").is_file()
+            hint = "is this an adapter of a chatllama run?"
+            if pickled:
+                hint = "adapter_model.bin can run code; save it with safe_serialization=True"
+            raise ValueError(f"{folder}: no {name}; {hint}")
     info = {} if plain else read_json(folder / INFO, _InfoFile)
     try:
         _check_plain(read_json(config_file))

@@ -55,7 +55,7 @@ def test_a_terminal_talks_with_a_plain_model(
         ("nowhere", "nowhere is not a run folder: it does not exist"),
         ("empty", r"empty is not a run folder: .*config\.yaml is missing; nor is it a model"),
         ("a file", "a file is not a run folder: it is a file"),
-        ("strange", "no chatllama.json"),
+        ("strange", "no base_model_name_or_path"),
         ("value", "value model, which has no answers"),
     ],
 )
@@ -65,6 +65,7 @@ def test_what_is_none_of_them_is_refused(run: RunFolder, tmp_path: Path, place: 
     for name in ("strange", "value"):
         shutil.copytree(run.policy_adapter, tmp_path / name)
     (tmp_path / "strange" / "chatllama.json").unlink()
+    (tmp_path / "strange" / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=message):
         find_model(tmp_path / place)
 
