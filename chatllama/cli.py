@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from chatllama import __version__
@@ -21,6 +22,7 @@ from chatllama.planning.cli import add_plan_arguments
 from chatllama.runtime.command_line import Command, Parser, add_command, shown_only, tell
 from chatllama.runtime.declared_options import options_from
 from chatllama.runtime.gpu import let_memory_grow
+from chatllama.runtime.waiting import doing
 from chatllama.serving.settings import add_serve_arguments, serve_settings
 from chatllama.start.cli import (
     add_configs_commands,
@@ -53,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Command = arguments.command
     # Where stdout is the result, a reader that has closed the pipe ends the command.
     shown = ("stderr",) if command in (_chat, _generate) else ("stdout", "stderr")
-    with shown_only(*shown):
+    # These say what they do themselves: they read lines, or run until they are stopped.
+    own = command in (_chat, _generate, _serve)
+    with shown_only(*shown), nullcontext() if own else doing("working", at_once=False):
         try:
             command(arguments)
         except KeyboardInterrupt:
@@ -188,7 +192,8 @@ def _push(arguments: argparse.Namespace) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    from chatllama.serving.server import serve
+    with doing("loading libraries"):
+        from chatllama.serving.server import serve
 
     serve(serve_settings(arguments))
 

@@ -25,6 +25,7 @@ from chatllama.reporting.statistics import mean_and_error
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.command_line import duration, printable, tell
 from chatllama.runtime.jsonl import append_lines, resume
+from chatllama.runtime.waiting import doing
 
 if TYPE_CHECKING:  # importing them takes seconds
     from chatllama.config.schema import Config
@@ -74,14 +75,15 @@ def _answer_all(
     Returns:
         What the summary needs of each new line; seconds without loading.
     """
-    from chatllama.inference.answerer import Answerer
-    from chatllama.inference.load import load_run, reward_role
+    with doing("loading libraries"):
+        from chatllama.inference.answerer import Answerer
+        from chatllama.inference.load import load_run, reward_role
 
-    acting = "reference" if settings.role == "sft" else settings.role
-    rewards = [reward_role(number) for number in range(len(settings.rewards))]
-    cfg = with_weights(cfg, settings.dtype, settings.quantization)
-    trusted = settings.options.trust_remote_code
-    loaded = load_run(run, cfg, [acting, *rewards], trust_remote_code=trusted)
+        acting = "reference" if settings.role == "sft" else settings.role
+        rewards = [reward_role(number) for number in range(len(settings.rewards))]
+        cfg = with_weights(cfg, settings.dtype, settings.quantization)
+        trusted = settings.options.trust_remote_code
+        loaded = load_run(run, cfg, [acting, *rewards], trust_remote_code=trusted)
     answerer = Answerer(loaded, acting, settings.options.compile)
     longest = _check_lengths(answerer, prompts, settings.sampling.max_new_tokens)
     # Batches begin where they would without an interruption, so that not even rounding differs.

@@ -19,6 +19,7 @@ from chatllama.inference.terminal_input import BOLD, DIM, GREEN, coloured, read_
 from chatllama.runtime.command_line import printable, tell
 from chatllama.runtime.declared_options import check_limits
 from chatllama.runtime.jsonl import append_lines
+from chatllama.runtime.waiting import doing
 
 if TYPE_CHECKING:  # importing them takes seconds
     from chatllama.inference.chat_model import ChatModel, Compared
@@ -65,12 +66,13 @@ def chat(run_dir: Path, options: ChatOptions | None = None) -> None:
     run, cfg = find_model(run_dir)
     role = options.role or default_role(run)
 
-    from chatllama.config.schema import with_weights
-    from chatllama.inference.chat_model import ChatModel, describe_model
-    from chatllama.inference.load import load_run
+    with doing("loading libraries"):
+        from chatllama.config.schema import with_weights
+        from chatllama.inference.chat_model import ChatModel, describe_model
+        from chatllama.inference.load import load_run
 
-    cfg = with_weights(cfg, options.dtype, options.quantization)
-    loaded = load_run(run, cfg, trust_remote_code=options.trust_remote_code)
+        cfg = with_weights(cfg, options.dtype, options.quantization)
+        loaded = load_run(run, cfg, trust_remote_code=options.trust_remote_code)
     model = ChatModel.chosen(loaded, options)
     conversation = Conversation(model.find(role), options.system)
     if sys.stdin.isatty():

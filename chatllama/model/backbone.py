@@ -28,10 +28,11 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from chatllama.config.model import CODE_NOT_RUN, BackboneSection
 from chatllama.model.families import family_class, family_of
-from chatllama.model.llama_config import check_model_folder, check_weights
+from chatllama.model.llama_config import check_model_folder, check_trainable, check_weights
 from chatllama.model.packed_attention import check_attention, registered
 from chatllama.model.weight_files import local_folder
 from chatllama.runtime.distributed import device, rank
+from chatllama.runtime.waiting import now_doing
 
 NF4_BLOCK = 64
 """Weights that share a scale."""
@@ -51,6 +52,7 @@ def load_backbone(
         ValueError: another family, damaged files, no safetensors weights, or others than
             config.json describes, or a kernel that does not work here.
     """
+    now_doing(f"loading {path}")
     folder, trusted = backbone_folder(section, path), section.trust_remote_code
     config = read_config(path, folder, trusted)
     check_kernels(section, config)
@@ -177,11 +179,7 @@ def read_config(path: str, folder: Path, trusted: bool) -> LlamaConfig:
         else:
             reason = f"config.json: {' '.join(str(error).split())[:300]}"
         raise ValueError(f"backbone.path: {path!r} cannot be loaded: {reason}") from error
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if method not in (None, "bitsandbytes"):
-        wrong = f"backbone.path: {path!r} is quantised by {method} (config.json) and cannot be"
-        remedy = "take the unquantised model; backbone.quantization quantises it"
-        raise ValueError(f"{wrong} trained here: {remedy}")
+    check_trainable(path, vars(config))
     return cast(LlamaConfig, config)
 
 

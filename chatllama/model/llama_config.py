@@ -3,19 +3,19 @@
 The weights are loaded in `backbone.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
-from transformers import LlamaConfig
-from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from typing_extensions import TypedDict
 
-from chatllama.model.families import biased, family_of, head_dim
+from chatllama.model.families import biased, family_of, find_family, head_dim
 from chatllama.model.safetensors_header import TensorEntry, model_files, read_header
 from chatllama.runtime.json_files import read_json
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from transformers import LlamaConfig
 
 _Width = Annotated[int, Field(ge=1, le=2**20)]
 _Count = Annotated[int, Field(ge=1, le=2**16)]
@@ -64,16 +64,21 @@ ELSEWHERE = ("transformers_weights", "adapter_config.json")
 """A key and a file by which transformers would take the weights from another place."""
 
 
-def check_model_folder(folder: Path) -> None:
-    """Raises ValueError if a model's JSON files are damaged, or have weights loaded from elsewhere.
+def check_model_folder(folder: Path) -> dict[str, Any]:
+    """The values of config.json; empty without one.
 
-    A config.json of another architecture is let through as long as its keys have these types.
+    One of another architecture is let through as long as its keys have these types.
+
+    Raises:
+        ValueError: a JSON file of the model is damaged, or has weights loaded from elsewhere.
     """
     key, file = ELSEWHERE
     config = folder / "config.json"
+    values: dict[str, Any] = {}
     if config.is_file():
         read_json(config, LlamaFile)
-        if read_json(config).get(key) is not None:
+        values = read_json(config)
+        if values.get(key) is not None:
             raise ValueError(f"{config}: {key} is not read here; remove it")
     if (folder / "generation_config.json").is_file():
         read_json(folder / "generation_config.json")
@@ -82,9 +87,30 @@ def check_model_folder(folder: Path) -> None:
             f"{folder} holds an {file}, so it is an adapter and not a whole model: give the base "
             "that it names"
         )
+    return values
 
 
-def check_weights(llama: LlamaConfig, folder: Path) -> None:
+def check_trainable(path: str, values: Mapping[str, Any]) -> None:
+    """Raises ValueError if a config.json is of no model that is trained here.
+
+    Args:
+        path: the model's, for the message.
+    """
+    try:
+        if "model_type" in values and "auto_map" not in values:  # own code may derive from ours
+            find_family(values["model_type"])
+    except ValueError as error:
+        raise ValueError(
+            f"backbone.path: {path!r} cannot be loaded: config.json: {error}"
+        ) from error
+    method = (values.get("quantization_config") or {}).get("quant_method")
+    if method not in (None, "bitsandbytes"):
+        wrong = f"backbone.path: {path!r} is quantised by {method} (config.json) and cannot be"
+        remedy = "take the unquantised model; backbone.quantization quantises it"
+        raise ValueError(f"{wrong} trained here: {remedy}")
+
+
+def check_weights(llama: "LlamaConfig", folder: Path) -> None:
     """Raises ValueError if the tensors in the folder are not those that the config describes.
 
     Reads headers only. Folders without safetensors files are let through, and quantised weights,
@@ -124,8 +150,11 @@ def check_weights(llama: LlamaConfig, folder: Path) -> None:
         )
 
 
-def check_architecture(llama: LlamaConfig, where: Path) -> None:
+def check_architecture(llama: "LlamaConfig", where: Path) -> None:
     """Raises ValueError for numbers of which no LLaMA can be built."""
+    from transformers.activations import ACT2FN
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
     heads, groups, width = _heads(llama)
     if llama.hidden_act not in ACT2FN:
         raise ValueError(f"{where}: hidden_act {llama.hidden_act!r} is no activation that is known")
@@ -151,14 +180,14 @@ def check_architecture(llama: LlamaConfig, where: Path) -> None:
         raise ValueError(f"{where}: rope_parameters give no frequency to each pair of a head")
 
 
-def _heads(llama: LlamaConfig) -> tuple[int, int, int]:
+def _heads(llama: "LlamaConfig") -> tuple[int, int, int]:
     """Query heads, key heads and the width of one; the config fills in what is left out."""
     assert llama.num_key_value_heads is not None
     width = head_dim(family_of(llama), llama.to_dict())
     return llama.num_attention_heads, llama.num_key_value_heads, width
 
 
-def tensor_shapes(llama: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+def tensor_shapes(llama: "LlamaConfig") -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor that a checkpoint of this model must hold."""
     hidden, inner = llama.hidden_size, llama.intermediate_size
     heads, groups, width = _heads(llama)

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import safe_open
 from torch import Tensor
 
 from chatllama.model.adapters import SavedAdapter
 from chatllama.model.safetensors_header import model_files, read_header
 from chatllama.runtime.files import write_json
-from chatllama.runtime.hub import hub_folder
+from chatllama.runtime.hub import model_folder
 
 TORCH_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAX_FILE_BYTES = 5 * 10**9
@@ -47,25 +46,7 @@ def local_folder(path: str, revision: str | None = None, with_code: bool = False
     Raises:
         ValueError: neither a folder nor a readable hub id.
     """
-    return _folder(path, revision, [*_FILES, *(["*.py"] if with_code else [])])
-
-
-def config_folder(path: str, revision: str | None, with_code: bool) -> Path:
-    """The same, of which only config.json (and code) is fetched from the hub."""
-    return _folder(path, revision, ["config.json", *(["*.py"] if with_code else [])])
-
-
-def _folder(path: str, revision: str | None, patterns: list[str]) -> Path:
-    if Path(path).is_dir():
-        return Path(path)
-    try:
-        return hub_folder(path, revision, patterns)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        hub = f" ({str(error).strip().splitlines()[0]})"
-        raise ValueError(
-            f"no model at {path!r}: give a local Hugging Face folder (with config.json and "
-            f"model.safetensors) or a hub id{'' if isinstance(error, HFValidationError) else hub}"
-        ) from error
+    return model_folder(path, revision, [*_FILES, *(["*.py"] if with_code else [])])
 
 
 def open_model(folder: Path) -> ModelFiles:

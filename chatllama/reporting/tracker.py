@@ -7,7 +7,6 @@ progress looks is in `display.py`.
 import math
 import sys
 import time
-import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +15,9 @@ from typing import Protocol
 from chatllama.config.schema import TrackingSection, WandbSection
 from chatllama.reporting.display import LiveDisplay, PlainDisplay
 from chatllama.runs.folder import RunFolder, Stage
+from chatllama.runtime.command_line import tell
 from chatllama.runtime.jsonl import append_lines, keep_lines, read_lines
+from chatllama.runtime.waiting import now_doing
 
 TRACKERS = ("tensorboard", "wandb")
 
@@ -121,6 +122,7 @@ class Tracker:
     def __exit__(self, *error: object) -> None:
         if self._display is not None:
             self._display.stop()
+            now_doing(f"{self._title}: measuring and saving")
         self._close_writers()
 
     def resume_from(self, step: int) -> None:
@@ -222,8 +224,7 @@ class Tracker:
         for name, value in metrics.items():
             if not math.isfinite(value) and name not in self._named_not_finite:
                 self._named_not_finite.add(name)
-                text = f"{name} is {value} at step {step}; metrics.jsonl holds null"
-                warnings.warn(text, stacklevel=3)
+                tell(f"warning: {name} is {value} at step {step}; metrics.jsonl holds null")
 
 
 def logged_metrics(run: RunFolder, stage: Stage, step: int) -> dict[str, float]:

@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from typing_extensions import NotRequired, TypedDict
 
 from chatllama.config.schema import DeepSpeedSection
-from chatllama.runs.folder import RunFolder, Stage
+from chatllama.runs.folder import STEP, RunFolder, Stage, step_folders, step_of
 from chatllama.runtime.distributed import all_gather_objects, barrier, is_launched, rank, world_size
 from chatllama.runtime.files import file_hash, put_back, replace_folder, write_json
 from chatllama.runtime.json_files import MORE_KEYS, read_json
 
-STEP, DAMAGED, REMOVED = "step-", "damaged-", ".removed"
+DAMAGED, REMOVED = "damaged-", ".removed"
 MANIFEST = "manifest.json"
 HASHING_THREADS = 4
 FileEntry = tuple[int, str]
@@ -52,17 +52,6 @@ class _Manifest(TypedDict):
     __pydantic_config__ = MORE_KEYS  # pyright: ignore[reportGeneralTypeIssues]
     files: dict[str, _File]
     layout: NotRequired[_Layout]
-
-
-def step_folders(folder: Path) -> list[Path]:
-    """The complete checkpoints in `folder`, oldest step first."""
-    found = [p for p in folder.glob(f"{STEP}*") if p.name.removeprefix(STEP).isdecimal()]
-    return sorted(found, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """N of `step-N`."""
-    return int(checkpoint.name.removeprefix(STEP))
 
 
 def layout_of(section: DeepSpeedSection, microbatch_size: int) -> dict[str, Any]:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # importing it takes a second
 
 Stage = Literal["sft", "reward", "ppo"]
 STAGES: tuple[Stage, ...] = ("sft", "reward", "ppo")
+STEP = "step-"
+"""What the name of a complete checkpoint begins with."""
 INFO = "chatllama.json"
 """Beside every adapter and model that was made here: what it is."""
 
@@ -178,6 +180,10 @@ class RunFolder:
         """One JSON object a line for each answer that was sampled and shown."""
         return self.root / stage / "samples.jsonl"
 
+    def log(self, stage: Stage) -> Path:
+        """What launcher and libraries say while the stage runs."""
+        return self.root / stage / "log.txt"
+
     def checkpoints(self, stage: Stage) -> Path:
         """Folder of `step-N` folders."""
         return self.root / stage / "checkpoints"
@@ -223,6 +229,17 @@ def check_run_dir(root: Path) -> None:
     except OSError as error:
         reason = str(error.strerror)
     raise ValueError(f"run_dir: {root} cannot be the run folder: {reason}. Give another run_dir")
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """The complete checkpoints in `folder`, oldest step first."""
+    found = [p for p in folder.glob(f"{STEP}*") if p.name.removeprefix(STEP).isdecimal()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """N of `step-N`."""
+    return int(checkpoint.name.removeprefix(STEP))
 
 
 def read_lineage(run: RunFolder) -> dict[str, dict[str, Any]]:

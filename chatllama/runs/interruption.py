@@ -9,12 +9,14 @@ belong to the process, so the state is module-level here; `listen` resets it.
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
 from chatllama.runs.folder import RunFolder, Stage
 from chatllama.runtime.files import write_json
+from chatllama.runtime.lent_terminal import is_lent
 
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again later."""
@@ -55,8 +57,7 @@ class _Signals:
         if self.in_steps and self.received is None:
             name = signal.Signals(signum).name
             if signum not in FROM_TERMINAL or os.environ.get("RANK", "0") == "0":
-                with contextlib.suppress(OSError):  # the terminal may be gone
-                    os.write(2, f"{name}: saving after this step, then ending\n".encode())
+                _tell(f"{name}: saving after this step, then ending\n")
         self.received = self.received or signum  # launchers send SIGTERM after a SIGINT
         if again:
             self.ending = True
@@ -70,6 +71,12 @@ class _Signals:
         name = signal.Signals(self.received).name
         self.ending = True
         raise Interrupted(f"ended by {name} between steps: go on with --resume", self.received)
+
+
+def _tell(text: str) -> None:
+    """Writes at once: `print` may be interrupted in the middle of a line of its own."""
+    with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+        os.write(2 if is_lent() else sys.stderr.fileno(), text.encode())
 
 
 _signals = _Signals()

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TextIO
 
+from chatllama.runtime.waiting import above_the_line
+
 SYNONYMS = {"train": "run", "start": "run", "list": "runs", "ls": "runs", "info": "env"}
 """Other tools' words for commands."""
 
@@ -81,7 +83,8 @@ class _ShownOnly:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        self._attempt(lambda: self._stream.write(text))
+        with above_the_line(text):
+            self._attempt(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:

@@ -1,11 +1,21 @@
 """How our processes use CUDA: its memory pool and its kernels. Nothing here touches a GPU."""
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 POOL_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Torch's name for the pool's settings, and its older one."""
+
+
+def has_gpu_driver() -> bool:
+    """Whether torch could find a GPU: CUDA's driver, or the device of ROCm's, is here."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return os.path.exists("/dev/kfd")
+    return True
 
 
 def let_memory_grow() -> None:

@@ -16,6 +16,7 @@ from chatllama.inference.chat_model import describe_model
 from chatllama.inference.folders import find_model
 from chatllama.inference.load import load_run
 from chatllama.runtime.command_line import tell
+from chatllama.runtime.waiting import doing
 from chatllama.serving.app import build_app
 from chatllama.serving.guard import PatientProtocol
 from chatllama.serving.service import Service
@@ -109,7 +110,8 @@ def serve(settings: ServerSettings) -> None:
         if settings.date is not None:
             chat = ChatSection.model_validate(chat.model_dump() | {"date": settings.date})
         cfg = with_weights(cfg, settings.dtype, settings.quantization)
-        loaded = load_run(run, cfg, trust_remote_code=settings.trust_remote_code)
+        with doing(f"loading {settings.run}"):
+            loaded = load_run(run, cfg, trust_remote_code=settings.trust_remote_code)
         loaded = replace(loaded, chat=chat)
         quantization = loaded.config.backbone.quantization
         tell(f"{settings.run}: {describe_model(loaded.model, quantization)}")

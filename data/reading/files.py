@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chatllama.config.nearest import did_you_mean
-from data.caching import PROJECT_ROOT
 
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
 TYPES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 # Words in the names of a split's files, as on the hub: the word is alone in the path.

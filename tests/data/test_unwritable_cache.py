@@ -9,7 +9,6 @@ import pytest
 
 from chatllama import cli
 from chatllama.model.weight_files import local_folder
-from chatllama.runtime import hub
 from chatllama.text.tokenizer import load_tokenizer
 from data.caching import cached_map
 from data.reading import source as reading
@@ -78,7 +77,7 @@ def test_the_hubs_cache_is_named(
     def download(*args: Any, **kwargs: Any) -> str:
         raise error
 
-    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     said = rf"someone/model: the hub's cache, .*, cannot be written \({error.strerror}\): set HF_H"
     with pytest.raises(ValueError, match=said):
         load("someone/model")

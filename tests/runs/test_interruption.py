@@ -239,7 +239,8 @@ def test_the_run_says_what_was_saved_and_ends_with_75(
     text = f"run_dir: {run.root}\nbackbone: {{path: llama}}\nchat: {{template: llama2}}\n"
     file.write_text(text + "sft: {data: [{path: a.jsonl}]}\n")
     monkeypatch.setattr(pipeline, "count_gpus", lambda: 0)
-    monkeypatch.setattr(refusals, "input_problems", lambda *_: [])  # there is no model
+    for name in ("input_problems", "model_problems"):  # there is no model
+        monkeypatch.setattr(refusals, name, lambda *_: [])
 
     def told(*_: object) -> int:
         write_json(run.interrupted("sft"), {"step": 7, "signal": "SIGTERM"})

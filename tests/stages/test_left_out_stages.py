@@ -137,7 +137,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Stage]:
         write_json(run.result(stage), {"wall_seconds": 1.0})
 
     monkeypatch.setattr(pipeline, "count_gpus", lambda: 0)
-    monkeypatch.setattr(refusals, "input_problems", lambda *_: [])  # there is no model
+    for name in ("input_problems", "model_problems"):  # there is no model
+        monkeypatch.setattr(refusals, name, lambda *_: [])
     monkeypatch.setattr(pipeline, "_run_stage", finish)
     return done
 

@@ -31,7 +31,8 @@ PYTHON = sys.executable
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(pipeline, "count_gpus", lambda: 0)
-    monkeypatch.setattr(refusals, "input_problems", lambda *_: [])  # there is no model
+    for name in ("input_problems", "model_problems"):  # there is no model
+        monkeypatch.setattr(refusals, name, lambda *_: [])
     path = tmp_path / "my.yaml"
     text = f"run_dir: {tmp_path / 'run'}\nbackbone: {{path: llama}}\nchat: {{template: llama2}}\n"
     stages = "".join(f"{stage}: {{data: [{{path: {stage}.jsonl}}]}}\n" for stage in STAGES)
@@ -77,7 +78,9 @@ def test_runs_the_stages_in_order_then_reports(
     assert json.loads(run.summary.read_text())["wall_seconds"]["total"] == 30.0
     assert run.report.is_file()
     out = capsys.readouterr().out
-    assert "train_sft.py" in out and "reward 10 s" in out and f"Report: {run.report}" in out
+    assert f"sft: launcher and libraries write to {run.log('sft')}" in out
+    assert "train_sft.py my.yaml" not in out and "train_sft.py" in run.log("sft").read_text()
+    assert "reward 10 s" in out and f"Report: {run.report}" in out
     assert "Reward model accuracy on held-out pairs: 0.800" in out
 
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +164,7 @@ def test_a_data_set_that_the_hub_does_not_have(work: Path, monkeypatch: pytest.M
             assert (name, timeout) == ("somebody/notes", refusals.HUB_SECONDS)
             raise self.error
 
-    monkeypatch.setattr(refusals, "HfApi", Hub)
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     (work / "c.yaml").write_text(json.dumps(GOOD))
     with pytest.raises(AssertionError, match="launched"):  # the cache may have it
         run_pipeline("c.yaml", ["sft.data=[{path: somebody/notes}]"])
@@ -188,3 +190,19 @@ def test_a_sliding_window_limits_no_length(tmp_path: Path) -> None:
         {"run_dir": "r", "backbone": {"path": str(tmp_path), "dtype": "float32"}}
     )
     assert refusals._backbone_problems(cfg) == ([], 256)
+
+
+def test_what_is_missing_is_refused_without_torch(work: Path) -> None:
+    """A second, not the twenty that torch and transformers can take on a busy machine."""
+    change_config(work / "model", model_type="gemma2")
+    (work / "c.yaml").write_text(json.dumps(GOOD))
+    wrong = ["sft.data=[{path: x.jsonl}]", "sft.batch_size=9", "sft.microbatch_size=9"]
+    words = ["run", "c.yaml", *wrong, "--num-gpus", "2"]
+    code = (
+        f"import sys; from chatllama import cli; assert cli.main({words!r}) == 2;"
+        "print(*{'torch', 'transformers', 'datasets', 'matplotlib'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
+    for part in ("3 problems", "a 'gemma2' model", "x.jsonl", "sft.batch_size 9"):
+        assert part in done.stderr

@@ -31,6 +31,8 @@ def initialise(section: DeepSpeedSection) -> None:
         torch.cuda.set_device(device())
     open_groups(section.timeout_minutes)
     barrier()  # from here on the end of a rank is noticed at once
+    if device().type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns of the missing GPU
     import deepspeed
 
     # The shared-memory op needs a C++ compiler and 40 s at first use; gloo serves as well.

@@ -8,8 +8,8 @@ from dataclasses import replace
 from chatllama.config.schema import Config
 from chatllama.reporting.tracker import Tracker
 from chatllama.runs import interruption
-from chatllama.runs.checkpoints import newest_good, step_folders
-from chatllama.runs.folder import RunFolder
+from chatllama.runs.checkpoints import newest_good
+from chatllama.runs.folder import RunFolder, step_folders
 from chatllama.runtime.distributed import from_rank_zero, rank
 from trainers.engine.engine import Engine
 from trainers.ppo.health.monitor import (

@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -29,8 +29,10 @@ from chatllama.runs import interruption
 from chatllama.runs import lock as run_lock
 from chatllama.runs.folder import RunFolder, Stage, check_run_dir
 from chatllama.runs.outcome import record_failure
+from chatllama.runtime import lent_terminal
 from chatllama.runtime.command_line import printable, shown_only
 from chatllama.runtime.gpu import let_memory_grow
+from chatllama.runtime.waiting import doing
 from chatllama.text.tokenizer_files import own_template_exists
 from trainers.stages.launcher import SCRIPTS
 
@@ -185,7 +187,6 @@ def _is_here(key: str, path: str, pair: str) -> bool:
     return Path(path).exists() or (bool(pattern) and any(Path().glob(pattern)))
 
 
-@shown_only("stdout", "stderr")
 def run_stage(main: Callable[[], None]) -> None:
     """Runs a script's `main`; the first error of a job is printed and ends all of its ranks.
 
@@ -196,11 +197,23 @@ def run_stage(main: Callable[[], None]) -> None:
     be written is dropped.
     """
     interruption.listen()
+    lent_terminal.take_terminal()
+    lent_terminal.log_apart(None)
+    with shown_only("stdout", "stderr"):
+        _run_stage(main)
+    lent_terminal.give_back()
+
+
+def _run_stage(main: Callable[[], None]) -> None:
+    waits = doing("loading libraries") if _is_printing_rank() else nullcontext()
     try:
-        main()
+        with waits:
+            main()
         return
     except interruption.Interrupted as reason:
-        code, message = reason.exit_code, str(reason) if _is_printing_rank() else ""
+        # `chatllama run` says it in its own words.
+        is_said = _is_printing_rank() and not lent_terminal.is_lent()
+        code, message = reason.exit_code, str(reason) if is_said else ""
     except SystemExit as end:
         if end.code:
             _release_other_nodes()

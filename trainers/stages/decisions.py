@@ -15,8 +15,7 @@ from typing_extensions import TypedDict
 
 from chatllama.config.schema import Config
 from chatllama.model.integrity import check_base_files, check_outputs, tell_unknown
-from chatllama.runs.checkpoints import step_folders, step_of
-from chatllama.runs.folder import INFO, STAGES, RunFolder, Stage
+from chatllama.runs.folder import INFO, STAGES, RunFolder, Stage, step_folders, step_of
 from chatllama.runtime.json_files import read_json
 from trainers.stages import lineage
 

@@ -5,21 +5,29 @@ Which stages run is decided in `pipeline.py`; `processes.py` runs the command.
 
 import os
 import runpy
+import shlex
 import shutil
 import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from chatllama.config.batch_sizes import check_batches
 from chatllama.config.errors import ConfigError
 from chatllama.config.schema import Config
-from chatllama.runs.folder import Stage
+from chatllama.runs.folder import RunFolder, Stage
+from chatllama.runtime.command_line import printable
+from chatllama.runtime.gpu import has_gpu_driver
 
 SCRIPTS: dict[Stage, str] = {"sft": "train_sft.py", "reward": "train_rm.py", "ppo": "train_ppo.py"}
 CPU_RANKS = 2
+START = "--- "
+"""Begins a start in the log of a stage."""
+LAST_LINES = 8
+"""Of the log, shown after a failure."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +86,11 @@ class Launch:
 
 def count_gpus() -> int:
     """GPUs that this process may use."""
-    from chatllama.runtime import distributed
+    if not has_gpu_driver():
+        return 0  # without importing torch, which takes seconds
+    from chatllama.runtime.distributed import visible_gpus
 
-    if distributed.device().type == "cpu":
-        return 0
-    import torch
-
-    return torch.cuda.device_count()
+    return visible_gpus()
 
 
 def choose_ranks(cfg: Config, wanted: int | None, gpus: int, cores: int) -> int:
@@ -230,3 +236,26 @@ def stage_environment(ranks: int, cores: int, cpu_only: bool) -> dict[str, str]:
     if tools not in path.split(os.pathsep):
         environment["PATH"] = tools + os.pathsep + path
     return environment
+
+
+def open_log(run: RunFolder, stage: Stage, command: Sequence[str]) -> Path:
+    """The file for what launcher and libraries say, with the command of this start at its end."""
+    log = run.log(stage)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    now = datetime.now().isoformat(sep=" ", timespec="seconds")
+    with log.open("a", encoding="utf-8") as stream:
+        stream.write(f"{START}{now}\n{shlex.join(command)}\n")
+    return log
+
+
+def log_end(log: Path | None) -> str:
+    """A sentence that names the log, and what its last start said at last; empty without one."""
+    if log is None:
+        return ""
+    text = log.read_text(encoding="utf-8", errors="replace").rpartition(START)[2]
+    lines = [printable(line) for line in text.splitlines()[2:][-LAST_LINES:]]
+    if not lines:
+        return f"Launcher and libraries said nothing else ({log}). "
+    return (
+        "\n  ".join([f"What launcher and libraries said is in {log}, which ends:", *lines]) + "\n"
+    )

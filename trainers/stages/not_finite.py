@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from chatllama.runs.checkpoints import step_folders
-from chatllama.runs.folder import RunFolder, Stage
+from chatllama.runs.folder import RunFolder, Stage, step_folders
 from chatllama.runtime.distributed import barrier, rank
 
 Batch = Mapping[str, torch.Tensor]

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from chatllama.config.batch_sizes import check_batches
 from chatllama.config.schema import Config
-from chatllama.reporting.page import write_report
 from chatllama.reporting.summary import print_results, write_summary
 from chatllama.runs.folder import STAGES, RunFolder, Stage
 from chatllama.runs.interruption import EXIT_CODE
@@ -22,6 +21,7 @@ from chatllama.runs.lock import InUse, lock_path, locked, read_owner, release_al
 from chatllama.runs.outcome import Interruption, record_failure
 from chatllama.runtime.json_files import read_json
 from chatllama.runtime.machine import count_cores
+from chatllama.runtime.waiting import doing
 from trainers.stages.arguments import load_stage_config, record_config
 from trainers.stages.decisions import Decision, decide, forget, saved_steps, set_aside
 from trainers.stages.launcher import (
@@ -29,6 +29,8 @@ from trainers.stages.launcher import (
     choose_ranks,
     count_gpus,
     hostfile_slots,
+    log_end,
+    open_log,
     run_here,
     stage_command,
     stage_environment,
@@ -104,7 +106,7 @@ def run_pipeline(
                 _run_stage(run, stage, command, environment, launch, written)
         if launch.leads:
             write_summary(run)
-            print_results(run, write_report(run))
+            print_results(run, _report(run))
 
 
 @contextmanager
@@ -117,10 +119,18 @@ def _told(run: RunFolder, stage: Stage) -> Iterator[None]:
             if isinstance(error, Exception) and not isinstance(error, StageFailed | InUse):
                 record_failure(run, stage, str(error), REFUSED if type(error) is ValueError else 1)
             release_all()  # what is locked counts as running
-            _say(f"report: {write_report(run)}")
+            _say(f"report: {_report(run)}")
         except (ValueError, OSError) as problem:  # the disk may be full
             _say(f"{run.report} was not written: {problem}")
         raise
+
+
+def _report(run: RunFolder) -> Path:
+    """Writes the page of the run."""
+    with doing("writing the report"):
+        from chatllama.reporting.page import write_report  # brings matplotlib
+
+        return write_report(run)
 
 
 def _chosen(
@@ -264,10 +274,12 @@ def _run_stage(
     Args:
         written: the config file and the overrides that the user gave.
     """
-    _say(f"{stage}: {shlex.join(command)}")
     again = shlex.join(["chatllama", "run", str(run.config), "--resume", *launch.arguments])
+    log = open_log(run, stage, command) if launch.hostfile is None else None
+    _say(f"{stage}: {f'launcher and libraries write to {log}' if log else shlex.join(command)}")
     try:
-        code = run_to_end(command, environment, lambda: _request_stop(run, stage))
+        with doing(f"{stage}: starting the processes"):
+            code = run_to_end(command, environment, lambda: _request_stop(run, stage), log)
     except (SystemExit, KeyboardInterrupt):
         if not run.interrupted(stage).is_file():
             raise
@@ -294,8 +306,8 @@ def _run_stage(
         cause = " (killed by signal 9: probably out of memory)"
     record_failure(run, stage, f"its processes ended with exit code {code}{cause}", 1)
     raise StageFailed(
-        f"stage {stage} failed with exit code {code}{cause}. To go on from its newest checkpoint, "
-        f"if there is one, or from its start:\n  {again}",
+        f"stage {stage} failed with exit code {code}{cause}. {log_end(log)}To go on from its "
+        f"newest checkpoint, if there is one, or from its start:\n  {again}",
         code,
     )
 

@@ -6,18 +6,26 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from chatllama.runs.interruption import EXIT_CODE
+from chatllama.runtime.lent_terminal import VARIABLE, Lender, lender
+from chatllama.runtime.waiting import hide_line, now_doing
 
 GRACE_SECONDS = 40.0
 """Time for processes to end after a signal; the launcher gives its ranks 30 s."""
 
 
 def run_to_end(
-    command: list[str], environment: Mapping[str, str], request_stop: Callable[[], bool]
+    command: list[str],
+    environment: Mapping[str, str],
+    request_stop: Callable[[], bool],
+    log: Path | None = None,
 ) -> int:
-    """Exit code of the command, whose output passes straight through; 128 + N after signal N.
+    """Exit code of the command; 128 + N after signal N.
 
     SIGINT, SIGTERM, SIGUSR1 or SIGHUP calls `request_stop`; after it only SIGINT ends the wait for
     the command. If that returns False, or after that SIGINT, all of the command's processes get
@@ -25,6 +33,8 @@ def run_to_end(
 
     Args:
         request_stop: makes the command save and end; False if that is impossible now.
+        log: gets the command's output, except what those of its processes write that ask for the
+            terminal. None: the output passes straight through.
 
     Raises:
         KeyboardInterrupt: SIGINT came, and the command did not end with code 75.
@@ -40,13 +50,26 @@ def run_to_end(
         watched.append(signal.SIGHUP)
     before = {signum: signal.signal(signum, note) for signum in watched}
     try:
-        process = subprocess.Popen(
-            command, env=dict(environment), start_new_session=True, preexec_fn=_ignore_sigusr1
-        )
-        try:
-            _wait(process, received, request_stop)
-        finally:
-            _end_group(process, terminate_first=bool(received))
+        with ExitStack() as stack:
+            lent: Lender | None = None
+            output: dict[str, Any] = {}
+            if log is not None:
+                lent = stack.enter_context(lender())
+                opened = stack.enter_context(log.open("ab"))
+                output = {"stdout": opened, "stderr": opened}
+                environment = {**environment, VARIABLE: lent.path}
+            process = subprocess.Popen(
+                command,
+                env=dict(environment),
+                start_new_session=True,
+                preexec_fn=_ignore_sigusr1,
+                **output,
+            )
+            try:
+                _wait(process, received, request_stop, lent)
+            finally:
+                hide_line(False)
+                _end_group(process, terminate_first=bool(received))
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
@@ -63,11 +86,20 @@ def _ignore_sigusr1() -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-def _wait(process: subprocess.Popen, received: list[int], request_stop: Callable[[], bool]) -> None:
+def _wait(
+    process: subprocess.Popen,
+    received: list[int],
+    request_stop: Callable[[], bool],
+    lent: Lender | None,
+) -> None:
     """Returns when the command has ended or must be ended."""
-    requested_after = 0
+    requested_after, hidden = 0, False
     # The launcher may be ended by the same signal; its ranks then save without it.
     while process.poll() is None or (requested_after and _living(process.pid)):
+        if lent is not None and lent.serve() != hidden:
+            hidden = not hidden
+            hide_line(hidden)
+            now_doing("ending the processes")
         if requested_after and signal.SIGINT in received[requested_after:]:
             return
         if received and not requested_after:

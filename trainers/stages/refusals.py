@@ -1,14 +1,12 @@
 """What can be refused before a process is launched, in one list.
 
-Reads config.json, headers of weight files and names of data files; no weights and no records.
+Reads config.json, headers of weight files and names of data files; no weights and no records. What
+needs torch, which takes seconds to import, is looked at where nothing else is wrong.
 """
 
 from collections.abc import Callable, Collection, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-
-from huggingface_hub import HfApi
-from huggingface_hub.errors import RepositoryNotFoundError
 
 from chatllama.config.base import load_function
 from chatllama.config.errors import ConfigError
@@ -17,11 +15,11 @@ from chatllama.config.nearest import files_like
 from chatllama.config.schema import Config
 from chatllama.config.sources import DataSource, language_codes
 from chatllama.config.stage_checks import check_stages
-from chatllama.model.backbone import check_kernels, read_config
-from chatllama.model.llama_config import check_model_folder, check_weights
-from chatllama.model.weight_files import config_folder
+from chatllama.model.llama_config import check_model_folder, check_trainable, check_weights
 from chatllama.reporting.tracker import TRACKERS
 from chatllama.runs.folder import STAGES, RunFolder, Stage
+from chatllama.runtime.hub import model_folder
+from chatllama.runtime.waiting import doing
 from data.reading.files import find_aligned, find_files
 from trainers.stages.arguments import load_stage_config
 
@@ -59,13 +57,16 @@ def load_checked_config(
             problems += error.problems
         except ValueError as error:
             problems.append(str(error))
+    if pending and not problems:
+        with doing(f"looking at {cfg.backbone.path or 'the backbone'}"):
+            problems = model_problems(cfg)
     if problems or unsettled:
         raise ConfigError(path, problems or [unsettled])
     return cfg
 
 
 def input_problems(cfg: Config, stages: Collection[Stage], given: Config | None) -> list[str]:
-    """What is wrong with what the stages start from; empty if nothing is.
+    """What the stages need and the config names wrongly, without a look into the model.
 
     Args:
         given: the config before defaults were written out, to see which lengths were asked for.
@@ -107,19 +108,41 @@ def _backbone_problems(cfg: Config) -> tuple[list[str], int | None]:
         wrong = [FLASH_WITHOUT_MODEL] if section.attn_implementation == "flash_attention_2" else []
         return wrong, section.from_scratch.max_positions
     path = str(section.path)
-    trusted = section.trust_remote_code
     try:
-        folder = config_folder(path, section.revision, trusted)
-        check_model_folder(folder)
+        values = check_model_folder(model_folder(path, section.revision, _read_files(cfg)))
+        check_trainable(path, values)
+        return [], values.get("max_position_embeddings")
+    except ValueError as error:
+        near = "" if Path(path).exists() else files_like(path)
+        return [_with_key(error) + near], None
+
+
+def model_problems(cfg: Config) -> list[str]:
+    """Kernels that do not work here or for this model, and weights that are not its own."""
+    section = cfg.backbone
+    if section.from_scratch is not None:
+        return []
+    path, trusted = str(section.path), section.trust_remote_code
+    from chatllama.model.backbone import check_kernels, read_config
+
+    try:
+        folder = model_folder(path, section.revision, _read_files(cfg))
         config = read_config(path, folder, trusted)
         check_kernels(section, config)
         if Path(path).is_dir() and not trusted:  # own code may have other tensors
             check_weights(config, folder)
-        return [], config.max_position_embeddings
     except ValueError as error:
-        near = "" if Path(path).exists() else files_like(path)
-        key = "" if str(error).startswith("backbone.") else "backbone.path: "
-        return [f"{key}{error}{near}"], None
+        return [_with_key(error)]
+    return []
+
+
+def _read_files(cfg: Config) -> list[str]:
+    """What is fetched of a hub id before anything is launched."""
+    return ["config.json", *(["*.py"] if cfg.backbone.trust_remote_code else [])]
+
+
+def _with_key(error: ValueError) -> str:
+    return f"{'' if str(error).startswith('backbone.') else 'backbone.path: '}{error}"
 
 
 FLASH_WITHOUT_MODEL = (
@@ -169,6 +192,9 @@ def _source_problems(key: str, sources: Collection[DataSource]) -> Iterator[str]
         except ValueError as error:
             yield f"{place}: {error}"
             continue
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import RepositoryNotFoundError
+
         try:
             HfApi().dataset_info(source.path, timeout=HUB_SECONDS)
         except RepositoryNotFoundError:

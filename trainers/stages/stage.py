@@ -18,8 +18,10 @@ from chatllama.runtime import distributed
 from chatllama.runtime.distributed import rank
 from chatllama.runtime.files import write_json
 from chatllama.runtime.gpu import choose_kernels
+from chatllama.runtime.lent_terminal import log_apart
 from chatllama.runtime.libraries import quiet_libraries
 from chatllama.runtime.machine import machines_of_job
+from chatllama.runtime.waiting import now_doing
 from chatllama.text.chat_format import describe_contract, template_line
 from chatllama.text.tokenizer import load_tokenizer
 from trainers.engine.start import initialise
@@ -27,7 +29,7 @@ from trainers.stages import memory
 from trainers.stages.arguments import record_config
 from trainers.stages.decisions import check_earlier, check_resumed, finished_before
 from trainers.stages.lineage import finish as complete_record
-from trainers.stages.refusals import input_problems
+from trainers.stages.refusals import input_problems, model_problems
 
 
 def has_finished(cfg: Config, run: RunFolder, stage: Stage, resume: bool) -> bool:
@@ -47,7 +49,8 @@ def has_finished(cfg: Config, run: RunFolder, stage: Stage, resume: bool) -> boo
         print_lines([f"stage {stage} of {run.root} has finished before: {run.result(stage)}"])
     else:
         check_earlier(cfg, run, stage)
-        if rank() == 0 and (problems := input_problems(cfg, [stage], None)):
+        problems = input_problems(cfg, [stage], None) or model_problems(cfg) if rank() == 0 else []
+        if problems:
             raise ConfigError(f"stage {stage}", problems)
     return finished
 
@@ -72,13 +75,17 @@ def join(cfg: Config, run: RunFolder, stage: Stage, lock: str | None) -> None:
         for old in (run.interrupted(stage), run.failed(stage)):
             old.unlink(missing_ok=True)
     quiet_libraries()
+    log_apart(run.log(stage) if distributed.nodes() == 1 else None)
     choose_kernels(cfg.deterministic)
     gpus = distributed.visible_gpus()
     if gpus > 1 and not distributed.is_launched():
         print_lines(
             [f"using one of {gpus} GPUs: `deepspeed` in place of `python` uses all of them"]
         )
+    now_doing("joining the other processes")
     initialise(cfg.deepspeed)
+    log_apart(None)  # deepspeed was imported
+    now_doing(f"{stage}: opening the run folder")
 
 
 def open_stage(cfg: Config, run: RunFolder, stage: Stage) -> PreTrainedTokenizerFast:
@@ -110,6 +117,7 @@ def open_stage(cfg: Config, run: RunFolder, stage: Stage) -> PreTrainedTokenizer
     )
     print_lines([template_line(tokenizer, cfg.chat)])
     print_lines(_where_curves_are(cfg, run, stage))
+    now_doing(f"{stage}: reading the data")
     return tokenizer
 
 

@@ -11,8 +11,7 @@ import datasets
 import pytest
 
 from chatllama.config.sources import DataSource, Format
-from data.caching import PROJECT_ROOT
-from data.reading.files import find_files
+from data.reading.files import PROJECT_ROOT, find_files
 from data.reading.records import Kind
 from data.reading.source import _decode, _load_hub, read_source
 
