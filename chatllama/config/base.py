@@ -59,6 +59,13 @@ def load_function(name: str, key: str) -> Callable[..., Any]:
             raise ValueError("it has no colon")
         found = pkgutil.resolve_name(inner)
     except (ImportError, AttributeError, ValueError) as error:
+        if inner.startswith("__main__:"):
+            own = inner.partition(":")[2]
+            raise ValueError(
+                f"{key}: {own} is a function of the script or notebook that trained this run, and "
+                f"is not to be found here. Go on there: chatllama.train(..., reward={own}, "
+                f"resume=True); or put it into a module and give that as module:{own}"
+            ) from error
         raise ValueError(
             f"{key}: {name!r} is not `module:function` of an importable module: {error!r}"
         ) from error
@@ -70,6 +77,24 @@ def load_function(name: str, key: str) -> Callable[..., Any]:
             f"{key}: {name!r}: Python finds another module of that name, {file}; rename yours"
         )
     return found
+
+
+def function_file(name: str) -> Path | None:
+    """The file that holds a function of that name, without importing it; None if not known."""
+    folder, _, inner = name.rpartition("/")
+    module = inner.partition(":")[0]
+    if module == "__main__":
+        file = vars(sys.modules[module]).get("__file__")
+        return Path(file) if file else None
+    first, *rest = module.split(".")
+    here = [folder] if folder else [os.getcwd(), *sys.path]
+    spec = importlib.machinery.PathFinder.find_spec(first, here)
+    if spec is None or spec.origin is None:
+        return None
+    place = Path(spec.origin)
+    if rest:
+        place = place.parent.joinpath(*rest).with_suffix(".py")
+    return place if place.is_file() else None
 
 
 def with_folder(name: str) -> str:

@@ -62,6 +62,7 @@ class _Record(TypedDict):
     base: _Base
     data: dict[str, _Data]
     parents: dict[str, str | None]
+    functions: NotRequired[dict[str, str | None]]
     outputs: NotRequired[dict[str, str | None]]
     files: NotRequired[dict[str, str | None]]
     changed: NotRequired[list[list[str]]]

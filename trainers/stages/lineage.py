@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from chatllama import __version__
-from chatllama.config.base import Section
+from chatllama.config.base import Section, function_file
 from chatllama.config.errors import nested_section
 from chatllama.config.schema import Config
 from chatllama.config.sources import DataSource
@@ -59,6 +59,7 @@ def gather(
         "base": base_record(cfg, run, fresh),
         "data": dict(_data(cfg, stage, known.get("data", {}))),
         "parents": parents(cfg, run, stage),
+        "functions": _functions(cfg) if stage == "ppo" else {},
     }
 
 
@@ -223,6 +224,10 @@ def other_versions(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for name in sorted(old["packages"].keys() | new["packages"].keys())
         if old["packages"].get(name) != new["packages"].get(name)
     ]
+    before = old.get("functions", {})
+    for name, sha in new.get("functions", {}).items():
+        if None not in (sha, before.get(name)) and sha != before[name]:
+            found.append(f"the file of function {name} has been changed")
     if old["code"] != new["code"]:
         found.append(f"chatllama {old['code']['version']} then, another source now")
     return found
@@ -269,6 +274,13 @@ def parents(cfg: Config, run: RunFolder, stage: Stage) -> dict[str, str | None]:
         given = [source.adapter for source in cfg.ppo.rewards]
         found |= {path: folder_hash(Path(path)) for path in given if path not in (None, "run")}
     return found
+
+
+def _functions(cfg: Config) -> dict[str, str | None]:
+    """Name of each function of the config -> hash of its file, where that is known."""
+    names = [source.function for source in cfg.ppo.rewards] + [cfg.evaluation.gold]
+    files = {name: function_file(name) for name in names if name is not None}
+    return {name: file and file_hash(file) for name, file in files.items()}
 
 
 def _data(cfg: Config, stage: Stage, known: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -220,14 +220,14 @@ def _check_machines(launch: Launch, decisions: Mapping[Stage, Decision]) -> None
 
 def _prepare(run: RunFolder, stage: Stage, decision: Decision, launch: Launch) -> None:
     """Prints the decision about a stage and its reasons, and moves or removes the old result."""
+    notes = f" ({'; '.join(decision.notes)})" if decision.notes else ""
     match decision.action:
         case "keep":
-            notes = f" ({'; '.join(decision.notes)})" if decision.notes else ""
             _say(f"{stage}: finished before, kept{notes}")
         case "do":
             _say(f"{stage}: to be done")
         case "go on":
-            _say(f"{stage}: goes on from its newest checkpoint")
+            _say(f"{stage}: goes on from its newest checkpoint{notes}")
         case "prolong":
             _say(
                 f"{stage}: is prolonged from its newest checkpoint ({'; '.join(decision.reasons)})"
