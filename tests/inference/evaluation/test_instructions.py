@@ -85,7 +85,7 @@ def test_losses_are_those_of_plain_transformers_and_answers_are_greedy(
         [{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}]
         for text in TEXTS[:4]
     ]
-    messages[1] += [{"role": "user", "content": "and"}, {"role": "assistant", "content": "more"}]
+    messages[1].extend(({"role": "user", "content": "and"}, {"role": "assistant", "content": "x"}))
     path = tmp_path / "held.jsonl"
     append_lines(path, [{"messages": each} for each in messages])
     words = ["eval", str(run.root), "--suite", "instructions", "--data", str(path)]

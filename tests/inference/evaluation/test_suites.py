@@ -70,23 +70,30 @@ def run(
     return make_run(tmp_path_factory.mktemp("suites") / "run", tiny_tokenizer_dir)
 
 
-def reference(run: RunFolder, role: str, task: str, records: Any, shots: int) -> dict[str, Any]:
+def reference(
+    model: Path, adapter: Path | None, task: str, folder: Path, shots: int, limit: int
+) -> dict[str, Any]:
     """What lm-eval's own `hf` model, on files alone, finds."""
     from lm_eval.evaluator import simple_evaluate
 
     from chatllama.inference.evaluation.harness import task_manager
 
-    folders = {"sft": run.sft_adapter, "policy": run.policy_adapter}
-    adapter: dict[str, Any] = {"peft": str(folders[role])} if role in folders else {}
-    spec = {"group": "g", "task": [{"task": task, "custom_dataset": records}]}
+    peft = {"peft": str(adapter)} if adapter else {}
+    spec = {"group": "g", "task": [{"task": task, "custom_dataset": local_records(task, folder)}]}
     found = simple_evaluate(
         "hf",
-        model_args={"pretrained": str(run.backbone), "dtype": "float32", **adapter},
-        tasks=[spec], num_fewshot=shots, limit=20, batch_size=4, device="cpu", log_samples=False,
+        model_args={"pretrained": str(model), "dtype": "float32", **peft},
+        tasks=[spec], num_fewshot=shots, limit=limit, batch_size=4, device="cpu", log_samples=False,
         task_manager=task_manager(),
     )  # fmt: skip
     assert found and "results" in found
     return dict(found["results"][task])
+
+
+def assert_equal(ours: dict[str, Any], theirs: dict[str, Any], task: str) -> None:
+    for name in ("acc", "acc_norm") if task == "hellaswag" else ("acc",):
+        assert ours[name] == theirs[f"{name},none"]
+        assert ours[f"{name}_stderr"] == theirs[f"{name}_stderr,none"]
 
 
 @pytest.mark.slow
@@ -99,16 +106,32 @@ def test_figures_are_those_of_lm_evals_own_model(
     words = ["--suite", task, "--shots", str(shots), "--data", str(testdata / data)]
     assert cli.main(["eval", str(run.root), *words, "--limit", "20", "--batch-size", "4"]) == 0
     seen: set[float] = set()
-    for role in ("base", "sft", "policy"):
+    adapters = {"base": None, "sft": run.sft_adapter, "policy": run.policy_adapter}
+    for role, adapter in adapters.items():
         path = run.root / "benchmarks" / task / f"{role}.json"
         ours = json.loads(path.read_text())["tasks"][task]
-        theirs = reference(run, role, task, local_records(task, testdata / data), shots)
-        for name in ("acc", "acc_norm") if task == "hellaswag" else ("acc",):
-            assert ours[name] == theirs[f"{name},none"]
-            assert ours[f"{name}_stderr"] == theirs[f"{name}_stderr,none"]
-            seen.add(ours[name])
+        theirs = reference(run.backbone, adapter, task, testdata / data, shots, 20)
+        assert_equal(ours, theirs, task)
+        seen |= {value for name, value in ours.items() if name in ("acc", "acc_norm")}
         assert ours["items"] == 20
     assert len(seen) > 1  # roles differ, or the comparison would prove little
+
+
+@pytest.mark.slow
+def test_a_trained_models_figures_are_those_of_lm_eval(
+    testdata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HellaSwag, and three subjects of MMLU, whose five examples do not fit its 512 positions."""
+    monkeypatch.chdir(tmp_path)
+    model = testdata / "stories260k" / "hf"
+    subjects = [f"mmlu_{name}" for name in ("anatomy", "astronomy", "abstract_algebra")]
+    for suite, data, shots in (("hellaswag", "hellaswag", 0), (",".join(subjects), "mmlu", 5)):
+        words = ["--suite", suite, "--shots", str(shots), "--data", str(testdata / data)]
+        assert cli.main(["eval", str(model), *words, "--limit", "8", "--batch-size", "4"]) == 0
+        path = tmp_path / "runs/hf/benchmarks" / suite.replace(",", "+") / "base.json"
+        for task, ours in json.loads(path.read_text())["tasks"].items():
+            assert_equal(ours, reference(model, None, task, testdata / data, shots, 8), task)
+            assert ours["items"] == 8 and (shots == 0 or ours["truncated"] > 0)
 
 
 @pytest.mark.slow
