@@ -11,7 +11,7 @@ from typing import Any
 from chatllama.config.schema import Config, with_weights
 from chatllama.inference.evaluation.cli import SuiteOptions
 from chatllama.inference.folders import find_model, is_run
-from chatllama.inference.options import ADAPTER_WEIGHTS, GenerationRole, find_role
+from chatllama.inference.options import ADAPTER_WEIGHTS, GenerationRole, digest, find_role
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.command_line import tell
 from chatllama.runtime.digests import file_hashes
@@ -75,9 +75,13 @@ def evaluate_suite(place: str | Path, options: SuiteOptions) -> dict[str, Result
                 names: dict[GenerationRole, Any] = {each: acting_as_role(each) for each in adapters}
                 loaded = load_run(run, cfg, [*names.values()], options.trust_remote_code)
                 answerers = {each: Answerer(loaded, name) for each, name in names.items()}
-            lm = harness.RoleLM(answerers[role], options.batch_size or cfg.generation.batch_size)
+            partial = folder / f"{role}.{task}.{digest(own)}.jsonl"
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            size = options.batch_size or cfg.generation.batch_size
+            lm = harness.RoleLM(answerers[role], size, partial)
             found[role][task] = harness.measure(lm, task, suite.shots, options.limit, options.data)
             write_json(path, {"settings": own, "tasks": found[role]})
+            partial.unlink(missing_ok=True)
             tell(f"{role}: {task} ({number} of {len(tasks)}): {_shown(found[role][task])}")
     print("\n".join(_table(found, groups, suite.published)))
     print(f"written: {folder}")

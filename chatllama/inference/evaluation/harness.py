@@ -20,6 +20,7 @@ from chatllama.generation.sampling import Sampling
 from chatllama.inference.answerer import Answerer
 from chatllama.inference.evaluation.suites import SUITES, local_records
 from chatllama.model.roles import sampling_as
+from chatllama.runtime.jsonl import append_lines, read_lines
 from chatllama.text.chat_format import Message
 
 _HFLM: Any = HFLM  # its decorators hide its type
@@ -33,27 +34,44 @@ class RoleLM(_HFLM):
 
     Likelihoods are HFLM's, by the active role. Where a task has the model write, its text is one
     message of the user under the run's chat contract, answered greedily.
+
+    Args:
+        partial: file in which a task's likelihoods are kept as they come, and found again after an
+            interruption. It belongs to one role, task and settings.
     """
 
-    def __init__(self, answerer: Answerer, batch_size: int) -> None:
+    def __init__(self, answerer: Answerer, batch_size: int, partial: Path) -> None:
         super().__init__(
             pretrained=answerer.model.llama,
             tokenizer=answerer.loaded.tokenizer,
             batch_size=batch_size,
         )
-        self._answerer, self._rows = answerer, batch_size
+        self._answerer, self._rows, self._partial = answerer, batch_size, partial
         self.truncated = 0
+        self.set_cache_hook(self)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
         """As HFLM's, with bars in a terminal only."""
         return super().loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], *rest: Any, **more: Any) -> Any:
-        """As HFLM's, which cuts what is too long on the left; `truncated` counts such texts."""
+        """As HFLM's, which cuts what is too long on the left; `truncated` counts such texts.
+
+        Args:
+            requests: of each ((context, choice), their tokens).
+        """
         positions: int = self._answerer.model.llama.config.max_position_embeddings
         lengths = [len(context) + len(choice) for _, context, choice in requests]
         self.truncated += sum(length > positions + 1 for length in lengths)
-        return super()._loglikelihood_tokens(requests, *rest, **more)
+        kept = {tuple(line["request"]): tuple(line["found"]) for line in read_lines(self._partial)}
+        rest_of_them = [request for request in requests if request[0] not in kept]
+        found = iter(super()._loglikelihood_tokens(rest_of_them, *rest, **more))
+        return [kept[each[0]] if each[0] in kept else next(found) for each in requests]
+
+    def add_partial(self, kind: str, request: Any, found: Any) -> None:
+        """Keeps a likelihood that HFLM has just computed; it calls this for each."""
+        if kind == "loglikelihood":
+            append_lines(self._partial, [{"request": request, "found": found}])
 
     def _model_call(self, *inputs: Any, **more: Any) -> torch.Tensor:
         with sampling_as(self._answerer.model, self._answerer.acting):

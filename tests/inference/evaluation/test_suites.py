@@ -152,6 +152,36 @@ def test_what_was_measured_is_kept_under_equal_settings(
 
 
 @pytest.mark.slow
+def test_a_task_goes_on_where_it_was_interrupted(
+    run: RunFolder, testdata: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from chatllama.inference.evaluation.harness import RoleLM
+
+    words = ["eval", str(run.root), "--suite", "hellaswag", "--role", "base", "--limit", "6"]
+    words += ["--data", str(testdata / "hellaswag"), "--batch-size", "2"]
+    assert cli.main(words) == 0
+    folder = run.root / "benchmarks" / "hellaswag"
+    whole = (folder / "base.json").read_text()
+    (folder / "base.json").unlink()
+    calls: list[int] = []
+    model_call = RoleLM._model_call
+
+    def counted(self: Any, inputs: Any, **more: Any) -> Any:
+        calls.append(len(inputs))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return model_call(self, inputs, **more)
+
+    monkeypatch.setattr(RoleLM, "_model_call", counted)
+    assert cli.main(words) == 130
+    (partial,) = folder.glob("base.hellaswag.*.jsonl")
+    assert len(partial.read_text().splitlines()) == 8
+    assert cli.main(words) == 0
+    assert sum(calls[5:]) == 24 - 8  # six items have four endings each
+    assert (folder / "base.json").read_text() == whole and not partial.exists()
+
+
+@pytest.mark.slow
 def test_written_answers_follow_the_chat_contract(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
