@@ -80,16 +80,18 @@ class Clock:
 
 
 def gemm_rates(seconds: float = 1.0) -> tuple[float, float]:
-    """FLOPs a second and a CPU second of a float32 product, 4096 x 288 x 768.
+    """FLOPs a second and a CPU second of a float32 product, 4096 x 288 x 768, as made here.
 
     Args:
         seconds: of the CPU, to measure for.
     """
-    left, right = torch.randn(4096, WIDTH), torch.randn(WIDTH, INNER)
-    product = left @ right
+    from chatllama.runtime.products import product
+
+    left, right = torch.randn(4096, WIDTH), torch.randn(INNER, WIDTH).T
+    product(left, right)
     clock, count = Clock(), 0
     while clock.read()[1] < seconds:
-        torch.mm(left, right, out=product)
+        product(left, right)
         count += 1
     wall, cpu = clock.read()
     flops = 2.0 * 4096 * WIDTH * INNER * count
@@ -128,11 +130,13 @@ def ppo_trainer(
 
     from chatllama.model.roles import Adapter, RoleModel
     from chatllama.runs.folder import RunFolder
+    from chatllama.runtime.products import use_onednn
     from trainers.ppo.data import Prompts, prompt_row
     from trainers.ppo.model import build_engine
     from trainers.ppo.rewards import Scorer
     from trainers.ppo.train import PpoTrainer
 
+    use_onednn(llama)  # as loading a backbone does
     adapter, trained = Adapter(cfg.adapter_lora), Adapter(cfg.adapter_lora, trainable=True)
     roles = {"reference": adapter, "policy": trained, "reward": adapter, "value": trained}
     model = RoleModel(llama, roles, heads=("reward", "value"))

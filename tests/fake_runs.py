@@ -23,6 +23,7 @@ from chatllama.config.schema import Config
 from chatllama.generation import decoding_batch
 from chatllama.model import lm_head, sampling_layers
 from chatllama.model.backbone import _keep_4bit_layout
+from chatllama.model.families import family_class
 from chatllama.model.roles import Adapter, RoleModel
 from data.batches import SharedPromptCollator
 from trainers.ppo.model import build_engine as ppo_engine
@@ -53,7 +54,7 @@ def meta_llama(shape: LlamaConfig, dtype: torch.dtype) -> LlamaForCausalLM:
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            return LlamaForCausalLM(shape)
+            return family_class(shape, "ForCausalLM")(shape)
     finally:
         torch.set_default_dtype(before)
 

@@ -32,6 +32,7 @@ from chatllama.model.llama_config import check_model_folder, check_trainable, ch
 from chatllama.model.packed_attention import check_attention, registered
 from chatllama.model.weight_files import local_folder
 from chatllama.runtime.distributed import device, rank
+from chatllama.runtime.products import CPU_FLAGS, use_onednn
 from chatllama.runtime.waiting import now_doing
 
 NF4_BLOCK = 64
@@ -80,6 +81,8 @@ def load_backbone(
     _check_report(report, path)
     model.requires_grad_(False)
     _keep_frequencies(model)
+    if not is_deepspeed_zero3_enabled():  # its own products keep no whole weights for backward
+        use_onednn(model)
     if section.liger_kernel:
         use_liger(model)
     if section.quantization == "nf4":
@@ -143,9 +146,6 @@ def _check_report(report: dict[str, Any], path: str) -> None:
             f"backbone.path: {path!r} lacks {len(missing)} of the model's tensors, such as "
             f"{missing[0]}; they would be random numbers"
         )
-
-
-CPU_FLAGS = Path("/proc/cpuinfo")
 
 
 def _warn_of_slow_bfloat16(dtype: torch.dtype) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from chatllama.model.families import biased, family_of, find_family, head_dim
+from chatllama.model.families import FAMILIES, biased, family_of, find_family, head_dim
 from chatllama.model.safetensors_header import TensorEntry, model_files, read_header
 from chatllama.runtime.json_files import read_json
 
@@ -67,7 +67,7 @@ ELSEWHERE = ("transformers_weights", "adapter_config.json")
 def check_model_folder(folder: Path) -> dict[str, Any]:
     """The values of config.json; empty without one.
 
-    One of another architecture is let through as long as its keys have these types.
+    One of another architecture is let through: `check_trainable` names it.
 
     Raises:
         ValueError: a JSON file of the model is damaged, or has weights loaded from elsewhere.
@@ -76,8 +76,9 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
     config = folder / "config.json"
     values: dict[str, Any] = {}
     if config.is_file():
-        read_json(config, LlamaFile)
         values = read_json(config)
+        if values.get("model_type", "llama") in FAMILIES or "auto_map" in values:
+            read_json(config, LlamaFile)
         if values.get(key) is not None:
             raise ValueError(f"{config}: {key} is not read here; remove it")
     if (folder / "generation_config.json").is_file():

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from chatllama.runtime.distributed import call_inside
+from chatllama.runtime.products import is_plain, product
 
 CHUNK_ELEMENTS = 2**22
 """Float32 logits in memory at a time; more than 16 MiB would leave the CPU allocator's heap."""
@@ -32,7 +33,7 @@ def float32_logits(hidden: Tensor, weight: Tensor) -> Tensor:
         weight: (V, H) of the same type.
     """
     if weight.dtype == torch.float32:
-        return functional.linear(hidden, weight)
+        return product(hidden, weight.T)
     if hidden.device.type != "cpu":
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     with torch.autocast("cpu", enabled=False):  # the CPU has no such product
@@ -94,7 +95,7 @@ class _ChunkedHead(torch.autograd.Function):
                     powers.scatter_add_(1, targets[rows, None], torch.full_like(picked, -1.0))
                     errors = powers.to(kind)
                     if slopes is not None:
-                        slopes[rows] = -(errors @ weight)
+                        slopes[rows] = -product(errors, weight)
                     if weight_slopes is not None:
                         weight_slopes -= errors.T @ hidden[rows]
             else:
@@ -103,7 +104,7 @@ class _ChunkedHead(torch.autograd.Function):
                 total = powers.sum(-1, keepdim=True)
                 log_total = total.log()
                 if slopes is not None:
-                    expected = functional.linear(powers.to(hidden.dtype), weight.T) / total
+                    expected = product(powers.to(hidden.dtype), weight) / total
                     slopes[rows] = (weight[targets[rows]] - expected) / temperature
                 mean = logits.mul_(powers).sum(-1, keepdim=True) / total
                 second[rows] = (log_total - mean)[:, 0]
@@ -141,7 +142,7 @@ def token_logprobs(
         targets: (N,) int64.
         temperature: above 0.
     """
-    if type(head) is nn.Linear and not head.weight.requires_grad:
+    if is_plain(head) and not head.weight.requires_grad:
         weight = head.weight
 
         def scores(states: Tensor) -> tuple[Tensor, Tensor]:

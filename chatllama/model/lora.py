@@ -13,6 +13,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from chatllama.runtime.distributed import call_inside
+from chatllama.runtime.products import is_plain, product
 
 
 class _MergedProduct(torch.autograd.Function):
@@ -24,7 +25,7 @@ class _MergedProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, down, up)
         ctx.scale = scale
-        return x @ torch.addmm(weight, up, down, alpha=scale).T
+        return product(x, torch.addmm(weight, up, down, alpha=scale).T)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -34,9 +35,9 @@ class _MergedProduct(torch.autograd.Function):
         to_x = to_down = to_up = None
         if ctx.needs_input_grad[0]:
             merged = torch.addmm(weight, up, down, alpha=ctx.scale)
-            to_x = (slope @ merged).view(x.shape)
+            to_x = product(slope, merged).view(x.shape)
         if ctx.needs_input_grad[2]:
-            to_down = (slope @ up).mul_(ctx.scale).T @ inputs
+            to_down = product((slope @ up).mul_(ctx.scale).T, inputs)
             to_up = slope.T @ (inputs @ down.T).mul_(ctx.scale)
         return to_x, None, to_down, to_up, None
 
@@ -112,4 +113,4 @@ def check_targets(llama: nn.Module, targets: Literal["all-linear"] | Sequence[st
 
 def make_layer(target: nn.Module, adapter_name: str, **settings: Any) -> nn.Module | None:
     """For PEFT: the layer of a plain matrix's first adapter; quantised ones keep PEFT's own."""
-    return MergingLinear(target, adapter_name, **settings) if type(target) is nn.Linear else None
+    return MergingLinear(target, adapter_name, **settings) if is_plain(target) else None

@@ -20,6 +20,7 @@ from chatllama.model.last_layer import trim_last_layer
 from chatllama.model.lora import check_targets, make_layer
 from chatllama.model.packed_attention import registered
 from chatllama.model.sampling_layers import SamplingLayers, float32_head
+from chatllama.runtime.products import is_plain
 
 T = TypeVar("T")
 HALF = (torch.bfloat16, torch.float16)
@@ -215,8 +216,7 @@ def sampling_layers(model: RoleModel, role: Role) -> SamplingLayers:
 
 def mergeable(model: RoleModel) -> bool:
     """Whether every adapted matrix is a plain one, neither quantised nor split over ranks."""
-    bases = [layer.get_base_layer() for layer in model._lora_layers]
-    return all(type(base) is nn.Linear and base.weight.ndim == 2 for base in bases)
+    return all(is_plain(x.get_base_layer()) and x.weight.ndim == 2 for x in model._lora_layers)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from chatllama.model.families import family_class
 from chatllama.model.lm_head import float32_logits
+from chatllama.runtime.products import is_plain
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Projections of a decoder layer that read one tensor."""
@@ -148,7 +149,7 @@ class SamplingLayers:
 def float32_head(llama: LlamaForCausalLM) -> Iterator[None]:
     """The LM head gives float32 sums of its products inside, not sums rounded to 16 bits."""
     head = llama.lm_head
-    if type(head) is not nn.Linear or "forward" in vars(head):
+    if not is_plain(head) or "forward" in vars(head):
         yield
         return
     vars(head)["forward"] = lambda hidden: float32_logits(hidden, head.weight)

@@ -41,10 +41,10 @@ class Pass:
         """Positions that are read."""
         return self.rows * (self.read or self.length)
 
-    @property
-    def mask_elements(self) -> int:
-        """Of the mask, as attention takes it."""
-        return self.rows * self.length**2 * self.masked
+    def mask_elements(self, window: int | None) -> int:
+        """Of the mask, as attention takes it; texts longer than a window have one in each layer."""
+        masked = self.masked or (window is not None and window < self.length)
+        return self.rows * self.length**2 * masked
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def kept_by_layer(
     size = precision.product
     numbers = 8.0 * hidden + 8 + 4 * shape.num_attention_heads
     numbers += size * (2 * shape.query_width + 2 * shape.key_width + 3 * inner)
-    extra = float(size * step.mask_elements)
+    extra = float(size * step.mask_elements(shape.window))
     if lora is None:
         numbers += (18 if precision.half else 16) * hidden + size * inner  # norms train too
         return numbers * step.tokens + extra
@@ -122,7 +122,7 @@ def transient_backward(
 def transient_forward(shape: ModelShape, precision: Precision, step: Pass) -> float:
     """Bytes of a pass without gradients at their most, inside one layer."""
     hidden, inner = shape.hidden_size, shape.intermediate_size
-    mask = float((1 + precision.product) * step.mask_elements)
+    mask = float((1 + precision.product) * step.mask_elements(shape.window))
     inside = 8 * hidden + 8 * inner if precision.half else 17 * hidden + 12 * inner
     return float(inside * step.tokens) + mask
 

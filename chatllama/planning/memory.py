@@ -25,6 +25,7 @@ from chatllama.planning.activations import (
 )
 from chatllama.planning.shape import ModelShape
 from chatllama.planning.sharding import bucket_bytes, gathered_bytes, resident_state, step_state
+from chatllama.planning.source import reward_model_bytes
 from chatllama.runs.folder import Stage
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -163,6 +164,10 @@ def _resident(cfg: Config, shape: ModelShape, place: Place, stage: Stage) -> Ite
     if stage == "ppo" and cfg.generation.engine == "local" and zero.stage < 3:
         half = cfg.backbone.dtype == "bfloat16"
         yield Line("copy in 16 bits, for sampling", 2.0 * adapter * half, "policy")
+    for source in cfg.ppo.rewards if stage == "ppo" else []:
+        if source.model is not None:
+            size = reward_model_bytes(source.model) or 0.0
+            yield Line(f"weights of {source.model}", size, "reward model")
     if zero.stage == 3:
         yield Line("buffer of gradient reduction", bucket_bytes(sum(trained.values())))
 

@@ -8,6 +8,7 @@ from chatllama.planning.hardware import OVERHEAD, Gpu, gigabytes
 from chatllama.planning.memory import Line, Place, StageMemory, plan_memory
 from chatllama.planning.rates import expected_seconds, nearest_rates
 from chatllama.planning.shape import ModelShape
+from chatllama.planning.source import reward_model_bytes
 from chatllama.planning.totals import batch_lines, bound_seconds, disk_bytes, host_bytes, stage_work
 from chatllama.planning.verdict import Settings, judge, remedies, suggest
 from chatllama.runs.folder import Stage
@@ -59,6 +60,9 @@ def plan_lines(
     )
     if cfg.backbone.attn_implementation == "eager":
         yield "attn_implementation eager keeps tables of all tokens against all, not counted here"
+    for source in cfg.ppo.rewards if "ppo" in cfg.trained_stages else []:
+        if source.model is not None and reward_model_bytes(source.model) is None:
+            yield f"ppo.rewards: {source.model} is not on this machine and not counted"
     for stage in cfg.stages:
         if stage not in cfg.trained_stages:
             yield f"{stage}: a finished adapter takes its place"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chatllama.config.model import FromScratch, LoraSection
-from chatllama.model.families import FAMILIES, biased, head_dim
+from chatllama.model.families import FAMILIES, Family, biased, head_dim
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class ModelShape:
     """Matrices with a bias."""
     head_norms: bool = False
     """RMSNorm over each query and key head."""
+    window: int | None = None
+    """Tokens that layers look back over, where some do not see the whole text."""
 
     @property
     def query_width(self) -> int:
@@ -148,7 +150,18 @@ def read_shape(config: Mapping[str, Any], where: str) -> ModelShape:
         tie_word_embeddings=bool(config.get("tie_word_embeddings")),
         biased=biased(family, config),
         head_norms=family.head_norms,
+        window=size("sliding_window") if _has_window(family, config) else None,
     )
+
+
+def _has_window(family: Family, config: Mapping[str, Any]) -> bool:
+    """Whether layers look back over `sliding_window` tokens only, by the keys of config.json."""
+    if not family.windows or config.get("sliding_window") is None:
+        return False
+    types = config.get("layer_types")
+    if types is not None:
+        return "sliding_attention" in types
+    return family.name == "mistral" or bool(config.get("use_sliding_window"))
 
 
 def from_scratch_shape(section: FromScratch) -> ModelShape:

@@ -47,6 +47,31 @@ def _read(file: Path) -> ModelShape:
     return read_shape(content, str(file))
 
 
+def reward_model_bytes(path: str) -> float | None:
+    """Bytes of the weights of a reward model of any family; None: they are not on this machine.
+
+    It is loaded in the type of its files.
+
+    Args:
+        path: a folder, or a hub id whose files are in the cache.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        try:
+            found = try_to_load_from_cache(path, "config.json")
+        except ValueError:  # neither a folder nor a hub id
+            found = None
+        if not isinstance(found, str):
+            return None
+        folder = Path(found).parent
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        if files := list(folder.glob(pattern)):
+            return float(sum(file.stat().st_size for file in files))
+    return None
+
+
 def _fetched(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -88,8 +88,35 @@ def test_published_sizes(name: str, tmp_path: Path) -> None:
     assert llama.rope_parameters == wanted
 
 
+OTHERS = {
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "mistralai/Mistral-7B-v0.3": 7_248_023_552,
+    "Qwen/Qwen2.5-0.5B": 494_032_768,
+    "Qwen/Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen/Qwen2.5-14B": 14_770_033_664,
+    "Qwen/Qwen2.5-32B": 32_763_876_352,
+    "Qwen/Qwen2.5-72B": 72_706_203_648,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-1.7B": 1_720_574_976,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-14B": 14_768_307_200,
+    "Qwen/Qwen3-32B": 32_762_123_264,
+}
+"""Models of the other families, and the parameters that the hub counts."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_published_sizes_of_other_families(name: str) -> None:
+    shape = published_shape(name)
+    assert shape is not None and shape.parameters == OTHERS[name]
+
+
 def test_no_listed_shape_is_untested() -> None:
-    assert {name.removesuffix("-Instruct") for name in PUBLISHED} == published.PUBLISHED.keys()
+    tested = {name.removesuffix("-Instruct") for name in PUBLISHED | OTHERS}
+    assert tested == published.PUBLISHED.keys()
 
 
 ORIGINAL, POSITIONS = 16, 64

@@ -64,6 +64,20 @@ def test_each_role_and_phase_is_told(capsys: pytest.CaptureFixture[str]) -> None
     assert "16 x microbatch 2 x 1 ranks; 4 epochs = 8 optimizer steps a step, 2,400 in all" in text
 
 
+def test_a_reward_model_of_its_own_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewards = f"ppo.rewards=[{{model: {tmp_path}}}, {{model: nobody/no-such-model}}]"
+    text = shown(capsys, SEVEN, rewards, "--gpu-memory", "24GB")
+    assert f"ppo.rewards: {tmp_path} is not on this machine and not counted" in text
+    for i, size in enumerate((10**9, 2 * 10**9)):
+        with (tmp_path / f"model-{i}.safetensors").open("wb") as file:
+            file.truncate(size)  # takes no room on the disk
+    text = shown(capsys, SEVEN, rewards, "--gpu-memory", "24GB")
+    assert f"weights of {tmp_path} 3.00 GB" in text and f"{tmp_path} is not" not in text
+    assert "ppo.rewards: nobody/no-such-model is not on this machine" in text
+
+
 def test_what_does_not_fit_names_keys_and_their_price(capsys: pytest.CaptureFixture[str]) -> None:
     words = (SEVEN, "backbone.gradient_checkpointing=false", "sft.microbatch_size=8")
     text = shown(capsys, *words, "--gpu", "rtx4090", "--suggest")

@@ -93,6 +93,21 @@ def test_peaks_are_those_of_the_real_code(settings: dict, shape: str) -> None:
     assert not wrong, off
 
 
+def test_texts_beyond_a_window_keep_a_mask_in_each_layer() -> None:
+    cfg = config(dtype="float32")
+    cfg = cfg.model_copy(update={"sft": cfg.sft.model_copy(update={"packing": False})})
+    values = llama("multi-head").to_dict() | {"model_type": "mistral"}
+
+    def kept(window: int | None) -> float:
+        shape = read_shape(values | {"sliding_window": window}, "here")
+        plan = plan_memory(cfg, shape, Place(launched=False), "sft")
+        return next(x.bytes for x in plan.phases["backward"] if x.name.startswith("activations"))
+
+    # 2 rows of 256 x 256 float32 numbers in each of 4 layers
+    assert kept(255) - kept(None) == 4 * 2 * 256**2 * 4
+    assert kept(256) == kept(None)
+
+
 @pytest.mark.slow
 def test_matrices_in_4_bits_have_the_bytes_of_packed_ones() -> None:
     """What the harness puts in a matrix's place, against bitsandbytes' own packing of numbers."""

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from chatllama.config.model import LoraSection
 from chatllama.config.schema import Config
+from chatllama.model.families import smallest_window
 from chatllama.planning.published import PUBLISHED, published_shape
 from chatllama.planning.shape import read_shape
 from chatllama.planning.source import find_shape
@@ -67,6 +68,24 @@ def test_counts_are_those_of_transformers_and_peft(family: str, tied: bool, more
 def test_a_qwen3_without_head_dim_has_transformers_own() -> None:
     found = read_shape({"model_type": "qwen3", **SMALL}, "here").head_dim
     assert found == AutoConfig.for_model("qwen3", **SMALL).head_dim == 128
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "window"),
+    [
+        ("mistral", {"sliding_window": 4096}, 4096),
+        ("mistral", {"sliding_window": None}, None),
+        ("qwen2", {"sliding_window": 4096, "use_sliding_window": False}, None),
+        ("qwen2", {"sliding_window": 4096, "use_sliding_window": True}, 4096),
+        ("qwen3", {"sliding_window": 64, "layer_types": ["full_attention"] * 3}, None),
+        ("qwen3", {"sliding_window": 64, "layer_types": ["sliding_attention"] * 3}, 64),
+        ("llama", {"sliding_window": 64}, None),
+    ],
+)
+def test_windows_are_those_that_layers_have(kind: str, keys: dict, window: int | None) -> None:
+    assert read_shape({"model_type": kind, **SMALL, **keys}, "here").window == window
+    config = AutoConfig.for_model(kind, **SMALL, **keys)
+    assert read_shape(config.to_dict(), "here").window == smallest_window(config)
 
 
 def config_of(path: str, **backbone: Any) -> Config:

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from chatllama.config.ppo import RewardSource
 from chatllama.runtime.distributed import device, rank, world_size
+from chatllama.runtime.products import use_onednn
 from trainers.functions.sample import Sample
 
 
@@ -39,6 +40,7 @@ class ClassifierModel:
                 "one (num_labels 1)"
             )
         self.model = model.to(device()).eval().requires_grad_(False)
+        use_onednn(self.model)
         self.tokenizer.padding_side = "right"
         positions = getattr(model.config, "max_position_embeddings", None)
         self.longest = min(self.tokenizer.model_max_length, positions or 2**31)
