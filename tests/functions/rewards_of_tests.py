@@ -51,3 +51,8 @@ def batch_careless(completions: list[str]) -> list[float]:
 
 def too_few(completions: list[str]) -> list[float]:
     return [1.0]
+
+
+def batch_beside_the_longest(completions: list[str]) -> list[float]:
+    longest = max(map(len, completions))
+    return [float(len(each) - longest) for each in completions]
