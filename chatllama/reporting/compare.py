@@ -19,9 +19,10 @@ from chatllama.runtime.files import replace_text
 from chatllama.runtime.json_files import held_to_be_whole, read_json
 from chatllama.runtime.jsonl import read_lines
 
+INTERVAL = "interval"
 ROWS = (
     ("SFT: held-out loss, nats a token", "sft.eval_loss", None),
-    ("reward model: accuracy", "reward.accuracy", None),
+    ("reward model: accuracy", "reward.accuracy", INTERVAL),
     ("base: gold score", "base.gold_mean", "base.gold_se"),
     ("SFT: gold score", "sft.gold_mean", "sft.gold_se"),
     ("PPO: gold score", "ppo.gold_mean", "ppo.gold_se"),
@@ -29,13 +30,14 @@ ROWS = (
     ("SFT: reward score (raw)", "sft.score_mean", "sft.score_se"),
     ("PPO: reward score (raw)", "ppo.score_mean", "ppo.score_se"),
     ("PPO: KL to its start, nats an answer", "ppo.kl", "ppo.kl_se"),
-    ("PPO: win rate against its start", "ppo.win_rate", None),
+    ("PPO: win rate against its start", "ppo.win_rate", INTERVAL),
     ("PPO: tokens an answer", "ppo.response_length", None),
     ("PPO: answers that end", "ppo.eos_rate", None),
     ("hours", "hours", None),
 )
-"""Label, name of the value, name of its standard error. Scores of reward models are each its own:
-between runs only gold can be compared, or scores of the same reward model."""
+"""Label, name of the value, name of its standard error or that it has a 95 % interval. Scores of
+reward models are each its own: between runs only gold can be compared, or scores of the same reward
+model."""
 CURVES = (
     Panel("Reward score (normalised)", "Training answers; each run by its own reward model.",
           {"": "ppo/score_mean"}),
@@ -74,6 +76,20 @@ class Paired:
             f"{100 * self.wins[0]:.0f} % ({100 * self.wins[1]:.0f} to {100 * self.wins[2]:.0f}): "
             f"{verdict}"
         )
+
+
+@dataclass(frozen=True)
+class Untested:
+    """Two runs whose answers cannot be compared one by one."""
+
+    first: str
+    second: str
+    reason: str
+
+    @property
+    def text(self) -> str:
+        """One sentence."""
+        return f"no paired test of {self.second} and {self.first}: {self.reason}"
 
 
 def compare_runs(folders: Sequence[Path], out: Path | None = None) -> Path:
@@ -140,6 +156,8 @@ def differences(configs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str,
 
 def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
+        if isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
+            value = {str(place): each for place, each in enumerate(value)}  # data sources, rewards
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
         else:
@@ -151,19 +169,31 @@ def _rows(values: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, list[s
     for label, name, error in ROWS:
         cells = []
         for own in values.values():
-            value, spread = number(dict(own), name), number(dict(own), error) if error else None
+            value, low, high, spread = (
+                number(dict(own), each)
+                for each in (name, f"{name}_low", f"{name}_high", error or "")
+            )
             cell = "" if value is None else f"{value:.3f}"
+            if error == INTERVAL and None not in (value, low, high):
+                cell += f" ({low:.3f} to {high:.3f})"
             cells.append(cell if spread is None else f"{cell} \N{PLUS-MINUS SIGN} {spread:.3f}")
         yield label, cells
 
 
-def paired_tests(runs: Mapping[str, RunFolder]) -> Iterator[Paired]:
-    """Each pair of runs whose evaluations answered the same prompts, judged alike."""
+def paired_tests(runs: Mapping[str, RunFolder]) -> Iterator[Paired | Untested]:
+    """Each pair of evaluated runs, where they answered the same prompts and were judged alike."""
     evaluated = {name: run for name, run in runs.items() if run.evaluation.is_file()}
     found = {name: read_json(run.evaluation) for name, run in evaluated.items()}
     for (first, one), (second, other) in combinations(found.items(), 2):
         judged = one.get("judged"), other.get("judged")
-        if None in judged or any(judged[0][key] != judged[1][key] for key in ("by", "prompts")):
+        if None in judged:
+            reason = "an evaluation.json is of an older version, without each answer's value"
+            yield Untested(first, second, reason)
+            continue
+        names = {"by": "they were judged by different ones", "prompts": "their prompts differ"}
+        differing = [words for key, words in names.items() if judged[0][key] != judged[1][key]]
+        if differing:
+            yield Untested(first, second, " and ".join(differing))
             continue
         pairs = list(zip(*(each["values"]["ppo"] for each in judged), strict=True))
         difference, error = mean_and_error([theirs - ours for ours, theirs in pairs])
@@ -188,7 +218,7 @@ def _text(
     names: Sequence[str],
     differing: Sequence[tuple[str, list[Any]]],
     rows: Sequence[tuple[str, list[str]]],
-    tests: Sequence[Paired],
+    tests: Sequence[Paired | Untested],
 ) -> Iterator[str]:
     """The comparison as lines of a terminal."""
     table = [("", list(names)), *((key, list(map(str, found))) for key, found in differing), *rows]
