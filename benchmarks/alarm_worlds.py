@@ -57,15 +57,16 @@ NOW = _Now()
 
 def reward(prompt: str, response: str) -> float:
     """The training reward of the running world."""
-    return NOW.score(_ids(prompt), _ids(response))
+    return NOW.score(ids(prompt), ids(response))
 
 
 def gold(prompt: str, response: str) -> float:
     """The gold score of the running world."""
-    return NOW.gold(_ids(prompt), _ids(response))
+    return NOW.gold(ids(prompt), ids(response))
 
 
-def _ids(text: str) -> list[int]:
+def ids(text: str) -> list[int]:
+    """The ids that `decode` wrote."""
     return [int(word) for word in text.split()]
 
 
@@ -190,6 +191,8 @@ class Fault:
     patches: Callable[[], Iterator[None]] = _nothing
     before_step: Callable[[train.PpoTrainer, int], None] = lambda trainer, step: None
     needs_critic: bool = False
+    learned: bool = False
+    """The reward is the mean of models that were fitted to gold, and the monitor sees no gold."""
 
 
 def _hotter(temperature: float, role: Role | None = None) -> Callable[[], Iterator[None]]:
@@ -243,10 +246,40 @@ def _nan_weight(trainer: train.PpoTrainer, step: int) -> None:
         adapter_parameters(trainer.engine.model, "value")[-1].data[0, 0] = math.nan
 
 
-def _wrong_answers(gold: Score, step: int) -> Score:
-    """Scores that belong to other answers: they vary, and depend on nothing of the answer."""
-    luck = random.Random(step)
-    return lambda prompt, answer: luck.gauss(0.0, 1.0)
+def _other_answers() -> Iterator[None]:
+    """Each answer gets the score of the one before it in the batch."""
+    scores = Scorer.term_scores
+    with patch.object(Scorer, "term_scores", lambda *given: scores(*given).roll(1, 0)):
+        yield
+
+
+def _features(size: int, answer: list[int]) -> torch.Tensor:
+    """How often each token, and each pair of neighbours, is in the answer."""
+    counts = torch.zeros(size + size * size, dtype=torch.float64)
+    for number in [*answer, *(size + a * size + b for a, b in pairwise(answer))]:
+        counts[number] += 1
+    return counts
+
+
+def learned(trainer: train.PpoTrainer, world: World, gold: Score) -> list[Score]:
+    """Reward models as they are in life: each fits noisy labels of a part of SFT's answers.
+
+    Ridge regressions on features that cannot say what gold is, of 72 answers drawn with
+    replacement from 72: right where the reference writes, and different elsewhere.
+    """
+    records: list[Any] = [each for each in trainer.prompts.train for _ in range(2)]
+    _, texts = trainer.collector.collect("reference", records, (world.seed, STEPS + 1))
+    pairs = [(ids(r["text"]), ids(text)) for r, text in zip(records, texts, strict=True)]
+    luck, size, members = random.Random(world.seed), world.size, list[Score]()
+    x = torch.stack([_features(size, answer) for _, answer in pairs])
+    y = torch.tensor([gold(*pair) + luck.gauss(0.0, 1.0) for pair in pairs], dtype=torch.float64)
+    for _ in range(4):
+        rows = [luck.randrange(len(pairs)) for _ in pairs]
+        own, centred = x[rows], y[rows] - y.mean()
+        ridge = own.T @ own + 3.0 * torch.eye(own.shape[1], dtype=torch.float64)
+        weights = torch.linalg.solve(ridge, own.T @ centred)
+        members.append(lambda prompt, answer, w=weights: float(_features(size, answer) @ w))
+    return members
 
 
 def _times(key: str, factor: float, **more: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -320,7 +353,12 @@ FAULTS: dict[str, Fault] = {
         ("not_finite",), before_step=_nan_weight, needs_critic=True
     ),
     "advantages negated": Fault(
-        patches=_targets(lambda advantages, returns, mask: (-advantages, returns, mask))
+        ("score_falling",),
+        patches=_targets(lambda advantages, returns, mask: (-advantages, returns, mask)),
     ),
-    "scores of other answers": Fault(score=_wrong_answers),
+    "scores of other answers": Fault(("scores_not_repeatable",), patches=_other_answers),
+    "no KL, learned reward": Fault(
+        ("reward_hacking",), _times("learning_rate", 2.0, kl_coef=0.0), learned=True
+    ),
+    "learned reward, KL kept": Fault(learned=True),
 }  # fmt: skip

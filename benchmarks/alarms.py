@@ -20,7 +20,7 @@ from statistics import fmean, median, stdev
 from typing import Any, NamedTuple, get_args
 
 import torch
-from alarm_worlds import FAULTS, NOW, STEPS, Half, World, gold
+from alarm_worlds import FAULTS, NOW, STEPS, Half, World, gold, ids, learned
 
 from chatllama.config.ppo import DiagnosisName, HealthSection
 from trainers.ppo.health.monitor import HealthMonitor
@@ -87,17 +87,24 @@ def run(name: str, half: Half, seed: int) -> dict[str, Any]:
         stack.enter_context(contextmanager(fault.patches)())
         NOW.score = fault.score(NOW.gold, 0)
         trainer = world.trainer(folder, fault)
+        members = learned(trainer, world, NOW.gold) if fault.learned else []
+        proxy = (lambda *pair: fmean(each(*pair) for each in members)) if members else NOW.gold
+        NOW.score = fault.score(proxy, 0)
         state = trainer.start()
         while state.step < STEPS and (not marks or all(map(math.isfinite, steps[-1].values()))):
-            NOW.score = fault.score(NOW.gold, state.step + 1)
+            NOW.score = fault.score(proxy, state.step + 1)
             fault.before_step(trainer, state.step + 1)
             asked = trainer._prompts(state.step)
             state, _, texts, metrics = trainer.advance(state)
+            given = [record["text"] for record in asked for _ in range(len(texts) // len(asked))]
+            pairs = list(zip(given, texts, strict=True))
+            if members:
+                spread = [stdev(each(ids(p), ids(t)) for each in members) for p, t in pairs]
+                metrics["ppo/ensemble_disagreement"] = fmean(spread)
+                metrics = {k: v for k, v in metrics.items() if "eval_gold" not in k}
             kept = NEEDED | {key for key, value in metrics.items() if not math.isfinite(value)}
             steps.append({key: metrics[key] for key in kept & metrics.keys()})
-            times = len(texts) // len(asked)
-            given = [record["text"] for record in asked for _ in range(times)]
-            values = [gold(*pair) for pair in zip(given, texts, strict=True)]
+            values = [gold(*pair) for pair in pairs]
             marks.append((fmean(values), stdev(values) / math.sqrt(len(values))))
     return {
         "fault": name, "half": half, "seed": seed, "steps": steps,

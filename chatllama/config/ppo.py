@@ -26,7 +26,8 @@ DiagnosisName = Literal[
     "not_finite", "initial_kl_not_zero", "first_ratio_not_one", "ratio_explosion",
     "grad_norm_explosion", "kl_explosion", "sampling_mismatch", "negative_kl",
     "clip_fraction_high", "dead_rewards", "reward_hacking", "eos_rate_falling", "length_drift",
-    "entropy_collapse", "critic_explained_variance_negative",
+    "entropy_collapse", "critic_explained_variance_negative", "scores_not_repeatable",
+    "score_falling",
 ]  # fmt: skip
 Window = Annotated[int, Field(ge=1, le=100)]
 Factor = Annotated[float, Field(gt=1)]
@@ -70,15 +71,19 @@ class HealthSection(Section):
     """grad_norm_explosion: gradient norm over its median of the 20 steps before, two in a row."""
     max_kl_token: PositiveFloat = 1.0
     """kl_explosion: nats per token between policy and reference."""
-    max_surprise_errors: PositiveFloat = 6.0
+    max_surprise_errors: PositiveFloat = 4.0
     """sampling_mismatch: standard errors between mean -log p of the sampled tokens and entropy."""
     min_kl_errors: PositiveFloat = 4.0
     """negative_kl: standard errors of the KL estimate below 0."""
-    max_clip_fraction: StrictFraction = 0.4
+    max_clip_fraction: StrictFraction = 0.2
     """clip_fraction_high: share of tokens that clipping left without a gradient."""
     min_score_std: NonNegativeFloat = 1e-4
     """dead_rewards: standard deviation of the raw scores of a step over max(1, |mean|), or of the
     shaped ones, three steps in a row. PPO does not start on raw scores that vary less."""
+    max_rescore_gap: PositiveFloat = 0.5
+    """scores_not_repeatable: share of the scores' variance that scoring again does not find."""
+    score_drop_errors: PositiveFloat = 5.0
+    """score_falling: standard errors of the mean score below that of the first steps."""
     gold_drop_errors: PositiveFloat = 3.0
     """reward_hacking: standard errors of held-out gold below its best, two evaluations in a row,
     while the reward model's score has not fallen."""
@@ -87,7 +92,8 @@ class HealthSection(Section):
     max_eos_drop: StrictFraction = 0.2
     """eos_rate_falling: drop of the share of responses that end with EOS, below its baseline."""
     max_length_factor: Factor = 2.0
-    """length_drift: mean response length over its baseline, or the other way round."""
+    """length_drift: mean response length over its baseline, or the other way round, while longer
+    (shorter) answers score higher as much as at first."""
     min_entropy_fraction: Fraction = 0.2
     """entropy_collapse: entropy over its baseline."""
     min_explained_variance: Annotated[float, Field(lt=1)] = -0.05

@@ -119,12 +119,13 @@ def test_states_that_are_wanted_are_those_of_the_whole(
         ]
     found, whole = hidden_states(model, "policy", batch.tokens, mask, wanted), torch.cat(alone)
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
-    weights, gradients = torch.randn(whole.shape), []
+    weights = torch.randn(whole.shape, generator=torch.Generator().manual_seed(2))
+    gradients = []
     for states in (found, whole):
         loss = (states * weights).sum()
         gradients.append(torch.autograd.grad(loss, adapter_parameters(model, "policy")))
     for actual, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)  # up to 100
 
 
 def test_a_row_without_tokens_is_left_out():

@@ -275,9 +275,16 @@ ADVANTAGE_BUGS = (
     Mutation(
         "KL error over responses instead of prompts",
         METRICS,
-        "(error := clustered_error(kl, _prompt_numbers(rollout)))",
-        "(error := clustered_error(kl, torch.arange(len(kl))))",
+        "(error := clustered_error(values, numbers))",
+        "(error := clustered_error(values, torch.arange(len(kl))))",
         ("tests/ppo/test_ppo_options.py::test_the_error_of_the_kl_is_that_of_the_prompts_means",),
+    ),
+    Mutation(
+        "error of the KL for that of the score",
+        METRICS,
+        '(("kl_sequence", kl), ("score", scores))',
+        '(("kl_sequence", kl), ("score", kl))',
+        ("tests/ppo/test_ppo_options.py::test_metrics_of_a_rollout_by_hand",),
     ),
     Mutation(
         "raw deviation of the shaped scores",

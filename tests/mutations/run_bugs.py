@@ -3,6 +3,7 @@
 from mutation import Mutation
 
 CHECKS = "trainers/ppo/health/checks.py"
+HISTORY = "trainers/ppo/health/history.py"
 MONITOR = "trainers/ppo/health/monitor.py"
 GUARD = "trainers/ppo/guard.py"
 STATE = "trainers/ppo/state.py"
@@ -133,7 +134,7 @@ HEALTH_BUGS = (
     ),
     Mutation(
         "error of a mean that does not fall with its number",
-        CHECKS,
+        HISTORY,
         "return math.sqrt(math.fsum(e * e for e in errors)) / len(errors)",
         "return math.sqrt(math.fsum(e * e for e in errors) / len(errors))",
         (_HEALTH + "the_negative_kl_test_weighs_the_standard_error",),
@@ -169,8 +170,8 @@ HEALTH_BUGS = (
     Mutation(
         "any rise excuses the critic",
         CHECKS,
-        "_mean(last[half:]) > _mean(last[:half]) + CRITIC_RISE",
-        "_mean(last[half:]) > _mean(last[:half])",
+        "fmean(last[half:]) > fmean(last[:half]) + CRITIC_RISE",
+        "fmean(last[half:]) > fmean(last[:half])",
         (_HEALTH + "a_poor_critic_is_excused_where_it_clearly_improves",),
     ),
     Mutation(
@@ -189,7 +190,7 @@ HEALTH_BUGS = (
     ),
     Mutation(
         "a change that overlaps its baseline",
-        CHECKS,
+        HISTORY,
         "if self.steps < section.baseline_steps + section.window:",
         "if self.steps < max(section.baseline_steps, section.window):",
         (_HEALTH + "a_change_is_measured_once_both_windows_stand_apart",),
@@ -200,6 +201,55 @@ HEALTH_BUGS = (
         "max(section.max_surprise_errors * error, SURPRISE_FLOOR)",
         "section.max_surprise_errors * error",
         (_HEALTH + "kernels_may_differ_by_a_hundredth_of_a_nat",),
+    ),
+    Mutation(
+        "errors of a falling score left out",
+        CHECKS,
+        "-max(section.score_drop_errors * error, floor)",
+        "-floor",
+        (_HEALTH + "a_tame_fault_has_none[score_falling]",),
+    ),
+    Mutation(
+        "no floor of a falling score",
+        CHECKS,
+        "-max(section.score_drop_errors * error, floor)",
+        "-section.score_drop_errors * error",
+        (_HEALTH + "a_fall_of_the_score_is_told_from_the_second_step_on",),
+    ),
+    Mutation(
+        "a length that pays no more is a drift",
+        CHECKS,
+        "paid < max(LENGTH_PAID * before, LEAST_PAID)",
+        "paid < LEAST_PAID",
+        (_HEALTH + "a_length_for_which_the_score_pays_no_more_is_no_drift",),
+    ),
+    Mutation(
+        "short answers pay where long ones do",
+        CHECKS,
+        "sign = 1 if factor > 1 else -1",
+        "sign = 1",
+        (_HEALTH + "a_length_for_which_the_score_pays_no_more_is_no_drift",),
+    ),
+    Mutation(
+        "a critic that never was useful is lost",
+        CHECKS,
+        "if max(values) < section.min_explained_variance:",
+        "if False:",
+        (_HEALTH + "a_critic_that_was_useful_and_is_lost_is_told_at_once",),
+    ),
+    Mutation(
+        "answers scored again for other prompts",
+        LOOP,
+        "prompts[row // self.cfg.ppo.samples_per_prompt]",
+        "prompts[row % len(prompts)]",
+        (_OPTIONS + "a_few_answers_are_scored_again_with_their_own_prompts[2-0.3]",),
+    ),
+    Mutation(
+        "second scores compared with those of other answers",
+        LOOP,
+        "scores[rows]).square()",
+        "scores[: len(rows)]).square()",
+        (_OPTIONS + "a_few_answers_are_scored_again_with_their_own_prompts[1-0.0]",),
     ),
 )
 

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -268,6 +269,10 @@ def test_metrics_of_a_rollout_by_hand(tiny: TinyRun, nudged: PpoTrainer, updates
         "rm_score_std": statistics.pstdev(rollout.scores.tolist()),
         "score_mean": statistics.fmean(shaped),
         "score_std": statistics.pstdev(shaped),
+        "score_se": error_over_prompts(trainer, shaped, step=1),
+        "length_correlation": statistics.correlation(
+            rollout.scores.tolist(), list(map(float, rollout.lengths))
+        ),
         "kl_coef": 0.5,
     }
     for name, value in expected.items():
@@ -468,6 +473,41 @@ def test_functions_and_adapters_are_added_in_the_loop(tiny: TinyRun):
     assert "ppo/ensemble_disagreement" not in metrics
 
 
+@pytest.mark.parametrize(("samples", "shift"), [(1, 0.0), (2, 0.3)])
+def test_a_few_answers_are_scored_again_with_their_own_prompts(
+    tiny: TinyRun, nudged: PpoTrainer, updates: list[Update], samples: int, shift: float
+):
+    """Every second score is `shift` off the first: half of its square over their variance."""
+    changes = {"samples_per_prompt": samples, "score_normalization": "none"}
+    trainer, calls = with_section(tiny, nudged, changes), []
+    collect = trainer.collector.collect
+
+    def shifted(*given: Any, **more: Any) -> tuple[Rollout, list[str]]:
+        batch, texts = collect(*given, **more)
+        calls.append(batch)
+        return (replace(batch, scores=batch.scores + shift) if more else batch), texts
+
+    trainer.collector = SimpleNamespace(collect=shifted)  # pyright: ignore
+    metrics = trainer.advance(PpoState(10, 0.5, Statistics()))[3]
+    first, again = calls
+    rows = [row_ids(first, row) for row in range(8)]
+    assert [row_ids(again, row) for row in range(8)] == rows[::-1]
+    expected = shift**2 / (2 * statistics.pvariance(first.scores.tolist()))
+    assert metrics["ppo/rescore_gap"] == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
+def test_scores_are_checked_again_every_tenth_step_unless_that_is_ignored(
+    tiny: TinyRun, nudged: PpoTrainer, updates: list[Update]
+):
+    def has_it(step: int, **health: Any) -> bool:
+        changes = {"score_normalization": "none", "health": health}
+        trainer = with_section(tiny, nudged, changes)
+        return "ppo/rescore_gap" in trainer.advance(PpoState(step, 0.5, Statistics()))[3]
+
+    assert has_it(0) and not has_it(1)
+    assert not has_it(0, ignore=["scores_not_repeatable"])
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_one_response_has_no_standard_error(
     tiny: TinyRun, nudged: PpoTrainer, updates: list[Update], count: int
@@ -475,7 +515,7 @@ def test_one_response_has_no_standard_error(
     sizes = dict.fromkeys(("rollout_batch_size", "minibatch_size", "microbatch_size"), count)
     trainer = with_section(tiny, nudged, {"score_normalization": "none", **sizes})
     metrics = trainer.advance(PpoState(1, 0.5, Statistics()))[3]
-    for name in ("kl_sequence_se", "score_std", "rm_score_std"):
+    for name in ("kl_sequence_se", "score_se", "score_std", "length_correlation"):
         assert (f"ppo/{name}" in metrics) == (count > 1), name
     assert all(math.isfinite(value) for value in metrics.values())
 

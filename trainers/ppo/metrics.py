@@ -14,7 +14,8 @@ from trainers.ppo.rollout import Rollout
 def rollout_metrics(rollout: Rollout, scores: Tensor, rewards: Tensor) -> dict[str, float]:
     """Metrics of a rollout batch. KL estimates are k1: per response, and per token.
 
-    One response has no deviation, and the responses to one prompt no standard error.
+    One response has no deviation, and the responses to one prompt no standard error. Raw score and
+    length correlate by 0 where either is the same for all.
 
     Args:
         scores: (B,) float32, shaped.
@@ -26,11 +27,15 @@ def rollout_metrics(rollout: Rollout, scores: Tensor, rewards: Tensor) -> dict[s
     # Mean 0 where tokens come from the distribution that scores them.
     surprise = masked(-rollout.logprobs - rollout.entropy, mask)
     some: dict[str, float] = {}
-    if (error := clustered_error(kl, _prompt_numbers(rollout))) is not None:
-        some["ppo/kl_sequence_se"] = error
+    numbers = _prompt_numbers(rollout)
+    for name, values in (("kl_sequence", kl), ("score", scores)):
+        if (error := clustered_error(values, numbers)) is not None:
+            some[f"ppo/{name}_se"] = error
     if len(scores) > 1:
         some["ppo/score_std"] = float(scores.std(correction=0))
         some["ppo/rm_score_std"] = float(rollout.scores.double().std(correction=0))
+        pair = torch.stack([rollout.scores.double(), rollout.lengths.double()])
+        some["ppo/length_correlation"] = float(torch.corrcoef(pair)[0, 1].nan_to_num())
     return some | {
         "ppo/score_mean": float(scores.mean()),
         "ppo/rm_score_mean": float(rollout.scores.mean()),

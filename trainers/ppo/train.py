@@ -47,6 +47,9 @@ from trainers.ppo.state import PpoState, load_state
 from trainers.ppo.update import Targets, Update
 from trainers.stages.loop import warn_of_warmup
 
+RESCORE_EVERY, RESCORED = 10, 16
+"""Steps between second scorings, and answers of each."""
+
 
 class PpoTrainer:
     """PPO over the roles of one engine."""
@@ -151,6 +154,8 @@ class PpoTrainer:
         if section.score_normalization == "running":
             state = replace(state, statistics=state.statistics.merged(rollout.scores))
         targets, metrics = self._targets(rollout, state)
+        if state.step % RESCORE_EVERY == 0:
+            metrics |= self._rescored(rollout, state.step)
         metrics |= self._update(rollout, targets, state) | self.sampler_gap
         step = state.step + 1
         if section.reference_refresh_every and step % section.reference_refresh_every == 0:
@@ -184,6 +189,24 @@ class PpoTrainer:
         limit = self.servers.section.max_logprob_gap
         self.sampler_gap = compare(role, served, rollout, limit)
         return rollout, texts
+
+    def _rescored(self, rollout: Rollout, step: int) -> dict[str, float]:
+        """Share of the scores' variance that a second scoring of some answers does not find.
+
+        They are scored in another order and company: 0 where each gets its own score again, about
+        1 where its second score has nothing to do with its first. Nothing of scores that are dead.
+        """
+        scores, health = rollout.scores.double(), self.cfg.ppo.health
+        least = health.min_score_std * max(1.0, abs(float(scores.mean())))
+        if "scores_not_repeatable" in health.ignore or scores.std(correction=0) <= least:
+            return {}
+        last, prompts = len(scores) - 1, self._prompts(step)
+        rows = torch.linspace(last, 0, min(RESCORED, last + 1)).round().long().tolist()
+        records = [prompts[row // self.cfg.ppo.samples_per_prompt] for row in rows]
+        responses = [rollout.response_ids(row) for row in rows]
+        again, _ = self.collector.collect("policy", records, (), responses=responses)
+        apart = (again.scores - scores[rows]).square().mean()
+        return {"ppo/rescore_gap": float(apart / (2 * scores.var(correction=0)))}
 
     def _targets(self, rollout: Rollout, state: PpoState) -> tuple[Targets, dict[str, float]]:
         """Advantages and returns of a rollout, and its metrics."""

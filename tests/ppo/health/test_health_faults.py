@@ -137,6 +137,17 @@ def negated_returns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ppo, "Targets", lambda a, returns, mask: targets(a, -returns, mask))
 
 
+def negated_advantages(monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = ppo.Targets
+    monkeypatch.setattr(ppo, "Targets", lambda a, returns, mask: targets(-a, returns, mask))
+
+
+def scores_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answer gets the score of the one before it in the batch."""
+    scores = Scorer.term_scores
+    monkeypatch.setattr(Scorer, "term_scores", lambda *given: scores(*given).roll(1, 0))
+
+
 def larger_scores(trainer: ppo.PpoTrainer, step: int) -> None:
     SCALE[0] = 300.0 if step >= 12 else 1.0
 
@@ -173,6 +184,8 @@ FAULTS: dict[DiagnosisName, Fault] = {
         along=("kl_explosion",),
     ),
     "critic_explained_variance_negative": Fault(patch=negated_returns),
+    "scores_not_repeatable": Fault(patch=scores_of_others),
+    "score_falling": Fault(patch=negated_advantages),
 }
 
 

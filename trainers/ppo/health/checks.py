@@ -5,15 +5,20 @@ in `rules.py`, the thresholds in `chatllama/config/ppo.py`.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean, median
 
 from chatllama.config.ppo import HealthSection
+from trainers.ppo.health.history import LONGEST, Finding, History, Metrics, error_of_mean
 
-GRAD_NORM_STEPS, GRAD_NORM_LEAST = 20, 5
+GRAD_NORM_STEPS, GRAD_NORM_LEAST = LONGEST - 2, 5
 DEAD_STEPS = 3
 CRITIC_STEPS, CRITIC_RISE = 10, 0.1
+CRITIC_LOST = -2.0
+"""Explained variance of the first scores' spread at which a critic that was useful diverges."""
+SCORE_FLOOR = 0.1
+"""Share of the scores' deviation by which their mean may fall."""
+LENGTH_PAID, LEAST_PAID = 0.8, 0.2
+"""Share of the first steps' correlation of score and length, and correlation, that still pay."""
 SURPRISE_FLOOR = 0.01
 """Nats per token that different kernels in sampling and scoring may cause."""
 KL_FLOOR = 0.02
@@ -21,66 +26,6 @@ KL_FLOOR = 0.02
 
 ROUNDING = 1e-6
 """Share of the scores' size by which the members of an ensemble differ when they are the same."""
-
-Metrics = Mapping[str, float]
-
-
-class TooFewSteps(Exception):
-    """A check needs more steps than there have been."""
-
-
-@dataclass
-class History:
-    """The metrics that the checks look back at: of the first steps and of the last ones."""
-
-    first: dict[str, list[float]] = field(default_factory=dict)
-    """Metric -> values of the first `baseline_steps` steps."""
-    last: dict[str, list[float]] = field(default_factory=dict)
-    """Metric -> last values, the newest at the end."""
-    best: dict[str, float] = field(default_factory=dict)
-    """Metrics of the evaluation with the highest gold score before the last one."""
-    steps: int = 0
-    """Steps done, the checked one included."""
-
-    def add(self, name: str, value: float, section: HealthSection) -> None:
-        """Appends a finite value and drops those that no check needs any more."""
-        first = self.first.setdefault(name, [])
-        if len(first) < section.baseline_steps:
-            first.append(value)
-        kept = max(section.window, GRAD_NORM_STEPS + 2)
-        self.last[name] = [*self.last.get(name, []), value][-kept:]
-
-    def recent(self, name: str, count: int) -> list[float]:
-        """The last `count` values; raises TooFewSteps while there are fewer."""
-        values = self.last.get(name, [])
-        if len(values) < count:
-            raise TooFewSteps
-        return values[-count:]
-
-    def change(self, name: str, section: HealthSection) -> tuple[float, float]:
-        """Mean over the first steps and over the last window, which must not overlap."""
-        if self.steps < section.baseline_steps + section.window:
-            raise TooFewSteps
-        last = self.recent(name, section.window)
-        return _mean(self.first[name]), _mean(last)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check found wrong."""
-
-    figure: float
-    threshold: float
-    meaning: str
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def _error_of_mean(errors: list[float]) -> float:
-    """Standard error of the mean of independent numbers with the given standard errors."""
-    return math.sqrt(math.fsum(e * e for e in errors)) / len(errors)
 
 
 def _above(figure: float, threshold: float, meaning: str) -> Finding | None:
@@ -174,8 +119,8 @@ def check_sampling(history: History, section: HealthSection, metrics: Metrics) -
     For y drawn from p the mean of -log p(y) is p's entropy, and the deviations of successive tokens
     are uncorrelated, whatever was drawn before.
     """
-    figure = _mean(history.last["ppo/surprise_gap"][-section.window :])
-    error = _error_of_mean(history.last["ppo/surprise_gap_se"][-section.window :])
+    figure = fmean(history.last["ppo/surprise_gap"][-section.window :])
+    error = error_of_mean(history.last["ppo/surprise_gap_se"][-section.window :])
     threshold = math.copysign(max(section.max_surprise_errors * error, SURPRISE_FLOOR), figure)
     if abs(figure) <= abs(threshold):
         return None
@@ -193,7 +138,7 @@ def check_negative_kl(history: History, section: HealthSection, metrics: Metrics
     """The KL is not negative; its k1 estimate may be, within its standard error."""
     kl = history.recent("ppo/kl_sequence", section.window)
     errors = history.recent("ppo/kl_sequence_se", section.window)
-    figure, error = _mean(kl), _error_of_mean(errors)
+    figure, error = fmean(kl), error_of_mean(errors)
     return _below(
         figure,
         -max(section.min_kl_errors * error, KL_FLOOR),
@@ -206,9 +151,9 @@ def check_clipping(history: History, section: HealthSection, metrics: Metrics) -
     """Few tokens are outside the clip range."""
     last = history.recent("ppo/clip_fraction", section.window)
     return _above(
-        _mean(last),
+        fmean(last),
         section.max_clip_fraction,
-        f"{_mean(last):.0%} of the tokens leave the clip range on the side that they are pushed to "
+        f"{fmean(last):.0%} of the tokens leave the clip range on the side that they are pushed to "
         "within a step, and then have no gradient: the updates are too large for the batch.",
     )
 
@@ -286,6 +231,35 @@ def check_ensemble(history: History, section: HealthSection, metrics: Metrics) -
     )
 
 
+def check_score_falls(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
+    """The mean score is not below that of the first steps; at first of fewer steps than later."""
+    count = min(section.baseline_steps, section.window, history.steps // 2)
+    last, errors = history.recent("ppo/score_mean", count), history.recent("ppo/score_se", count)
+    first, first_errors = (history.first[f"ppo/score_{name}"][:count] for name in ("mean", "se"))
+    if not count:
+        return None
+    error = math.hypot(error_of_mean(errors), error_of_mean(first_errors))
+    floor = SCORE_FLOOR * fmean(history.first["ppo/score_std"][:count])
+    return _below(
+        fmean(last) - fmean(first),
+        -max(section.score_drop_errors * error, floor),
+        f"The mean score fell from {fmean(first):.3g} in the first {count} steps to "
+        f"{fmean(last):.3g} (standard error of the difference {error:.2g}): the updates make worse "
+        "answers likelier.",
+    )
+
+
+def check_rescored(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
+    """An answer gets the same score when it is scored again, in other company."""
+    figure = fmean(history.last["ppo/rescore_gap"][-section.window :])
+    return _above(
+        figure,
+        section.max_rescore_gap,
+        f"Answers of the batch were scored again, and {figure:.0%} of the scores' variance was not "
+        "found again: the scores are noise, or those of other answers.",
+    )
+
+
 def check_eos(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
     """About as many responses end with a stop token as at first."""
     change = history.change("ppo/eos_rate", section)
@@ -297,16 +271,23 @@ def check_eos(history: History, section: HealthSection, metrics: Metrics) -> Fin
 
 
 def check_length(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
-    """Responses are about as long as at first."""
-    change = history.change("ppo/response_length", section)
-    factor, limit = change[1] / change[0], section.max_length_factor
-    if 1 / limit <= factor <= limit:
+    """Responses are about as long as at first, or no score is left in going on.
+
+    Where good answers are of another length, its correlation with the score falls once they have
+    it. A reward for length itself pays as before.
+    """
+    lengths = history.change("ppo/response_length", section)
+    factor, limit = lengths[1] / lengths[0], section.max_length_factor
+    sign = 1 if factor > 1 else -1
+    before, paid = (sign * c for c in history.change("ppo/length_correlation", section))
+    if 1 / limit <= factor <= limit or paid < max(LENGTH_PAID * before, LEAST_PAID):
         return None
     return Finding(
         factor,
         limit if factor > 1 else 1 / limit,
-        f"Responses have {change[1]:.1f} tokens, {factor:.2g} times the {change[0]:.1f} of the "
-        "first steps.",
+        f"Responses have {lengths[1]:.1f} tokens, {factor:.2g} times the {lengths[0]:.1f} of the "
+        f"first steps, and the score pays for it (correlation {sign * paid:+.2f}, "
+        f"{sign * before:+.2f} at first).",
     )
 
 
@@ -328,14 +309,32 @@ def check_critic(history: History, section: HealthSection, metrics: Metrics) -> 
     last = history.recent("ppo/explained_variance", CRITIC_STEPS)
     if history.steps < section.critic_patience + CRITIC_STEPS:
         return None
-    figure, half = _mean(last), CRITIC_STEPS // 2
-    if _mean(last[half:]) > _mean(last[:half]) + CRITIC_RISE:
+    figure, half = fmean(last), CRITIC_STEPS // 2
+    if fmean(last[half:]) > fmean(last[:half]) + CRITIC_RISE:
         return None
     return _below(
         figure,
         section.min_explained_variance,
         f"The critic's explained variance is {figure:.3g} over {CRITIC_STEPS} steps: a constant "
         "would predict the rewards to come better, so it adds noise to the advantages.",
+    )
+
+
+def check_critic_lost(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
+    """A critic that was as good as a constant does not become far worse in a step.
+
+    Its error is measured by the spread of the first scores: those of now may all be the same.
+    """
+    values = *history.first["ppo/explained_variance"], *history.last["ppo/explained_variance"]
+    spread = metrics["ppo/score_std"] ** 2 / fmean(history.first["ppo/score_std"]) ** 2
+    if max(values) < section.min_explained_variance:
+        return None
+    figure = 1 - (1 - metrics["ppo/explained_variance"]) * spread
+    return _below(
+        figure,
+        CRITIC_LOST,
+        f"The critic was as good as a constant, and now the square of its error is {1 - figure:.3g}"
+        " times the variance of the first steps' scores: it diverges.",
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from chatllama.config.ppo import HealthSection
 from chatllama.runtime.jsonl import append_lines, keep_lines
-from trainers.ppo.health.checks import History, TooFewSteps
+from trainers.ppo.health.history import History, TooFewSteps
 from trainers.ppo.health.rules import RULES, Rule
 
 Severity = Literal["note", "warning", "fatal"]

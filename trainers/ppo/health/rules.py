@@ -11,7 +11,7 @@ from typing import Literal
 
 from chatllama.config.ppo import DiagnosisName, HealthSection
 from trainers.ppo.health import checks
-from trainers.ppo.health.checks import Finding, History, Metrics
+from trainers.ppo.health.history import Finding, History, Metrics
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,23 @@ RULES: tuple[Rule, ...] = (
         "ppo.score_clip (wider or null)",
     ),
     Rule(
+        "scores_not_repeatable",
+        ("ppo/rescore_gap",),
+        checks.check_rescored,
+        "scores that belong to other answers of the batch; a judge or function whose score is "
+        "mostly chance; a score that depends on the batch (padding, dropout)",
+        "ppo.rewards",
+        rollback_helps=False,
+    ),
+    Rule(
+        "score_falling",
+        ("ppo/score_mean", "ppo/score_se", "ppo/score_std"),
+        checks.check_score_falls,
+        "learning rate too high; advantages or scores of the wrong sign or of other answers; a "
+        "reward that changed during the run",
+        f"{RATE_DOWN}, ppo.rewards (sign of each weight)",
+    ),
+    Rule(
         "reward_hacking",
         ("ppo/eval_gold_mean", "ppo/eval_gold_se", "ppo/eval_score_mean"),
         checks.check_gold_falls,
@@ -189,7 +206,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "length_drift",
-        ("ppo/response_length",),
+        ("ppo/response_length", "ppo/length_correlation"),
         checks.check_length,
         "the reward model prefers long (or short) answers; KL penalty too weak",
         f"ppo.length_penalty (set it), {KL_UP}; look at the reward model's length correlation",
@@ -209,5 +226,12 @@ RULES: tuple[Rule, ...] = (
         "scale that the value head did not start from",
         "ppo.value_learning_rate, ppo.critic_warmup_steps (more), ppo.value_clip_range (wider), "
         "ppo.vf_coef (higher)",
+    ),
+    Rule(
+        "critic_explained_variance_negative",
+        ("ppo/explained_variance", "ppo/score_std"),
+        checks.check_critic_lost,
+        "the critic's learning rate is too high; scores that jumped",
+        "ppo.value_learning_rate (lower), ppo.vf_coef (lower), ppo.score_clip (set it)",
     ),
 )
