@@ -3,7 +3,8 @@
     nice -n 19 python benchmarks/alarms.py runs/alarms.jsonl            # goes on where it ended
     python benchmarks/alarms.py runs/alarms.jsonl --table docs/health.md
 
-20 failures in 20 worlds each and 200 clean runs, of 40 steps: about 40 CPU minutes on one core.
+21 failures in 20 worlds each, 200 clean runs and 20 with a learned reward that is held back by
+its KL penalty, of 40 steps: about 45 CPU minutes on one core.
 Each run is a line of the file with its steps' metrics; alarms are computed from them, so that
 thresholds can be tried without training again. The worlds are in `alarm_worlds.py`.
 """
@@ -13,6 +14,7 @@ import json
 import math
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -40,6 +42,8 @@ GRID: dict[str, tuple[DiagnosisName, tuple[float, ...]]] = {
     "max_surprise_errors": ("sampling_mismatch", (3, 4, 5, 6, 8)),
     "min_kl_errors": ("negative_kl", (2, 3, 4, 6)),
     "max_clip_fraction": ("clip_fraction_high", (0.2, 0.3, 0.4, 0.5)),
+    "max_rescore_gap": ("scores_not_repeatable", (0.1, 0.25, 0.5, 0.75)),
+    "score_drop_errors": ("score_falling", (2, 3, 4, 5)),
     "gold_drop_errors": ("reward_hacking", (2, 3, 4, 6)),
     "max_eos_drop": ("eos_rate_falling", (0.1, 0.2, 0.3, 0.4)),
     "max_length_factor": ("length_drift", (1.5, 2, 3, 4)),
@@ -146,9 +150,18 @@ def alarms(one: Run, section: HealthSection) -> list[tuple[str, int]]:
 
 
 def false_rate(runs: Sequence[Run], section: HealthSection, name: str | None = None) -> float:
-    """Alarms per 1,000 steps of clean runs: of one diagnosis, or of any."""
-    found = sum(name in (None, told) for each in runs for told, _ in alarms(each, section))
-    return 1000 * found / max(sum(len(each.steps) for each in runs), 1)
+    """Alarms per 1,000 steps of clean runs: of one diagnosis, or the sum over all.
+
+    A run counts for a diagnosis where it has the metrics that one of its rules needs.
+    """
+    told = [Counter(found for found, _ in alarms(each, section)) for each in runs]
+    metrics, rate = [set().union(*each.steps) for each in runs], 0.0
+    for diagnosis in [name] if name else get_args(DiagnosisName):
+        needs = [set(rule.needs) for rule in RULES if rule.name == diagnosis]
+        judged = [i for i, has in enumerate(metrics) if any(need <= has for need in needs)]
+        steps = sum(len(runs[i].steps) for i in judged)
+        rate += 1000 * sum(told[i][diagnosis] for i in judged) / max(steps, 1)
+    return rate
 
 
 def calibrated(clean: Sequence[Run]) -> dict[str, float]:
@@ -186,7 +199,7 @@ def faults_table(runs: Sequence[Run], section: HealthSection) -> Iterator[str]:
         told = [step for *_, step in of if step is not None]
         fell = [each for each in of if each[0].fell is not None]
         leads = [each.fell - step for each, _, step in fell if each.fell and step is not None]
-        named = f"{len(steps)} of {len(of)}" if FAULTS[fault].told_by else "no diagnosis for it"
+        named = f"{len(steps)} of {len(of)}" if FAULTS[fault].told_by else "none is due"
         yield (
             f"| {fault} | {named} | {len(told)} of {len(of)} | {_middle(steps or told)} | "
             f"{len(fell)} of {len(of)} | {_middle(leads)} |"
@@ -224,7 +237,10 @@ def table(file: Path) -> str:
     clean = [each for each in runs if each.fault == "clean"]
     fell = sum(each.fell is not None for each in clean)
     chosen = calibrated([each for each in clean if each.half == "calibration"])
-    faulty, rest = len(runs) - len(clean), [each for each in clean if each.half == "held-out"]
+    faulty, rest = (
+        sum(bool(FAULTS[each.fault].told_by) for each in runs),
+        [each for each in clean if each.half == "held-out"],
+    )
     return "\n".join(
         [
             BEGIN,
@@ -237,8 +253,8 @@ def table(file: Path) -> str:
             "",
             *faults_table(runs, HealthSection()),
             "",
-            "False alarms are of the one diagnosis, per 1,000 clean steps, calibration / held-out "
-            "half. Calibrated is the strictest value tried with at most "
+            "False alarms are of the one diagnosis, per 1,000 clean steps that it can judge, "
+            "calibration / held-out half. Calibrated is the strictest value tried with at most "
             f"{MOST_FALSE:g} in the calibration half. Failures named: of the held-out runs whose "
             "failure the diagnosis is for, default -> calibrated.",
             "",

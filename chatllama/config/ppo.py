@@ -82,13 +82,13 @@ class HealthSection(Section):
     shaped ones, three steps in a row. PPO does not start on raw scores that vary less."""
     max_rescore_gap: PositiveFloat = 0.5
     """scores_not_repeatable: share of the scores' variance that scoring again does not find."""
-    score_drop_errors: PositiveFloat = 5.0
+    score_drop_errors: PositiveFloat = 3.0
     """score_falling: standard errors of the mean score below that of the first steps."""
     gold_drop_errors: PositiveFloat = 3.0
     """reward_hacking: standard errors of held-out gold below its best, two evaluations in a row,
     while the reward model's score has not fallen."""
     max_disagreement_factor: Factor = 2.0
-    """reward_hacking: ensemble disagreement over its baseline, while the score has risen."""
+    """reward_hacking: ensemble disagreement over its lowest, while the score has risen."""
     max_eos_drop: StrictFraction = 0.2
     """eos_rate_falling: drop of the share of responses that end with EOS, below its baseline."""
     max_length_factor: Factor = 2.0

@@ -156,9 +156,16 @@ HEALTH_BUGS = (
     Mutation(
         "disagreement counts where the score falls",
         CHECKS,
-        "if spread[0] <= ROUNDING * size or score[1] <= score[0]:",
-        "if spread[0] <= ROUNDING * size:",
+        "if least <= ROUNDING * size or score[1] <= score[0]:",
+        "if least <= ROUNDING * size:",
         (_HEALTH + "an_ensemble_that_disagrees_while_the_score_rises",),
+    ),
+    Mutation(
+        "disagreement compared with the first alone",
+        CHECKS,
+        "least = min(first, *(fmean(last[i : i + window]) for i in range(len(last) - window + 1)))",
+        "least = first",
+        (_HEALTH + "an_ensemble_that_agreed_better_before_it_disagrees",),
     ),
     Mutation(
         "the critic has no patience",

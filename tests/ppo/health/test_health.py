@@ -164,11 +164,11 @@ FAULTS: dict[str, tuple[Fault, int, Fault]] = {
         21,
         setting("ppo/rescore_gap", lambda _: 0.49),
     ),
-    # About 0.16 at first; five errors of the difference are 5 * 0.08 * sqrt(2 / 5) = 0.253.
+    # About 0.16 at first; three errors of the difference are 3 * 0.08 * sqrt(2 / 5) = 0.152.
     "score_falling": (
         setting("ppo/score_mean", lambda _: -0.8, 30),
-        33,  # (1.28 - 4 * 0.8) / 5 = -0.38; a step before 0.03
-        setting("ppo/score_mean", lambda _: 0.0, 30),
+        32,  # (1.26 + 1.28 - 3 * 0.8) / 5 = 0.03; a step before 0.45
+        setting("ppo/score_mean", lambda _: 0.05, 30),
     ),
     # Best at step 30: about 2.8; then 2.5, 2.2: two below 2.8 - 3 * 0.085.
     "reward_hacking": (gold_falls, 50, setting("ppo/eval_gold_mean", lambda _: 2.6, 40)),
@@ -390,9 +390,7 @@ def test_a_length_for_which_the_score_pays_no_more_is_no_drift(
 
 @pytest.mark.parametrize("deviation", [0.01, 1.0, 40.0])
 def test_a_fall_of_the_score_is_told_from_the_second_step_on(deviation: float) -> None:
-    """Of 10 errors at step 2 already (10 / sqrt(2) of the difference), if over a tenth of the
-    deviation; 4 errors of the difference at step 4 or later are none.
-    """
+    """Of 7 errors (0.1 over 0.01 sqrt(2)), where it is over a tenth of the deviation."""
     monitor, found = HealthMonitor(HealthSection()), []
     for step, score in enumerate([1.0, 0.9, 0.9, 0.9], start=1):
         metrics = {"score_mean": score, "score_se": 0.01, "score_std": deviation}
@@ -400,7 +398,7 @@ def test_a_fall_of_the_score_is_told_from_the_second_step_on(deviation: float) -
     assert [(each.name, each.step) for each in found] == (
         [("score_falling", 2)] if deviation < 1 else []
     )
-    assert not found or found[0].threshold == pytest.approx(-5 * 0.01 * math.sqrt(2))
+    assert not found or found[0].threshold == pytest.approx(-3 * 0.01 * math.sqrt(2))
 
 
 @pytest.mark.parametrize(
@@ -439,9 +437,20 @@ def test_an_ensemble_that_disagrees_while_the_score_rises() -> None:
 
     def and_score_falls(step: int, metrics: Metrics) -> None:
         disagrees(step, metrics)
-        metrics["ppo/score_mean"] = -0.004 * step
+        metrics["ppo/score_mean"] = -0.002 * step
 
     assert watch(and_score_falls) == []
+
+
+@pytest.mark.parametrize(("later", "told"), [(0.29, False), (0.33, True)])
+def test_an_ensemble_that_agreed_better_before_it_disagrees(later: float, told: bool) -> None:
+    """0.3 at first, 0.15 in ten steps between: the lowest mean of five counts."""
+
+    def fault(step: int, metrics: Metrics) -> None:
+        middle = 0.15 if step < 40 else later
+        metrics["ppo/ensemble_disagreement"] = middle if step >= 30 else 0.3
+
+    assert [each.step for each in watch(fault)] == ([44] if told else [])
 
 
 @pytest.mark.parametrize("size", [0.02, 35.0, -4000.0])

@@ -163,10 +163,16 @@ FAULTS: dict[DiagnosisName, Fault] = {
     "initial_kl_not_zero": Fault(before_step=other_reference, patch=no_checks),
     "first_ratio_not_one": Fault(dropout=0.2, patch=no_checks),
     "ratio_explosion": Fault(settings={"learning_rate": 0.3}),
-    "grad_norm_explosion": Fault(reward=scaled, before_step=larger_scores),
-    "kl_explosion": Fault(settings={"learning_rate": 0.02, "kl_coef": 0.0}, reward=only_wanted),
+    "grad_norm_explosion": Fault(
+        reward=scaled, before_step=larger_scores, along=("critic_explained_variance_negative",)
+    ),
+    "kl_explosion": Fault(
+        settings={"learning_rate": 0.02, "kl_coef": 0.0},
+        reward=only_wanted,
+        along=("clip_fraction_high",),
+    ),
     "sampling_mismatch": Fault(generation={"top_p": 0.5}),
-    "negative_kl": Fault(patch=stale_sampler),
+    "negative_kl": Fault(patch=stale_sampler, along=("sampling_mismatch",)),
     "clip_fraction_high": Fault(settings={"learning_rate": 0.01, "epochs": 4, "clip_range": 0.05}),
     # The missing-EOS penalty varies, so the shaped scores do.
     "dead_rewards": Fault(settings={"score_normalization": "none"}, reward=constant),
@@ -174,14 +180,14 @@ FAULTS: dict[DiagnosisName, Fault] = {
         settings={"learning_rate": 0.01, "kl_coef": 0.0, "eval_every": 4},
         reward=only_wanted,
         gold=in_moderation,
-        along=("kl_explosion",),
+        along=("kl_explosion", "clip_fraction_high"),
     ),
     "eos_rate_falling": Fault(settings={"missing_eos_penalty": 0.0}, reward=endless),
     "length_drift": Fault(reward=short),
     "entropy_collapse": Fault(
         settings={"learning_rate": 0.01, "kl_coef": 0.0},
         reward=only_wanted,
-        along=("kl_explosion",),
+        along=("kl_explosion", "clip_fraction_high"),
     ),
     "critic_explained_variance_negative": Fault(patch=negated_returns),
     "scores_not_repeatable": Fault(patch=scores_of_others),

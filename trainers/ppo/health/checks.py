@@ -23,7 +23,6 @@ SURPRISE_FLOOR = 0.01
 """Nats per token that different kernels in sampling and scoring may cause."""
 KL_FLOOR = 0.02
 """Nats per response by which an estimate below 0 is rounding."""
-
 ROUNDING = 1e-6
 """Share of the scores' size by which the members of an ensemble differ when they are the same."""
 
@@ -216,18 +215,20 @@ def check_gold_falls(history: History, section: HealthSection, metrics: Metrics)
 
 
 def check_ensemble(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
-    """The reward models of an ensemble agree as much as at first, or the score does not rise."""
-    spread = history.change("ppo/ensemble_disagreement", section)
+    """The reward models of an ensemble agree as much as they did, or the score does not rise."""
+    name, window = "ppo/ensemble_disagreement", section.window
+    first, now = history.change(name, section)
     score = history.change("ppo/score_mean", section)
+    last = history.last[name]  # it may first fall, while answers get more alike
+    least = min(first, *(fmean(last[i : i + window]) for i in range(len(last) - window + 1)))
     size = max(1.0, abs(history.recent("ppo/rm_score_mean", 1)[0]))
-    if spread[0] <= ROUNDING * size or score[1] <= score[0]:
+    if least <= ROUNDING * size or score[1] <= score[0]:
         return None
-    figure = spread[1] / spread[0]
     return _above(
-        figure,
+        now / least,
         section.max_disagreement_factor,
-        f"The reward models disagree {figure:.3g} times as much as at first while the score rose "
-        f"from {score[0]:.3g} to {score[1]:.3g}: the policy has left their training data.",
+        f"The reward models disagree {now / least:.3g} times as much as they did while the score "
+        f"rose from {score[0]:.3g} to {score[1]:.3g}: the policy has left their training data.",
     )
 
 
