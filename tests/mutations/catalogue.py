@@ -586,8 +586,8 @@ SCORING_BUGS = (
     Mutation(
         "adapter added to the weight without its scale",
         "chatllama/model/lora.py",
-        "return x @ torch.addmm(weight, up, down, alpha=scale).T",
-        "return x @ torch.addmm(weight, up, down).T",
+        "return product(x, torch.addmm(weight, up, down, alpha=scale).T)",
+        "return product(x, torch.addmm(weight, up, down).T)",
         ("tests/model/test_lora.py::test_it_is_pefts_layer",),
     ),
     Mutation(
