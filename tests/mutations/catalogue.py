@@ -591,6 +591,13 @@ SCORING_BUGS = (
         ("tests/model/test_lora.py::test_it_is_pefts_layer",),
     ),
     Mutation(
+        "a layer's weight that trains gets no gradient from oneDNN's product",
+        "chatllama/runtime/products.py",
+        "x if ctx.needs_input_grad[1] else None",
+        "None",
+        ("tests/runtime/test_products.py::test_a_layers_numbers_and_gradients",),
+    ),
+    Mutation(
         "critic's gradients without its coefficient",
         UPDATE,
         "return None, None, *(slopes[0] * gradient for gradient in ctx.gradients)",
