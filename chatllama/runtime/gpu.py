@@ -24,7 +24,7 @@ def let_memory_grow() -> None:
     What the user has set stays. Must come before torch is imported.
     """
     if not any(name in os.environ for name in POOL_VARIABLES):
-        os.environ[POOL_VARIABLES[0]] = "expandable_segments:False"
+        os.environ[POOL_VARIABLES[0]] = "expandable_segments:True"
 
 
 def choose_kernels(deterministic: bool | None = None) -> None:
