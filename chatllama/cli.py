@@ -223,6 +223,10 @@ def _eval(arguments: argparse.Namespace) -> None:
         evaluate_overoptimisation(arguments.run, options, gold_function)
     elif options.suite == "instructions":
         _eval_instructions(arguments.run, options)
+    elif options.suite == "reward":
+        from trainers.judging.reward_suite import evaluate_reward
+
+        evaluate_reward(arguments.run, options)
     elif options.suite is not None:
         evaluate_suite(arguments.run, options)
     else:
@@ -252,6 +256,12 @@ def _eval_translation(arguments: argparse.Namespace) -> None:
     translations = Translations(name, requests, *language_codes(arguments.languages))
     options = options_from(GenerateOptions, arguments, temperature=0.0)
     evaluate_translation(arguments.run, translations, options)
+
+
+def _judge_arguments(parser: argparse.ArgumentParser) -> None:
+    from trainers.judging.cli import add_judge_arguments
+
+    add_judge_arguments(parser)
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -322,6 +332,7 @@ COMMANDS = {
         ("generate", _generate, add_generate_arguments, "answer many prompts, into a file or here"),
         ("serve", _serve, add_serve_arguments, "an OpenAI-compatible API and a comparison page"),
         ("eval", _eval, add_eval_arguments, "benchmarks and translations, scored"),
+        ("judge", _home, _judge_arguments, "win rate of two models, roles or files of answers"),
         ("export", _export, add_export_arguments, "adapter, merged or reward model, GGUF files"),
         ("push", _push, add_push_arguments, "an exported folder to the hub"),
         (

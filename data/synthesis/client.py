@@ -1,19 +1,25 @@
 """An OpenAI-compatible chat endpoint: one request, and the pace of all of them.
 
 HTTP and its retries are in `chatllama/runtime/http_client.py`; what is requested, and what becomes
-of the answers, is in `generate.py`.
+of the answers, is in `generate.py` and `trainers/judging`.
 """
 
 import json
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
 
+from chatllama.runtime.command_line import tell
 from chatllama.runtime.http_client import HttpClient, HttpError, complaint
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 CUT, FILTERED, HALF = "cut at max_tokens", "content filter", "half surrogates"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _USELESS = (401, 403, 404, 405, 429)
@@ -116,3 +122,37 @@ def _reply(content: bytes) -> Reply:
         if ending != "error" and not answer.get("error"):
             return Reply(text, fault, sent, received)
     raise ValueError(f"this is no chat completion: {complaint(content)}")
+
+
+def in_parallel(
+    function: Callable[[Item], Result], items: Sequence[Item], parallel: int
+) -> Iterator[tuple[Item, Result | None]]:
+    """Each item with the function's result, in the order in which they are done.
+
+    A bad reply is printed and gives None.
+
+    Raises:
+        EndpointError: of the first that failed, after those that were under way.
+    """
+    waiting = iter(items)
+    failed: EndpointError | None = None
+    running: dict[Future[Result], Item] = {}
+    with ThreadPoolExecutor(parallel) as pool:
+        while True:
+            free = 0 if failed else parallel - len(running)
+            running |= {pool.submit(function, item): item for item in islice(waiting, free)}
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                item = running.pop(future)
+                try:
+                    result = future.result()
+                except BadReply as error:
+                    tell(str(error))
+                    yield item, None
+                except EndpointError as error:
+                    failed = failed or error
+                else:
+                    yield item, result
+    if failed is not None:
+        raise failed

@@ -19,9 +19,10 @@ from chatllama.runtime.http_client import HttpClient
 from data.reading.source import read_source
 from data.similarity import words
 from data.synthesis.client import Endpoint, EndpointError, Pace
-from data.synthesis.generate import JUDGE, NUM_REQUESTED, Prompt, Synthesis, request_for_more
+from data.synthesis.generate import NUM_REQUESTED, Prompt, Synthesis, request_for_more
+from data.synthesis.judging import JUDGE
 from data.synthesis.ledger import OutputFile
-from data.synthesis.options import SynthesisOptions
+from data.synthesis.options import EndpointOptions, SynthesisOptions
 
 TIMEOUT = 300.0
 """Seconds for an answer of the endpoint."""
@@ -58,7 +59,7 @@ def generate_data(options: SynthesisOptions) -> None:
         tell(f"{options.out}: continuing after {len(output.records)} records; {left} to do")
     if left:
         tell("\n".join(estimate.lines(options)))
-        _ask_consent(options.yes)
+        ask_consent(options.yes)
         try:
             _generate(options, output, prompts, seeds)
         except (EndpointError, KeyboardInterrupt):
@@ -73,14 +74,7 @@ def generate_data(options: SynthesisOptions) -> None:
 def _generate(
     options: SynthesisOptions, output: OutputFile, prompts: list[Prompt], seeds: list[str]
 ) -> None:
-    http = HttpClient(
-        options.url,
-        os.environ.get(options.key_env),
-        TIMEOUT,
-        proxies=True,
-        retries=options.retries,
-        wait=Pace(options.per_minute).wait,
-    )
+    http = open_api(options.url, options)
     judge = Endpoint(http, options.judge_model or options.model)
     synthesis = Synthesis(options, output, Endpoint(http, options.model), judge)
     match options.what:
@@ -90,6 +84,18 @@ def _generate(
             synthesis.answers(prompts)
         case "pairs":
             synthesis.pairs(prompts)
+
+
+def open_api(url: str, options: EndpointOptions) -> HttpClient:
+    """The client of an endpoint, with the key of the environment and the pace of the options."""
+    return HttpClient(
+        url,
+        os.environ.get(options.key_env),
+        TIMEOUT,
+        proxies=True,
+        retries=options.retries,
+        wait=Pace(options.per_minute).wait,
+    )
 
 
 def _settings(options: SynthesisOptions, prompts: list[Prompt]) -> dict[str, object]:
@@ -121,7 +127,7 @@ def _check(options: SynthesisOptions) -> None:
         raise ValueError(f"--out {options.out}: the file is JSON lines, so name it .jsonl")
 
 
-def _ask_consent(yes: bool) -> None:
+def ask_consent(yes: bool) -> None:
     """Raises ValueError if the user does not agree, or cannot be asked."""
     if yes:
         return
@@ -139,7 +145,7 @@ class Estimate(NamedTuple):
     completion_tokens: int
     """At most: as many as may be requested."""
 
-    def lines(self, options: SynthesisOptions) -> list[str]:
+    def lines(self, options: EndpointOptions) -> list[str]:
         """What is printed before the first request."""
         lines = [
             f"about {self.requests} requests, {self.prompt_tokens} tokens to the model, at most "
@@ -184,8 +190,12 @@ def closing_lines(output: OutputFile, options: SynthesisOptions) -> list[str]:
     """The records by outcome, over all runs, and what they cost."""
     outcomes = ", ".join(f"{count} {what}" for what, count in output.outcomes().most_common())
     sent, received = output.total("prompt_tokens"), output.total("completion_tokens")
-    cost = f"{output.total('requests')} requests, {sent} tokens to the model, {received} from it"
-    dollars = options.dollars(sent, received)
-    if dollars is not None:
-        cost += f", ${dollars:.2f}"
+    cost = cost_line(output.total("requests"), sent, received, options)
     return [f"{output.path}: {len(output.records)} records ({outcomes})", cost]
+
+
+def cost_line(requests: int, sent: int, received: int, options: EndpointOptions) -> str:
+    """What was paid: `sent` and `received` are tokens to the model and from it."""
+    dollars = options.dollars(sent, received)
+    price = "" if dollars is None else f", ${dollars:.2f}"
+    return f"{requests} requests, {sent} tokens to the model, {received} from it{price}"

@@ -8,20 +8,17 @@ go through `client.py`, files are in `ledger.py`, estimates in `command.py`.
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 from chatllama.runtime.command_line import tell
 from data.similarity import Pool, words
-from data.synthesis.client import CUT, BadReply, Endpoint, EndpointError, Reply
+from data.synthesis.client import CUT, Endpoint, EndpointError, Reply, in_parallel
+from data.synthesis.judging import JUDGE, shown, verdict
 from data.synthesis.ledger import OutputFile
 from data.synthesis.options import SynthesisOptions
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 Prompt = list[dict[str, str]]
 """A conversation that ends with the user."""
 NUM_EXAMPLES = 8
@@ -39,21 +36,7 @@ MORE_PROMPTS = """Here are {count} instructions that people gave to an assistant
 Write {asked} more, as different as you can from these and from each other: in topic, in verb, in \
 length, some with a question, some with a request. Each must make sense alone and be answerable in \
 text. Number them from 1, one a line, and write nothing else."""
-JUDGE = """Two answers to the same request are shown. Which one would the person who asked rather \
-have? Judge whether it is correct, helpful, harmless and to the point; length alone is no merit.
-
-[Request]
-{request}
-
-[Answer A]
-{one}
-
-[Answer B]
-{two}
-
-Reply with one letter: A, B, or C if neither is better."""
 _NUMBERED = re.compile(r"^\s*(?:\d+[.):]|[-*])\s+(.*\S)", re.MULTILINE)
-_VERDICT = re.compile(r"(?<![A-Za-z])([ABC])(?![A-Za-z])")
 
 
 @dataclass(frozen=True)
@@ -74,6 +57,10 @@ class Step:
             "prompt_tokens": sum(reply.prompt_tokens for reply in self.replies),
             "completion_tokens": sum(reply.completion_tokens for reply in self.replies),
         }
+
+
+FAILED = Step([], Counter(["failed"]), [])
+"""A bad reply, which was printed."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +89,9 @@ class Synthesis:
         while len(own) < num:
             first = len(self.output.entries)
             count = min(self.options.parallel, -(-(num - len(own)) // NUM_REQUESTED))
-            shown = [_examples(seeds, own, f"{seed}/{i}") for i in range(first, first + count)]
-            for examples, reply in self._in_parallel(self._more, shown):
-                step = (
-                    reply if isinstance(reply, Step) else _new_prompts(reply, pool, num - len(own))
-                )
+            drawn = [_examples(seeds, own, f"{seed}/{i}") for i in range(first, first + count)]
+            for examples, reply in in_parallel(self._more, drawn, self.options.parallel):
+                step = FAILED if reply is None else _new_prompts(reply, pool, num - len(own))
                 self.output.add(step.records, step.entry(examples=len(examples)))
                 own += [record["prompt"] for record in step.records]
                 fruitless = 0 if step.records or len(own) >= num else fruitless + 1
@@ -147,13 +132,11 @@ class Synthesis:
             fault = next(faults, "equal" if one == two else None)
             if fault is not None:
                 return Step([], Counter([fault]), replies)
-            request = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
-            if len(prompt) == 1:
-                request = prompt[0]["content"]
+            request = shown(prompt)
             verdicts = []
             for first, second in ((one, two), (two, one)):
                 replies.append(self._judge(JUDGE.format(request=request, one=first, two=second)))
-                verdicts.append(_verdict(replies[-1].text))
+                verdicts.append(verdict(replies[-1].text))
             outcome = "kept" if set(verdicts) == {"A", "B"} else "tied"
             if None in verdicts:
                 outcome = "no verdict"
@@ -167,8 +150,10 @@ class Synthesis:
         done, failed_before = self.output.done(), self.output.failed()
         left, in_a_row = [number for number in range(num) if number not in done], 0
         left.sort(key=failed_before.__contains__)  # they come last
-        for count, (number, step) in enumerate(self._in_parallel(make, left), start=1):
-            failed = "failed" in step.outcomes  # without `id` it is tried again by the next run
+        steps = in_parallel(make, left, self.options.parallel)
+        for count, (number, done_step) in enumerate(steps, start=1):
+            step = done_step or FAILED
+            failed = done_step is None  # without `id` it is tried again by the next run
             self.output.add(step.records, step.entry(**{"failed" if failed else "id": number}))
             in_a_row = in_a_row + 1 if failed else 0
             if in_a_row == FRUITLESS or (in_a_row == len(left) and not self.output.records):
@@ -176,39 +161,6 @@ class Synthesis:
             if count % max(1, len(left) // 20) == 0 or count == len(left):
                 total = f"{num - len(left) + count} of {num} prompts"
                 tell(f"{total}: {len(self.output.records)} {name}")
-
-    def _in_parallel(
-        self, function: Callable[[Item], Result], items: Sequence[Item]
-    ) -> Iterator[tuple[Item, Result | Step]]:
-        """Each item with the function's result, in the order in which they are done.
-
-        A bad reply is printed and gives a step of the outcome `failed`.
-
-        Raises:
-            EndpointError: of the first that failed, after those that were under way.
-        """
-        parallel, waiting = self.options.parallel, iter(items)
-        failed: EndpointError | None = None
-        running: dict[Future[Result], Item] = {}
-        with ThreadPoolExecutor(parallel) as pool:
-            while True:
-                free = 0 if failed else parallel - len(running)
-                running |= {pool.submit(function, item): item for item in islice(waiting, free)}
-                if not running:
-                    break
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    item = running.pop(future)
-                    try:
-                        result = future.result()
-                    except BadReply as error:
-                        tell(str(error))
-                        yield item, Step([], Counter(["failed"]), [])
-                    except EndpointError as error:
-                        failed = failed or error
-                    else:
-                        yield item, result
-        if failed is not None:
-            raise failed
 
     def _more(self, examples: Sequence[str]) -> Reply:
         return self._answer([{"role": "user", "content": request_for_more(examples)}])
@@ -261,11 +213,3 @@ def _new_prompts(reply: Reply, pool: Pool, wanted: int) -> Step:
     if not listed:
         outcomes["no list"] += 1
     return Step(records, outcomes, [reply])
-
-
-def _verdict(text: str) -> str | None:
-    """The letter of a judge's reply: its only one, or that of its last line."""
-    letters = set(_VERDICT.findall(text))
-    if len(letters) > 1:
-        letters = set(_VERDICT.findall(text.strip().splitlines()[-1]))
-    return letters.pop() if len(letters) == 1 else None

@@ -87,7 +87,7 @@ class Scorer:
                     ScoreTerm(name, weight, judge=RewardFunction(source, f"{key}.function"))
                 )
             elif source.model is not None:
-                model = ClassifierModel(source, key, cfg.ppo.microbatch_size)
+                model = ClassifierModel(source.model, f"{key}.model", cfg.ppo.microbatch_size)
                 self.terms.append(ScoreTerm(name, weight, judge=model))
             else:
                 self.terms.append(ScoreTerm(name, weight, judge=ScoreServers(source)))

@@ -6,7 +6,7 @@ from itertools import chain
 from pathlib import Path
 
 from chatllama.inference.options import NEW_TOKENS, GenerationRole, WeightsOptions
-from chatllama.runtime.declared_options import Limit, add_options, at_least, option
+from chatllama.runtime.declared_options import add_options, at_least, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class SuiteOptions(WeightsOptions):
         None,
         "benchmark by lm-eval (extra: eval): mmlu, commonsense, hellaswag, ifeval, or names of its "
         "tasks, separated by commas; instructions: answers beside references; overoptimisation: "
-        "gold and proxy over the KL",
+        "gold and proxy over the KL; reward: a reward model on pairs",
         metavar="NAME",
     )
     role: GenerationRole | None = option(
@@ -32,8 +32,7 @@ class SuiteOptions(WeightsOptions):
     data: Path | None = option(
         None,
         "folder of the tasks' records (default: from the hub); instructions: a file in any format "
-        "of SFT (default: what the run's SFT held out)",
-        limit=Limit("there is no such file or folder", Path.exists),
+        "of SFT (default: what the run's SFT held out); reward: files of pairs, or a pattern",
         metavar="PATH",
     )
     batch_size: int | None = option(None, "rows at a time", limit=at_least(1))
@@ -49,11 +48,15 @@ class SuiteOptions(WeightsOptions):
         "(default: evaluation.gold, else the worst member of the run's reward ensemble)",
         metavar="JUDGE",
     )
+    beside: tuple[str, ...] = option(
+        (), "reward: another reward model on the same pairs; may be repeated", metavar="PLACE"
+    )
 
 
 TAKEN = {
     "overoptimisation": ("limit", "batch_size", "n", "gold"),
     "instructions": ("role", "limit", "batch_size", "data", "max_new_tokens"),
+    "reward": ("limit", "batch_size", "data", "beside"),
     "translation": ("role", "limit", "batch_size", "max_new_tokens"),
 }
 """Options that are followed where lm-eval does not measure."""
@@ -65,8 +68,10 @@ def check_suite(options: SuiteOptions) -> None:
     kind = options.suite or "translation"
     taken = TAKEN.get(kind, OF_BENCHMARKS)
     for name in {*OF_BENCHMARKS, *chain(*TAKEN.values())} - set(taken):
-        if vars(options)[name] is not None:
+        if vars(options)[name] not in (None, ()):
             raise ValueError(f"--{name.replace('_', '-')} is not for {kind}")
+    if kind != "reward" and options.data is not None and not options.data.exists():
+        raise ValueError(f"--data {options.data}: there is no such file or folder")
 
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:

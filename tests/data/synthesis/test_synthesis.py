@@ -3,16 +3,15 @@
 import itertools
 import json
 import re
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from endpoint_stub import Answer, Stub, endpoint_stub
 
 from chatllama import cli
 from chatllama.config.sources import DataSource
@@ -22,66 +21,17 @@ from data.similarity import Pool, rouge_l
 from data.synthesis import command as synthesis_command
 from data.synthesis.client import BadReply, Endpoint, EndpointError, Pace
 from data.synthesis.command import estimate_answers, estimate_prompts
-from data.synthesis.generate import _verdict
+from data.synthesis.judging import verdict
 from data.synthesis.ledger import OutputFile
 from data.synthesis.options import SynthesisOptions
 
 pytestmark = pytest.mark.usefixtures("data_cache")
 
-Answer = str | bytes | tuple[int, dict[str, str], bytes] | Callable[[], bytes]
-"""A completion's text, what goes over the wire before it is closed, or status, headers and body."""
-
-
-class Stub:
-    """An endpoint on 127.0.0.1 that answers as `reply` says, and remembers what it was asked."""
-
-    def __init__(self) -> None:
-        self.reply: Callable[[dict[str, Any]], Answer] = lambda body: "Fine."
-        self.asked: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.finish = "stop"
-        stub, lock = self, threading.Lock()
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    stub.asked.append(body)
-                    stub.headers.append({"path": self.path, **dict(self.headers)})
-                    answer = stub.reply(body)
-                if callable(answer):
-                    answer = answer()
-                if isinstance(answer, bytes):
-                    self.wfile.write(answer)
-                    self.close_connection = True
-                    return
-                if isinstance(answer, str):
-                    choice = {"message": {"content": answer}, "finish_reason": stub.finish}
-                    usage = {"prompt_tokens": 10, "completion_tokens": 3}
-                    content = json.dumps({"choices": [choice], "usage": usage}).encode()
-                    answer = (200, {}, content)
-                status, headers, content = answer
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
 
 @pytest.fixture
 def stub() -> Iterator[Stub]:
-    stub = Stub()
-    yield stub
-    stub.server.shutdown()
-    stub.server.server_close()
+    with endpoint_stub() as stub:
+        yield stub
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -533,10 +483,11 @@ def test_pairs_need_one_verdict_in_both_orders(
 @pytest.mark.parametrize(
     ("text", "letter"),
     [("A", "A"), ("B.", "B"), ("**C**", "C"), ("Answer A is wrong.\nB", "B"), ("A or B", None),
-     ("BAD", None), ("", None)],
+     ("BAD", None), ("", None), ("A rhyme is missing, B has none.\nMy verdict: [[A]]", "A"),
+     ("A good answer is missing.", None), ("A is better", "A"), ("C: both are fine", "C")],
 )  # fmt: skip
 def test_verdicts(text: str, letter: str | None) -> None:
-    assert _verdict(text) == letter
+    assert verdict(text) == letter
 
 
 # --- before it starts

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from ppo_runs import sample_of
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -74,7 +75,7 @@ def save(folder: Path, family: str, labels: int = 1) -> str:
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_a_model_of_another_family_reads_texts_its_own_way(tmp_path: Path, family: str) -> None:
     folder = save(tmp_path, family)
-    judge = ClassifierModel(RewardSource(model=folder), "ppo.rewards.0", batch_size=2)
+    judge = ClassifierModel(folder, "ppo.rewards.0.model", batch_size=2)
     plain: Any = {"gpt2": GPT2ForSequenceClassification, "bert": BertForSequenceClassification}
     model = plain[family].from_pretrained(folder).eval()
     expected: list[float] = []
@@ -92,14 +93,21 @@ def test_a_model_of_another_family_reads_texts_its_own_way(tmp_path: Path, famil
 
 
 def test_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    two = RewardSource(model=save(tmp_path / "two", "gpt2", labels=2))
+    two = save(tmp_path / "two", "gpt2", labels=2)
     with pytest.raises(ValueError, match=r"rewards\.3\.model: .* gives 2 numbers"):
-        ClassifierModel(two, "ppo.rewards.3", 2)
+        ClassifierModel(two, "ppo.rewards.3.model", 2)
     with pytest.raises(ValueError, match=r"rewards\.3\.model: .*nothing.* cannot be loaded"):
-        ClassifierModel(RewardSource(model=str(tmp_path / "nothing")), "ppo.rewards.3", 2)
-    judge = ClassifierModel(RewardSource(model=save(tmp_path / "one", "gpt2")), "k", 2)
+        ClassifierModel(str(tmp_path / "nothing"), "ppo.rewards.3.model", 2)
+    one = save(tmp_path / "one", "gpt2")
+    weights = tmp_path / "one" / "model.safetensors"
+    judge = ClassifierModel(one, "k", 2)
     with pytest.raises(ValueError, match=r"a\.jsonl:7 .*: 44 tokens, and the reward .* reads 24"):
         judge.values([sample_of("what", "a river " * 20 + "a")])
+    tensors = load_file(weights)
+    del tensors["score.weight"]  # a language model that is told to have one label
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"k: .* no weights for score\.weight, which"):
+        ClassifierModel(one, "k", 2)
 
 
 @contextmanager

@@ -5,8 +5,10 @@ positive where the model agrees with the label. The pairs of one prompt share a 
 count as one draw in intervals, since they are not independent. Shape: P pairs.
 """
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -112,6 +114,23 @@ def best_scale(gaps: Array, weights: Array, flips: float | Array = 0.0) -> float
         slope = (weights * gaps * (sigmoid(-middle * gaps) - flips)).sum()
         low, high = (middle, high) if slope >= 0 else (low, middle)
     return low
+
+
+def calibration(gaps: Array, weights: Array) -> dict[str, Any]:
+    """ECE, what of it is chance, the scale that would fit best, and the bins; weights sum to N."""
+    bins = reliability(gaps, weights)
+    return {
+        "error": calibration_error(bins),
+        "chance_error": _chance_error(bins, float(weights.sum())),
+        "best_scale": best_scale(gaps, weights),
+        "bins": [asdict(each) for each in bins],
+    }
+
+
+def _chance_error(bins: list[Bin], count: float) -> float:
+    """The calibration error that a perfectly calibrated model shows by chance."""
+    spread = [2 / math.pi * b.confidence * (1 - b.confidence) / (b.share * count) for b in bins]
+    return sum(b.share * math.sqrt(s) for b, s in zip(bins, spread, strict=True))
 
 
 @dataclass(frozen=True)

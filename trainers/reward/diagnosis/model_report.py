@@ -20,16 +20,11 @@ from chatllama.runtime.files import write_json
 from data.batches import answer_pairs
 from trainers.reward.data import Preferences
 from trainers.reward.diagnosis.calibration import (
-    Bin,
-    Proportion,
     agreement,
-    best_scale,
-    calibration_error,
-    correlation,
+    calibration,
     histogram,
     log_loss,
     proportion,
-    reliability,
     weighted_mean,
 )
 from trainers.reward.diagnosis.data_report import (
@@ -41,12 +36,8 @@ from trainers.reward.diagnosis.data_report import (
     examine_data,
     flip_concerns,
 )
+from trainers.reward.diagnosis.length import about_length
 from trainers.reward.evaluate import Member, PaddingError
-
-MATCHED = 0.1
-"""Lengths are taken as equal up to this difference."""
-LENGTH_BINS = ((-1.0, -0.5), (-0.5, -MATCHED), (-MATCHED, MATCHED), (MATCHED, 0.5), (0.5, 1.0))
-"""Length of the better answer less that of the worse, over the longer's."""
 
 
 def examine_model(
@@ -71,7 +62,6 @@ def examine_model(
     each = np.asarray(scores, dtype=float)
     mean = each.mean(0)
     gaps, member_gaps = mean[better] - mean[worse], each[:, better] - each[:, worse]
-    bins = reliability(gaps, weights)
     distribution = {"mean": float(gaps.mean()), "sd": float(gaps.std())}
     edges, shares = histogram(gaps, weights)
     differing = (np.sign(member_gaps) != np.sign(member_gaps[0])).any(0)
@@ -80,71 +70,17 @@ def examine_model(
         "bayes_accuracy": bayes_accuracy,
         "log_loss": log_loss(gaps, weights),
         "calibration": {
-            "error": calibration_error(bins),
-            "chance_error": _chance_error(bins, len(rows)),
-            "best_scale": best_scale(gaps, weights),
+            **calibration(gaps, weights),
             "is_probability": section.margin_coef == 0 and section.label_smoothing == 0,
-            "bins": [asdict(each_bin) for each_bin in bins],
         },
         "gaps": {**distribution, "edges": edges, "shares": shares},
-        "length": _about_length(answer_lengths(rows), mean, better, worse, gaps, weights),
+        "length": about_length(answer_lengths(rows), mean, better, worse, weights),
         "flips": doubtful_labels(rows, gaps, weights),
         "sources": _by_source(rows, pairs.prompt.numpy(), gaps, weights),
         "padding": asdict(padding),
         "members": [asdict(proportion(agreement(own), weights)) for own in member_gaps],
         "disagreement": weighted_mean(differing, weights),
     }
-
-
-def _chance_error(bins: Sequence[Bin], count: int) -> float:
-    """The calibration error that a perfectly calibrated model shows by chance."""
-    spread = [2 / math.pi * b.confidence * (1 - b.confidence) / (b.share * count) for b in bins]
-    return sum(b.share * math.sqrt(s) for b, s in zip(bins, spread, strict=True))
-
-
-def _about_length(
-    lengths: np.ndarray,
-    scores: np.ndarray,
-    better: np.ndarray,
-    worse: np.ndarray,
-    gaps: np.ndarray,
-    weights: np.ndarray,
-) -> dict[str, Any]:
-    """Whether scores follow length, and accuracy where length cannot help."""
-
-    def accuracy(where: np.ndarray) -> Proportion:
-        return proportion(agreement(gaps), weights * where)
-
-    difference = (lengths[better] - lengths[worse]) / np.maximum(lengths[better], lengths[worse])
-    longer, shorter = accuracy(difference > 0), accuracy(difference < 0)
-    matched = abs(difference) <= MATCHED
-    by_difference = []
-    for low, high in LENGTH_BINS:
-        here = (difference >= low) & (difference < high)
-        if low > 0:
-            here = (difference > low) & (difference <= high)
-        elif high > 0:
-            here = matched
-        part = {"share": weighted_mean(here, weights), "accuracy": asdict(accuracy(here))}
-        by_difference.append({"from": low, "to": high, **part})
-    return {
-        "score_correlation": correlation(lengths.astype(float), scores),
-        "gap_correlation": correlation(difference, gaps),
-        "longer_preferred": asdict(proportion(agreement(difference), weights)),
-        "better_is_longer": asdict(longer),
-        "better_is_shorter": asdict(shorter),
-        "controlled_accuracy": asdict(_mean_proportion(longer, shorter)),
-        "matched_accuracy": asdict(accuracy(matched)),
-        "by_difference": by_difference,
-    }
-
-
-def _mean_proportion(a: Proportion, b: Proportion) -> Proportion:
-    """Mean of two independent proportions; half-widths add in squares (Newcombe 1998)."""
-    mean = (a.value + b.value) / 2
-    low = math.hypot(a.value - a.low, b.value - b.low) / 2
-    high = math.hypot(a.high - a.value, b.high - b.value) / 2
-    return Proportion(mean, mean - low, mean + high)
 
 
 def _by_source(

@@ -1,0 +1,1 @@
+"""Reward models measured on preference files, and win rates of two models; it trains nothing."""
