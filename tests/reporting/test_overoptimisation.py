@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 
 import numpy as np
 import pytest
+from test_figures import assert_of_the_files, numbers_of
 
 from chatllama.reporting.overoptimisation import Point, best_of_n, fit, measured_curves, verdict_of
 from chatllama.reporting.page import write_report
@@ -70,19 +71,20 @@ def test_errors_of_a_fit_are_those_of_its_linear_estimate() -> None:
 @pytest.mark.parametrize(
     ("golds", "word"),
     [
-        ([1.0, 2.0, 1.5, 1.0], "Over-optimised: from step 1 to 3 gold changes by -1.000"),
-        ([1.0, 2.0, 3.0, 4.0], "No over-optimisation seen"),
-        ([1.0, 2.0, 3.0, 2.99], "No over-optimisation that is more than chance"),
+        ([1.0, 2.0, 1.0], "Over-optimised: from step 1 to 2 gold changes by -1.000"),
+        ([1.0, 2.0, 3.0], "No over-optimisation seen"),
+        ([1.0, 3.0, 2.99], "No over-optimisation that is more than chance"),
     ],
 )
 def test_the_turn_is_told(golds: list[float], word: str) -> None:
-    ppo = points("ppo", golds, [0.0, 1.0, 2.0, 3.0], noise=0.5)
+    ppo = points("ppo", golds, [0.0, 1.0, 2.0], noise=0.5)
     assert word in verdict_of(measured_curves("g", 1, ppo, ppo)["turn"])
     fallen = [Point(p.label, p.kl, p.gold, [-p.label] * 300) for p in ppo]
     if "Over" in word:
         assert "the proxy with it" in verdict_of(measured_curves("g", 1, ppo, fallen)["turn"])
 
 
+@pytest.mark.slow
 def test_every_figure_of_the_page_is_that_of_the_file(tmp_path: Path) -> None:
     kls = [0.0, 0.3, 1.1, 4.2, 9.3]
     best = points("best_of_n", [1.0, 1.9, 2.6, 3.1, 2.4], kls, noise=0.4)
@@ -104,4 +106,5 @@ def test_every_figure_of_the_page_is_that_of_the_file(tmp_path: Path) -> None:
     turn = found["turn"]
     assert f"gold changes by {turn['gold_change']:+.3f} ± {turn['gold_change_se']:.3f}" in section
     assert "300 held-out prompts, 64 samples" in section and "m:gold" in section
+    assert_of_the_files(section, list(numbers_of(found)))  # and it shows no other
     assert section.count("<svg") == 2 and "<script" not in page
