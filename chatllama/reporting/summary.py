@@ -98,7 +98,7 @@ def _words(cfg: Config) -> dict[str, str]:
     functions = [source.label for source in cfg.ppo.rewards if source.function is not None]
     names = ", ".join(source.label for source in cfg.ppo.rewards)
     if len(functions) == len(cfg.ppo.rewards):
-        reward = f"the reward function{'s' * (len(functions) > 1)} {names}"
+        reward = f"the reward function{'s' * (len(functions) > 1)} {' and '.join(functions)}"
     else:
         reward = "the reward model" if len(cfg.ppo.rewards) == 1 else f"the reward ({names})"
     advantage = cfg.ppo.advantage

@@ -32,7 +32,7 @@ class Verdict:
 def no_gold(summary: dict[str, Any]) -> str:
     """What a run without a gold score proves, and what it does not."""
     reward = word_of(summary, "reward")
-    flaws = "what it forgets to ask for" if "function" in reward else "its mistakes"
+    flaws = "what nobody thought of asking for" if "function" in reward else "its mistakes"
     return (
         f"It shows that the policy climbs {reward}, which it was trained on, on prompts that "
         "training has not seen. It does not show that people would prefer its answers: a policy "
@@ -104,6 +104,8 @@ def _ended(state: StageState, stage: Stage, again: str, found: list[Finding]) ->
         return Verdict("bad", words, found, [f"`{again}{resume}` tries again."])
     word = "Stopped" if state.step else "Refused"
     words = f"{word}: stage {stage}{after if state.step else ''}: {state.reason}"
+    if state.reason.startswith("stopped "):  # it says after which step
+        words = f"Stopped: stage {stage} {state.reason.removeprefix('stopped ')}"
     step = f"Put right what it names; a key can be given as in `{again} section.key=value{resume}`."
     return Verdict("bad", words, found, [step])
 

@@ -187,7 +187,7 @@ def test_a_run_on_a_function_has_no_reward_model_and_no_critic(tmp_path: Path) -
     assert "Judged by the reward function brief." in text
     assert "reward score (raw) 1.50" in text
     assert "By the reward's own judgement GRPO's answers beat those of SFT" in text
-    assert "climbs the reward function brief, which" in text and "forgets to ask for" in text
+    assert "climbs the reward function brief, which" in text and "thought of asking for" in text
     assert "reward model" not in text.lower().partition("configuration")[0]
     with Tracker(run, "ppo", TrackingSection(report_to=[]), 9, 0) as tracker:
         tracker.log(1, {"ppo/entropy": 1.0})
