@@ -4,6 +4,8 @@ import statistics
 import pytest
 import torch
 
+from chatllama.config.ppo import HealthSection
+from trainers.ppo.health.monitor import HealthMonitor
 from trainers.ppo.ppo_math import (
     PolicyLoss,
     ValueLoss,
@@ -423,7 +425,15 @@ def test_a_critic_that_explains_only_itself_has_no_explained_variance():
     pairs = list(zip(scores.tolist(), guesses.tolist(), strict=True))
     error = statistics.pvariance([score - guess for score, guess in pairs])
     expected = 1 - error / statistics.pvariance([score for score, _ in pairs])
-    assert explained(rewards_to_go(rewards, mask, 1.0)) == pytest.approx(expected) and expected < -1
+    found = explained(rewards_to_go(rewards, mask, 1.0))
+    assert found == pytest.approx(expected) and expected < -1
+    for figure, names in (
+        (found, ["critic_explained_variance_negative"]),
+        (explained(returns), []),
+    ):
+        monitor = HealthMonitor(HealthSection())
+        steps = [monitor.observe(n, {"ppo/explained_variance": figure}) for n in range(1, 21)]
+        assert [each.name for step in steps for each in step] == names
 
 
 def test_explained_variance():
