@@ -12,7 +12,7 @@ POOL = "trainers/ppo/servers/pool.py"
 LOOP = "trainers/ppo/train.py"
 SETUP = "trainers/ppo/model.py"
 UPDATE = "trainers/ppo/update.py"
-REPORT = "trainers/reward/diagnosis/model_report.py"
+LENGTH = "trainers/reward/diagnosis/length.py"
 CALIBRATION = "trainers/reward/diagnosis/calibration.py"
 
 _GUARD = "tests/ppo/test_guard.py::test_"
@@ -481,14 +481,14 @@ ORDER_BUGS = (
 DIAGNOSIS_BUGS = (
     Mutation(
         "half-widths of controlled accuracy added",
-        REPORT,
+        LENGTH,
         "low = math.hypot(a.value - a.low, b.value - b.low) / 2",
         "low = (a.value - a.low + b.value - b.low) / 2",
         (_DIAGNOSIS + "the_interval_of_controlled_accuracy_by_hand",),
     ),
     Mutation(
         "calibration error of chance without the mean of |x|",
-        REPORT,
+        CALIBRATION,
         "spread = [2 / math.pi * b.confidence",
         "spread = [b.confidence",
         (_DIAGNOSIS + "the_calibration_error_of_chance_by_hand",),
