@@ -75,6 +75,19 @@ def test_a_planted_length_bias_is_found_and_taken_out() -> None:
     assert fair["longer_preferred"] and fair["position"] is None
 
 
+def test_length_control_by_hand() -> None:
+    """Lengths of deviation 10, so tanh(1) = .7616; .8 of the longer seconds win, .4 of the others.
+
+    a = (logit .8 + logit .4) / 2 = (1.3863 - .4055) / 2, b = (1.3863 + .4055) / 2 / .7616.
+    """
+    outcomes = np.array([1.0] * 80 + [0.0] * 20 + [1.0] * 40 + [0.0] * 60)
+    rows = np.arange(200)
+    found = length_controlled(outcomes, np.repeat([10.0, -10.0], 100), rows, resampled(rows))
+    assert found["coefficient"]["value"] == pytest.approx(1.1764, abs=2e-3)
+    assert found["win_rate"]["value"] == pytest.approx(1 / (1 + np.exp(-0.4904)), abs=1e-3)
+    assert found["win_rate"]["low"] < 0.58 < 0.66 < found["win_rate"]["high"]
+
+
 @pytest.mark.parametrize("outcome", [0.0, 0.5, 1.0])
 def test_one_sided_outcomes_and_equal_lengths_have_finite_numbers(outcome: float) -> None:
     rows = np.arange(12)
@@ -98,11 +111,11 @@ def test_a_judge_that_prefers_what_comes_first_is_found_and_cancels_out() -> Non
 
 
 def test_position_by_hand() -> None:
-    # A first and fair; always first; ties; first in one order, tie in the other.
-    orders = np.array([[0.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.0, 0.5]])
-    found = position_bias(orders, np.array([0, 1, 2, 3]))
-    # Verdicts for what is shown first: 1 and 0; 1 and 1; none; 1.
-    assert found["first_shown"]["value"] == 4 / 5 and found["decided"] == 5
-    assert found["consistent"]["value"] == 0.5
+    # The first in both orders, twice; what is shown first; ties; the first, then a tie.
+    orders = np.array([[0.0, 0.0], [0.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.0, 0.5]])
+    found = position_bias(orders, np.arange(5))
+    # Verdicts for what is shown first: 1 and 0, twice; 1 and 1; none; 1.
+    assert found["first_shown"]["value"] == 5 / 7 and found["decided"] == 7
+    assert found["consistent"]["value"] == 3 / 5
     nothing = position_bias(np.full((2, 2), 0.5), np.array([0, 1]))
     assert nothing["first_shown"] is None and nothing["consistent"]["value"] == 1.0

@@ -1,5 +1,6 @@
 """Bugs around a PPO run and in the diagnosis of reward models, as data like `catalogue.py`'s."""
 
+from judging_bugs import JUDGING_BUGS
 from mutation import Mutation
 
 CHECKS = "trainers/ppo/health/checks.py"
@@ -520,4 +521,5 @@ RUN_BUGS = (
     *ENSEMBLE_BUGS,
     *ORDER_BUGS,
     *DIAGNOSIS_BUGS,
+    *JUDGING_BUGS,
 )
