@@ -14,6 +14,8 @@ from chatllama.text.encoding import decode, encode
 from data.reading.records import record_texts
 
 NUM_EXAMPLES = 3
+MOST = 0.95
+"""Share of records that a limit should leave whole."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,12 @@ class TokenReport:
     """`file:line: reason` of the first few that the chat template refuses."""
     num_over: int = 0
     """Records that a limit on tokens has cut or left out."""
+    limit: int = 0
+    """Tokens of it; at most the model's positions."""
     most_need: int = 0
-    """Tokens within which 95 % of the records are whole, or the model's positions."""
+    """Tokens within which 95 % of the records are whole."""
+    positions: int | None = None
+    """Tokens that the model reads; None: unknown."""
 
     def summary(self) -> str:
         """A line for the log, and one for each example."""
@@ -50,10 +56,33 @@ class TokenReport:
         line = "; ".join([f"{self.num_kept} of {self.num_read} examples", *counts])
         return "\n  ".join([line, *self.examples])
 
-    @property
-    def lengths(self) -> dict[str, int]:
-        """What limits on tokens did, as `trainers/stages/forecast.py` takes it."""
-        return {"records": self.num_read, "over": self.num_over, "most_need": self.most_need}
+    def lengths(self, key: str, new: int = 0) -> dict[str, Any]:
+        """What a limit on tokens did, as `trainers/stages/forecast.py` takes it; see `advice`."""
+        return {
+            "records": self.num_read,
+            "over": self.num_over,
+            "limit": f"{self.limit} tokens ({key})",
+            "advice": self.advice(key, new),
+        }
+
+    def advice(self, key: str, new: int = 0) -> str:
+        """What keeps most records whole: the key's value, or what else where the model's end is.
+
+        Args:
+            key: of the limit.
+            new: tokens that the model reads after those of the record.
+        """
+        most = self.most_need if self.positions is None else self.positions - new
+        if self.most_need <= most:
+            return f"{key}={self.most_need} keeps {MOST:.0%} whole"
+        first = f"{key}={most} keeps more, and no value all: " if self.limit < most else ""
+        room = f", {new} of them new ones" if new else ""
+        less = "lower generation.max_new_tokens, " if new > 1 else ""
+        return (
+            f"{first}{MOST:.0%} of them need {self.most_need:,} tokens, and the model reads "
+            f"{self.positions:,}{room}: {less}split or shorten the records, or take a model that "
+            "reads more"
+        )
 
     @property
     def facts(self) -> dict[str, float]:

@@ -17,7 +17,7 @@ from chatllama.text.chat_format import Message, end_of_turn_ids, render
 from chatllama.text.encoding import encode_text
 from chatllama.text.tokenizer import within_positions
 from data.caching import cached_map
-from data.token_report import NUM_EXAMPLES, TokenReport, lost_characters
+from data.token_report import MOST, NUM_EXAMPLES, TokenReport, lost_characters
 
 NOT_RENDERED = "the chat template refuses or rewrites it"
 
@@ -67,20 +67,16 @@ def tokenize(
         lost=[*filter(None, rows.select(kept)["lost"][:])],
         examples=[*filter(None, rows["refusal"][:])][:NUM_EXAMPLES],
         num_over=int((needed > max_length).sum()),
-        most_need=within_positions(tokenizer, int(np.quantile(needed, MOST, method="inverted_cdf")))
-        if len(needed)
-        else 0,
+        limit=max_length,
+        most_need=int(np.quantile(needed, MOST, method="inverted_cdf")) if len(needed) else 0,
+        positions=vars(tokenizer).get("max_positions"),
     )
     if reasons and not kept:
-        advice = f". {key or LIMITS[kind]}={report.most_need} keeps {MOST:.0%}"
-        raise ValueError(
-            f"no record can be used ({report.summary()}){advice if report.num_over else ''}"
-        )
+        advice = f". {report.advice(key or LIMITS[kind])}" if report.num_over else ""
+        raise ValueError(f"no record can be used ({report.summary()}){advice}")
     return rows.select(kept).remove_columns([*_NOTES, "needed"]), report
 
 
-MOST = 0.95
-"""Share of records that a limit should leave whole."""
 LIMITS = {"sft": "sft.max_length", "preferences": "reward.max_length"}
 LIMITS |= {"prompts": "ppo.max_prompt_length"}
 """The key of a stage's limit."""

@@ -22,6 +22,7 @@ from data.batches import (
     ordered_pairs,
 )
 from data.mixture import load_mixture
+from data.token_report import TokenReport
 from data.tokenize import tokenize, tokenize_text
 
 pytestmark = pytest.mark.usefixtures("data_cache")
@@ -137,9 +138,33 @@ def test_the_limit_that_most_need_is_told(
         assert (report.num_over, report.most_need) == (over, length[18]), limit
     with pytest.raises(ValueError) as caught:
         tokenize(data, kind, tokenizer, CHAT, 1)
-    assert str(caught.value).endswith(f"{key}={length[18]} keeps 95%")
+    assert str(caught.value).endswith(f". {key}={length[18]} keeps 95% whole")
     with pytest.raises(ValueError, match=f"ppo.ptx_max_length={length[18]} keeps"):
         tokenize(data, kind, tokenizer, CHAT, 1, "ppo.ptx_max_length")
+
+
+@pytest.mark.parametrize(
+    ("limit", "need", "positions", "new", "expected"),
+    [
+        (256, 300, 512, 0, "K=300 keeps 95% whole"),
+        (256, 300, None, 0, "K=300 keeps 95% whole"),
+        (256, 512, 512, 0, "K=512 keeps 95% whole"),
+        # the limit is all that the model reads: no value of the key helps
+        (512, 1300, 512, 0, "95% of them need 1,300 tokens, and the model reads 512: split or"),
+        (256, 513, 512, 0, "K=512 keeps more, and no value all: 95% of them need 513 tokens"),
+        # 300 + 256 new tokens would be refused
+        (256, 300, 512, 256, "95% of them need 300 tokens, and the model reads 512, 256 of them"),
+        (256, 300, 512, 256, "new ones: lower generation.max_new_tokens, split or shorten"),
+        (64, 300, 512, 256, "K=256 keeps more"),
+        (64, 256, 512, 256, "K=256 keeps 95% whole"),
+    ],
+)
+def test_no_value_is_advised_that_is_set_or_cannot_be(
+    limit: int, need: int, positions: int | None, new: int, expected: str
+) -> None:
+    report = TokenReport(9, 1, {}, {}, num_over=8, limit=limit, most_need=need, positions=positions)
+    assert expected in report.advice("K", new)
+    assert f"K={limit} " not in report.advice("K", new)
 
 
 def test_left_out_and_changed_are_counted(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -145,7 +145,7 @@ def load_prompts(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Prompts:
     announce(
         cfg,
         "ppo",
-        **examples.reports[0].lengths,
+        **examples.reports[0].lengths("ppo.max_prompt_length", new),
         examples=len(examples.train),
         steps=section.steps,
         tokens=longest * section.steps * section.rollout_batch_size,

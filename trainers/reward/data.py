@@ -62,7 +62,7 @@ def load_preferences(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Prefere
     announce(
         cfg,
         "reward",
-        **examples.reports[0].lengths,
+        **examples.reports[0].lengths("reward.max_length"),
         examples=len(examples.train),
         steps=steps,
         tokens=each * steps * cfg.reward.batch_size,

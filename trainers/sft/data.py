@@ -60,7 +60,7 @@ def load_rows(cfg: Config, tokenizer: PreTrainedTokenizerFast) -> Rows:
     announce(
         cfg,
         "sft",
-        **examples.reports[0].lengths,
+        **examples.reports[0].lengths("sft.max_length"),
         examples=rows.num_rows,
         steps=rows.steps,
         tokens=float(row_lengths(rows.train).sum()),

@@ -20,7 +20,8 @@ def announce(
     *,
     records: int,
     over: int,
-    most_need: int,
+    limit: str,
+    advice: str,
     examples: int,
     steps: int,
     tokens: float,
@@ -30,7 +31,8 @@ def announce(
     Args:
         records: training records read.
         over: those that the limit on tokens has cut or left out.
-        most_need: tokens within which most records are whole, at most the model's positions.
+        limit: how many tokens, and by which key.
+        advice: what keeps most records whole.
         examples: training sequences of one pass.
         steps: of the stage; in PPO rollout batches.
         tokens: of the whole stage, about.
@@ -54,11 +56,9 @@ def announce(
             file=sys.stderr,
         )
     if over > MANY_LOST * records:
-        key = "max_prompt_length" if stage == "ppo" else "max_length"
         print(
-            f"warning: {over:,} of {records:,} records of {stage} are longer than {stage}.{key} "
-            f"{vars(vars(cfg)[stage])[key]} and are cut or left out; {stage}.{key}={most_need} "
-            "keeps 95 % whole",
+            f"warning: {over:,} of {records:,} records of {stage} are longer than the limit of "
+            f"{limit} and are cut or left out; {advice}",
             file=sys.stderr,
         )
 
