@@ -19,7 +19,9 @@ from transformers import PreTrainedTokenizerFast
 
 from chatllama.config.loader import load_config
 from chatllama.config.model import ChatSection
+from chatllama.config.ppo import PpoSection
 from chatllama.config.schema import Config
+from chatllama.config.stages import SftSection
 from chatllama.config.yaml_reader import parse_value
 from chatllama.runtime.files import replace_text
 from chatllama.text.chat_format import settled, template_line
@@ -36,6 +38,8 @@ GOALS: dict[Goal, str] = {
 Fit = Callable[[Config], Mapping[str, object] | None]
 """Settings with which a config fits the GPU; None: there are none."""
 LEAST_STEPS, MOST_EPOCHS = 50, 3
+LEAST_BATCH, MOST_BATCH = 4, 64
+"""Sequences of an optimizer step."""
 SHARE = 0.99
 """Of the records that a length limit keeps whole."""
 Values = dict[str, tuple[object, str]]
@@ -130,17 +134,16 @@ def _sections(
             )
         whole = _all_lengths(pairs, tokenizer, chat)
         limit = min(positions, _up(quantile(whole, SHARE), 64))
-        sections["reward"] = _stage(pairs, limit, sum(len(look.rows) for look in pairs), whole)
+        rows = sum(len(look.rows) for look in pairs) * _within(whole, limit)
+        sections["reward"] = _stage(pairs, limit, rows, whole, lost="left out")
     prompts = asked or (pairs if goal == "ppo" else talks or pairs)
     ahead = _all_lengths(prompts, tokenizer, chat, prompts=True)
     longest = min(positions // 2, _up(quantile(ahead, SHARE), 32))
     size = 64 if on_gpu else 32
     rollouts: Values = {
         "data": ([look.source for look in prompts], ""),
-        "steps": (100, f"of {size} answers"),
-        "rollout_batch_size": (size, ""),
+        "rollout_batch_size": (size, f"answers a step, in {PpoSection().steps} steps"),
         "minibatch_size": (size // 2, ""),
-        "microbatch_size": (4, ""),
         "max_prompt_length": (longest, "tokens"),
     }
     if goal == "grpo":
@@ -154,22 +157,37 @@ def _sections(
     return sections
 
 
-def _stage(looks: Sequence[FirstLook], limit: int, rows: float, lengths: Sequence[int]) -> Values:
-    """The section of SFT or the reward model with about `rows` sequences an epoch."""
-    batch, epochs = 64, 1
-    while batch > 4 and rows / batch < LEAST_STEPS:
+def _stage(
+    looks: Sequence[FirstLook], limit: int, rows: float, lengths: Sequence[int], lost: str = "cut"
+) -> Values:
+    """The section of SFT or the reward model with about `rows` sequences an epoch.
+
+    Args:
+        lengths: of the records, in order of size.
+        lost: what becomes of those over the limit.
+    """
+    batch, epochs = MOST_BATCH, 1
+    while batch > LEAST_BATCH and rows / batch < LEAST_STEPS:
         batch //= 2
     while epochs < MOST_EPOCHS and rows * epochs / batch < LEAST_STEPS:
         epochs += 1
-    kept = bisect_right(lengths, limit) / len(lengths)
     steps = max(1, round(rows * 0.95 * epochs / batch))
+    kept = _within(lengths, limit)
+    others = f", the others are {lost}" if kept < SHARE else ""
+    more: Values = {"epochs": (float(epochs), "")} if epochs > 1 else {}
+    if batch < SftSection().microbatch_size:
+        more |= {"microbatch_size": (batch, "")}
     return {
         "data": ([look.source for look in looks], ""),
-        "max_length": (limit, f"tokens; {kept:.0%} of the records are within"),
-        "batch_size": (batch, ""),
-        "microbatch_size": (min(batch, 4), ""),
-        "epochs": (float(epochs), f"about {steps} steps in all"),
+        "max_length": (limit, f"tokens; {kept:.0%} of the records are within{others}"),
+        "batch_size": (batch, f"about {steps} steps in all"),
+        **more,
     }
+
+
+def _within(lengths: Sequence[int], limit: int) -> float:
+    """Share of the lengths, which are in order of size, up to a limit."""
+    return bisect_right(lengths, limit) / len(lengths)
 
 
 def _fitted(
@@ -206,6 +224,11 @@ def _yaml(run_dir: str, sections: Mapping[str, Values]) -> str:
         f"run_dir: {_plain(run_dir)}",
     ]
     for section, values in sections.items():
+        comments = [comment for _, comment in values.values() if comment]
+        if len(values) <= 2 and len(comments) <= 1:
+            pairs = ", ".join(f"{key}: {_plain(value)}" for key, (value, _) in values.items())
+            lines.append("  # ".join([f"{section}: {{{pairs}}}", *comments]))
+            continue
         lines.append(f"{section}:")
         for key, (value, comment) in values.items():
             lines.append(f"  {key}: {_plain(value)}{f'  # {comment}' if comment else ''}")

@@ -44,21 +44,24 @@ class FirstLook:
     ) -> list[int]:
         """Tokens of the first records, in order of size; with `prompts` without the last answer.
 
+        Of a record with several answers, those with the longest.
+
         Raises:
             ValueError: the chat template refuses every one of them.
         """
         found: list[int] = []
         refusal: ValueError | None = None
         for row in islice(self.rows, MEASURED):
+            sizes: list[int] = []
             for turns in conversations(cast(dict[str, Any], row)):
                 asked = turns[:-1] if prompts and turns[-1]["role"] == "assistant" else turns
                 opens = asked[-1]["role"] == "user"
                 try:
-                    found.append(
-                        len(render(tokenizer, chat, asked, add_generation_prompt=opens).ids)
-                    )
+                    rendered = render(tokenizer, chat, asked, add_generation_prompt=opens)
+                    sizes.append(len(rendered.ids))
                 except ValueError as error:
                     refusal = error
+            found += [max(sizes)] if sizes else []
         if not found:
             raise ValueError(f"{self.path}: no record can be rendered: {refusal}")
         return sorted(found)

@@ -70,7 +70,7 @@ def test_the_config_is_short_commented_and_sized_by_the_data(
 ) -> None:
     cfg = made("--goal", "ppo", *data("talks", "pairs"))
     lines = Path("c.yaml").read_text().splitlines()
-    assert len(lines) <= 26 and sum("#" in line for line in lines) >= 6
+    assert len(lines) <= 21 and sum("#" in line for line in lines) >= 6
     # Of 60 pairs, 57 train: 3 epochs of 57 in batches of 4 are 43 steps, the most that there are.
     assert (cfg.reward.batch_size, cfg.reward.epochs) == (4, 3.0)
     assert any("# about 43 steps in all" in line for line in lines)
@@ -78,6 +78,7 @@ def test_the_config_is_short_commented_and_sized_by_the_data(
     positions = json.loads((work / "model" / "config.json").read_text())["max_position_embeddings"]
     assert cfg.ppo.max_prompt_length + cfg.generation.max_new_tokens <= positions
     shown = capsys.readouterr().out
+    assert "backbone: {path: model, dtype: float32}  # bfloat16 is slow on a CPU" in lines
     for part in (
         "chat template: llama2; the tokenizer has none of its own",
         "conversations: talks.jsonl (prompt_completion): 200 of 200 records",
@@ -86,6 +87,17 @@ def test_the_config_is_short_commented_and_sized_by_the_data(
         "chatllama data check c.yaml\n  chatllama plan c.yaml\n  chatllama run c.yaml",
     ):
         assert part in shown
+
+
+def test_pairs_that_the_model_cannot_read_are_not_counted_as_steps(work: Path) -> None:
+    """400 pairs, of which every tenth fits: 40 in 3 epochs, and not 400 in one."""
+    record = {"prompt": "say", "chosen": "good", "rejected": "bad"}
+    long = record | {"chosen": "word " * 3000}
+    lines = "".join(json.dumps(long if n % 10 else record) + "\n" for n in range(400))
+    (work / "pairs.jsonl").write_text(lines)
+    cfg = made("--goal", "ppo", *data("pairs"))
+    assert (cfg.reward.batch_size, cfg.reward.epochs) == (4, 3.0)
+    assert "of the records are within, the others are left out" in Path("c.yaml").read_text()
 
 
 def test_a_gpu_of_some_memory_gets_what_fits_it(work: Path) -> None:

@@ -15,7 +15,7 @@ def config(**sections: dict[str, Any]) -> Config:
 
 
 def said(capsys: pytest.CaptureFixture[str], cfg: Config, stage: Stage, **given: Any) -> list[str]:
-    usual = {
+    usual: dict[str, Any] = {
         "records": 1000,
         "over": 0,
         "limit": "128 tokens (KEY)",
