@@ -24,6 +24,7 @@ from chatllama.config.schema import Config
 from chatllama.config.stages import SftSection
 from chatllama.config.yaml_reader import parse_value
 from chatllama.runtime.files import replace_text
+from chatllama.runtime.waiting import now_doing
 from chatllama.text.chat_format import settled, template_line
 from chatllama.text.tokenizer import load_tokenizer
 from data.checking.first_look import KINDS, FirstLook, first_look, quantile
@@ -42,6 +43,9 @@ LEAST_BATCH, MOST_BATCH = 4, 64
 """Sequences of an optimizer step."""
 SHARE = 0.99
 """Of the records that a length limit keeps whole."""
+FEW = 0.8
+"""Share of records within the limit under which it is worth a warning."""
+LOST = ", the others are "
 Values = dict[str, tuple[object, str]]
 """Key -> value and comment."""
 
@@ -67,12 +71,15 @@ def init(wishes: Wishes, fit: Fit | None) -> Path:
         ValueError: something does not fit, or is neither given nor can be asked for.
     """
     model = wishes.model or _ask("Model (folder or hub id)", "--model")
+    now_doing(f"reading the tokenizer of {model}")
     tokenizer = load_tokenizer(model)
     print(template_line(tokenizer, ChatSection()))
     names = wishes.data or tuple(_ask("Data files, separated by blanks", "--data").split())
     datasets.disable_progress_bars()
-    looks = [first_look(name) for name in names]
-    for look in looks:
+    looks: list[FirstLook] = []
+    for name in names:
+        now_doing(f"reading {name}")
+        looks.append(look := first_look(name))
         print(f"{KINDS[look.kind]}: {look.summary}")
     goal = wishes.goal or _ask_goal(looks)
     reward = wishes.reward
@@ -90,6 +97,10 @@ def init(wishes: Wishes, fit: Fit | None) -> Path:
     replace_text(out, text)
     cfg = load_config(out)
     print(f"\n{out}:\n{text}")
+    for name, values in sections.items():
+        if LOST in values.get("max_length", ("", ""))[1]:
+            limit, comment = values["max_length"]
+            print(f"warning: {name}.max_length {limit} {comment}, for the model reads no more")
     stage = "sft" if "sft" in sections else "ppo"
     print_records(shown_records(cfg, tokenizer, stage, 1)[:1], Console())
     print(
@@ -153,7 +164,9 @@ def _sections(
             "rewards": ([{"function": reward}], "score = f(prompt, answer)"),
         }
     sections["ppo"] = rollouts
-    sections["generation"] = {"max_new_tokens": (min(256, positions - longest), "")}
+    # No answer is longer than the records that hold one.
+    known = [int(str(part["max_length"][0])) for part in sections.values() if "max_length" in part]
+    sections["generation"] = {"max_new_tokens": (min([256, positions - longest, *known]), "")}
     return sections
 
 
@@ -173,7 +186,7 @@ def _stage(
         epochs += 1
     steps = max(1, round(rows * 0.95 * epochs / batch))
     kept = _within(lengths, limit)
-    others = f", the others are {lost}" if kept < SHARE else ""
+    others = f"{LOST}{lost}" if kept < FEW else ""
     more: Values = {"epochs": (float(epochs), "")} if epochs > 1 else {}
     if batch < SftSection().microbatch_size:
         more |= {"microbatch_size": (batch, "")}

@@ -76,6 +76,7 @@ def test_the_config_is_short_commented_and_sized_by_the_data(
     assert any("# about 43 steps in all" in line for line in lines)
     assert cfg.reward.max_length == 64  # the longest pair, rounded up
     positions = json.loads((work / "model" / "config.json").read_text())["max_position_embeddings"]
+    assert cfg.generation.max_new_tokens == 64  # no record is longer
     assert cfg.ppo.max_prompt_length + cfg.generation.max_new_tokens <= positions
     shown = capsys.readouterr().out
     assert "backbone: {path: model, dtype: float32}  # bfloat16 is slow on a CPU" in lines
@@ -89,7 +90,9 @@ def test_the_config_is_short_commented_and_sized_by_the_data(
         assert part in shown
 
 
-def test_pairs_that_the_model_cannot_read_are_not_counted_as_steps(work: Path) -> None:
+def test_pairs_that_the_model_cannot_read_are_not_counted_as_steps(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """400 pairs, of which every tenth fits: 40 in 3 epochs, and not 400 in one."""
     record = {"prompt": "say", "chosen": "good", "rejected": "bad"}
     long = record | {"chosen": "word " * 3000}
@@ -97,7 +100,11 @@ def test_pairs_that_the_model_cannot_read_are_not_counted_as_steps(work: Path) -
     (work / "pairs.jsonl").write_text(lines)
     cfg = made("--goal", "ppo", *data("pairs"))
     assert (cfg.reward.batch_size, cfg.reward.epochs) == (4, 3.0)
-    assert "of the records are within, the others are left out" in Path("c.yaml").read_text()
+    assert cfg.generation.max_new_tokens == 256 - 32
+    said = "10% of the records are within, the others are left out"
+    assert f"# tokens; {said}" in Path("c.yaml").read_text()
+    shown = capsys.readouterr().out
+    assert f"warning: reward.max_length 256 tokens; {said}, for the model reads no more" in shown
 
 
 def test_a_gpu_of_some_memory_gets_what_fits_it(work: Path) -> None:

@@ -23,7 +23,7 @@ def said(capsys: pytest.CaptureFixture[str], cfg: Config, stage: Stage, **given:
         "examples": 1000,
         "tokens": 1e6,
     }
-    forecast.announce(cfg, stage, **(usual | {"steps": 500} | given))
+    forecast.announce(cfg, stage, **{**usual, "steps": 500, **given})
     out, err = capsys.readouterr()
     return [out.strip(), *err.strip().splitlines()]
 
