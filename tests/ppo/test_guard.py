@@ -294,8 +294,12 @@ def test_an_update_that_breaks_the_weights_is_named_also_where_an_evaluation_is_
         return metrics
 
     monkeypatch.setattr(trainer, "_update", broken)
+    evaluations = RunFolder(tmp_path).evaluations
+    evaluations.parent.mkdir()
+    evaluations.write_text('{"step": 0}\n')  # of a stage that was begun before
     with pytest.raises(ValueError, match="stopped after step 2 by the health monitor"):
         trainer.train(resume=False)
+    assert [line["step"] for line in read_lines(evaluations)] == [1] * (eval_every == 1)
     (line,) = read_lines(tmp_path / "ppo" / "health.jsonl")
     assert (line["name"], line["step"]) == ("not_finite", 2)
     assert (tmp_path / "ppo" / "bad_batch-step-2.pt").is_file()

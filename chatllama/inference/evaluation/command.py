@@ -61,24 +61,23 @@ def evaluate_suite(place: str | Path, options: SuiteOptions) -> dict[str, Result
         for task in tasks:  # all of them, before anything heavy
             local_records(task, options.data)
     folder = place_of(run, options.suite)
-    answerers: dict[GenerationRole, Answerer] = {}
+    answerer: Answerer | None = None
     found: dict[str, Results] = {}
     for role, adapter in adapters.items():
-        own = {"lm_eval": version("lm-eval"), "shots": suite.shots}
-        own |= settings(options, cfg, adapter)
+        own = settings(options, cfg, adapter)
+        own |= {"lm_eval": version("lm-eval"), "shots": suite.shots}
         path = folder / f"{role}.json"
         found[role] = kept(path, own)
         for number, task in enumerate(tasks, 1):
             if task in found[role]:
                 continue
-            if not answerers:  # the model is loaded once, and only if something is to be measured
-                names: dict[GenerationRole, Any] = {each: acting_as_role(each) for each in adapters}
-                loaded = load_run(run, cfg, [*names.values()], options.trust_remote_code)
-                answerers = {each: Answerer(loaded, name) for each, name in names.items()}
+            if answerer is None:  # loaded once, and only if something is to be measured
+                names = [acting_as_role(each) for each in adapters]
+                answerer = Answerer(load_run(run, cfg, names, options.trust_remote_code), names[0])
+            answerer.acting = acting_as_role(role)
             partial = folder / f"{role}.{task}.{digest(own)}.jsonl"
             partial.parent.mkdir(parents=True, exist_ok=True)
-            size = options.batch_size or cfg.generation.batch_size
-            lm = harness.RoleLM(answerers[role], size, partial)
+            lm = harness.RoleLM(answerer, options.batch_size or cfg.generation.batch_size, partial)
             found[role][task] = harness.measure(lm, task, suite.shots, options.limit, options.data)
             write_json(path, {"settings": own, "tasks": found[role]})
             partial.unlink(missing_ok=True)
