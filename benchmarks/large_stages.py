@@ -33,6 +33,7 @@ from chatllama.planning.shape import read_shape
 from chatllama.planning.totals import Work, scoring_passes, stage_work
 from chatllama.runs.folder import Stage
 from chatllama.runtime.distributed import device, is_launched, shut_down
+from chatllama.runtime.products import use_onednn
 from data.batches import SharedPromptCollator
 from trainers.engine.start import initialise
 from trainers.ppo.data import StopTokens
@@ -162,6 +163,8 @@ def make_llama(size: argparse.Namespace) -> LlamaForCausalLM:
     finally:
         torch.set_default_dtype(before)
     if size.quantization == "none":
+        if size.zero != 3:
+            use_onednn(llama)  # as loading a backbone does
         return llama
     with tempfile.TemporaryDirectory() as folder:  # quantised while it is read, as any model
         llama.save_pretrained(folder)
