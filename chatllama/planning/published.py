@@ -1,5 +1,7 @@
 """Shapes of published models, by hub id, so that a plan needs neither the network nor a licence."""
 
+from functools import partial
+
 from chatllama.model.families import FAMILIES
 from chatllama.planning.shape import ModelShape
 
@@ -22,14 +24,8 @@ def _shape(
     return ModelShape(*sizes, tied, biased, family.head_norms, window)
 
 
-def _qwen2(*sizes: int, tied: bool = False, vocabulary: int = 152_064) -> ModelShape:
-    return _shape(*sizes, vocabulary, kind="qwen2", tied=tied)
-
-
-def _qwen3(*sizes: int, tied: bool = False) -> ModelShape:
-    return _shape(*sizes, 8, 151_936, kind="qwen3", tied=tied)
-
-
+_qwen2 = partial(_shape, kind="qwen2")
+_qwen3 = partial(_shape, kind="qwen3")
 _7B = _shape(4096, 11008, 32, 32, 32, 32_000)
 _13B = _shape(5120, 13824, 40, 40, 40, 32_000)
 _70B = _shape(8192, 28672, 80, 64, 8, 32_000)
@@ -62,19 +58,19 @@ PUBLISHED: dict[str, ModelShape] = {
         4096, 14336, 32, 32, 8, 32_000, kind="mistral", window=4096
     ),
     "mistralai/Mistral-7B-v0.3": _shape(4096, 14336, 32, 32, 8, 32_768, kind="mistral"),
-    "Qwen/Qwen2.5-0.5B": _qwen2(896, 4864, 24, 14, 2, tied=True, vocabulary=151_936),
-    "Qwen/Qwen2.5-1.5B": _qwen2(1536, 8960, 28, 12, 2, tied=True, vocabulary=151_936),
-    "Qwen/Qwen2.5-3B": _qwen2(2048, 11008, 36, 16, 2, tied=True, vocabulary=151_936),
-    "Qwen/Qwen2.5-7B": _qwen2(3584, 18944, 28, 28, 4),
-    "Qwen/Qwen2.5-14B": _qwen2(5120, 13824, 48, 40, 8),
-    "Qwen/Qwen2.5-32B": _qwen2(5120, 27648, 64, 40, 8),
-    "Qwen/Qwen2.5-72B": _qwen2(8192, 29568, 80, 64, 8),
-    "Qwen/Qwen3-0.6B": _qwen3(1024, 3072, 28, 16, tied=True),
-    "Qwen/Qwen3-1.7B": _qwen3(2048, 6144, 28, 16, tied=True),
-    "Qwen/Qwen3-4B": _qwen3(2560, 9728, 36, 32, tied=True),
-    "Qwen/Qwen3-8B": _qwen3(4096, 12288, 36, 32),
-    "Qwen/Qwen3-14B": _qwen3(5120, 17408, 40, 40),
-    "Qwen/Qwen3-32B": _qwen3(5120, 25600, 64, 64),
+    "Qwen/Qwen2.5-0.5B": _qwen2(896, 4864, 24, 14, 2, 151_936, tied=True),
+    "Qwen/Qwen2.5-1.5B": _qwen2(1536, 8960, 28, 12, 2, 151_936, tied=True),
+    "Qwen/Qwen2.5-3B": _qwen2(2048, 11008, 36, 16, 2, 151_936, tied=True),
+    "Qwen/Qwen2.5-7B": _qwen2(3584, 18944, 28, 28, 4, 152_064),
+    "Qwen/Qwen2.5-14B": _qwen2(5120, 13824, 48, 40, 8, 152_064),
+    "Qwen/Qwen2.5-32B": _qwen2(5120, 27648, 64, 40, 8, 152_064),
+    "Qwen/Qwen2.5-72B": _qwen2(8192, 29568, 80, 64, 8, 152_064),
+    "Qwen/Qwen3-0.6B": _qwen3(1024, 3072, 28, 16, 8, 151_936, tied=True),
+    "Qwen/Qwen3-1.7B": _qwen3(2048, 6144, 28, 16, 8, 151_936, tied=True),
+    "Qwen/Qwen3-4B": _qwen3(2560, 9728, 36, 32, 8, 151_936, tied=True),
+    "Qwen/Qwen3-8B": _qwen3(4096, 12288, 36, 32, 8, 151_936),
+    "Qwen/Qwen3-14B": _qwen3(5120, 17408, 40, 40, 8, 151_936),
+    "Qwen/Qwen3-32B": _qwen3(5120, 25600, 64, 64, 8, 151_936),
 }
 
 
