@@ -45,12 +45,12 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 def _suits(left: Tensor, right: Tensor) -> bool:
     return (
-        left.dtype == right.dtype == torch.float32
+        not torch.compiler.is_compiling()  # first: the rest is not for a compiler
+        and left.dtype == right.dtype == torch.float32
         and right.numel() >= SMALLEST
         and right.device.type == "cpu"
         and prefers_onednn()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 

@@ -76,6 +76,17 @@ def test_what_torch_keeps(calls, kind):
     assert not calls
 
 
+@pytest.mark.slow
+def test_a_compiled_layer_is_the_compilers(monkeypatch):
+    model = nn.Sequential(nn.Linear(256, 256)).requires_grad_(False)
+    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+    use_onednn(model)
+    monkeypatch.setattr(products, "prefers_onednn", lambda: pytest.fail("asked by a compiler"))
+    x = torch.randn(4, 256)
+    result = torch.compile(model, fullgraph=True, backend="eager")(x)
+    assert torch.equal(result, nn.functional.linear(x, model[0].weight, model[0].bias))
+
+
 def test_adapted_layers_and_their_gradients(calls):
     torch.manual_seed(0)
     base = nn.Linear(256, 256, bias=False).requires_grad_(False)
