@@ -238,6 +238,8 @@ def test_votes_of_the_page_are_counted_by_model(
         (("--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "m", "--judge-prompt", "PROMPT"),
          "it does not say where {one}, {two} goes"),
         (("--gold", "no_such_module:f"), "--gold"),
+        (("--gold", "data.garden_notes:gold", "--temperature", "0.5"), "not for files of answers"),
+        (("--votes", "v.jsonl", "--limit", "3"), "--limit is not for --votes"),
         (("--gold", "data.garden_notes:gold", "--data", "PROMPTS"), "has no answer to"),
     ],
 )  # fmt: skip

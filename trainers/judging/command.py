@@ -42,6 +42,8 @@ def judge(first: str, second: str | None, options: JudgeOptions) -> dict[str, An
     else:
         sides = find_sides(first, second)
         _find_judge(options)
+        if all(side.file is not None for side in sides):
+            _refuse(options, ("temperature", "max_new_tokens"), "files of answers")
         names = (sides[0].name, sides[1].name)
         on = f"-on-{Path(options.data).stem}" if options.data else ""
         folder = options.out or root_of(sides) / "judged" / f"{_versus(names)}{on}"
@@ -79,10 +81,15 @@ def _check(options: JudgeOptions, second: str | None) -> str:
         unused = (*unused, *OF_ANSWERS)
         if second is None:
             raise ValueError("--votes: name both models as the page does, such as: sft policy")
-    for name in unused:
-        if getattr(options, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} is not for --{kind.replace('_', '-')}")
+    _refuse(options, unused, f"--{kind.replace('_', '-')}")
     return kind
+
+
+def _refuse(options: JudgeOptions, names: Sequence[str], what: str) -> None:
+    """Raises ValueError for an option that `what` would not follow."""
+    for name in names:
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is not for {what}")
 
 
 def _find_judge(options: JudgeOptions) -> None:
