@@ -58,6 +58,12 @@ def test_layouts_of_published_sets_are_read_with_their_categories(tmp_path: Path
                "preference": p, "generator_2": "m"} for p in (1.0, 2.0, 1.75)]  # fmt: skip
     found = read_labelled(write(tmp_path / "annotations.json", alpaca))
     assert [each["answers"][0] for each in found.rows] == ["ant", "bee", "bee"]
+    zero = [{"prompt": "Pick.", "response_a": "x", "response_b": "y", "label": v} for v in (0, 1)]
+    file = write(tmp_path / "zero.jsonl", zero)
+    found = read_labelled(f"{{path: {file}, verdicts: {{0: second, 1: first}}}}")
+    assert [each["answers"][0] for each in found.rows] == ["y", "x"]
+    with pytest.raises(ValueError, match=r"--data .*: pth: Extra"):
+        read_labelled(f"{{path: {file}, pth: 1}}")
 
 
 def test_accuracy_ties_and_categories_by_hand() -> None:

@@ -39,7 +39,9 @@ class JudgeOptions(WeightsOptions, EndpointOptions):
     )
     judge_max_tokens: int = option(512, "of a reply of the judge", limit=at_least(1), metavar="N")
     data: str | None = option(
-        None, "prompts, in any format (default: the run's held-out ones)", metavar="FILE"
+        None,
+        "prompts, in any format, as of a config's source (default: the run's held-out ones)",
+        metavar="FILE",
     )
     limit: int | None = option(None, "the first N prompts only", limit=at_least(1))
     temperature: float | None = option(None, **TEMPERATURE)

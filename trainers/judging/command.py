@@ -17,6 +17,7 @@ from trainers.judging.cli import JudgeOptions
 from trainers.judging.judges import Judgement, by_gold, by_reward, by_votes, gold_judge
 from trainers.judging.llm_judge import by_model, read_template
 from trainers.judging.sides import Comparison, compare, find_questions, find_sides, root_of
+from trainers.judging.sources import data_source
 from trainers.judging.win_rate import summarise
 
 JUDGES = ("reward", "gold", "votes", "judge_url")
@@ -45,7 +46,7 @@ def judge(first: str, second: str | None, options: JudgeOptions) -> dict[str, An
         if all(side.file is not None for side in sides):
             _refuse(options, ("temperature", "max_new_tokens"), "files of answers")
         names = (sides[0].name, sides[1].name)
-        on = f"-on-{Path(options.data).stem}" if options.data else ""
+        on = f"-on-{Path(data_source(options.data).path).stem}" if options.data else ""
         folder = options.out or root_of(sides) / "judged" / f"{_versus(names)}{on}"
         questions = find_questions(sides, options)
         comparisons = compare(sides, questions, options, folder)

@@ -12,7 +12,6 @@ from typing import Any
 import datasets
 import numpy as np
 
-from chatllama.config.sources import DataSource
 from chatllama.inference.evaluation.cli import SuiteOptions
 from chatllama.inference.folders import is_run
 from chatllama.runs.folder import RunFolder
@@ -23,6 +22,7 @@ from data.reading.source import decode_source, read_source
 from trainers.functions.sample import Sample
 from trainers.judging.reward_model import open_reward_model
 from trainers.judging.rewardbench import SUBSETS, section_scores
+from trainers.judging.sources import data_source
 from trainers.judging.win_rate import clustered, numbered, resampled
 from trainers.reward.diagnosis.calibration import agreement, calibration, proportion, weighted_mean
 from trainers.reward.diagnosis.length import about_length
@@ -73,7 +73,7 @@ def evaluate_reward(place: str | Path, options: SuiteOptions) -> dict[str, Any]:
         scores[each] = model.scores(samples)
     found = measure(data, scores)
     assert folder is not None
-    path = folder / f"{_stem(file)}.json"
+    path = folder / f"{_stem(data_source(file).path)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"file": file, "limit": options.limit, "left_out": data.left_out, **found}
     write_json(path, content)
@@ -100,7 +100,7 @@ def read_labelled(file: str, limit: int | None = None) -> Labelled:
         ValueError: there is no such data, it is malformed, or most of it is of no use.
     """
     datasets.disable_progress_bars()
-    source = DataSource(path=file)
+    source = data_source(file)
     records, report = read_source(source, "preferences")
     tell(report.summary())
     rows = records.to_list()[:limit]

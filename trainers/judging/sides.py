@@ -25,6 +25,7 @@ from data.reading.formats import RecordError
 from data.reading.source import decode_source, read_source
 from trainers.functions.sample import Sample
 from trainers.judging.cli import ROLES, JudgeOptions
+from trainers.judging.sources import data_source
 
 ANSWER_FILES = (".jsonl", ".json")
 CATEGORIES = ("category", "subset")
@@ -124,7 +125,7 @@ def find_questions(sides: Sequence[Side], options: JudgeOptions) -> list[Questio
     """
     files = [side.file for side in sides if side.file is not None]
     if options.data is not None:
-        records = read_source(DataSource(path=options.data), "prompts")[0]
+        records = read_source(data_source(options.data), "prompts")[0]
         found = [_question(row) for row in records.to_list()]
     elif files:
         found = [Question(each.messages, each.where) for each in read_answers(files[0])]
