@@ -33,7 +33,7 @@ from chatllama.planning.shape import read_shape
 from chatllama.planning.totals import Work, scoring_passes, stage_work
 from chatllama.runs.folder import Stage
 from chatllama.runtime.distributed import device, is_launched, shut_down
-from chatllama.runtime.products import use_onednn
+from chatllama.runtime.products import product, use_onednn
 from data.batches import SharedPromptCollator
 from trainers.engine.start import initialise
 from trainers.ppo.data import StopTokens
@@ -243,10 +243,10 @@ def matrix_rate(dtype: str) -> float:
     """FLOPs per second of a large product."""
     side = 8192 if on_gpu() else 512
     left = torch.randn(side, side, device=device(), dtype=getattr(torch, dtype))
-    product = left @ left
+    product(left, left)
     start, count = seconds(), 20 if on_gpu() else 2
     for _ in range(count):
-        torch.mm(left, left, out=product)
+        product(left, left)
     return 2.0 * side**3 * count / (seconds() - start)
 
 

@@ -38,31 +38,31 @@ class MeasuredRates:
 
 MEASURED: tuple[MeasuredRates, ...] = (
     MeasuredRates(
-        date="2026-11-30",
+        date="2026-12-01",
         found="AMD EPYC (AVX-512)",
         machine=CPU,
         parameters=24_407_712,
         dtype="float32",
-        sft=912.9,
-        reward=1926.5,
-        sampling=358.0,
-        scoring=4337.7,
-        update=1423.5,
+        sft=1631.4,
+        reward=2864.0,
+        sampling=716.2,
+        scoring=5537.1,
+        update=2296.2,
     ),
     MeasuredRates(
-        date="2026-11-30",
+        date="2026-12-01",
         found="AMD EPYC (AVX-512)",
         machine=CPU,
         parameters=162_826_560,
         dtype="float32",
-        sft=102.8,
-        reward=128.7,
-        sampling=47.2,
-        scoring=373.0,
-        update=117.5,
+        sft=159.2,
+        reward=228.2,
+        sampling=65.4,
+        scoring=464.5,
+        update=184.8,
     ),
 )
-"""On CPUs by CPU seconds of one thread, sequences of 64 + 64 tokens, checkpointed."""
+"""On CPUs by CPU seconds of one thread, checkpointed; 64 + 64 tokens, of the larger 32 + 32."""
 
 
 def nearest_rates(cfg: Config, parameters: int, machine: str | None) -> MeasuredRates | None:

@@ -78,13 +78,14 @@ def test_what_torch_keeps(calls, kind):
 
 @pytest.mark.slow
 def test_a_compiled_layer_is_the_compilers(monkeypatch):
-    model = nn.Sequential(nn.Linear(256, 256)).requires_grad_(False)
+    layer = nn.Linear(256, 256).requires_grad_(False)
+    model = nn.Sequential(layer)
     monkeypatch.setattr(products, "prefers_onednn", lambda: True)
     use_onednn(model)
     monkeypatch.setattr(products, "prefers_onednn", lambda: pytest.fail("asked by a compiler"))
     x = torch.randn(4, 256)
     result = torch.compile(model, fullgraph=True, backend="eager")(x)
-    assert torch.equal(result, nn.functional.linear(x, model[0].weight, model[0].bias))
+    assert torch.equal(result, nn.functional.linear(x, layer.weight, layer.bias))
 
 
 def test_adapted_layers_and_their_gradients(calls):
