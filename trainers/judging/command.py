@@ -13,9 +13,9 @@ from chatllama.inference.folders import find_model
 from chatllama.runtime.declared_options import check_limits
 from chatllama.runtime.files import replace_text, write_json
 from chatllama.runtime.jsonl import json_line
-from trainers.judging.cli import JudgeOptions
 from trainers.judging.judges import Judgement, by_gold, by_reward, by_votes, gold_judge
 from trainers.judging.llm_judge import by_model, read_template
+from trainers.judging.options import JudgeOptions
 from trainers.judging.sides import Comparison, compare, find_questions, find_sides, root_of
 from trainers.judging.sources import data_source
 from trainers.judging.win_rate import summarise

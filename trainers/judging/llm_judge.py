@@ -16,8 +16,8 @@ from data.synthesis.client import Endpoint, EndpointError, Reply, in_parallel
 from data.synthesis.command import Estimate, ask_consent, cost_line, num_tokens, open_api
 from data.synthesis.generate import FRUITLESS
 from data.synthesis.judging import JUDGE, shown, verdict
-from trainers.judging.cli import JudgeOptions
 from trainers.judging.judges import Judgement
+from trainers.judging.options import JudgeOptions
 from trainers.judging.sides import Comparison
 
 PLACES = {"request": "request", "question": "request", "one": "one", "answer_a": "one",

@@ -24,7 +24,7 @@ from data.mixture import load_mixture
 from data.reading.formats import RecordError
 from data.reading.source import decode_source, read_source
 from trainers.functions.sample import Sample
-from trainers.judging.cli import ROLES, JudgeOptions
+from trainers.judging.options import ROLES, JudgeOptions
 from trainers.judging.sources import data_source
 
 ANSWER_FILES = (".jsonl", ".json")
