@@ -1,7 +1,7 @@
 """A run opened for inference: its backbone once, its adapters as roles."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,10 +82,7 @@ def load_run(
     folders = role_folders(run)
     if is_run(run) and not folders and not run.full_model.is_dir():
         raise ValueError(f"{run.root} holds no adapter yet: has a stage finished?")
-    bare = ("base",) if cfg.lora is not None else ("base", "reference")
-    names = list(folders) if roles is None else [role for role in roles if role not in bare]
-    if missing := [role for role in names if role not in folders]:
-        raise ValueError(f"{run.root} has no adapter for {missing[0]}; there: {sorted(folders)}")
+    names = list(folders) if roles is None else _adapted(run, cfg, roles, folders)
     backbone = cfg.backbone.model_copy(update={"trust_remote_code": trust_remote_code})
     cfg = cfg.model_copy(update={"backbone": backbone})
     path = backbone_path(backbone, run)
@@ -118,6 +115,17 @@ def load_run(
         set_head(model, role, saved[role].head.get("weight"))
     model.to(device()).eval().requires_grad_(False)
     return LoadedRun(model, tokenizer, cfg.chat, cfg, rewards)
+
+
+def _adapted(
+    run: RunFolder, cfg: Config, roles: Sequence[Role], folders: Mapping[Role, Path]
+) -> list[Role]:
+    """Those of the roles that have an adapter; ValueError where one lacks it."""
+    bare = ("base",) if cfg.lora is not None else ("base", "reference")
+    names = [role for role in roles if role not in bare]
+    if missing := [role for role in names if role not in folders]:
+        raise ValueError(f"{run.root} has no adapter for {missing[0]}; there: {sorted(folders)}")
+    return names
 
 
 def _beside(tokenizer: PreTrainedTokenizerFast, folder: Path) -> PreTrainedTokenizerFast:
