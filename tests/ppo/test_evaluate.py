@@ -154,7 +154,8 @@ def test_measuring_the_policy_gives_the_evaluations_numbers(tiny: TinyRun, tmp_p
         for name, value in numbers.items()
         if not name.startswith("win_rate")
     }
-    assert measure_policy(*arguments, 1) == found
+    run.overoptimisation.write_text("of earlier answers")
+    assert measure_policy(*arguments, 1) == found and not run.overoptimisation.exists()
     lines = read_lines(run.evaluations)  # of step 2 and the end are later, from before a rollback
     assert [line["step"] for line in lines] == [0, 1]
     assert [each["text"] for each in lines[0]["prompts"]] == [f"question {n}" for n in (7, 8, 9)]

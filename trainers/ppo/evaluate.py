@@ -91,9 +91,11 @@ def _judge(cfg: Config, run: RunFolder) -> str:
 def keep_answers(run: RunFolder, steps: Mapping[int, Mapping[str, Any]]) -> None:
     """Adds the answers of evaluations, by step, to RUN/ppo/evaluations.jsonl.
 
-    Lines of the same steps and of later ones, from before a rollback or a resume, are replaced.
+    Lines of the same steps and of later ones, from before a rollback or a resume, are replaced. A
+    curve of over-optimisation that was made of earlier answers is removed.
     """
     if rank() == 0:
+        run.overoptimisation.unlink(missing_ok=True)
         run.evaluations.parent.mkdir(parents=True, exist_ok=True)
         last = max(steps)
         keep_lines(run.evaluations, lambda line: line["step"] < last and line["step"] not in steps)

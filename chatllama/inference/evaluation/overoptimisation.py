@@ -56,7 +56,8 @@ def evaluate_overoptimisation(
     if 0 not in lines:
         raise ValueError(
             f"{run.evaluations} holds no answers of PPO's start: they are written at the end of "
-            "PPO, where evaluation.num_prompts is not 0. `chatllama run` makes them"
+            "PPO, where evaluation.num_prompts is not 0; in a finished run of an older version "
+            "`chatllama run CONFIG --from ppo` trains PPO again and keeps them"
         )
     rewards = cfg.ppo.rewards
     if len(rewards) != 1 or rewards[0].adapter != "run":
@@ -118,7 +119,9 @@ def _reward_models(run: RunFolder, cfg: Config) -> Judge:
 
     members = run.reward_members() if run.reward_adapter.is_dir() else []
     if not members:
-        raise ValueError(f"--gold {run.root}: it has no reward model")
+        raise ValueError(
+            f"--gold {run.root}: no run or reward adapter is there; a function is module:function"
+        )
     loaded = load_run(run, cfg, [reward_role(number) for number in range(len(members))])
     answerer, size = Answerer(loaded, "reward"), cfg.generation.batch_size
 

@@ -114,6 +114,8 @@ def test_what_cannot_be_judged_is_refused(
     assert "is not the run's reward model alone" in refused(config, "overoptimisation")
     gold = ("overoptimisation", "--gold", "m_that_is_not:f")
     assert "m_that_is_not" in refused("", *gold)
+    gone = ("overoptimisation", "--gold", "gone/away")
+    assert "--gold gone/away: no run or reward adapter is there" in refused("", *gone)
     assert "--gold is not for mmlu" in refused("", "mmlu", "--gold", "m:f")
     assert "--shots is not for overoptimisation" in refused("", "overoptimisation", "--shots", "1")
     known = ("overoptimisation", "--gold", "math:pow")
