@@ -79,24 +79,6 @@ def load_function(name: str, key: str) -> Callable[..., Any]:
     return found
 
 
-def function_file(name: str) -> Path | None:
-    """The file that holds a function of that name, without importing it; None if not known."""
-    folder, _, inner = name.rpartition("/")
-    module = inner.partition(":")[0]
-    if module == "__main__":
-        file = vars(sys.modules[module]).get("__file__")
-        return Path(file) if file else None
-    first, *rest = module.split(".")
-    here = [folder] if folder else [os.getcwd(), *sys.path]
-    spec = importlib.machinery.PathFinder.find_spec(first, here)
-    if spec is None or spec.origin is None:
-        return None
-    place = Path(spec.origin)
-    if rest:
-        place = place.parent.joinpath(*rest).with_suffix(".py")
-    return place if place.is_file() else None
-
-
 def with_folder(name: str) -> str:
     """The name of a function with the absolute folder of its module, if that is the current one.
 

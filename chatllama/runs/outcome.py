@@ -49,8 +49,11 @@ class StageState:
         if self.kind == "killed":
             return f"killed or crashed{after or ' before its first step'}"
         first = self.reason.splitlines()[0]
+        first = f"{first[:97]}{'...' * (len(first) > 97)}"
+        if first.startswith("stopped "):  # it says after which step
+            return first
         word = "stopped" if self.kind == "refused" and self.step else self.kind
-        return f"{word}{after} ({first[:97]}{'...' * (len(first) > 97)})"
+        return f"{word}{after} ({first})"
 
 
 def stage_states(run: RunFolder, stages: Sequence[Stage]) -> dict[Stage, StageState]:

@@ -1,7 +1,9 @@
 """SHA-256 of files, and a cache of those of large ones by path, size and times."""
 
+import importlib.machinery
 import json
 import os
+import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -69,3 +71,21 @@ def _write_cache(entries: dict[str, tuple[Stamp, str]]) -> None:
     lines = {name: [*stamp, sha] for name, (stamp, sha) in entries.items()}
     with suppress(OSError):
         replace_text(cache_file(), json.dumps(lines, indent=1) + "\n")
+
+
+def function_file(name: str) -> Path | None:
+    """The file that holds a function of that name, without importing it; None if not known."""
+    folder, _, inner = name.rpartition("/")
+    module = inner.partition(":")[0]
+    if module == "__main__":
+        file = vars(sys.modules[module]).get("__file__")
+        return Path(file) if file else None
+    first, *rest = module.split(".")
+    here = [folder] if folder else [os.getcwd(), *sys.path]
+    spec = importlib.machinery.PathFinder.find_spec(first, here)
+    if spec is None or spec.origin is None:
+        return None
+    place = Path(spec.origin)
+    if rest:
+        place = place.parent.joinpath(*rest).with_suffix(".py")
+    return place if place.is_file() else None

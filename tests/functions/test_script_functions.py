@@ -10,10 +10,11 @@ from ppo_runs import make_base, ppo_config
 
 import chatllama
 from chatllama import cli
-from chatllama.config.base import function_file, load_function
+from chatllama.config.base import load_function
 from chatllama.config.loader import dump_config
 from chatllama.model.adapters import WEIGHTS
 from chatllama.runs.folder import RunFolder
+from chatllama.runtime.digests import function_file
 from chatllama.start.runs import run_state
 from trainers.stages.lineage import other_versions
 

@@ -88,6 +88,7 @@ def test_a_stage_without_a_result_says_why_and_what_to_do(
     if code:
         reason = "stopped at step 7: loss is nan" if kind == "stopped" else "no <file>"
         record_failure(run, "sft", reason, code)
+    assert str(stage_state(run, "sft")).count("stopped") == (code == 2 and steps > 0)
     assert stage_state(run, "sft").kind == kind.replace("stopped", "refused")
     found = of(run, cfg, {})
     assert found.kind == "bad" and status in found.status and step in found.steps[0]

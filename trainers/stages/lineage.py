@@ -15,13 +15,14 @@ from typing import Any
 from pydantic import BaseModel
 
 from chatllama import __version__
-from chatllama.config.base import Section, function_file
+from chatllama.config.base import Section
 from chatllama.config.errors import nested_section
 from chatllama.config.schema import Config
 from chatllama.config.sources import DataSource
 from chatllama.model.fingerprint import folder_hash
 from chatllama.model.integrity import base_record, output_files
 from chatllama.runs.folder import STAGES, RunFolder, Stage, read_lineage, write_record
+from chatllama.runtime.digests import function_file
 from chatllama.runtime.files import file_hash
 from data.reading.files import named_files
 
