@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 CPU_FLAGS = Path("/proc/cpuinfo")
+OPERATION = "_linear_pointwise"
+"""Of `torch.ops.mkldnn`; not public, so a later torch may lack it and multiplies as it does."""
 SMALLEST = 2**16
 """Elements of the second matrix below which starting oneDNN takes longer than the product."""
 
@@ -24,7 +26,7 @@ def prefers_onednn() -> bool:
     """Whether this is an x86 processor with AVX-512 that is not Intel's."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not CPU_FLAGS.is_file():
         return False
-    known = torch.backends.mkldnn.is_available()
+    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, OPERATION)
     return known and "GenuineIntel" not in CPU_FLAGS.read_text(errors="replace")
 
 
