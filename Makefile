@@ -1,8 +1,8 @@
-# From a fresh clone on a machine with Python 3.10-3.12 and its venv module: `make demo`.
+# From a fresh clone on a machine with Python 3.10-3.14 and its venv module: `make demo`.
 
 # The first interpreter that is recent enough, and not too recent.
-PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
-	"$$p" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10 python3.13 python3.14; do \
+	"$$p" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' \
 	2>/dev/null && echo "$$p" && break; done)
 BIN := $(CURDIR)/.venv/bin
 # The deepspeed launcher and ninja are looked up on PATH.
@@ -42,9 +42,9 @@ venv: .venv/.ready
 	@touch $@
 
 .venv/.runs: pyproject.toml constraints.txt
-	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' \
 		2>/dev/null || { \
-		echo "chatllama needs Python 3.10, 3.11 or 3.12; PYTHON='$(PYTHON)' is none of them" \
+		echo "chatllama needs Python 3.10 to 3.14; PYTHON='$(PYTHON)' is none of them" \
 		"(python3 here: $$(python3 --version 2>&1)). Name one: make PYTHON=/path/to/python3.12." \
 		"None here? \`uv python install 3.12\` or \`conda create -n py312 python=3.12\` brings one," \
 		"without rights of an administrator" \
