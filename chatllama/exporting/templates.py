@@ -13,7 +13,14 @@ from transformers import PreTrainedTokenizerFast
 from chatllama.config.model import ChatSection
 from chatllama.config.schema import GenerationSection
 from chatllama.exporting.reference_outputs import CONVERSATIONS, is_prompt
-from chatllama.text.chat_format import Message, default_system, end_of_turn_ids, opening_bos, render
+from chatllama.text.chat_format import (
+    Message,
+    default_system,
+    end_of_turn_ids,
+    opening_bos,
+    render,
+    settled,
+)
 from chatllama.text.encoding import adds_bos
 from chatllama.text.template_process import rendered
 from chatllama.text.tokenizer import save_tokenizer
@@ -168,6 +175,7 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast, chat: Chat
 
 def jinja_template(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> str:
     """The layout as a Jinja chat template."""
+    chat = settled(tokenizer, chat)
     system = json.dumps(default_system(chat), ensure_ascii=False)
     if chat.template == "tokenizer":
         own = frozen_template(tokenizer.get_chat_template(), chat.date)
@@ -193,6 +201,7 @@ def own_layout(tokenizer: PreTrainedTokenizerFast, chat: ChatSection) -> ChatSec
 
     None where that template writes something else.
     """
+    chat = settled(tokenizer, chat)
     if chat.template != "tokenizer":
         return chat
     system = chat.system if chat.system is not None else _unasked_system(tokenizer, chat)

@@ -227,6 +227,12 @@ def test_a_template_that_is_one_of_ours_is_found(
         assert (f'SYSTEM """{expected}"""' in text) == bool(expected)
 
 
+def test_auto_is_the_template_that_it_comes_to(tokenizer: PreTrainedTokenizerFast) -> None:
+    auto, llama2 = ChatSection(), ChatSection(template="llama2")
+    assert own_layout(tokenizer, auto) == llama2
+    assert jinja_template(tokenizer, auto) == jinja_template(tokenizer, llama2)
+
+
 def test_our_own_layouts_stay_themselves(tokenizer: PreTrainedTokenizerFast) -> None:
     for layout in LAYOUTS:
         chat = ChatSection.model_validate({"template": layout, "system": "s"})
