@@ -95,7 +95,7 @@ def test_pairs_that_the_model_cannot_read_are_not_counted_as_steps(
 ) -> None:
     """400 pairs, of which every tenth fits: 40 in 3 epochs, and not 400 in one."""
     record = {"prompt": "say", "chosen": "good", "rejected": "bad"}
-    long = record | {"chosen": "word " * 3000}
+    long = record | {"chosen": "word " * 300}
     lines = "".join(json.dumps(long if n % 10 else record) + "\n" for n in range(400))
     (work / "pairs.jsonl").write_text(lines)
     cfg = made("--goal", "ppo", *data("pairs"))
