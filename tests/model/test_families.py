@@ -105,7 +105,10 @@ class OwnConfig(LlamaConfig):
             Qwen2MoeConfig(sliding_window=0),  # not damaged
             "a 'qwen2_moe' model, .*: it has a mixture of experts",
         ),
-        (GPT2Config(head_dim=[1, 2]), "a 'gpt2' model, not one of llama, mistral, qwen2, qwen3$"),
+        (
+            GPT2Config(**{"head_dim": [1, 2]}),
+            "a 'gpt2' model, not one of llama, mistral, qwen2, qwen3$",
+        ),
     ],
 )
 def test_other_families_are_refused_by_name(
