@@ -7,6 +7,7 @@ and answered in `answerer.py`.
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,10 +97,12 @@ def _answer_all(
     total = len(prompts) * settings.kept
     answered: list[dict[str, Any]] = []
     started = time.monotonic()
-    with answer_progress(total, done, out is not None or not sys.stdout.isatty()) as advance:
+    with_bar = out is not None or not sys.stdout.isatty()
+    with answer_progress(total, done, with_bar) as advance:
         for start in range(first, len(prompts), per_batch):
             batch = range(start, min(start + per_batch, len(prompts)))
-            lines = _answer_batch(answerer, settings, prompts, batch)[skipped:]
+            with nullcontext() if with_bar else doing("answering"):
+                lines = _answer_batch(answerer, settings, prompts, batch)[skipped:]
             skipped = 0
             if out is not None:
                 append_lines(out, lines)
