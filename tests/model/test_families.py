@@ -106,7 +106,7 @@ class OwnConfig(LlamaConfig):
             "a 'qwen2_moe' model, .*: it has a mixture of experts",
         ),
         (
-            GPT2Config(**{"head_dim": [1, 2]}),
+            GPT2Config.from_dict({"head_dim": [1, 2]}),
             "a 'gpt2' model, not one of llama, mistral, qwen2, qwen3$",
         ),
     ],
