@@ -186,6 +186,6 @@ def test_a_strange_report(
     strange: RunFolder, name: str, content: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (strange.root / name).write_text(content)
-    if name == "ppo/health.jsonl":
+    if name in ("ppo/health.jsonl", "ppo/samples.jsonl"):
         strange.metrics("ppo").write_text('{"step": 1}\n')
     refused(strange, "report", "damaged" if "jsonl" not in name else str(strange.root), capsys, 5)

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,11 @@ def test_rouge_l_is_the_longest_common_subsequence(
 
 @pytest.mark.slow
 def test_rouge_l_is_that_of_its_library() -> None:
+    from absl import logging
     from rouge_score.rouge_scorer import RougeScorer
 
+    # absl's handler has pytest's stream, which it closes when a server configures logging.
+    logging.get_absl_handler().python_handler.stream = sys.__stderr__
     draw, scorer = random.Random(0), RougeScorer(["rougeL"])
     for _ in range(200):
         one, two = (" ".join(draw.choices("abcdef", k=draw.randint(1, 12))) for _ in range(2))
