@@ -154,7 +154,7 @@ def test_a_machine_that_fails_does_not_leave_the_other_waiting(tmp_path: Path, f
 
 
 def test_a_rank_that_outlives_its_launcher_s_patience_says_what_happened(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
     # On another node than the one that failed no launcher notices.
     codes: list[int] = []
@@ -166,7 +166,11 @@ def test_a_rank_that_outlives_its_launcher_s_patience_says_what_happened(
     monkeypatch.setattr(arguments.os, "_exit", codes.append)
     monkeypatch.setattr(distributed, "meet", lambda: None)
     monkeypatch.setattr(arguments.socket, "gethostname", lambda: "node7")
-    monkeypatch.setattr(sys, "argv", ["/somewhere/train_sft.py"])
+    config = str(PROJECT / "configs" / "quickstart.yaml")
+    parts = ("backbone.from_scratch", "sft", "reward", "ppo")  # on four ranks
+    words = ["/somewhere/train_sft.py", config, f"run_dir={tmp_path / 'run'}"]
+    words += [f"{part}.microbatch_size=1" for part in parts]
+    monkeypatch.setattr(sys, "argv", words)
     for name, value in (("WORLD_SIZE", "4"), ("RANK", "3"), ("CROSS_SIZE", "2")):
         monkeypatch.setenv(name, value)
     arguments.run_stage(main)

@@ -227,7 +227,10 @@ def test_a_template_that_is_one_of_ours_is_found(
         assert (f'SYSTEM """{expected}"""' in text) == bool(expected)
 
 
-def test_auto_is_the_template_that_it_comes_to(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_auto_is_the_template_that_it_comes_to(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", None)
     auto, llama2 = ChatSection(), ChatSection(template="llama2")
     assert own_layout(tokenizer, auto) == llama2
     assert jinja_template(tokenizer, auto) == jinja_template(tokenizer, llama2)

@@ -297,7 +297,7 @@ def test_a_model_that_a_stage_downloads_is_compared_in_that_stage(
             file.write("\n")  # still JSON
     elif damaged:
         flip(run.root.parent / damaged)
-    monkeypatch.setattr(weight_files, "hub_folder", lambda *_: download(base, cache)[0])
+    monkeypatch.setattr(weight_files, "model_folder", lambda *_: download(base, cache)[0])
     if damaged is None:
         stages.open_stage(cfg, run, stage)
         assert read_lineage(run)[stage]["base"]["commit"] == "c" * 40

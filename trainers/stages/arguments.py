@@ -237,7 +237,7 @@ def _recorded(error: Exception) -> tuple[int, str]:
         stage = _stage_of_script()
         if stage is not None and not isinstance(error, run_lock.InUse):
             reason = message.partition("error: ")[2].removesuffix(WHERE)
-            with suppress(OSError):  # the disk may be full
+            with suppress(OSError, SystemExit):  # a full disk; a config that has changed
                 record_failure(parse_stage_arguments("").run, stage, reason, code)
     return code, message
 
