@@ -42,7 +42,7 @@ class Section(BaseModel):
 
 
 def load_function(name: str, key: str) -> Callable[..., Any]:
-    """The function `module:function` or `FOLDER/module:function`.
+    """The function `module:function` or `FOLDER/module:function`; the module may end in .py.
 
     Without a folder, modules in the current one are found too.
 
@@ -50,7 +50,7 @@ def load_function(name: str, key: str) -> Callable[..., Any]:
         ValueError: there is no such module or function, or the module that Python finds lies
             elsewhere than in the folder; begins with `key`, the config's.
     """
-    folder, _, inner = name.rpartition("/")
+    folder, _, inner = name.replace(".py:", ":").rpartition("/")
     place = os.path.realpath(folder or os.getcwd())
     if place not in sys.path:
         sys.path.append(place)

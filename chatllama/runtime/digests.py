@@ -75,7 +75,7 @@ def _write_cache(entries: dict[str, tuple[Stamp, str]]) -> None:
 
 def function_file(name: str) -> Path | None:
     """The file that holds a function of that name, without importing it; None if not known."""
-    folder, _, inner = name.rpartition("/")
+    folder, _, inner = name.replace(".py:", ":").rpartition("/")
     module = inner.partition(":")[0]
     if module == "__main__":
         file = vars(sys.modules[module]).get("__file__")

@@ -14,6 +14,7 @@ from ppo_runs import sample_of
 from chatllama.config.base import load_function
 from chatllama.config.ppo import PpoSection
 from chatllama.config.schema import Config
+from chatllama.runtime.digests import function_file
 from trainers.ppo.rewards import Scorer, Statistics, shaped_scores
 
 PROMPTS, RESPONSES = ["a b", "c", "d e f"], ["xx", "", "yyyy"]
@@ -127,6 +128,9 @@ def test_functions_of_the_working_folder_are_found(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("sys.path", [p for p in os.sys.path if p])  # type: ignore[attr-defined]
     (tmp_path / "my_reward_of_a_test.py").write_text("def three(p, r):\n    return 3\n")
     assert load_function("my_reward_of_a_test:three", "k")("", "") == 3
+    assert load_function("my_reward_of_a_test.py:three", "k")("", "") == 3
+    for name in ("my_reward_of_a_test:three", "my_reward_of_a_test.py:three"):
+        assert function_file(name) == tmp_path / "my_reward_of_a_test.py"
 
 
 def test_an_error_inside_the_users_module_is_its_own(

@@ -17,8 +17,6 @@ from trainers.functions.sample import Sample, judged
 
 OWN = ("prompt", "response", "prompts", "completions", "messages")
 """Names that no column of the data can have for a function."""
-
-
 GOLD = "evaluation.gold"
 """Key of the function that knows the true reward."""
 

@@ -45,8 +45,8 @@ def by_reward(
 
 
 def gold_judge(name: str) -> RewardFunction:
-    """The function `module:function`, also with a folder and .py; ValueError if there is none."""
-    return RewardFunction(RewardSource(function=name.replace(".py:", ":")), "--gold")
+    """The function of that name; ValueError if there is none."""
+    return RewardFunction(RewardSource(function=name), "--gold")
 
 
 def by_gold(comparisons: Sequence[Comparison], name: str) -> Judgement:
