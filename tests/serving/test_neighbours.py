@@ -190,7 +190,7 @@ def test_a_prompt_that_cannot_be_read_fails_alone(
 
     monkeypatch.setattr(embedding, "forward", embedding_noted)
     monkeypatch.setattr(module, "forward", failing)
-    common = {"model": "policy", "max_tokens": 3}
+    common = {"model": "policy", "max_tokens": 3, "temperature": 0}  # BAD can be sampled, too
     prompts: list[Any] = [[5] * 50, "a", [BAD] * 45, [[6] * 41, [7, 8]], "the river"]
     bodies = [json.dumps({**common, "prompt": prompt}).encode() for prompt in prompts]
     found, told = answers_beside(url, bodies)
