@@ -293,6 +293,7 @@ def test_a_small_sampling_mismatch_shows_in_the_mean_of_five_steps() -> None:
         ([1.0, 1.0, 1.0, 60.0, 60.0], None),  # three before are too few
         ([1.0] * 5 + [60.0, 9.0, 60.0, 9.0], None),
         ([1.0] * 30 + [11.0, 11.0], 32),
+        ([0.0] * 9 + [0.1, 0.1], None),  # no answer had a score of its own yet
     ],
 )
 def test_the_usual_gradient_norm_is_that_before(norms: list[float], step: int | None) -> None:
@@ -407,7 +408,8 @@ def test_a_fall_of_the_score_is_told_from_the_second_step_on(deviation: float) -
         (0.0, -2.1, 4.0, True),
         (0.0, -1.9, 4.0, False),
         (0.0, -30.0, 1.0, False),  # 31 / 16 of the first variance
-        (0.0, -1.1, 5.0, True),  # 2.1 * 25 / 16 = 3.3
+        (0.0, -1.1, 5.0, False),  # more spread than at first: 2.1 of that of now
+        (0.0, -2.1, 5.0, True),
         (-0.04, -5.0, 4.0, True),
         (-0.06, -5.0, 4.0, False),
     ],
@@ -421,6 +423,17 @@ def test_a_critic_that_was_useful_and_is_lost_is_told_at_once(
         found += monitor.observe(step, {f"ppo/{name}": v for name, v in metrics.items()})
     expected = [("critic_explained_variance_negative", 4)] if told else []
     assert [(each.name, each.step) for each in found] == expected
+
+
+@pytest.mark.parametrize("zero", [1, 8, 40])
+def test_metrics_that_are_zero_at_first_are_nothing_to_compare_with(zero: int) -> None:
+    """A rare reward: every answer of the first steps has the same score, so nothing is learnt."""
+
+    def rare(step: int, metrics: Metrics) -> None:
+        if step <= zero:
+            metrics |= dict.fromkeys(metrics.keys() - {"ppo/response_length"}, 0.0)
+
+    assert {each.name for each in watch(rare)} <= {"dead_rewards"}
 
 
 def test_short_answers_are_a_length_drift_too() -> None:

@@ -90,9 +90,9 @@ def check_grad_norm(history: History, section: HealthSection, metrics: Metrics) 
     """The gradient norm stays near its median, two steps in a row."""
     values = history.last["ppo/grad_norm"]
     before, last = values[:-2][-GRAD_NORM_STEPS:], values[-2:]
-    if len(before) < GRAD_NORM_LEAST:
+    usual = median(before) if len(before) >= GRAD_NORM_LEAST else 0.0
+    if not usual:  # of steps whose answers all had the same score
         return None
-    usual = median(before)
     return _above(
         min(last),
         section.max_grad_norm_factor * usual,
@@ -324,18 +324,18 @@ def check_critic(history: History, section: HealthSection, metrics: Metrics) -> 
 def check_critic_lost(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
     """A critic that was as good as a constant does not become far worse in a step.
 
-    Its error is measured by the spread of the first scores: those of now may all be the same.
+    Its error is measured by the larger spread of scores, at first or now: either may be 0.
     """
     values = *history.first["ppo/explained_variance"], *history.last["ppo/explained_variance"]
-    spread = metrics["ppo/score_std"] ** 2 / fmean(history.first["ppo/score_std"]) ** 2
-    if max(values) < section.min_explained_variance:
+    usual = max(fmean(history.first["ppo/score_std"]), metrics["ppo/score_std"])
+    if not usual or max(values) < section.min_explained_variance:
         return None
-    figure = 1 - (1 - metrics["ppo/explained_variance"]) * spread
+    figure = 1 - (1 - metrics["ppo/explained_variance"]) * (metrics["ppo/score_std"] / usual) ** 2
     return _below(
         figure,
         CRITIC_LOST,
         f"The critic was as good as a constant, and now the square of its error is {1 - figure:.3g}"
-        " times the variance of the first steps' scores: it diverges.",
+        " times the variance of the scores: it diverges.",
     )
 
 
