@@ -141,12 +141,13 @@ def check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
     """Raises ValueError for a tensor that a broken gather or a dead training run writes."""
     if not tensors:
         raise ValueError(f"{where}: the adapter holds no tensors")
+    is_critic = HEAD_PREFIX + "bias" in tensors  # it stays at 0 where all rewards were
     for name, tensor in tensors.items():
         if tensor.numel() == 0:
             raise ValueError(f"{where}: tensor {name} is empty (not gathered under ZeRO-3?)")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{where}: tensor {name} holds NaN or infinity")
-        if not name.endswith("bias") and not tensor.any():
+        if not is_critic and not tensor.any():
             raise ValueError(f"{where}: tensor {name} is all zero: it was never trained")
 
 
