@@ -212,12 +212,16 @@ def test_a_bad_tensor_is_refused_and_the_old_adapter_stays(
     assert load_adapter(policy).info["contract"] == {"hash": "abc"}
 
 
-def test_a_bad_head_is_refused(tmp_path: Path):
-    head = {"weight": torch.zeros(1, HIDDEN), "bias": torch.zeros(1)}
+def test_a_head_of_zeros_is_refused_but_that_of_a_critic(tmp_path: Path):
+    """A critic begins at 0, and stays there where no answer of a run had a reward."""
+    state = {name: torch.zeros_like(tensor) for name, tensor in small_state().items()}
+    weight, bias = torch.zeros(1, HIDDEN), torch.zeros(1)
+    lora, folder = LoraSection(r=2), tmp_path / "a"
     with pytest.raises(ValueError, match=r"score\.weight is all zero"):
-        save_adapter(tmp_path / "a", small_state(), LoraSection(r=2), {"base": "b"}, head)
-    head["weight"] += 1.0  # a bias may be zero
-    save_adapter(tmp_path / "a", small_state(), LoraSection(r=2), {"base": "b"}, head)
+        save_adapter(folder, small_state(), lora, {"base": "b"}, {"weight": weight})
+    save_adapter(folder, small_state(), lora, {"base": "b"}, {"weight": weight + 1.0})
+    save_adapter(folder, state, lora, {"base": "b"}, {"weight": weight, "bias": bias})
+    assert not load_adapter(folder).head["weight"].any()
 
 
 def test_no_tensors_are_refused(tmp_path: Path):

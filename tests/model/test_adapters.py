@@ -142,17 +142,3 @@ def test_a_module_with_one_of_its_two_matrices_is_refused(
     )
     with pytest.raises(ValueError, match=r"layers\.1\..* has one of its two matrices only"):
         load_adapter(folder)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_critic_may_be_zero_and_a_reward_model_not(tmp_path: Path, bias: bool) -> None:
-    """A critic begins at 0, and stays there where no answer of a run had a reward."""
-    state = {NAME.format("A"): torch.ones(2, 8), NAME.format("B"): torch.zeros(8, 2)}
-    head = {"weight": torch.zeros(1, 8)} | ({"bias": torch.zeros(1)} if bias else {})
-    lora, folder = LoraSection(r=2, alpha=4), tmp_path / "value"
-    if not bias:
-        with pytest.raises(ValueError, match="is all zero: it was never trained"):
-            save_adapter(folder, state, lora, {"base": "b"}, head)
-        return
-    save_adapter(folder, state, lora, {"base": "b"}, head)
-    assert not load_adapter(folder).head["weight"].any()
