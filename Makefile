@@ -18,11 +18,12 @@ SLOW_WORKERS ?= 2
 # children. CPU seconds, since wall time would fail an innocent change on a busy machine.
 UNIT_CPU_SECONDS ?= 180
 
-.PHONY: help venv demo unit test check lines mutations kills gpu site clean
+.PHONY: help venv demo real unit test check lines mutations kills gpu site clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    install into .venv, then SFT -> reward model -> PPO on a tiny LLaMA"
+	@echo "make real    RLHF on SmolLM2-135M-Instruct, four tasks, in an hour; GPU=1: on the 1.7B"
 	@echo "make check   install into .venv, then ruff, pyright, import contracts, lines and spelling"
 	@echo "make unit    install into .venv, then the unit tests (the quick ones), within their budget"
 	@echo "make test    install into .venv, then every test, each once"
@@ -60,6 +61,11 @@ venv: .venv/.ready
 
 demo: .venv/.runs
 	"$(BIN)/chatllama" run configs/quickstart.yaml
+
+# REAL_OPTIONS="--seeds 0 1 2 --reviews FOLDER --instructions FILE --harmless FILE": local data.
+real: .venv/.runs
+	"$(BIN)/python" -m pip install --quiet -c constraints.txt -e '.[gguf,real]'
+	"$(BIN)/python" benchmarks/real.py $(if $(GPU),--gpu) $(REAL_OPTIONS)
 
 unit: venv
 	$(PYTEST) --durations=20 --cpu-budget=$(UNIT_CPU_SECONDS)

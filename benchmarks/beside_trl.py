@@ -7,6 +7,7 @@ in turn (A B A B), so that a noisy machine hurts all alike.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -49,7 +50,8 @@ def compare(
         child: measures `arguments.variant` on that, and calls `report`.
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("tokenizer", type=Path, help="folder with tokenizer.model")
+    parser.add_argument("tokenizer", type=Path, help="folder with a tokenizer, or a model")
+    parser.add_argument("--model", action="store_true", help="measure the model in that folder")
     parser.add_argument("data", type=Path, help="in any format that chatllama reads")
     parser.add_argument("--steps", type=int, default=3, help="timed optimizer steps")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each variant, in turn")
@@ -73,15 +75,18 @@ def compare(
 
 
 def _prepare(arguments: argparse.Namespace, work: Path, kind: Any, tokenize: Tokenize) -> None:
-    """The model with random weights, its tokenizer, and the data as tokens."""
+    """The model, with random weights unless one was given, its tokenizer, the data as tokens."""
     from data.reading.source import read_source
 
     tokenizer = load_tokenizer(arguments.tokenizer)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
-    config = llama_config(tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, **ids)
-    torch.manual_seed(arguments.seed)
-    LlamaForCausalLM(config).save_pretrained(work / "model")
-    save_tokenizer(tokenizer, work / "model")
+    if arguments.model:
+        shutil.copytree(arguments.tokenizer, work / "model")
+    else:
+        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+        config = llama_config(tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, **ids)
+        torch.manual_seed(arguments.seed)
+        LlamaForCausalLM(config).save_pretrained(work / "model")
+        save_tokenizer(tokenizer, work / "model")
     records, _ = read_source(DataSource(path=str(arguments.data)), kind)
     tokenize(records, tokenizer).save_to_disk(work / "examples")
 

@@ -4,9 +4,10 @@
 
 In order: the tests marked gpu, the selftest, the demo in two types, two steps of each stage at the
 shapes of a 7B LLaMA (bfloat16, 4 bits, compiled, under ZeRO 0, 2 and 3 on one rank) with peak
-memory beside the plan's, and TRL side by side. With less than 70 GB the shapes are shrunk; without
-a GPU they are tiny, which shows that every row runs and measures nothing. A row that fails or does
-not come to its turn in time says so; the others go on. Exit code 1 if a row failed.
+memory beside the plan's, TRL side by side, and `make real` on a larger model. With less than 70 GB
+the shapes are shrunk; without a GPU they are tiny, which shows that every row runs and measures
+nothing. A row that fails or does not come to its turn in time says so; the others go on. Exit code
+1 if a row failed.
 """
 
 import argparse
@@ -122,6 +123,8 @@ def rows(size: str, model: Path | None, trl: Path | None, work: Path) -> Iterato
     yield real_model(model, work, tiny)
     yield from large_rows(size)
     yield from trl_rows(size, trl, work)
+    command = [python, PROJECT / "benchmarks" / "real.py", "--gpu"]
+    yield Row("make real GPU=1", command, "needs a GPU and the hub" if tiny else "")
 
 
 def real_model(model: Path | None, work: Path, tiny: bool) -> Row:

@@ -42,7 +42,12 @@ def llama_config(**more: Any) -> LlamaConfig:
     )
 
 
-def training_flops(lengths: Sequence[int], scored: int, read: Sequence[int] | None = None) -> float:
+def training_flops(
+    lengths: Sequence[int],
+    scored: int,
+    read: Sequence[int] | None = None,
+    config: LlamaConfig | None = None,
+) -> float:
     """Matmul FLOPs that training LoRA adapters on these documents needs, forward and backward.
 
     The frozen weights' own gradients and the adapters' few percent are not counted; attention
@@ -53,19 +58,25 @@ def training_flops(lengths: Sequence[int], scored: int, read: Sequence[int] | No
         scored: positions that go through the LM head.
         read: last positions of each document whose last hidden state is read: of the others the
             last layer needs keys and values only. None: all.
+        config: the model's shapes. None: `llama_config()`.
     """
-    layer, kept = 4 * WIDTH * WIDTH + 3 * WIDTH * INNER, 2 * WIDTH * WIDTH
-    flops = LAYERS * _layer_flops(layer, lengths) + 4.0 * VOCABULARY * WIDTH * scored
+    config = config or llama_config()
+    width, layers = config.hidden_size, config.num_hidden_layers
+    heads = config.num_key_value_heads or config.num_attention_heads
+    kept = 2 * width * width * heads // config.num_attention_heads
+    layer = 2 * width * width + kept + 3 * width * config.intermediate_size
+    flops = layers * _layer_flops(layer, width, lengths)
+    flops += 4.0 * config.vocab_size * width * scored
     if read is not None:
         unread = [length - last for length, last in zip(lengths, read, strict=True)]
-        flops -= _layer_flops(layer - kept, unread)
+        flops -= _layer_flops(layer - kept, width, unread)
     return flops
 
 
-def _layer_flops(weights: int, lengths: Sequence[int]) -> float:
+def _layer_flops(weights: int, width: int, lengths: Sequence[int]) -> float:
     """Of products with weights, and of attention: two products, two more each backward."""
     pairs = sum(length * (length + 1) // 2 for length in lengths)
-    return 4.0 * weights * sum(lengths) + 12.0 * WIDTH * pairs
+    return 4.0 * weights * sum(lengths) + 12.0 * width * pairs
 
 
 class Clock:

@@ -8,6 +8,7 @@ for `ours` and `bare`, whose losses must agree.
 """
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from datasets import Dataset
 from measuring import training_flops
 from transformers import (
     AutoModelForSequenceClassification,
+    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
@@ -58,12 +60,14 @@ def child(arguments: argparse.Namespace, examples: Dataset) -> None:
     run = run_ours if arguments.variant == "ours" else run_bare
     clock, losses = run(arguments, examples, batches)
     shown = [examples[i] for batch in batches[1:] for i in batch]
-    report(clock, arguments.steps * PAIRS, _flops(shown), losses)
+    report(clock, arguments.steps * PAIRS, _flops(shown, arguments.work), losses)
 
 
-def _flops(examples: list[dict[str, Any]]) -> float:
+def _flops(examples: list[dict[str, Any]], work: Path) -> float:
     """Of every answer with its prompt: who shares prompts does less than this."""
-    return training_flops([len(ids) for row in examples for ids in row["answer_ids"]], 0)
+    config = LlamaConfig.from_pretrained(work / "model")
+    lengths = [len(ids) for row in examples for ids in row["answer_ids"]]
+    return training_flops(lengths, 0, config=config)
 
 
 def run_ours(
@@ -160,7 +164,7 @@ def run_trl(arguments: argparse.Namespace, examples: Dataset) -> None:
         {"answer_ids": [row["chosen_ids"], row["rejected_ids"]]}
         for row in seen[PAIRS : (arguments.steps + 1) * PAIRS]
     ]
-    report(recorder.clock, len(timed), _flops(timed), logged_losses(trainer))
+    report(recorder.clock, len(timed), _flops(timed, arguments.work), logged_losses(trainer))
 
 
 if __name__ == "__main__":

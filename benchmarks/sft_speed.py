@@ -27,7 +27,7 @@ from beside_trl import (
 )
 from datasets import Dataset
 from measuring import training_flops
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from chatllama.config.model import BackboneSection
 from chatllama.config.schema import Config, SftSection
@@ -70,11 +70,12 @@ class Counted:
         self.batches.append((lengths, sum(x != -100 for row in rows for x in row["labels"])))
         return self.collator(rows)
 
-    def timed(self, steps: int) -> tuple[int, float]:
+    def timed(self, steps: int, work: Path) -> tuple[int, float]:
         """Tokens and FLOPs of the batches after the first; a Trainer collates some ahead."""
+        config = LlamaConfig.from_pretrained(work / "model")
         batches = self.batches[1 : steps + 1]
         tokens = sum(sum(lengths) for lengths, _ in batches)
-        return tokens, sum(training_flops(*batch) for batch in batches)
+        return tokens, sum(training_flops(*batch, config=config) for batch in batches)
 
 
 def our_rows(arguments: argparse.Namespace, documents: Dataset, packing: bool) -> Any:
@@ -120,7 +121,7 @@ def run_ours(arguments: argparse.Namespace, documents: Dataset, packing: bool) -
         seed_step(cfg.seed, step)
         losses.append(optimizer_step(trained, step, 1.0)["sft/loss"])
         clock.step_ended()
-    report(clock, *counted.timed(arguments.steps), losses)
+    report(clock, *counted.timed(arguments.steps, arguments.work), losses)
 
 
 def run_bare(arguments: argparse.Namespace, documents: Dataset) -> None:
@@ -139,7 +140,7 @@ def run_bare(arguments: argparse.Namespace, documents: Dataset) -> None:
     clock, losses = bare_loop(
         model, LEARNING_RATE, batches, lambda batch: model(**batch, use_cache=False).loss
     )
-    report(clock, *counted.timed(arguments.steps), losses)
+    report(clock, *counted.timed(arguments.steps, arguments.work), losses)
 
 
 def run_trl(arguments: argparse.Namespace, documents: Dataset, packing: bool) -> None:
@@ -162,7 +163,7 @@ def run_trl(arguments: argparse.Namespace, documents: Dataset, packing: bool) ->
     )
     trainer.data_collator = counted = Counted(trainer.data_collator)
     trainer.train()
-    report(recorder.clock, *counted.timed(arguments.steps), logged_losses(trainer))
+    report(recorder.clock, *counted.timed(arguments.steps, arguments.work), logged_losses(trainer))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ ROWS = [
     "SFT beside TRL",
     "reward model beside TRL",
     "PPO beside TRL 1.12",
+    "make real GPU=1",
 ]
 
 

@@ -15,7 +15,7 @@ from chatllama.config.schema import Config
 from chatllama.config.stages import OptimizerSection
 
 PROJECT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted((PROJECT / "configs").glob("*.yaml"))
+CONFIGS = sorted((PROJECT / "configs").rglob("*.yaml"))
 MINIMAL = "run_dir: runs/x\nbackbone: {path: some-model}\n"
 
 

@@ -1,0 +1,265 @@
+"""`make real`: its data, rewards, plan and page, without the real model."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports what lies in benchmarks."""
+    monkeypatch.syspath_prepend(PROJECT / "benchmarks")
+    return importlib.import_module
+
+
+def reviews(real_data: Any) -> list[Any]:
+    """Made-up sentences, half of them positive; many begin alike."""
+    return [
+        real_data.Review(f"{who} film {n} was surely {word} {'indeed ' * (n % 3)}.", word == "good")
+        for who in ("this", "that", "our", "any")
+        for n in range(40)
+        for word in ("good", "bad")
+    ]
+
+
+def test_reviews_read_alike_from_both_layouts(
+    module: Any, tmp_path: Path, data_cache: None
+) -> None:
+    real_data = module("real_data")
+    good = ["caf\xe9 of joy , a treat for us all", "a warm and happy tale of two friends"]
+    bad = ["a dull and empty tale of two foes", "too short"]
+    (tmp_path / "rt-polarity.pos").write_text("\n".join(good), "latin-1")
+    (tmp_path / "rt-polarity.neg").write_text("\n".join(bad), "latin-1")
+    file = tmp_path / "reviews.jsonl"
+    rows = [{"text": t + " ", "label": 1} for t in good] + [{"text": t, "label": 0} for t in bad]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    found = real_data.read_reviews(str(tmp_path))
+    assert found == real_data.read_reviews(str(file))
+    assert [(r.text, r.positive) for r in found] == sorted(
+        [(good[0], True), (good[1], True), (bad[0], False)]
+    )
+
+
+def test_pairs_are_of_one_opening_and_use_a_sentence_once(module: Any) -> None:
+    real_data = module("real_data")
+    given = reviews(real_data)
+    made = real_data.pairs(given, 1000, seed=0)
+    label = {review.text: review.positive for review in given}
+    used = []
+    for pair in made:
+        opening = pair["prompt"].removeprefix(real_data.request(""))
+        good, bad = (f"{opening} {pair[side]}" for side in ("chosen", "rejected"))
+        assert label[good] and not label[bad]
+        used += [good, bad]
+    assert len(made) > 100 and len(set(used)) == len(used)
+    assert {r.part for r in given} == set(real_data.PARTS)
+
+
+def test_harmless_pairs_share_no_opening(module: Any, tmp_path: Path, data_cache: None) -> None:
+    rows = [
+        {
+            side: f"\n\nHuman: ask {n // 2}\n\nAssistant: {side} {n}"
+            for side in ("chosen", "rejected")
+        }
+        for n in range(200)
+    ]
+    rows.append({"chosen": "\n\nHuman: long\n\nAssistant: " + "x" * 900, "rejected": ""})
+    file = tmp_path / "hh.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    train, held = module("real_data").harmless(str(file), 1000, 1000)
+    opening = lambda pair: pair["chosen"].partition("Assistant")[0]  # noqa: E731
+    assert len(train) + len(held) == 200 and len(held) > 20
+    assert not {*map(opening, train)} & {*map(opening, held)}
+
+
+def test_sums_are_right_and_each_once(module: Any) -> None:
+    made = module("real_rewards").sums(3, 500)
+    assert len({item["prompt"] for item in made}) == 500
+    for item in made:
+        left, sign, right = item["prompt"].removeprefix("What is ").removesuffix("?").split()
+        assert int(item["answer"]) == int(left) + int(right) * (1 if sign == "+" else -1)
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "score"),
+    [("12", "12", 1.0), ("It is -3.", "-3", 1.0), ("1 + 2 is 3", "3", 1.0), ("3 or 4", "3", 0.0),
+     ("", "3", 0.0), ("none", "3", 0.0), ("13", "3", 0.0)],
+)  # fmt: skip
+def test_a_sum_is_right_by_its_last_number(
+    module: Any, response: str, answer: str, score: float
+) -> None:
+    assert module("real_rewards").right("What?", response, answer) == score
+
+
+@pytest.mark.parametrize(
+    ("checks", "value", "good", "bad"),
+    [
+        ("lower", "", "a b, c.", "a B"),
+        ("upper", "", "A B", "A b"),
+        ("no_comma", "", "a b", "a, b"),
+        ("at_most", "2", "a b.", "a b c"),
+        ("at_least", "3", "a b c", "a b"),
+        ("keyword", "water", "Water is wet.", "waters"),
+        ("forbidden", "the", "other", "The sea"),
+        ("quotation", "", '"a b"', '"a b" c'),
+        ("ending", "That is all.", "x. That is all. ", "That is all, folks"),
+        ("json", "", '{"a": 1}', '"a"'),
+    ],
+)
+def test_constraints_are_checked(module: Any, checks: str, value: str, good: str, bad: str) -> None:
+    followed = module("real_rewards").followed
+    assert followed("?", good, [checks], [value]) == 1.0
+    assert followed("?", bad, [checks], [value]) == 0.0
+    assert followed("?", " ", [checks], [value]) == 0.0
+    assert followed("?", good, [checks, "ending"], [value, "zzz"]) == 0.5
+
+
+def test_constraints_of_both_parts_have_other_topics(module: Any) -> None:
+    constraints = module("real_rewards").constraints
+    topics = [
+        {item["prompt"].split(".")[0] for item in constraints(1, held, 300)} for held in (0, 1)
+    ]
+    assert not topics[0] & topics[1]
+
+
+def test_the_plan_names_each_step_once_and_knows_its_settings(module: Any) -> None:
+    real = module("real")
+    gpu = (*real.settings_of(real.CONFIGS / "gpu.yaml"),)
+    assert "backbone.dtype=bfloat16" in gpu and "ppo.rollout_batch_size=128" in gpu
+    whole, few = (list(real.steps([0, 1], real.PLACES, more)) for more in (gpu, real.SHRUNK))
+    names = [step.done for step in whole]
+    assert len(set(names)) == len(names) and len(few) < len(whole)
+    assert {step.done for step in few} < set(names)
+    for step in few:  # a section without data takes no settings
+        task = next((w for w in step.words if w.endswith(".yaml")), "")
+        assert not ("sums" in task and "reward." in str(step.words)), step
+        assert not ("constraints" in task and "sft." in str(step.words)), step
+    ppo = next(step for step in whole if step.name == "seed 1/sentiment/ppo")
+    assert {"seed=1", *gpu} <= set(ppo.words)
+    judges = next(step for step in whole if step.name == "seed 1/judges")
+    assert "HuggingFaceTB/SmolLM2-1.7B-Instruct" in judges.words
+
+
+def test_a_step_is_done_once_its_very_command_has_succeeded(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = module("real")
+    monkeypatch.setattr(real, "HOME", tmp_path)
+    (tmp_path / "done").mkdir()
+    gate = tmp_path / "result.json"
+
+    def step(code: str, gate: Path | None = None) -> Any:
+        return real.Step("a b/c", [sys.executable, "-c", code], 1.0, gate=gate)
+
+    def run(which: Any) -> int:
+        view = real.View([which])
+        with real.Live(view) as live:
+            return real.run(which, view, live)
+
+    assert run(step("print('oh'); raise SystemExit(3)")) == 3
+    assert real.log(step("")).read_text() == "oh\n"
+    assert not step("raise SystemExit(3)").is_done()
+    gate.write_text('{"accuracy_low": 0.6}')
+    assert run(step("raise SystemExit(4)", gate)) == 4
+    gate.write_text('{"accuracy_low": 0.5}')
+    assert run(step("raise SystemExit(4)", gate)) == 0
+    busy = step("sum(range(10**7))")
+    assert run(busy) == 0
+    assert busy.is_done() and not step("pass").is_done()
+    monkeypatch.setattr(real, "INPUTS", [gate])
+    assert not busy.is_done()
+    gate.write_text('{"step": 1}')
+    resumed = real.replace(step("import sys; print(sys.argv[1:])"), metrics=gate)
+    for printed in ("[]\n", "['--resume']\n"):
+        real.log(resumed).unlink()
+        assert run(resumed) == 0 and real.log(resumed).read_text() == printed
+    assert run(busy) == 0
+    record = json.loads(busy.done.read_text())
+    assert record["cpu_seconds"] > 0 and record["largest_process_mib"] > 0
+
+
+def test_perplexity_does_not_depend_on_who_shares_a_batch(
+    module: Any, tmp_path: Path, tiny_llama_dir: Path
+) -> None:
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama_dir, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    answers = [("the river", "is long and wide"), ("a", "b"), ("the sun over the hills", "")]
+    perplexity = module("real_judges").perplexity
+    alone, together = (perplexity(folder, answers, rows) for rows in (1, 3))
+    assert alone == pytest.approx(together, rel=1e-5)
+    assert 1 < alone != perplexity(folder, answers[:2][::-1][:1])
+
+
+def test_a_program_judges_the_mean_of_a_records_answers(module: Any, tmp_path: Path) -> None:
+    final = tmp_path / "final.jsonl"
+    records = [{"prompt": "1?", "answer": "1"}, {"prompt": "2?", "answer": "2"}]
+    final.write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "answers").mkdir()
+    rows = [{"id": i, "prompt": f"{i}?", "response": r} for i, r in ((1, "2"), (0, "2"), (1, "3"))]
+    (tmp_path / "answers" / "sft.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    judges = module("real_judges")
+    assert judges.check(tmp_path, final, judges.right)["sft"]["reward"] == [0.0, 0.5]
+
+
+def test_the_page_holds_what_the_judges_said(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = module("real_table")
+    method = {"lexicon": [0.0, 0.2], "classifier": [0.1, 0.1], "perplexity": 120.4}
+    method |= {"distinct_2": 0.9, "ends": [True, False], "words": [3, 5]}
+    method |= {"answers": ["so | so", "fine"], "prompts": ["Continue: a", "Continue: b"]}
+    better = method | {"lexicon": [0.5, 0.8]}
+    curve = [
+        {
+            "step": s,
+            "kl": [s, s + 1.0],
+            "score": [0.1, s],
+            "lexicon": [s, 0.1],
+            "classifier": [0, s],
+        }
+        for s in (0, 8)
+    ]
+    program = {"reward": [0.0, 1.0], "answers": ["1", "2"]}
+    judged = {
+        "sentiment": {
+            "methods": {"base": method, "sft": method, "best-of-16": method, "ppo": better},
+            "curves": {"ppo": curve},
+        },
+        "sums": {who: program for who in ("base", "sft", "ppo", "grpo")},
+        "constraints": {who: program for who in ("base", "policy")},
+    }
+    seed = tmp_path / "seed-4"
+    result = {"accuracy": 0.93, "accuracy_low": 0.91, "accuracy_high": 0.95, "num_eval_pairs": 1000}
+    share = {"value": 0.61, "low": 0.5, "high": 0.7}
+    doctor = {"data": {"held_out": {"longer_preferred": share}, "word_accuracy": share}}
+    for folder in (seed / "sentiment" / "ppo" / "reward", seed / "harmless" / "reward"):
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps(result))
+        (folder / "doctor.json").write_text(json.dumps(doctor))
+    (seed / "judged.json").write_text(json.dumps(judged))
+    (tmp_path / "done").mkdir()
+    done = {"wall_seconds": 90.0, "cpu_seconds": 170.0, "largest_process_mib": 2000}
+    (tmp_path / "done" / "seed-4-sums-ppo.json").write_text(json.dumps(done))
+    monkeypatch.setattr(sys, "argv", ["real_table.py", str(tmp_path), "4"])
+    monkeypatch.setattr(table, "version", lambda _: "1.2")
+    assert table.main() == 0
+    page = (tmp_path / "real.md").read_text()
+    assert "0.930 (0.910-0.950) of 1,000 held-out pairs; words alone 0.610" in page
+    row = next(line for line in page.splitlines() if line.startswith("| ppo | 0.65"))
+    assert "+0.55 (11.0 s.e.)" in row and "| 8.5 ± 0.5 | 120 | 0.90 | 4.0 | 0.50 |" in row
+    assert "| grpo | 0.500 ± 0.500, +0.00 |" in page
+    assert "so / so" in page and "| sums-ppo | 1.5 | 170 | 2000 |" in page
+    assert (tmp_path / "real.png").stat().st_size > 10_000
