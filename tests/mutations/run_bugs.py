@@ -241,9 +241,23 @@ HEALTH_BUGS = (
     Mutation(
         "a critic that never was useful is lost",
         CHECKS,
-        "if max(values) < section.min_explained_variance:",
-        "if False:",
+        "if not usual or max(values) < section.min_explained_variance:",
+        "if not usual:",
         (_HEALTH + "a_critic_that_was_useful_and_is_lost_is_told_at_once",),
+    ),
+    Mutation(
+        "a rare reward's later spread is no measure of the critic",
+        CHECKS,
+        'max(fmean(history.first["ppo/score_std"]), metrics["ppo/score_std"])',
+        'fmean(history.first["ppo/score_std"])',
+        (_HEALTH + "a_critic_that_was_useful_and_is_lost_is_told_at_once",),
+    ),
+    Mutation(
+        "gradient norms of 0 are something to compare with",
+        CHECKS,
+        "if not usual:  # of steps",
+        "if len(before) < GRAD_NORM_LEAST:  # of steps",
+        (_HEALTH + "the_usual_gradient_norm_is_that_before",),
     ),
     Mutation(
         "answers scored again for other prompts",
