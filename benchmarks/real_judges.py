@@ -3,10 +3,10 @@
     python benchmarks/real_judges.py FOLDER MODEL DATA
 
 reads the answers of a seed's tasks and writes FOLDER/judged.json. Sums and constraints are checked
-by their programs. Film reviews have two judges of sentiment, which share
-nothing: a lexicon with rules (VADER, Hutto and Gilbert 2014) and a linear classifier fitted on
-labels of other sentences. Beside them what an answer may lose: the base model's perplexity and
-the share of distinct pairs of words (distinct-2, Li 2016, arXiv 1510.03055).
+by their programs. Film reviews have two judges of sentiment, which share nothing: a lexicon with
+rules (VADER, Hutto and Gilbert 2014) and a linear classifier fitted on labels of other sentences.
+Beside them what an answer may lose: the base model's perplexity and the share of distinct pairs of
+words (distinct-2, Li 2016, arXiv 1510.03055).
 """
 
 import argparse
@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from real_data import Review
 from real_rewards import followed, right
+
+from chatllama.runtime.jsonl import read_lines
 
 Answer = tuple[str, str]
 """Prompt and answer."""
@@ -97,22 +99,19 @@ def perplexity(model_folder: Path, answers: Sequence[Answer], rows: int = 16) ->
     return math.exp(total / count)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON Lines file."""
-    return [json.loads(line) for line in path.open(encoding="utf-8")]
-
-
 def judge_sentiment(folder: Path, model: Path, data: Path) -> dict[str, Any]:
     """Of each method: each judge's values, what answers lose, and the judges along the training.
 
     `curves` holds, of each evaluation of a training run, on other prompts than the final ones:
     step, the judges' values, the reward model's scores and the KL (nats) to SFT of each answer.
     """
-    labels = [Review(row["text"], row["label"] == 1) for row in read(data / "judge_labels.jsonl")]
+    labels = [
+        Review(row["text"], row["label"] == 1) for row in read_lines(data / "judge_labels.jsonl")
+    ]
     judges = {"lexicon": lexicon, "classifier": Classifier(labels)}
     found: dict[str, Any] = {"methods": {}, "curves": {}}
     for file in sorted((folder / "answers").glob("*.jsonl")):
-        rows = read(file)
+        rows = read_lines(file)
         texts = [row["response"] for row in rows]
         found["methods"][file.stem] = {
             **{name: judge(texts) for name, judge in judges.items()},
@@ -131,7 +130,7 @@ def judge_sentiment(folder: Path, model: Path, data: Path) -> dict[str, Any]:
                 "kl": row.get("kl", [0.0] * len(row["answers"])),
                 **{name: judge(row["answers"]) for name, judge in judges.items()},
             }
-            for row in sorted(read(file), key=lambda row: row["step"])
+            for row in sorted(read_lines(file), key=lambda row: row["step"])
         ]
     return found
 
@@ -144,14 +143,17 @@ def check(folder: Path, final: Path, reward: Callable[..., float]) -> dict[str, 
         final: the records with what the program needs.
         reward: (prompt, response, **columns) to a number.
     """
-    records, found = read(final), {}
+    records, found = read_lines(final), {}
     for file in sorted((folder / "answers").glob("*.jsonl")):
         values: list[list[float]] = [[] for _ in records]
-        for row in read(file):
+        for row in read_lines(file):
             columns = {k: value for k, value in records[row["id"]].items() if k != "prompt"}
             values[row["id"]].append(reward(row["prompt"], row["response"], **columns))
         means = [statistics.mean(some) for some in values]
-        found[file.stem] = {"reward": means, "answers": [row["response"] for row in read(file)]}
+        found[file.stem] = {
+            "reward": means,
+            "answers": [row["response"] for row in read_lines(file)],
+        }
     return found
 
 

@@ -100,17 +100,15 @@ def programs(judged: dict[int, Any], task: str) -> str:
     """Each role's mean reward in each seed."""
     head = ["", *(f"seed {seed}" for seed in judged)]
     rows = []
+    start = "sft" if all("sft" in found[task] for found in judged.values()) else "base"
     for name in ("base", "sft", "ppo", "grpo", "policy"):
         if not all(name in found[task] for found in judged.values()):
             continue
         cells = ["grpo" if name == "policy" else name]
         for found in judged.values():
-            values, start = found[task][name]["reward"], found[task]["base"]["reward"]
-            start = found[task]["sft"]["reward"] if "sft" in found[task] else start
-            cell = "{:.3f} ± {:.3f}".format(*mean_and_error(values))
-            cells.append(cell + (f", {above(values, start)}" if name in cells else ""))
-            if name in ("ppo", "grpo", "policy"):
-                cells[-1] = f"{cell}, {above(values, start)}"
+            values = found[task][name]["reward"]
+            more = f", {above(values, found[task][start]['reward'])}" if name != start else ""
+            cells.append("{:.3f} ± {:.3f}".format(*mean_and_error(values)) + more)
         rows.append(cells)
     return table(head, rows)
 

@@ -179,6 +179,10 @@ def test_a_step_is_done_once_its_very_command_has_succeeded(
     for printed in ("[]\n", "['--resume']\n"):
         real.log(resumed).unlink()
         assert run(resumed) == 0 and real.log(resumed).read_text() == printed
+    for code, kept in (("pass", False), ("pass", True), ("1", False)):
+        gate.with_name("answers").write_text("old")
+        assert run(real.replace(step(code), out=gate.with_name("answers"))) == 0
+        assert gate.with_name("answers").exists() == kept
     assert run(busy) == 0
     record = json.loads(busy.done.read_text())
     assert record["cpu_seconds"] > 0 and record["largest_process_mib"] > 0
@@ -206,10 +210,11 @@ def test_perplexity_does_not_depend_on_who_shares_a_batch(
 def test_a_program_judges_the_mean_of_a_records_answers(module: Any, tmp_path: Path) -> None:
     final = tmp_path / "final.jsonl"
     records = [{"prompt": "1?", "answer": "1"}, {"prompt": "2?", "answer": "2"}]
-    final.write_text("\n".join(map(json.dumps, records)))
+    final.write_text("".join(json.dumps(record) + "\n" for record in records))
     (tmp_path / "answers").mkdir()
     rows = [{"id": i, "prompt": f"{i}?", "response": r} for i, r in ((1, "2"), (0, "2"), (1, "3"))]
-    (tmp_path / "answers" / "sft.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    file = tmp_path / "answers" / "sft.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     judges = module("real_judges")
     assert judges.check(tmp_path, final, judges.right)["sft"]["reward"] == [0.0, 0.5]
 
