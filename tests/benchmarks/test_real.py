@@ -129,20 +129,22 @@ def test_constraints_of_both_parts_have_other_topics(module: Any) -> None:
 
 
 def test_the_plan_names_each_step_once_and_knows_its_settings(module: Any) -> None:
-    real = module("real")
+    real = module("real_plan")
     gpu = (*real.settings_of(real.CONFIGS / "gpu.yaml"),)
     assert "backbone.dtype=bfloat16" in gpu and "ppo.rollout_batch_size=128" in gpu
     whole, few = (list(real.steps([0, 1], real.PLACES, more)) for more in (gpu, real.SHRUNK))
     names = [step.done for step in whole]
     assert len(set(names)) == len(names) and len(few) < len(whole)
-    assert {step.done for step in few} < set(names)
+    here = {step.done.name for step in real.steps([0, 1], real.PLACES, ())}
+    assert {step.done.name for step in few} < here
+    assert not {name for name in here if "seed" in name} & {name.name for name in names}
     for step in few:  # a section without data takes no settings
         task = next((w for w in step.words if w.endswith(".yaml")), "")
         assert not ("sums" in task and "reward." in str(step.words)), step
         assert not ("constraints" in task and "sft." in str(step.words)), step
-    ppo = next(step for step in whole if step.name == "seed 1/sentiment/ppo")
+    ppo = next(step for step in whole if step.name == "gpu-seed-1/sentiment/ppo")
     assert {"seed=1", *gpu} <= set(ppo.words)
-    judges = next(step for step in whole if step.name == "seed 1/judges")
+    judges = next(step for step in whole if step.name == "gpu-seed-1/judges")
     assert "HuggingFaceTB/SmolLM2-1.7B-Instruct" in judges.words
 
 
@@ -150,7 +152,7 @@ def test_a_step_is_done_once_its_very_command_has_succeeded(
     module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = module("real")
-    monkeypatch.setattr(real, "HOME", tmp_path)
+    monkeypatch.setattr(module("real_plan"), "HOME", tmp_path)
     (tmp_path / "done").mkdir()
     gate = tmp_path / "result.json"
 
@@ -172,13 +174,18 @@ def test_a_step_is_done_once_its_very_command_has_succeeded(
     busy = step("sum(range(10**7))")
     assert run(busy) == 0
     assert busy.is_done() and not step("pass").is_done()
-    monkeypatch.setattr(real, "INPUTS", [gate])
-    assert not busy.is_done()
+    changed = real.replace(busy, files=[gate])
+    assert not changed.is_done()
+    assert not real.replace(busy, after=[changed]).is_done()
     gate.write_text('{"step": 1}')
-    resumed = real.replace(step("import sys; print(sys.argv[1:])"), metrics=gate)
-    for printed in ("[]\n", "['--resume']\n"):
+    resumed = real.replace(step("import sys; print(sys.argv[1:])"), metrics=gate, start="sft")
+    for printed in ("['--from', 'sft']\n", "['--resume']\n"):
         real.log(resumed).unlink()
         assert run(resumed) == 0 and real.log(resumed).read_text() == printed
+    gate.unlink()
+    new = real.replace(resumed, after=[changed])
+    real.log(new).unlink()
+    assert run(new) == 0 and real.log(new).read_text() == "[]\n"
     for code, kept in (("pass", False), ("pass", True), ("1", False)):
         gate.with_name("answers").write_text("old")
         assert run(real.replace(step(code), out=gate.with_name("answers"))) == 0
@@ -258,7 +265,7 @@ def test_the_page_holds_what_the_judges_said(
     (tmp_path / "done").mkdir()
     done = {"wall_seconds": 90.0, "cpu_seconds": 170.0, "largest_process_mib": 2000}
     (tmp_path / "done" / "seed-4-sums-ppo.json").write_text(json.dumps(done))
-    monkeypatch.setattr(sys, "argv", ["real_table.py", str(tmp_path), "4"])
+    monkeypatch.setattr(sys, "argv", ["real_table.py", str(tmp_path / "real.md"), str(seed)])
     monkeypatch.setattr(table, "version", lambda _: "1.2")
     assert table.main() == 0
     page = (tmp_path / "real.md").read_text()

@@ -163,9 +163,7 @@ FAULTS: dict[DiagnosisName, Fault] = {
     "initial_kl_not_zero": Fault(before_step=other_reference, patch=no_checks),
     "first_ratio_not_one": Fault(dropout=0.2, patch=no_checks),
     "ratio_explosion": Fault(settings={"learning_rate": 0.3}),
-    "grad_norm_explosion": Fault(
-        reward=scaled, before_step=larger_scores, along=("critic_explained_variance_negative",)
-    ),
+    "grad_norm_explosion": Fault(reward=scaled, before_step=larger_scores),
     "kl_explosion": Fault(
         settings={"learning_rate": 0.02, "kl_coef": 0.0},
         reward=only_wanted,
