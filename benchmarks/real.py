@@ -12,6 +12,7 @@ folder; what is done is kept, so an interrupted command goes on. Ends with runs/
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,7 +81,9 @@ def run(step: Step, view: "View", live: Live) -> int:
         words = [*words, "--resume"]
     elif step.start and step.metrics is not None and step.metrics.exists():
         words = [*words, "--from", step.start]
-    if not again and step.out is not None:
+    if step.out is not None and step.out.is_dir():
+        shutil.rmtree(step.out)
+    elif step.out is not None and not again:
         for file in (step.out, settings_path(step.out)):
             file.unlink(missing_ok=True)
     step.begun.write_text(key)

@@ -49,7 +49,8 @@ class Step:
     """Result of a reward model that may turn out too weak: PPO is refused then, as it should be."""
 
     out: Path | None = None
-    """A file of answers, which goes on where it was if the same is done again."""
+    """A file of answers, which goes on where it was if the same is done again; or a folder, which
+    is made anew."""
     files: Sequence[Path] = ()
     """What it reads of this checkout; the package's own code is not watched."""
     after: Sequence["Step"] = ()
@@ -113,7 +114,8 @@ def steps(
     }
     first: list[Step] = []
     for name, command in model_steps.items():
-        first.append(Step(name, command, 0.2, after=first[-1:]))
+        out = MODEL if name == "import" else None
+        first.append(Step(name, command, 0.2, out=out, after=first[-1:]))
     data = [sys.executable, PROJECT / "benchmarks" / "real_data.py", HOME / "data"]
     data += [word for name, place in places.items() for word in (f"--{name}", place)]
     data = [*data, "--shrunk"] if shrunk else data

@@ -190,6 +190,9 @@ def test_a_step_is_done_once_its_very_command_has_succeeded(
         gate.with_name("answers").write_text("old")
         assert run(real.replace(step(code), out=gate.with_name("answers"))) == 0
         assert gate.with_name("answers").exists() == kept
+    folder = tmp_path / "model"
+    folder.mkdir()
+    assert run(real.replace(step("1"), out=folder)) == 0 and not folder.exists()
     assert run(busy) == 0
     record = json.loads(busy.done.read_text())
     assert record["cpu_seconds"] > 0 and record["largest_process_mib"] > 0
