@@ -227,7 +227,7 @@ METHODS = {
         *("ppo.kl_coef=0", "ppo.kl_loss_coef=0.05"),
     ),
     "rloo": ("ppo.advantage=rloo", "ppo.samples_per_prompt=4", "ppo.critic_warmup_steps=0"),
-    "ppo-little-sft": ("sft.steps=12", "ppo.missing_eos_penalty=0"),
+    "ppo-little-sft": ("sft.steps=12", "ppo.steps=15", "ppo.missing_eos_penalty=0"),
 }
 """Beside PPO, with the same reward model and as many samples; the last is what not to do."""
 
