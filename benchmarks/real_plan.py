@@ -165,6 +165,7 @@ def training(
     minutes: float,
     stages: str,
     after: Sequence[Step],
+    *more: str,
 ) -> Step:
     """`chatllama run` of a task's config.
 
@@ -175,9 +176,10 @@ def training(
         minutes: on two idle cores.
         stages: those to do, as in "sft,ppo"; progress is shown of the last.
         after: steps that it rests on.
+        more: options.
     """
     folder = Path(str(settings[0]).removeprefix("run_dir="))
-    command = [*CHATLLAMA, "run", CONFIGS / f"{task}.yaml", "--only", stages, *settings]
+    command = [*CHATLLAMA, "run", CONFIGS / f"{task}.yaml", *more, *settings]
     metrics = folder / stages.split(",")[-1] / "metrics.jsonl"
     files = [*{CONFIGS / "sentiment.yaml", CONFIGS / f"{task}.yaml"}, *scripts("rewards")]
     start = stages.split(",")[0]
@@ -196,9 +198,10 @@ def sentiment(
     trained: dict[str, Sequence[Step]] = {}
     for stage, minutes in (("sft", 2.4), ("reward", 3.3), ("ppo", 7.5)):
         settings = [f"run_dir={ppo}", *common]
-        after = [training(f"{name}/{stage}", "sentiment", settings, minutes, stage, after)]
-        trained[stage] = after
-        yield from after
+        only = "--only", stage
+        step = training(f"{name}/{stage}", "sentiment", settings, minutes, stage, after, *only)
+        trained[stage] = after = [step]
+        yield step
     start = [f"sft.adapter={ppo / 'sft' / 'adapter'}", "sft.data=[]"]
     given = [f"reward.adapter={ppo / 'reward' / 'adapter'}", "reward.data=[]"]
     given += ["reward.eval_data=[]"]
