@@ -42,7 +42,7 @@ class Step:
     name: str
     command: Sequence[object]
     minutes: float
-    """On two idle cores, to tell the time left."""
+    """On one core of two idle ones, to tell the time left."""
     metrics: Path | None = None
     """A metrics.jsonl that grows by a line a training step."""
     gate: Path | None = None
@@ -102,7 +102,7 @@ def steps(
     Args:
         seeds: each trains everything anew.
         places: of the data, by the names of PLACES.
-        settings: of every training; SHRUNK leaves out the methods beside PPO, too.
+        settings: of every training.
     """
     shrunk = set(SHRUNK) <= set(settings)
     model = dict(setting.split("=", 1) for setting in settings).get("backbone.path", MODEL)
@@ -126,21 +126,16 @@ def steps(
     for seed in seeds:
         folder = HOME / f"{kind}{seed}"
         common = [f"seed={seed}", *settings]
-        methods = {} if shrunk else METHODS
         tasks = [
-            *sentiment(folder / "sentiment", seed, common, methods, first),
+            *sentiment(folder / "sentiment", seed, common, first),
             *sums(folder / "sums", seed, without(common, "reward"), first),
             *constraints(folder / "constraints", seed, without(common, "sft", "reward"), first),
         ]
-        yield from tasks
-        run_dir, common = folder / "harmless", without(common, "sft")
-        settings = [f"run_dir={run_dir}", *common]
-        gate = run_dir / "reward" / "result.json"
-        step = training(f"{folder.name}/harmless", "harmless", settings, 7.0, "reward,ppo", first)
-        yield (step := replace(step, gate=gate))
+        step = preferences(folder / "harmless", without(common, "sft"), first)
+        yield from sorted([*tasks, step], key=lambda each: each.out is not None)  # the long first
         judge = [sys.executable, BENCHMARKS / "real_judges.py", folder, model, HOME / "data"]
         files = scripts("judges", "data", "rewards")
-        judged += step, Step(f"{folder.name}/judges", judge, 2.5, files=files, after=tasks)
+        judged += step, Step(f"{folder.name}/judges", judge, 4.0, files=files, after=tasks)
         yield judged[-1]
     page = HOME / ("real.md" if model == MODEL else "real-gpu.md")
     table = [sys.executable, BENCHMARKS / "real_table.py", page]
@@ -173,13 +168,14 @@ def training(
         name: of the step.
         task: a file of configs/real.
         settings: what differs from it; the first names the run folder.
-        minutes: on two idle cores.
+        minutes: of one core.
         stages: those to do, as in "sft,ppo"; progress is shown of the last.
         after: steps that it rests on.
         more: options.
     """
     folder = Path(str(settings[0]).removeprefix("run_dir="))
-    command = [*CHATLLAMA, "run", CONFIGS / f"{task}.yaml", *more, *settings]
+    config = CONFIGS / f"{task}.yaml"
+    command = [*CHATLLAMA, "run", "--num-gpus", "1", config, *more, *settings]
     metrics = folder / stages.split(",")[-1] / "metrics.jsonl"
     files = [*{CONFIGS / "sentiment.yaml", CONFIGS / f"{task}.yaml"}, *scripts("rewards")]
     start = stages.split(",")[0]
@@ -187,16 +183,12 @@ def training(
 
 
 def sentiment(
-    folder: Path,
-    seed: int,
-    common: Sequence[str],
-    methods: Mapping[str, Sequence[str]],
-    after: Sequence[Step],
+    folder: Path, seed: int, common: Sequence[str], after: Sequence[Step]
 ) -> Iterator[Step]:
     """SFT and the reward model once, then each method from them."""
     ppo, name = folder / "ppo", f"{folder.parent.name}/sentiment"
     trained: dict[str, Sequence[Step]] = {}
-    for stage, minutes in (("sft", 2.4), ("reward", 3.3), ("ppo", 7.5)):
+    for stage, minutes in (("sft", 6.5), ("reward", 6.0), ("ppo", 8.0)):
         settings = [f"run_dir={ppo}", *common]
         only = "--only", stage
         step = training(f"{name}/{stage}", "sentiment", settings, minutes, stage, after, *only)
@@ -205,22 +197,22 @@ def sentiment(
     start = [f"sft.adapter={ppo / 'sft' / 'adapter'}", "sft.data=[]"]
     given = [f"reward.adapter={ppo / 'reward' / 'adapter'}", "reward.data=[]"]
     given += ["reward.eval_data=[]"]
-    for method, settings in methods.items():
+    for method, settings in METHODS.items():
         own_sft = any(setting.startswith("sft.") for setting in settings)
-        settings = [f"run_dir={folder / method}", *common, *given, *settings]
+        settings = [f"run_dir={folder / method}", *given, *settings, *common]
         settings += [] if own_sft else start
         stages = "sft,ppo" if own_sft else "ppo"
         after = trained["reward"]
-        step = training(f"{name}/{method}", "sentiment", settings, 5.0, stages, after)
+        step = training(f"{name}/{method}", "sentiment", settings, 6.5, stages, after)
         trained[method] = [step]
         yield step
     final = "final_openings", seed
     out = folder / "answers"
     for who in ("base", "sft"):
-        yield answers(ppo, who, out / f"{who}.jsonl", *final, trained["sft"])
+        yield answers(ppo, who, out / f"{who}.jsonl", *final, trained["ppo"])
     best = out / "best-of-16.jsonl"
-    yield answers(ppo, "sft", best, *final, trained["reward"], "--best-of", "16", minutes=5.0)
-    for method in ("ppo", *methods):
+    yield answers(ppo, "sft", best, *final, trained["ppo"], "--best-of", "16", minutes=8.0)
+    for method in ("ppo", *METHODS):
         yield answers(folder / method, "policy", out / f"{method}.jsonl", *final, trained[method])
 
 
@@ -239,13 +231,13 @@ def sums(folder: Path, seed: int, common: Sequence[str], after: Sequence[Step]) 
     """SFT once, then PPO and GRPO with a program as the reward."""
     ppo, grpo, name = folder / "ppo", folder / "grpo", f"{folder.parent.name}/sums"
     settings = [f"run_dir={ppo}", *common]
-    first = training(f"{name}/ppo", "sums", settings, 9.0, "sft,ppo", after)
+    first = training(f"{name}/ppo", "sums", settings, 14.0, "sft,ppo", after)
     yield first
-    settings = [f"run_dir={grpo}", "ppo.steps=40", *common]  # without a critic they cost less
+    settings = [f"run_dir={grpo}", "ppo.steps=32", *common]  # without a critic they cost less
     settings += ["sft.data=[]", f"sft.adapter={ppo / 'sft/adapter'}"]
     settings += ["ppo.advantage=grpo", "ppo.samples_per_prompt=4", "ppo.critic_warmup_steps=0"]
     settings += ["ppo.kl_coef=0", "ppo.kl_loss_coef=0.02"]
-    second = training(f"{name}/grpo", "sums", settings, 4.0, "ppo", [first])
+    second = training(f"{name}/grpo", "sums", settings, 9.0, "ppo", [first])
     yield second
     for who, run_folder, role in WHO:
         out, after = folder / "answers" / f"{who}.jsonl", [second if who == "grpo" else first]
@@ -259,11 +251,19 @@ def constraints(
     """GRPO from the model itself."""
     grpo = folder / "grpo"
     settings = [f"run_dir={grpo}", *common]
-    step = training(f"{folder.parent.name}/constraints", "constraints", settings, 6.0, "ppo", after)
+    step = training(f"{folder.parent.name}/constraints", "constraints", settings, 7.0, "ppo", after)
     yield step
     for who in ("base", "policy"):
         out = folder / "answers" / f"{who}.jsonl"
         yield answers(grpo, who, out, "final_constraints", seed, [step], *FOUR)
+
+
+def preferences(folder: Path, common: Sequence[str], after: Sequence[Step]) -> Step:
+    """A reward model of HH-harmless, and PPO if it is let."""
+    settings = [f"run_dir={folder}", *common]
+    name = f"{folder.parent.name}/harmless"
+    step = training(name, "harmless", settings, 10.0, "reward,ppo", after)
+    return replace(step, gate=folder / "reward" / "result.json")
 
 
 WHO = (("base", "ppo", "base"), ("sft", "ppo", "sft"), ("ppo", "ppo", "policy"),
@@ -281,7 +281,7 @@ def answers(
     seed: int,
     after: Sequence[Step],
     *more: str,
-    minutes: float = 0.5,
+    minutes: float = 1.0,
 ) -> Step:
     """Answers of a role to prompts that nothing has seen."""
     command = [*CHATLLAMA, "generate", run_folder, "--role", role]

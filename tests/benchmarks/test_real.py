@@ -134,11 +134,16 @@ def test_the_plan_names_each_step_once_and_knows_its_settings(module: Any) -> No
     assert "backbone.dtype=bfloat16" in gpu and "ppo.rollout_batch_size=128" in gpu
     whole, few = (list(real.steps([0, 1], real.PLACES, more)) for more in (gpu, real.SHRUNK))
     names = [step.done for step in whole]
-    assert len(set(names)) == len(names) and len(few) < len(whole)
+    assert len(set(names)) == len(names) == len(few)
     here = {step.done.name for step in real.steps([0, 1], real.PLACES, ())}
-    assert {step.done.name for step in few} < here
+    assert {step.done.name for step in few} == here
     assert not {name for name in here if "seed" in name} & {name.name for name in names}
-    for step in few:  # a section without data takes no settings
+    for step in whole:
+        for key in ("run_dir=", "seed="):
+            assert sum(word.startswith(key) for word in step.words) <= 1, step
+    for step in few:  # a section without data takes no settings, and the last one counts
+        lasting = dict(word.split("=", 1) for word in step.words if word.startswith("ppo.steps="))
+        assert lasting in ({}, {"ppo.steps": "2"}), step
         task = next((w for w in step.words if w.endswith(".yaml")), "")
         assert not ("sums" in task and "reward." in str(step.words)), step
         assert not ("constraints" in task and "sft." in str(step.words)), step
@@ -159,20 +164,19 @@ def test_a_step_is_done_once_its_very_command_has_succeeded(
     def step(code: str, gate: Path | None = None) -> Any:
         return real.Step("a b/c", [sys.executable, "-c", code], 1.0, gate=gate)
 
-    def run(which: Any) -> int:
-        view = real.View([which])
-        with real.Live(view) as live:
-            return real.run(which, view, live)
+    def run(which: Any) -> bool:
+        which.done.unlink(missing_ok=True)
+        return real.work(real.View([which], 1)) is None
 
-    assert run(step("print('oh'); raise SystemExit(3)")) == 3
+    assert not run(step("print('oh'); raise SystemExit(3)"))
     assert real.log(step("")).read_text() == "oh\n"
     assert not step("raise SystemExit(3)").is_done()
     gate.write_text('{"accuracy_low": 0.6}')
-    assert run(step("raise SystemExit(4)", gate)) == 4
+    assert not run(step("raise SystemExit(4)", gate))
     gate.write_text('{"accuracy_low": 0.5}')
-    assert run(step("raise SystemExit(4)", gate)) == 0
+    assert run(step("raise SystemExit(4)", gate))
     busy = step("sum(range(10**7))")
-    assert run(busy) == 0
+    assert run(busy)
     assert busy.is_done() and not step("pass").is_done()
     changed = real.replace(busy, files=[gate])
     assert not changed.is_done()
@@ -181,21 +185,54 @@ def test_a_step_is_done_once_its_very_command_has_succeeded(
     resumed = real.replace(step("import sys; print(sys.argv[1:])"), metrics=gate, start="sft")
     for printed in ("['--from', 'sft']\n", "['--resume']\n"):
         real.log(resumed).unlink()
-        assert run(resumed) == 0 and real.log(resumed).read_text() == printed
+        assert run(resumed) and real.log(resumed).read_text() == printed
     gate.unlink()
-    new = real.replace(resumed, after=[changed])
+    new = real.replace(resumed, files=[Path(__file__)])
     real.log(new).unlink()
-    assert run(new) == 0 and real.log(new).read_text() == "[]\n"
+    assert run(new) and real.log(new).read_text() == "[]\n"
     for code, kept in (("pass", False), ("pass", True), ("1", False)):
         gate.with_name("answers").write_text("old")
-        assert run(real.replace(step(code), out=gate.with_name("answers"))) == 0
+        assert run(real.replace(step(code), out=gate.with_name("answers")))
         assert gate.with_name("answers").exists() == kept
     folder = tmp_path / "model"
     folder.mkdir()
-    assert run(real.replace(step("1"), out=folder)) == 0 and not folder.exists()
-    assert run(busy) == 0
+    assert run(real.replace(step("1"), out=folder)) and not folder.exists()
+    assert run(busy)
     record = json.loads(busy.done.read_text())
     assert record["cpu_seconds"] > 0 and record["largest_process_mib"] > 0
+
+
+def test_steps_run_beside_one_another_once_their_inputs_are_there(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, folder = module("real"), tmp_path
+    monkeypatch.setattr(module("real_plan"), "HOME", folder)
+    (folder / "done").mkdir()
+    wait = f"""
+import pathlib, time
+here = pathlib.Path({str(folder)!r})
+end = time.monotonic() + 30
+(here / ME).touch()
+while not (here / OTHER).exists():
+    assert time.monotonic() < end
+    time.sleep(0.05)
+"""
+
+    def step(name: str, code: str, *after: Any) -> Any:
+        return real.Step(name, [sys.executable, "-c", code], 1.0, after=after)
+
+    met = [step(me, wait.replace("ME", repr(me)).replace("OTHER", repr(other)))
+           for me, other in (("one", "two"), ("two", "one"))]  # fmt: skip
+    last = step(
+        "last", f"import pathlib; assert pathlib.Path({str(folder)!r}, 'two').exists()", *met
+    )
+    view = real.View([last, *met], 2)
+    assert [each.name for each in view.ready()] == ["one", "two"]
+    assert real.work(view) is None and view.done == {"one", "two", "last"}
+    slow = step("slow", "import time; time.sleep(60)")
+    bad = step("bad", "raise SystemExit(1)")
+    assert real.work(real.View([slow, bad, step("never", "1", bad)], 2)) == bad
+    assert not slow.is_done() and not (folder / "done" / "never.begun").exists()
 
 
 def test_perplexity_does_not_depend_on_who_shares_a_batch(
