@@ -55,7 +55,7 @@ def main() -> int:
     if not arguments.gpu:
         os.environ["OMP_NUM_THREADS"] = "1"  # as many steps at a time as cores: the same bits
     lanes = 1 if arguments.gpu else max(1, min(count_cores(), virtual_memory().total // LANE_BYTES))
-    view = View(plan, lanes)
+    view, begun = View(plan, lanes), time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Live(view, refresh_per_second=1) as live:
         try:
@@ -71,6 +71,7 @@ def main() -> int:
         print(f"All of it: {log(failed)}. The same command goes on here.", file=sys.stderr)
         return 1
     print(Path(plan[-1].words[2]).read_text())
+    print(f"{(time.monotonic() - begun) / 60:.0f} minutes, {lanes} steps at a time.")
     return 0
 
 

@@ -136,7 +136,7 @@ def judge_sentiment(folder: Path, model: Path, data: Path) -> dict[str, Any]:
 
 
 def check(folder: Path, final: Path, reward: Callable[..., float]) -> dict[str, Any]:
-    """Of each role: a program's reward of its answers to each record, their mean, and the answers.
+    """Of each role: a program's reward of its answers to each record, their mean.
 
     Args:
         folder: of the task, with answers/*.jsonl, which number the records from 0 as `id`.
@@ -149,11 +149,7 @@ def check(folder: Path, final: Path, reward: Callable[..., float]) -> dict[str, 
         for row in read_lines(file):
             columns = {k: value for k, value in records[row["id"]].items() if k != "prompt"}
             values[row["id"]].append(reward(row["prompt"], row["response"], **columns))
-        means = [statistics.mean(some) for some in values]
-        found[file.stem] = {
-            "reward": means,
-            "answers": [row["response"] for row in read_lines(file)],
-        }
+        found[file.stem] = {"reward": [statistics.mean(some) for some in values]}
     return found
 
 

@@ -1,9 +1,9 @@
 """The results of `benchmarks/real.py` as a page of Markdown and a picture.
 
-    python benchmarks/real_table.py PAGE FOLDER ...
+    python benchmarks/real_table.py PAGE PLACE ...
 
-reads what the steps left in the folder of each seed and beside it in `done`, and writes PAGE and a
-picture of the same name.
+PLACE is the folder of a seed, or a file SEED.json that a former call wrote beside the folder: all
+that the page says of a seed, so that seeds of several machines make one page.
 """
 
 import json
@@ -26,38 +26,82 @@ METHODS = ("base", "sft", "best-of-16", "grpo", "rloo", "ppo", "ppo-little-sft")
 JUDGES = ("lexicon", "classifier")
 PACKAGES = ("deepspeed", "scikit-learn", "vaderSentiment")
 SHOWN = ("sft", "ppo", "ppo-little-sft")
+SAID = {
+    *("accuracy", "accuracy_low", "accuracy_high", "num_eval_pairs"),
+    *("wall_seconds", "cpu_seconds", "largest_process_mib"),
+}
+"""Keys that the page needs of results and of steps."""
 BEST_OF_KL = log(16) - 15 / 16
 """Nats, an upper bound (arXiv 2401.01879)."""
 
 
 def main() -> int:
     """Writes the page; the exit code."""
-    page, *folders = map(Path, sys.argv[1:])
-    judged = {folder: json.loads((folder / "judged.json").read_text()) for folder in folders}
+    page, *places = map(Path, sys.argv[1:])
+    seeds = [collect(place) if place.is_dir() else read(place) for place in places]
     picture = page.with_suffix(".png")
-    draw([found["sentiment"] for found in judged.values()]).savefig(picture, dpi=150)
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    draw([seed["sentiment"] for seed in seeds]).savefig(picture, dpi=150)
     parts = [
         "# RLHF on SmolLM2-135M-Instruct",
-        f"{hardware(torch.get_num_threads())}, {versions}. {', '.join(map(title, folders))}.",
+        *dict.fromkeys(f"{seed['machine']}." for seed in seeds),
         "## Sentiment with a learned reward model",
         f"![Judges over KL]({picture.name})",
     ]
-    for folder, found in judged.items():
-        parts += [f"### {title(folder)}", *sentiment(found["sentiment"], folder / "sentiment")]
-    parts += ["## Sums with a program as the reward", programs(judged, "sums")]
-    parts += ["## Instructions with constraints", programs(judged, "constraints")]
-    parts += ["## Human preferences (HH-harmless)", preferences(folders)]
-    parts += ["## Answers", *samples(judged[folders[0]]["sentiment"])]
-    parts += ["## What it took", costs(folders[0]), "## Adapters of each seed"]
-    parts += map(hashes, folders)
+    for seed in seeds:
+        parts += [f"### {seed['name']}", *sentiment(seed)]
+    parts += ["## Sums with a program as the reward", programs(seeds, "sums")]
+    parts += ["## Instructions with constraints", programs(seeds, "constraints")]
+    parts += ["## Human preferences (HH-harmless)", preferences(seeds)]
+    parts += ["## Answers", *samples(seeds[0]["sentiment"])]
+    parts += ["## What it took", f"{seeds[0]['name']}:", costs(seeds[0])]
+    parts += ["## Adapters of each seed, sha256", *map(hashes, seeds)]
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return 0
 
 
-def title(folder: Path) -> str:
-    """Of a seed, as its folder names it."""
-    return folder.name.replace("-", " ")
+def read(file: Path) -> dict[str, Any]:
+    """A file of JSON; four digits behind the point are kept."""
+    text = file.read_text(encoding="utf-8")
+    return json.loads(text, parse_float=lambda digits: round(float(digits), 4))
+
+
+def collect(folder: Path) -> dict[str, Any]:
+    """All that the page says of a seed; it is written beside its folder, too."""
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    results: dict[str, Any] = {}
+    for task in ("sentiment/ppo", "harmless"):
+        reward = folder / task / "reward"
+        doctor = read(reward / "doctor.json")["data"]
+        results[task] = {
+            **{key: value for key, value in read(reward / "result.json").items() if key in SAID},
+            "word_accuracy": doctor["word_accuracy"],
+            "longer_preferred": doctor["held_out"]["longer_preferred"],
+            "ppo_refused": not (folder / task / "ppo" / "result.json").is_file(),
+        }
+    done = sorted((folder.parent / "done").glob("*.json"), key=lambda file: file.stat().st_mtime)
+    own = {
+        file.stem.removeprefix(f"{folder.name}-"): read(file)
+        for file in done
+        if "seed-" not in file.stem or file.stem.startswith(f"{folder.name}-")
+    }
+    adapters = sorted(folder.glob("**/adapter_model.safetensors"))
+    seed = read(folder / "judged.json") | {
+        "name": folder.name.replace("-", " "),
+        "machine": f"{hardware(torch.get_num_threads())}, {versions}",
+        "rewards": results,
+        "steps": {
+            name: {key: value for key, value in record.items() if key in SAID}
+            for name, record in own.items()
+        },
+        "adapters": {
+            str(file.parent.relative_to(folder)): file_hash(file)
+            for file in adapters
+            if "previous" not in file.parts
+        },
+    }
+    out = folder.parent / f"{folder.name}.json"
+    out.write_text(json.dumps(seed) + "\n", encoding="utf-8")
+    return seed
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -66,12 +110,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def sentiment(found: dict[str, Any], folder: Path) -> list[str]:
+def sentiment(seed: dict[str, Any]) -> list[str]:
     """Paragraphs about one seed."""
-    result = json.loads((folder / "ppo" / "reward" / "result.json").read_text())
+    result, found = seed["rewards"]["sentiment/ppo"], seed["sentiment"]
     accuracy, low, high = (result[f"accuracy{end}"] for end in ("", "_low", "_high"))
     pairs = f"of {result['num_eval_pairs']:,} held-out pairs; words alone"
-    doctor = json.loads((folder / "ppo" / "reward" / "doctor.json").read_text())
     methods: dict[str, dict[str, Any]] = found["methods"]
     rows = []
     for name in (name for name in METHODS if name in methods):
@@ -89,7 +132,7 @@ def sentiment(found: dict[str, Any], folder: Path) -> list[str]:
     head += ["distinct-2", "words", "ends"]
     return [
         f"Reward model: {accuracy:.3f} ({low:.3f}-{high:.3f}) {pairs} "
-        f"{doctor['data']['word_accuracy']['value']:.3f}.",
+        f"{result['word_accuracy']['value']:.3f}.",
         table(head, rows),
     ]
 
@@ -100,16 +143,16 @@ def above(values: Sequence[float], others: Sequence[float]) -> str:
     return f"{mean:+.2f} ({mean / error:.1f} s.e.)" if error else f"{mean:+.2f}"
 
 
-def programs(judged: dict[Path, Any], task: str) -> str:
+def programs(seeds: Sequence[dict[str, Any]], task: str) -> str:
     """Each role's mean reward in each seed."""
-    head = ["", *map(title, judged)]
+    head = ["", *(seed["name"] for seed in seeds)]
     rows = []
-    start = "sft" if all("sft" in found[task] for found in judged.values()) else "base"
+    start = "sft" if all("sft" in found[task] for found in seeds) else "base"
     for name in ("base", "sft", "ppo", "grpo", "policy"):
-        if not all(name in found[task] for found in judged.values()):
+        if not all(name in found[task] for found in seeds):
             continue
         cells = ["grpo" if name == "policy" else name]
-        for found in judged.values():
+        for found in seeds:
             values = found[task][name]["reward"]
             more = f", {above(values, found[task][start]['reward'])}" if name != start else ""
             cells.append("{:.3f} ± {:.3f}".format(*mean_and_error(values)) + more)
@@ -117,24 +160,20 @@ def programs(judged: dict[Path, Any], task: str) -> str:
     return table(head, rows)
 
 
-def preferences(folders: Sequence[Path]) -> str:
+def preferences(seeds: Sequence[dict[str, Any]]) -> str:
     """The reward model's accuracy beside what needs no model."""
     rows = []
-    for seed in folders:
-        folder = seed / "harmless" / "reward"
-        result, doctor = (
-            json.loads((folder / f"{name}.json").read_text()) for name in ("result", "doctor")
-        )
-        data = doctor["data"]
+    for seed in seeds:
+        result = seed["rewards"]["harmless"]
         shares = [[result[f"accuracy{end}"] for end in ("", "_low", "_high")]]
         shares += [
-            [share[key] for key in ("value", "low", "high")]
-            for share in (data["held_out"]["longer_preferred"], data["word_accuracy"])
+            [result[name][key] for key in ("value", "low", "high")]
+            for name in ("longer_preferred", "word_accuracy")
         ]
         cells = ["{:.3f} ({:.3f}-{:.3f})".format(*share) for share in shares]
-        refused = "no" if (folder.parent / "ppo" / "result.json").is_file() else "yes"
-        rows.append([title(seed), str(result["num_eval_pairs"]), *cells, refused])
-    head = ["seed", "pairs", "reward model", "the longer answer", "words alone", "PPO refused"]
+        refused = "yes" if result["ppo_refused"] else "no"
+        rows.append([seed["name"], str(result["num_eval_pairs"]), *cells, refused])
+    head = ["", "pairs", "reward model", "the longer answer", "words alone", "PPO refused"]
     return table(head, rows)
 
 
@@ -188,32 +227,26 @@ def draw(seeds: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def costs(folder: Path) -> str:
-    """Steps, seconds and memory of a seed."""
-    rows, files = [], folder.parent.joinpath("done").glob("*.json")
-    for file in sorted(files, key=lambda path: path.stat().st_mtime):
-        row = json.loads(file.read_text())
-        if "seed-" in file.stem and not file.stem.startswith(f"{folder.name}-"):
-            continue
-        rows.append(
-            [
-                file.stem.removeprefix(f"{folder.name}-"),
-                f"{row['wall_seconds'] / 60:.1f}",
-                f"{row['cpu_seconds']:.0f}",
-                f"{row['largest_process_mib']}",
-            ]
-        )
-    total = sum(float(row[1]) for row in rows)
-    rows.append(["all", f"{total:.0f}", f"{sum(int(row[2]) for row in rows)}", ""])
+def costs(seed: dict[str, Any]) -> str:
+    """Seconds and memory of each step."""
+    rows = [
+        [
+            name,
+            f"{record['wall_seconds'] / 60:.1f}",
+            f"{record['cpu_seconds']:.0f}",
+            f"{record['largest_process_mib']}",
+        ]
+        for name, record in seed["steps"].items()
+    ]
+    minutes, used = (sum(float(row[column]) for row in rows) for column in (1, 2))
+    rows.append(["all", f"{minutes:.0f} of one core", f"{used:.0f}", ""])
     return table(["step", "minutes", "CPU seconds", "largest process, MiB"], rows)
 
 
-def hashes(folder: Path) -> str:
+def hashes(seed: dict[str, Any]) -> str:
     """Of the adapters that were trained: equal on the same kind of CPU."""
-    files = sorted(folder.glob("**/adapter_model.safetensors"))
-    names = [f"{file.parent.relative_to(folder)} {file_hash(file)[:16]}" for file in files
-             if "previous" not in file.parts]  # fmt: skip
-    return f"{title(folder)} (sha256): " + ", ".join(names)
+    shown = ", ".join(f"{name} {digest[:16]}" for name, digest in seed["adapters"].items())
+    return f"{seed['name']}: {shown}"
 
 
 if __name__ == "__main__":

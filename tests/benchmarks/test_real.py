@@ -284,7 +284,7 @@ def test_the_page_holds_what_the_judges_said(
         }
         for s in (0, 8)
     ]
-    program = {"reward": [0.0, 1.0], "answers": ["1", "2"]}
+    program = {"reward": [0.0, 1.0]}
     judged = {
         "sentiment": {
             "methods": {"base": method, "sft": method, "best-of-16": method, "ppo": better},
@@ -302,6 +302,10 @@ def test_the_page_holds_what_the_judges_said(
         (folder / "result.json").write_text(json.dumps(result))
         (folder / "doctor.json").write_text(json.dumps(doctor))
     (seed / "judged.json").write_text(json.dumps(judged))
+    for adapter in ("adapter", "previous/adapter"):
+        file = seed / "sums" / "ppo" / adapter / "adapter_model.safetensors"
+        file.parent.mkdir(parents=True)
+        file.touch()
     (tmp_path / "done").mkdir()
     done = {"wall_seconds": 90.0, "cpu_seconds": 170.0, "largest_process_mib": 2000}
     (tmp_path / "done" / "seed-4-sums-ppo.json").write_text(json.dumps(done))
@@ -315,3 +319,11 @@ def test_the_page_holds_what_the_judges_said(
     assert "| grpo | 0.500 ± 0.500, +0.00 |" in page
     assert "so / so" in page and "| sums-ppo | 1.5 | 170 | 2000 |" in page
     assert (tmp_path / "real.png").stat().st_size > 10_000
+    adapter = seed / "sums" / "ppo" / "adapter"
+    assert "sums/ppo/adapter e3b0c44298fc1c14" in page and "previous" not in page
+    # the same from the one file that holds all of a seed
+    again = tmp_path / "again" / "real.md"
+    again.parent.mkdir()
+    monkeypatch.setattr(sys, "argv", ["real_table.py", str(again), str(tmp_path / "seed-4.json")])
+    adapter.joinpath("adapter_model.safetensors").unlink()
+    assert table.main() == 0 and again.read_text() == page
