@@ -233,7 +233,7 @@ def sums(folder: Path, seed: int, common: Sequence[str], after: Sequence[Step]) 
     settings = [f"run_dir={ppo}", *common]
     first = training(f"{name}/ppo", "sums", settings, 14.0, "sft,ppo", after)
     yield first
-    settings = [f"run_dir={grpo}", "ppo.steps=32", *common]  # without a critic they cost less
+    settings = [f"run_dir={grpo}", "ppo.steps=24", *common]  # without a critic they cost less
     settings += ["sft.data=[]", f"sft.adapter={ppo / 'sft/adapter'}"]
     settings += ["ppo.advantage=grpo", "ppo.samples_per_prompt=4", "ppo.critic_warmup_steps=0"]
     settings += ["ppo.kl_coef=0", "ppo.kl_loss_coef=0.02"]
