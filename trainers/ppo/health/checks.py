@@ -1,7 +1,6 @@
 """Checks over the metrics of past PPO steps; each returns a finding or None, or raises TooFewSteps.
 
-Pure functions of (history, thresholds, this step's metrics). Their names, causes and remedies are
-in `rules.py`, the thresholds in `chatllama/config/ppo.py`.
+Pure functions; names, causes and remedies are in `rules.py`, thresholds in `config/ppo.py`.
 """
 
 import math
@@ -263,11 +262,12 @@ def check_rescored(history: History, section: HealthSection, metrics: Metrics) -
 
 def check_eos(history: History, section: HealthSection, metrics: Metrics) -> Finding | None:
     """About as many responses end with a stop token as at first."""
-    change = history.change("ppo/eos_rate", section)
+    before, now = history.change("ppo/eos_rate", section)
     return _below(
-        change[1],
-        change[0] - section.max_eos_drop,
-        f"{change[1]:.0%} of the responses end by themselves, {change[0]:.0%} did at first.",
+        now,
+        before - section.max_eos_drop,
+        f"{now:.0%} of the responses end by themselves, {before:.0%} did at first. The score of "
+        "cut ones cannot be trusted: rewards are made for whole answers.",
     )
 
 
