@@ -52,7 +52,7 @@ def main() -> int:
     parts += ["## Sums with a program as the reward", programs(seeds, "sums")]
     parts += ["## Instructions with constraints", programs(seeds, "constraints")]
     parts += ["## Human preferences (HH-harmless)", preferences(seeds)]
-    parts += ["## Answers", *samples(seeds[0]["sentiment"])]
+    parts += ["## Answers", seeds[0]["samples"]]
     parts += ["## What it took", f"{seeds[0]['name']}:", costs(seeds[0])]
     parts += ["## Adapters of each seed, sha256", *map(hashes, seeds)]
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -82,10 +82,16 @@ def collect(folder: Path) -> dict[str, Any]:
     own = {
         file.stem.removeprefix(f"{folder.name}-"): read(file)
         for file in done
-        if "seed-" not in file.stem or file.stem.startswith(f"{folder.name}-")
+        if file.stem.startswith(f"{folder.name}-")
+        or not ("seed-" in file.stem or file.stem.startswith("real"))  # of all seeds, but no page
     }
     adapters = sorted(folder.glob("**/adapter_model.safetensors"))
-    seed = read(folder / "judged.json") | {
+    judged = read(folder / "judged.json")
+    shown = samples(judged["sentiment"])
+    for method in judged["sentiment"]["methods"].values():
+        del method["answers"], method["prompts"]
+    seed = judged | {
+        "samples": shown,
         "name": folder.name.replace("-", " "),
         "machine": f"{hardware(torch.get_num_threads())}, {versions}",
         "rewards": results,
@@ -177,7 +183,7 @@ def preferences(seeds: Sequence[dict[str, Any]]) -> str:
     return table(head, rows)
 
 
-def samples(found: dict[str, Any]) -> list[str]:
+def samples(found: dict[str, Any]) -> str:
     """Best, median and worst answer of PPO by the mean of both judges, beside SFT's."""
     methods = found["methods"]
     policy = methods["ppo"]
@@ -190,7 +196,7 @@ def samples(found: dict[str, Any]) -> list[str]:
         rows.append(
             [name, *(text.replace("|", "/").replace("\n", " ") for text in (prompt, *texts))]
         )
-    return [table(["", "opening", *(who for who in SHOWN if who in methods)], rows)]
+    return table(["", "opening", *(who for who in SHOWN if who in methods)], rows)
 
 
 def draw(seeds: Sequence[dict[str, Any]]) -> Figure:
