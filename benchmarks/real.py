@@ -31,7 +31,7 @@ from chatllama.runtime.jsonl import settings_path
 from chatllama.runtime.machine import count_cores
 
 LANE_BYTES = 5 * 2**30
-"""Memory for a step at a time: the largest takes 2.8 GB."""
+"""Memory for a step at a time: the largest took 4.1 GiB."""
 
 
 def main() -> int:

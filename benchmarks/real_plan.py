@@ -116,7 +116,7 @@ def steps(
     for name, command in model_steps.items():
         out = MODEL if name == "import" else None
         first.append(Step(name, command, 0.2, out=out, after=first[-1:]))
-    data = [sys.executable, PROJECT / "benchmarks" / "real_data.py", HOME / "data"]
+    data = [sys.executable, BENCHMARKS / "real_data.py", HOME / "data"]
     data += [word for name, place in places.items() for word in (f"--{name}", place)]
     data = [*data, "--shrunk"] if shrunk else data
     first.append(Step("data", data, 0.2, files=scripts("data", "rewards"), after=first[-1:]))
@@ -224,7 +224,7 @@ METHODS = {
     "rloo": ("ppo.advantage=rloo", "ppo.samples_per_prompt=4", "ppo.critic_warmup_steps=0"),
     "ppo-little-sft": ("sft.steps=12", "ppo.steps=15", "ppo.missing_eos_penalty=0"),
 }
-"""Beside PPO, with the same reward model and as many samples; the last is what not to do."""
+"""Beside PPO, with the same reward model. The last is what not to do, for a step less."""
 
 
 def sums(folder: Path, seed: int, common: Sequence[str], after: Sequence[Step]) -> Iterator[Step]:
