@@ -127,8 +127,9 @@ def hardware(threads: int) -> str:
         names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0].partition(":")[2].strip() if names else model
     libraries = ", ".join(f"{n} {version(n)}" for n in ("torch", "transformers", "trl", "peft"))
+    computing = "1 thread" if threads == 1 else f"{threads} threads"
     return (
-        f"{datetime.date.today()}; {model}, {os.cpu_count()} cores, {threads} threads; load "
+        f"{datetime.date.today()}; {model}, {os.cpu_count()} cores, {computing}; load "
         f"{os.getloadavg()[0]:.1f} at the end; {libraries}"
     )
 

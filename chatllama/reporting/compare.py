@@ -196,11 +196,23 @@ def paired_tests(runs: Mapping[str, RunFolder]) -> Iterator[Paired | Untested]:
             yield Untested(first, second, " and ".join(differing))
             continue
         pairs = list(zip(*(each["values"]["ppo"] for each in judged), strict=True))
+        answers = [_last_answers(runs[name], len(pairs)) for name in (first, second)]
+        # Equal answers tie; in another batch their scores round otherwise.
+        same = [a is not None and a == b for a, b in zip(*answers, strict=True)]
         difference, error = mean_and_error([theirs - ours for ours, theirs in pairs])
-        share = sum((b > a) + 0.5 * (a == b) for a, b in pairs)
+        share = sum(
+            0.5 if tie or a == b else float(b > a) for (a, b), tie in zip(pairs, same, strict=True)
+        )
         wins = (share / len(pairs), *wilson_interval(share, len(pairs)))
         judge = judged[0]["by"].split()[0]
         yield Paired(first, second, judge, len(pairs), difference, error, wins)
+
+
+def _last_answers(run: RunFolder, count: int) -> Sequence[str | None]:
+    """PPO's answers of the last evaluation; of older versions None each."""
+    with held_to_be_whole(run.evaluations):
+        kept = read_lines(run.evaluations)[-1]["answers"] if run.evaluations.is_file() else []
+    return kept if len(kept) == count else [None] * count
 
 
 def _plots(runs: Mapping[str, RunFolder]) -> Iterator[tuple[str, str, str]]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,12 @@ from chatllama import cli
 from chatllama.inference.folders import find_model
 from chatllama.inference.load import load_run
 from chatllama.runs.folder import RunFolder
+from chatllama.text.chat_format import Message
 from chatllama.text.encoding import encode
 from chatllama.text.tokenizer import load_tokenizer, save_tokenizer
+from trainers.functions.sample import Sample
+from trainers.judging.reward_model import RewardModel
+from trainers.judging.sides import sample_of
 
 pytestmark = pytest.mark.usefixtures("data_cache")
 
@@ -202,6 +206,22 @@ def test_a_function_in_a_file_judges(judge: Judge, tmp_path: Path) -> None:
     assert found["win_rate"]["value"] == 0.75
     assert found["scores"]["difference"]["mean"] == pytest.approx(9 / 2)
     assert found["position"] is None
+
+
+def test_a_reward_model_reads_each_conversation_once() -> None:
+    """In another batch its score would round otherwise, and equal answers would not tie."""
+    batches: list[list[str]] = []
+
+    def score(samples: Sequence[Sample]) -> list[float]:
+        batches.append([sample.response for sample in samples])
+        return [len(sample.response) + 1e-6 * len(batches) for sample in samples]
+
+    model = RewardModel("m", RunFolder(Path("m")), 2, 9, lambda sample: len(sample.response), score)
+    asked: list[Message] = [{"role": "user", "content": "q"}]
+    texts = ["same", "a", "four", "much too long", "same", "bb"]
+    found = model.scores([sample_of(asked, text, "f:1") for text in texts])
+    assert found[0] == found[4] is not None and found[3] is None
+    assert sorted(text for batch in batches for text in batch) == ["a", "bb", "four", "same"]
 
 
 def test_votes_of_the_page_are_counted_by_model(

@@ -3,6 +3,8 @@
 import json
 import math
 import statistics
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from ppo_runs import STOPS, TinyRun, make_run, nudge
 
 from chatllama.runs.folder import RunFolder
 from chatllama.runtime.jsonl import read_lines
-from trainers.ppo.evaluate import EVALUATION_SEED, evaluate_roles, measure_policy, win_rate
+from trainers.ppo.evaluate import EVALUATION_SEED, Answers, evaluate_roles, measure_policy, win_rate
 from trainers.ppo.rollout import sample_responses
 from trainers.ppo.train import PpoTrainer
 
@@ -211,6 +213,30 @@ def test_ensemble_members_disagree(
     roles = evaluate(trainer, tmp_path)["roles"]
     assert {"ensemble_disagreement"} <= set(roles["sft"])
     assert roles["sft"]["ensemble_disagreement"] > 0
+
+
+def test_the_same_answer_has_the_same_value():
+    start = Answers(["a", "b", "c"], [[5, 2], [6, 2], [7]], [1.0, 2.0, 3.0], {}, {})
+    ours = Answers(["a", "b", "c"], [[5, 2], [6, 8], [7, 2]], [1.000001, 2.5, 3.5], {}, {})
+    # Equal texts may be other tokens: the last ends, the start's does not.
+    assert ours.judged_like(start).goodness == [1.0, 2.5, 3.5]
+
+
+def test_roles_that_answer_alike_tie(
+    tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though each role's batch rounds otherwise."""
+    trainer, calls = tiny.trainer(evaluation={"num_prompts": 4}), count(1)
+    collect = trainer.collector.collect
+
+    def rounding(_: Any, *given: Any) -> Any:
+        rollout, texts = collect(*given)
+        return replace(rollout, scores=rollout.scores + 1e-6 * next(calls)), texts
+
+    monkeypatch.setattr(type(trainer.collector), "collect", rounding)
+    found = evaluate(trainer, tmp_path)
+    assert found["roles"]["ppo"]["win_rate"] == 0.5
+    assert found["judged"]["values"]["ppo"] == found["judged"]["values"]["sft"]
 
 
 def test_win_rate_by_hand():

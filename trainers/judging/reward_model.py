@@ -1,5 +1,6 @@
 """Reward models behind one door: of a run, an adapter alone, or a folder of plain transformers."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,18 +35,24 @@ class RewardModel:
     """Scores of a few conversations, in one batch."""
 
     def scores(self, samples: Sequence[Sample]) -> list[float | None]:
-        """A finite score for each; None for one that is longer than the model reads."""
-        lengths = [self.length(sample) for sample in samples]
-        fitting = [number for number, length in enumerate(lengths) if length <= self.longest]
+        """A finite score for each; None for one that is longer than the model reads.
+
+        Each conversation is read once: in another batch its score would round otherwise, and equal
+        answers would not tie.
+        """
+        keys = [json.dumps(sample.conversation) for sample in samples]
+        distinct = dict(zip(keys, samples, strict=True))
+        lengths = {key: self.length(sample) for key, sample in distinct.items()}
+        fitting = [key for key, length in lengths.items() if length <= self.longest]
         fitting.sort(key=lengths.__getitem__)
-        found: list[float | None] = [None] * len(samples)
+        found = dict[str, float]()
         for start in range(0, len(fitting), self.batch_size):
             batch = fitting[start : start + self.batch_size]
-            for number, score in zip(batch, self.score([samples[i] for i in batch]), strict=True):
+            for key, score in zip(batch, self.score([distinct[i] for i in batch]), strict=True):
                 if not math.isfinite(score):
-                    raise ValueError(f"reward model {self.name} gave {score} for {samples[number]}")
-                found[number] = score
-        return found
+                    raise ValueError(f"reward model {self.name} gave {score} for {distinct[key]}")
+                found[key] = score
+        return [found.get(key) for key in keys]
 
 
 def open_reward_model(

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from chatllama.config.schema import Config
@@ -49,6 +49,7 @@ def evaluate_roles(cfg: Config, run: RunFolder, collector: Collector, prompts: P
     measured = {
         name: _measure(cfg, collector, role, prompts, count) for name, role in names.items()
     }
+    measured = {name: answers.judged_like(measured[first]) for name, answers in measured.items()}
     roles = {name: answers.numbers for name, answers in measured.items()}
     roles["ppo"] |= win_rate(measured["ppo"].goodness, measured[first].goodness)
     texts: list[str] = prompts.held_out["text"][:count]
@@ -128,12 +129,24 @@ class Answers:
     """A role's answers to held-out prompts."""
 
     texts: list[str]
+    responses: list[list[int]]
+    """Tokens of each."""
     goodness: list[float]
     """Gold where it is known, else the reward model's score."""
     numbers: dict[str, float]
     """Means and standard errors."""
     kept: dict[str, Any]
     """Of each answer: its text, score, and for the policy's own its KL to the start, nats."""
+
+    def judged_like(self, start: "Answers") -> "Answers":
+        """With the start's value where both give the same tokens, so that they tie.
+
+        Each role's answers are scored in batches of their own, in which numbers round otherwise.
+        """
+        ours = zip(self.responses, self.goodness, strict=True)
+        theirs = zip(start.responses, start.goodness, strict=True)
+        pairs = zip(ours, theirs, strict=True)
+        return replace(self, goodness=[b[1] if a[0] == b[0] else a[1] for a, b in pairs])
 
 
 def _measure(
@@ -159,7 +172,7 @@ def _measure(
     disagreement = collector.scorer.disagreement(rollout.member_scores)
     if disagreement is not None:
         numbers["ensemble_disagreement"] = float(disagreement.mean())
-    return Answers(texts, goodness, numbers, kept)
+    return Answers(texts, rollout.responses(), goodness, numbers, kept)
 
 
 def _start(cfg: Config) -> Role:

@@ -89,6 +89,11 @@ class Rollout:
         """(B,) int64 tokens per response, its stop token included."""
         return self.response_mask.sum(1)
 
+    def responses(self) -> list[list[int]]:
+        """Tokens of each response, its stop token included."""
+        tokens = self.tokens[:, -self.response_mask.shape[1] :]
+        return [row[mask].tolist() for row, mask in zip(tokens, self.response_mask, strict=True)]
+
     def select(self, rows: Sequence[int]) -> "Rollout":
         """The given rows, without the columns in which none of them has a token."""
         picked = {name: value[list(rows)] for name, value in vars(self).items()}
