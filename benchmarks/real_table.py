@@ -47,6 +47,7 @@ def main() -> int:
         "## Sentiment with a learned reward model",
         f"![Judges over KL]({picture.name})",
     ]
+    parts += ["### All seeds", overview(seeds)] if len(seeds) > 1 else []
     for seed in seeds:
         parts += [f"### {seed['name']}", *sentiment(seed)]
     parts += ["## Sums with a program as the reward", programs(seeds, "sums")]
@@ -116,6 +117,26 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def overview(seeds: Sequence[dict[str, Any]]) -> str:
+    """What each method gains over SFT: means of all seeds, and each seed's in standard errors."""
+    rows = []
+    for name in (name for name in METHODS if name != "sft"):
+        pairs = [
+            (found[name], found["sft"]) for found in (s["sentiment"]["methods"] for s in seeds)
+        ]
+        cells = [name]
+        for judge in JUDGES:
+            values = [v for own, _ in pairs for v in own[judge]]
+            gains = [gain(own[judge], sft[judge]) for own, sft in pairs]
+            each = ", ".join(f"{mean / error:.1f}" for mean, error in gains)
+            cells += ["{:.2f} ± {:.2f}".format(*mean_and_error(values))]
+            cells += [f"{statistics.mean(mean for mean, _ in gains):+.2f} ({each})"]
+        shares = (f"{own['perplexity'] / sft['perplexity']:.2f}" for own, sft in pairs)
+        rows.append([*cells, ", ".join(shares)])
+    head = ["", "lexicon", "over SFT (s.e. of each seed)", "classifier"]
+    return table([*head, head[2], "perplexity over SFT's, each seed"], rows)
+
+
 def sentiment(seed: dict[str, Any]) -> list[str]:
     """Paragraphs about one seed."""
     result, found = seed["rewards"]["sentiment/ppo"], seed["sentiment"]
@@ -145,8 +166,13 @@ def sentiment(seed: dict[str, Any]) -> list[str]:
 
 def above(values: Sequence[float], others: Sequence[float]) -> str:
     """Mean difference on equal prompts, and how many standard errors it is."""
-    mean, error = mean_and_error([a - b for a, b in zip(values, others, strict=True)])
+    mean, error = gain(values, others)
     return f"{mean:+.2f} ({mean / error:.1f} s.e.)" if error else f"{mean:+.2f}"
+
+
+def gain(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """Mean difference on equal prompts, and its standard error."""
+    return mean_and_error([a - b for a, b in zip(values, others, strict=True)])
 
 
 def programs(seeds: Sequence[dict[str, Any]], task: str) -> str:
