@@ -119,20 +119,18 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def overview(seeds: Sequence[dict[str, Any]]) -> str:
     """What each method gains over SFT: means of all seeds, and each seed's in standard errors."""
+    found = [seed["sentiment"]["methods"] for seed in seeds]
     rows = []
-    for name in (name for name in METHODS if name != "sft"):
-        pairs = [
-            (found[name], found["sft"]) for found in (s["sentiment"]["methods"] for s in seeds)
-        ]
+    for name in (name for name in METHODS if name != "sft" and all(name in own for own in found)):
         cells = [name]
         for judge in JUDGES:
-            values = [v for own, _ in pairs for v in own[judge]]
-            gains = [gain(own[judge], sft[judge]) for own, sft in pairs]
-            each = ", ".join(f"{mean / error:.1f}" for mean, error in gains)
-            cells += ["{:.2f} ± {:.2f}".format(*mean_and_error(values))]
-            cells += [f"{statistics.mean(mean for mean, _ in gains):+.2f} ({each})"]
-        shares = (f"{own['perplexity'] / sft['perplexity']:.2f}" for own, sft in pairs)
-        rows.append([*cells, ", ".join(shares)])
+            values = [value for own in found for value in own[name][judge]]
+            gains = [gain(own[name][judge], own["sft"][judge]) for own in found]
+            each = ", ".join(f"{mean / error:.1f}" if error else "-" for mean, error in gains)
+            cells.append("{:.2f} ± {:.2f}".format(*mean_and_error(values)))
+            cells.append(f"{statistics.mean(mean for mean, _ in gains):+.2f} ({each})")
+        shares = (own[name]["perplexity"] / own["sft"]["perplexity"] for own in found)
+        rows.append([*cells, ", ".join(f"{share:.2f}" for share in shares)])
     head = ["", "lexicon", "over SFT (s.e. of each seed)", "classifier"]
     return table([*head, head[2], "perplexity over SFT's, each seed"], rows)
 

@@ -327,3 +327,11 @@ def test_the_page_holds_what_the_judges_said(
     monkeypatch.setattr(sys, "argv", ["real_table.py", str(again), str(tmp_path / "seed-4.json")])
     adapter.joinpath("adapter_model.safetensors").unlink()
     assert table.main() == 0 and again.read_text() == page
+    assert "All seeds" not in page
+    # of two seeds
+    both = [str(tmp_path / "seed-4.json")] * 2
+    monkeypatch.setattr(sys, "argv", ["real_table.py", str(again), *both])
+    assert table.main() == 0
+    assert (
+        "| ppo | 0.65 ± 0.09 | +0.55 (11.0, 11.0) | 0.10 ± 0.00 | +0.00 (-, -) | 1.00, 1.00 |"
+    ) in again.read_text()
