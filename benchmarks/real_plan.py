@@ -231,13 +231,13 @@ def sums(folder: Path, seed: int, common: Sequence[str], after: Sequence[Step]) 
     """SFT once, then PPO and GRPO with a program as the reward."""
     ppo, grpo, name = folder / "ppo", folder / "grpo", f"{folder.parent.name}/sums"
     settings = [f"run_dir={ppo}", *common]
-    first = training(f"{name}/ppo", "sums", settings, 14.0, "sft,ppo", after)
+    first = training(f"{name}/ppo", "sums", settings, 11.0, "sft,ppo", after)
     yield first
-    settings = [f"run_dir={grpo}", "ppo.steps=24", *common]  # without a critic they cost less
+    settings = [f"run_dir={grpo}", "ppo.steps=18", *common]  # without a critic they cost less
     settings += ["sft.data=[]", f"sft.adapter={ppo / 'sft/adapter'}"]
     settings += ["ppo.advantage=grpo", "ppo.samples_per_prompt=4", "ppo.critic_warmup_steps=0"]
     settings += ["ppo.kl_coef=0", "ppo.kl_loss_coef=0.02"]
-    second = training(f"{name}/grpo", "sums", settings, 9.0, "ppo", [first])
+    second = training(f"{name}/grpo", "sums", settings, 7.5, "ppo", [first])
     yield second
     for who, run_folder, role in WHO:
         out, after = folder / "answers" / f"{who}.jsonl", [second if who == "grpo" else first]

@@ -86,7 +86,7 @@ def followed(prompt: str, response: str, checks: Sequence[str], values: Sequence
 
 
 def sums(seed: int, count: int) -> list[dict[str, Any]]:
-    """Sums and differences of two numbers of one or two digits, each once.
+    """Sums of two numbers of one or two digits, each once.
 
     Returns:
         Records with the columns `prompt` and `answer`.
@@ -95,9 +95,7 @@ def sums(seed: int, count: int) -> list[dict[str, Any]]:
     found: dict[str, str] = {}
     while len(found) < count:
         left, right = (rng.randint(1, rng.choice((9, 99))) for _ in range(2))
-        sign = rng.choice((1, -1))
-        question = f"What is {left} {'+' if sign > 0 else '-'} {right}?"
-        found[question] = str(left + sign * right)
+        found[f"What is {left} + {right}?"] = str(left + right)
     questions = list(found)
     rng.shuffle(questions)  # what can be asked in few ways came early
     return [{"prompt": question, "answer": found[question]} for question in questions]
